@@ -1,0 +1,1 @@
+"""Kernels behind the contract; found by entry point, never imported by name."""

@@ -1,0 +1,82 @@
+"""The reference as a backend: the definition itself, for checking others and for small work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from srigl_core.reference import condensed_matmul
+from srigl_core.reference.mask_update import srigl_update
+
+from srigl_core.condensed_weight import CondensedWeight
+from srigl_core.contract import Capabilities, MatmulGradients
+from srigl_core.mask_update import MaskUpdate, UpdateSettings
+
+__all__ = ["ReferenceBackend"]
+
+
+class ReferenceBackend:
+    """NumPy only, correct before fast."""
+
+    name = "reference"
+    capabilities = Capabilities(priority=0)
+
+    def prepare(self, weight: CondensedWeight) -> ReferencePrepared:
+        """Return `weight` as it is."""
+        return ReferencePrepared(weight)
+
+    def update_mask(
+        self,
+        weight: NDArray[Any],
+        grad: NDArray[Any],
+        mask: NDArray[np.bool_],
+        settings: UpdateSettings,
+        *,
+        threads: int | None,
+    ) -> MaskUpdate:
+        """Return the update of SPEC 4."""
+        return srigl_update(weight, grad, mask, settings)
+
+
+@dataclass(frozen=True, eq=False)
+class ReferencePrepared:
+    """A weight in its own condensed layout."""
+
+    weight: CondensedWeight
+
+    def describe(self) -> Mapping[str, object]:
+        """Return kernel, layout and bytes."""
+        return {"kernel": "NumPy, one connection at a time", "layout": "condensed", "bytes": 0}
+
+    def matmul(
+        self,
+        x: NDArray[Any],
+        bias: NDArray[Any] | None,
+        *,
+        activation: str,
+        compact: bool,
+        out: NDArray[Any],
+        threads: int | None,
+    ) -> None:
+        """Write the product to `out`."""
+        out[...] = condensed_matmul.forward(
+            x, self.weight, bias, activation=activation, compact=compact, dtype=out.dtype
+        )
+
+    def backward(
+        self,
+        grad: NDArray[Any],
+        x: NDArray[Any] | None,
+        *,
+        out: MatmulGradients,
+        threads: int | None,
+    ) -> None:
+        """Write the gradients to `out`."""
+        condensed_matmul.backward(grad, x, self.weight, out=out)
+
+    def with_values(self, weight: CondensedWeight) -> ReferencePrepared:
+        """Return the same for another weight."""
+        return ReferencePrepared(weight)

@@ -1,0 +1,144 @@
+"""The product with a condensed weight, and its gradients (SPEC 2; paper sec. 4.4).
+
+Sums run over one connection (or one row of the batch) after another in the accumulator's type, so
+that the order of the additions is plain to see.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from srigl_core.reference.activations import activate
+
+from srigl_core.condensed_weight import CondensedWeight
+from srigl_core.contract import MatmulGradients
+from srigl_core.value_types import accumulator_dtype, round_to
+
+__all__ = ["backward", "dense_gradient", "forward"]
+
+Array = NDArray[Any]
+
+
+def forward(
+    x: Array,
+    weight: CondensedWeight,
+    bias: Array | None = None,
+    *,
+    activation: str = "none",
+    compact: bool = False,
+    dtype: np.dtype[Any] | None = None,
+) -> Array:
+    """Return ``act(x @ (W*M).T + bias)`` computed from the connected inputs only.
+
+    Parameters
+    ----------
+    x : ndarray, (batch, n_in)
+    weight : CondensedWeight, (n_out, n_in)
+    bias : ndarray, (n_out,), or None
+    activation : str
+        One of `srigl_core.contract.ACTIVATIONS`.
+    compact : bool
+        Return the columns of active neurons only.
+    dtype : numpy.dtype or None
+        Of the result; None is ``result_type(x, values)``.
+
+    Returns
+    -------
+    ndarray, (batch, n_out), or (batch, n_active) if `compact`
+
+    Notes
+    -----
+    SPEC 2. Accumulates in float32, or float64 where either input is float64; the activation is
+    evaluated in float64, and the result rounded once.
+    """
+    kind = accumulator_dtype(x.dtype, weight.dtype)
+    dtype = np.result_type(x, weight.values) if dtype is None else dtype
+    with np.errstate(all="ignore"):
+        inputs, values = x.astype(kind), weight.values.astype(kind)
+        offset = np.zeros(weight.shape[0], kind) if bias is None else bias.astype(kind)
+        z = np.broadcast_to(offset, (x.shape[0], weight.shape[0])).copy()
+        summed = z[:, weight.active]
+        for j in range(weight.fan_in):
+            summed += values[:, j] * inputs[:, weight.indices[:, j]]
+        z[:, weight.active] = summed
+        return _activated(summed if compact else z, activation, dtype)
+
+
+def _activated(z: Array, activation: str, dtype: np.dtype[Any]) -> Array:
+    if activation == "none":
+        return round_to(z, dtype)
+    return round_to(activate(z.astype(np.float64), activation), dtype)
+
+
+def backward(
+    grad: Array, x: Array | None, weight: CondensedWeight, *, out: MatmulGradients
+) -> None:
+    """Write the gradients that `out` has arrays for.
+
+    Parameters
+    ----------
+    grad : ndarray, (batch, n_out)
+        dL/dz.
+    x : ndarray, (batch, n_in), or None
+        Needed for the gradient of the values.
+    weight : CondensedWeight, (n_out, n_in)
+    out : MatmulGradients
+        ``x`` (batch, n_in), ``values`` (n_active, k), ``bias`` (n_out,), each an array or None.
+
+    Notes
+    -----
+    SPEC 2, Backward.
+    """
+    with np.errstate(all="ignore"):
+        if out.x is not None:
+            out.x[...] = round_to(_input_gradient(grad, weight), out.x.dtype)
+        if out.values is not None and x is not None:
+            out.values[...] = round_to(_value_gradient(grad, x, weight), out.values.dtype)
+        if out.bias is not None:
+            kind = accumulator_dtype(grad.dtype)
+            out.bias[...] = round_to(grad.astype(kind).sum(axis=0), out.bias.dtype)
+
+
+def _input_gradient(grad: Array, weight: CondensedWeight) -> Array:
+    """dx[c] = sum of g[active[i]] * values[i, j] over the (i, j) with indices[i, j] = c."""
+    kind = accumulator_dtype(grad.dtype, weight.dtype)
+    values, connected = weight.values.astype(kind), grad[:, weight.active].astype(kind)
+    dx = np.zeros((grad.shape[0], weight.shape[1]), kind)
+    for i, columns in enumerate(weight.indices):
+        dx[:, columns] += connected[:, i, None] * values[i]
+    return dx
+
+
+def _value_gradient(grad: Array, x: Array, weight: CondensedWeight) -> Array:
+    """dvalues[i, j] = sum over the batch of g[active[i]] * x[indices[i, j]]."""
+    kind = accumulator_dtype(grad.dtype, x.dtype, weight.dtype)
+    dvalues = np.zeros(weight.values.shape, kind)
+    for g_row, x_row in zip(grad.astype(kind), x.astype(kind), strict=True):
+        dvalues += g_row[weight.active, None] * x_row[weight.indices]
+    return dvalues
+
+
+def dense_gradient(grad: Array, x: Array) -> Array:
+    """Return the gradient of the dense weight, ``grad.T @ x``, needed only at mask updates.
+
+    Parameters
+    ----------
+    grad : ndarray, (..., n_out)
+        dL/dz; rows of ablated neurons count, or they could never revive.
+    x : ndarray, (..., n_in)
+
+    Returns
+    -------
+    ndarray, (n_out, n_in)
+        float64 where either is float64, else float32.
+
+    Notes
+    -----
+    SPEC 2, Backward.
+    """
+    kind = accumulator_dtype(grad.dtype, x.dtype)
+    rows = grad.reshape(-1, grad.shape[-1]).astype(kind)
+    product: Array = rows.T @ x.reshape(-1, x.shape[-1]).astype(kind)
+    return product

@@ -1,0 +1,236 @@
+"""How many weights each layer gets: exact budgets, uniform and ERK (SPEC 3; Evci et al. 2020)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from srigl_core.array_checks import check_integer, check_real
+from srigl_core.errors import SriglError
+
+__all__ = ["DISTRIBUTIONS", "LayerBudget", "erk", "nnz_budget", "uniform"]
+
+DISTRIBUTIONS = ("erk", "uniform")
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """The weights one layer may have.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Original shape, kernel dimensions included.
+    nnz_budget : int
+        B; what is realised may be less, since constant fan-in rounds down to whole rows.
+    density : Fraction
+        Share of the weights that was aimed at, before B was rounded down.
+    """
+
+    shape: tuple[int, ...]
+    nnz_budget: int
+    density: Fraction
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights of the dense layer, N."""
+        return math.prod(self.shape)
+
+    @property
+    def sparsity(self) -> float:
+        """Sparsity that was aimed at."""
+        return float(1 - self.density)
+
+
+def nnz_budget(n_weights: int, sparsity: float) -> int:
+    """Return the number of weights that `sparsity` leaves of `n_weights`.
+
+    Parameters
+    ----------
+    n_weights : int
+        N.
+    sparsity : float
+        In [0, 1).
+
+    Returns
+    -------
+    int
+        ``floor(N * d + N / 2**51)`` with ``d = 1 - sparsity``, evaluated exactly.
+
+    Raises
+    ------
+    SriglError
+        If `sparsity` is out of range.
+
+    Notes
+    -----
+    SPEC 3. The second term undoes the rounding of a computed `sparsity`, so that a layer of
+    19 x 45 at 80% gets 171 weights; the released code gives it 170 (decision O13).
+
+    Examples
+    --------
+    >>> nnz_budget(19 * 45, 0.8)
+    171
+    """
+    return math.floor(n_weights * _density(sparsity))
+
+
+def uniform(
+    shapes: Sequence[tuple[int, ...]],
+    sparsity: float,
+    *,
+    dense: Iterable[int] = (),
+    fixed: Mapping[int, int] | None = None,
+) -> list[LayerBudget]:
+    """Give every sparse layer the same sparsity.
+
+    Parameters
+    ----------
+    shapes : sequence of tuple of int
+        Original shapes of the layers.
+    sparsity : float
+        Of the whole network, in [0, 1).
+    dense : iterable of int
+        Positions of layers kept dense; the others pay for them.
+    fixed : mapping of int to int, or None
+        Budgets of layers that have their own; the others pay for, or gain from, these.
+
+    Returns
+    -------
+    list of LayerBudget
+
+    Raises
+    ------
+    SriglError
+        If `sparsity` is out of range, or a position or a budget does not fit.
+
+    Warns
+    -----
+    UserWarning
+        If the dense and fixed layers alone meet the network's budget; the others then take
+        `sparsity` themselves, and the network exceeds it.
+
+    Notes
+    -----
+    SPEC 3.
+    """
+    sizes, budgets, density = _checked(shapes, sparsity, dense, fixed)
+    sparse = [i for i in range(len(sizes)) if i not in budgets]
+    share = density
+    if sparse and budgets:
+        left = sum(sizes) * density - sum(budgets.values())
+        share = min(Fraction(1), left / sum(sizes[i] for i in sparse))
+        if share <= 0:
+            warnings.warn(
+                f"the layers with budgets of their own have {sum(budgets.values())} weights, all "
+                f"that sparsity={sparsity} leaves the network; the others take that sparsity "
+                f"themselves, and the network will have more weights",
+                stacklevel=2,
+            )
+            share = density
+    return _layer_budgets(shapes, budgets, dict.fromkeys(sparse, share))
+
+
+def erk(
+    shapes: Sequence[tuple[int, ...]],
+    sparsity: float,
+    *,
+    dense: Iterable[int] = (),
+    fixed: Mapping[int, int] | None = None,
+    power: float = 1.0,
+) -> list[LayerBudget]:
+    """Give layers a density in proportion to ``(sum(shape) / prod(shape)) ** power``.
+
+    Parameters
+    ----------
+    shapes, sparsity, dense, fixed
+        As in `uniform`.
+    power : float
+        The Erdős-Rényi-Kernel exponent; 1 is computed exactly.
+
+    Returns
+    -------
+    list of LayerBudget
+        A layer whose density would exceed 1 becomes dense, and the others are solved again.
+
+    Raises
+    ------
+    SriglError
+        If `sparsity` is out of range, a position or a budget does not fit, or the dense layers
+        alone exceed the network's budget.
+
+    Notes
+    -----
+    SPEC 3; Evci et al. 2020, sec. 3.1. With power 1 a layer gets ``floor(eps * sum(shape))``.
+    """
+    sizes, budgets, density = _checked(shapes, sparsity, dense, fixed)
+    check_real(power, "power")
+    raw = [
+        Fraction(sum(shape), size) if power == 1 else Fraction((sum(shape) / size) ** power)
+        for shape, size in zip(shapes, sizes, strict=True)
+    ]
+    while True:
+        sparse = [i for i in range(len(sizes)) if i not in budgets]
+        left = sum(sizes) * density - sum(budgets.values())
+        if left < 0 or (sparse and left == 0):
+            raise SriglError(
+                f"sparsity={sparsity} leaves the network {math.floor(sum(sizes) * density)} "
+                f"weights, but the layers kept dense or given budgets have "
+                f"{sum(budgets.values())} already; lower the sparsity or make a layer sparse"
+            )
+        if not sparse:
+            return _layer_budgets(shapes, budgets, {})
+        eps = left / sum(raw[i] * sizes[i] for i in sparse)
+        full = [i for i in sparse if eps * raw[i] > 1]
+        if not full:
+            return _layer_budgets(shapes, budgets, {i: eps * raw[i] for i in sparse})
+        budgets.update({i: sizes[i] for i in full})
+
+
+def _density(sparsity: float) -> Fraction:
+    if not 0 <= check_real(sparsity, "sparsity") < 1:
+        raise SriglError(
+            f"sparsity={sparsity!r} must be in [0, 1): 0.9 keeps a tenth of the weights"
+        )
+    return Fraction(1 - float(sparsity)) + Fraction(1, 2**51)
+
+
+def _checked(
+    shapes: Sequence[tuple[int, ...]],
+    sparsity: float,
+    dense: Iterable[int],
+    fixed: Mapping[int, int] | None,
+) -> tuple[list[int], dict[int, int], Fraction]:
+    """Return the layers' sizes, the budgets known beforehand, and the network's density."""
+    for shape in shapes:
+        if len(shape) < 2 or any(length < 1 for length in shape):
+            raise SriglError(f"a layer of shape {shape} has no neurons with inputs")
+    if not shapes:
+        raise SriglError("shapes is empty; name at least one layer")
+    sizes = [math.prod(shape) for shape in shapes]
+    budgets = {check_integer(i, "dense", least=0, most=len(sizes) - 1): 0 for i in dense}
+    budgets = {i: sizes[i] for i in budgets}
+    for i, budget in (fixed or {}).items():
+        check_integer(i, "fixed", least=0, most=len(sizes) - 1)
+        budgets[i] = check_integer(budget, f"nnz_budget of layer {i}", least=1, most=sizes[i])
+    return sizes, budgets, min(Fraction(1), _density(sparsity))
+
+
+def _layer_budgets(
+    shapes: Sequence[tuple[int, ...]], budgets: Mapping[int, int], densities: Mapping[int, Fraction]
+) -> list[LayerBudget]:
+    layers = []
+    for i, shape in enumerate(shapes):
+        size = math.prod(shape)
+        budget = budgets[i] if i in budgets else math.floor(size * densities[i])
+        density = Fraction(budget, size) if i in budgets else densities[i]
+        if budget < 1:
+            raise SriglError(
+                f"layer {i} of shape {tuple(shape)} gets {float(size * density):.3f} weights, "
+                f"less than one; lower the sparsity, or give it a budget of its own"
+            )
+        layers.append(LayerBudget(tuple(shape), budget, density))
+    return layers

@@ -1,0 +1,71 @@
+"""When masks are updated, and how much is pruned (SPEC 4 and 4.1; Evci et al. 2020)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from srigl_core.array_checks import check_integer, check_real
+from srigl_core.errors import SriglError
+
+__all__ = ["UpdateSchedule"]
+
+
+@dataclass(frozen=True)
+class UpdateSchedule:
+    """Updates every `delta_t` steps until `t_end`, pruning less and less.
+
+    Parameters
+    ----------
+    t_end : int
+        Steps count from 1; a step from `t_end` on is no longer due. The paper takes 75% of
+        training, see `for_training`.
+    delta_t : int
+        Steps from one update to the next.
+    alpha : float
+        Drop fraction at the start, in [0, 1].
+
+    Raises
+    ------
+    SriglError
+        If a setting is out of its range.
+
+    Examples
+    --------
+    >>> schedule = UpdateSchedule.for_training(1000)
+    >>> schedule.t_end, schedule.is_due(100), schedule.is_due(800)
+    (750, True, False)
+    >>> round(schedule.drop_fraction(375), 6)
+    0.15
+    """
+
+    t_end: int
+    delta_t: int = 100
+    alpha: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_integer(self.t_end, "t_end", least=1)
+        check_integer(self.delta_t, "delta_t", least=1)
+        if not 0 <= check_real(self.alpha, "alpha") <= 1:
+            raise SriglError(f"alpha={self.alpha!r} must be in [0, 1], a share of the weights")
+
+    @classmethod
+    def for_training(
+        cls, total_steps: int, *, delta_t: int = 100, alpha: float = 0.3
+    ) -> UpdateSchedule:
+        """Return the schedule that ends at 75% of `total_steps`, rounded down."""
+        total_steps = check_integer(total_steps, "total_steps", least=2)
+        return cls(3 * total_steps // 4, delta_t, alpha)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the masks are updated at `step`."""
+        return step > 0 and step % self.delta_t == 0 and step < self.t_end
+
+    def next_due(self, step: int) -> int | None:
+        """Return the first step at or after `step` that is due, or None if there is none."""
+        due = max(1, -(-step // self.delta_t)) * self.delta_t
+        return due if due < self.t_end else None
+
+    def drop_fraction(self, step: int) -> float:
+        """Return zeta, ``alpha / 2 * (1 + cos(pi * step / t_end))``."""
+        return self.alpha / 2 * (1 + math.cos(math.pi * step / self.t_end))

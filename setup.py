@@ -1,0 +1,17 @@
+"""Find every package under the three folders that make up ``srigl_core``."""
+
+from setuptools import find_packages, setup
+
+ROOTS = {
+    "srigl_core": "srigl_core",
+    "srigl_core.reference": "reference",
+    "srigl_core.backends": "backends",
+}
+
+setup(
+    packages=[
+        package
+        for name, folder in ROOTS.items()
+        for package in [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
+    ]
+)

@@ -1,0 +1,51 @@
+"""Dynamic sparse training with structured sparsity: the format, the definition, the kernels.
+
+Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2024 (arXiv 2305.02299).
+Importing this imports NumPy and SciPy, and no backend: `condensed_matmul` finds those by entry
+point when they are first needed.
+"""
+
+from srigl_core.condensed_file import load_condensed, save_condensed
+from srigl_core.condensed_weight import CondensedWeight, MemoryReport
+from srigl_core.contract import Backend, Capabilities, MatmulGradients, PreparedWeight
+from srigl_core.dispatch import condensed_matmul, condensed_matmul_backward, update_mask
+from srigl_core.errors import (
+    BackendUnavailableError,
+    FileFormatError,
+    SriglError,
+    ValueTypeError,
+)
+from srigl_core.mask_update import MaskUpdate, UpdateSettings
+from srigl_core.plan import Plan, prepare
+from srigl_core.registry import BackendStatus, get_backend, list_backends
+from srigl_core.trainer import LayerOptions, SparseTrainer
+
+__all__ = [
+    "Backend",
+    "BackendStatus",
+    "BackendUnavailableError",
+    "Capabilities",
+    "CondensedWeight",
+    "FileFormatError",
+    "LayerOptions",
+    "MaskUpdate",
+    "MatmulGradients",
+    "MemoryReport",
+    "Plan",
+    "PreparedWeight",
+    "SparseTrainer",
+    "SriglError",
+    "UpdateSettings",
+    "ValueTypeError",
+    "__version__",
+    "condensed_matmul",
+    "condensed_matmul_backward",
+    "get_backend",
+    "list_backends",
+    "load_condensed",
+    "prepare",
+    "save_condensed",
+    "update_mask",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,152 @@
+"""Checks of array arguments at the public door; each error says what was expected and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.value_types import value_dtype
+
+__all__ = ["as_float_array", "as_mask", "check_integer", "check_out", "check_real"]
+
+
+def as_float_array(array: object, what: str) -> NDArray[Any]:
+    """Return `array` as an ndarray of a value type, without a copy but for foreign byte order.
+
+    Parameters
+    ----------
+    array : array
+        An ndarray, or an object with ``__array_interface__`` or a CPU ``__dlpack__``.
+    what : str
+        Its name, for error messages.
+
+    Raises
+    ------
+    ValueTypeError
+        If it is no such object, or holds other numbers.
+    """
+    if not isinstance(array, np.ndarray):
+        array = _from_protocol(array, what)
+    dtype = value_dtype(array.dtype, f"{what} of dtype")
+    return array if array.dtype == dtype else array.astype(dtype)
+
+
+def _from_protocol(array: object, what: str) -> NDArray[Any]:
+    try:
+        if hasattr(array, "__array_interface__"):
+            return np.asarray(array)
+        if hasattr(array, "__dlpack__"):
+            return np.from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueTypeError(
+            f"{what} of type {type(array).__name__} cannot be read without a copy ({error}); pass "
+            f"a NumPy array, for example what its .numpy() or numpy.asarray(...) gives"
+        ) from error
+    raise ValueTypeError(
+        f"{what} must be an array (NumPy, __array_interface__ or CPU DLPack), got "
+        f"{type(array).__name__}; convert it with numpy.asarray(..., dtype=numpy.float32)"
+    )
+
+
+def as_mask(mask: object, shape: tuple[int, ...], what: str = "mask") -> NDArray[np.bool_]:
+    """Return `mask` as a boolean array of `shape`.
+
+    Raises
+    ------
+    ValueTypeError
+        If it is not an array of bool: numbers are not guessed to be masks.
+    SriglError
+        If it has another shape.
+    """
+    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+        came = f"dtype {mask.dtype}" if isinstance(mask, np.ndarray) else type(mask).__name__
+        raise ValueTypeError(f"{what} must be a NumPy array of bool, got {came}; pass mask != 0")
+    if mask.shape != shape:
+        raise SriglError(f"{what} has shape {mask.shape}, but its weight has {shape}")
+    return mask
+
+
+def check_integer(value: object, what: str, *, least: int, most: int | None = None) -> int:
+    """Return `value` as an int within ``least..most``.
+
+    Raises
+    ------
+    ValueTypeError
+        If it is not an integer (True and 3.0 are not).
+    SriglError
+        If it is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueTypeError(f"{what}={value!r} must be an integer, got {type(value).__name__}")
+    if value < least or (most is not None and value > most):
+        allowed = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise SriglError(f"{what}={value!r} must be {allowed}")
+    return int(value)
+
+
+def check_real(value: object, what: str) -> float:
+    """Return `value` as a finite float.
+
+    Raises
+    ------
+    ValueTypeError
+        If it is not a real number.
+    SriglError
+        If it is NaN or infinite.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise ValueTypeError(f"{what}={value!r} must be a number, got {type(value).__name__}")
+    if not np.isfinite(value):
+        raise SriglError(f"{what}={value!r} must be finite")
+    return float(value)
+
+
+def check_out(out: object, shape: tuple[int, ...], inputs: dict[str, NDArray[Any]]) -> None:
+    """Check that a result of `shape` can be written to `out` without touching an input.
+
+    Raises
+    ------
+    ValueTypeError
+        If `out` is no ndarray of a value type.
+    SriglError
+        If its shape differs, it is read-only, several of its elements share memory, or it shares
+        memory with one of `inputs`.
+    """
+    if not isinstance(out, np.ndarray):
+        raise ValueTypeError(f"out must be a NumPy array, got {type(out).__name__}")
+    if value_dtype(out.dtype, "out of dtype") != out.dtype:
+        raise ValueTypeError(f"out of dtype {out.dtype.str!r} must be in native byte order")
+    if out.shape != shape:
+        raise SriglError(f"out has shape {out.shape}, but the result has {shape}")
+    if not out.flags.writeable:
+        raise SriglError("out is read-only; pass a writeable array")
+    if out.size and _overlaps_itself(out):
+        raise SriglError(
+            f"out of strides {out.strides} has elements that share memory; pass an array of its own"
+        )
+    for name, array in inputs.items():
+        if np.may_share_memory(out, array) and _share_memory(out, array):
+            raise SriglError(f"out shares memory with {name}, which must not be written; copy one")
+
+
+def _share_memory(out: NDArray[Any], array: NDArray[Any]) -> bool:
+    try:
+        return np.shares_memory(out, array, max_work=10_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _overlaps_itself(array: NDArray[Any]) -> bool:
+    reach = array.itemsize
+    for stride, length in sorted(
+        (abs(stride), length)
+        for stride, length in zip(array.strides, array.shape, strict=True)
+        if length > 1
+    ):
+        if stride < reach:
+            return True
+        reach = stride * (length - 1) + reach
+    return False

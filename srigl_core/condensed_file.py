@@ -1,0 +1,208 @@
+"""Condensed weights in safetensors files: plain arrays plus metadata.
+
+A layer called ``fc1`` is stored as ``fc1.values``, ``fc1.indices`` and ``fc1.active``, with its
+dense shape and the name of its value type in the metadata; other arrays are stored as they are.
+bfloat16 is stored as uint16, since safetensors' NumPy loader does not know it. Everything read is
+validated before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_core.condensed_weight import CondensedWeight
+from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
+from srigl_core.value_types import VALUE_TYPES, index_dtype, value_dtype
+
+__all__ = ["FORMAT_VERSION", "load_condensed", "save_condensed"]
+
+FORMAT_VERSION = "1"
+
+_VERSION_KEY = "srigl_core.format_version"
+_LAYERS_KEY = "srigl_core.layers"
+_PARTS = ("values", "indices", "active")
+
+
+def save_condensed(
+    path: str | os.PathLike[str],
+    tensors: CondensedWeight | Mapping[str, CondensedWeight | NDArray[Any]],
+) -> None:
+    """Write condensed weights, and arrays that go with them such as biases, to one file.
+
+    Parameters
+    ----------
+    path : path-like
+        Replaced as a whole: a reader sees the old file or the new one.
+    tensors : CondensedWeight, or mapping of str to CondensedWeight or ndarray
+        One weight alone is called "weight".
+
+    Raises
+    ------
+    ValueTypeError
+        If something else is to be saved, or an array of a dtype safetensors does not store.
+    SriglError
+        If two names collide.
+    """
+    from safetensors.numpy import save
+
+    if isinstance(tensors, CondensedWeight):
+        tensors = {"weight": tensors}
+    if not isinstance(tensors, Mapping):
+        raise ValueTypeError(
+            f"tensors must be a CondensedWeight or a mapping of names to weights and arrays, got "
+            f"{type(tensors).__name__}"
+        )
+    arrays: dict[str, NDArray[Any]] = {}
+    layers: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        parts = _weight_arrays(name, tensor) if isinstance(tensor, CondensedWeight) else None
+        if isinstance(tensor, CondensedWeight):
+            layers[name] = {"shape": list(tensor.shape), "dtype": tensor.dtype.name}
+        for key, array in (parts or {name: _plain_array(name, tensor)}).items():
+            if key in arrays:
+                raise SriglError(f"two tensors would be stored as {key!r}; rename one")
+            arrays[key] = array
+    metadata = {_VERSION_KEY: FORMAT_VERSION, _LAYERS_KEY: json.dumps(layers)}
+    _write_whole(Path(path), save(arrays, metadata=metadata))
+
+
+def load_condensed(path: str | os.PathLike[str]) -> dict[str, CondensedWeight | NDArray[Any]]:
+    """Read a file written by `save_condensed`.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    dict of str to CondensedWeight or ndarray
+
+    Raises
+    ------
+    FileFormatError
+        If the file is truncated, of another format or version, or what it holds is not a valid
+        condensed weight: a wrong dtype or shape, an index out of range or out of order.
+    OSError
+        If the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {os.fspath(path)!r}")
+    try:
+        with safe_open(os.fspath(path), framework="np") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise FileFormatError(
+            f"{os.fspath(path)!r} is not a whole safetensors file ({error}); save it again"
+        ) from error
+    try:
+        return _tensors(arrays, _layers(metadata))
+    except SriglError as error:
+        raise FileFormatError(f"{os.fspath(path)!r}: {error}") from error
+
+
+def _weight_arrays(name: str, weight: CondensedWeight) -> dict[str, NDArray[Any]]:
+    values = weight.values
+    if values.dtype.name == "bfloat16":
+        values = values.view(np.uint16)
+    parts = (values, weight.indices, weight.active)
+    return {f"{name}.{part}": array for part, array in zip(_PARTS, parts, strict=True)}
+
+
+def _plain_array(name: str, array: object) -> NDArray[Any]:
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+        came = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise ValueTypeError(
+            f"{name!r} is {came}; safetensors files hold condensed weights and NumPy arrays of "
+            f"float, int or bool (view bfloat16 as uint16)"
+        )
+    return np.ascontiguousarray(array)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _layers(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    version = metadata.get(_VERSION_KEY)
+    if version is None:
+        raise FileFormatError(
+            "the file has no srigl_core.format_version; it was not written by save_condensed"
+        )
+    if version != FORMAT_VERSION:
+        raise FileFormatError(
+            f"the file is of format version {version!r}, but this srigl-core reads "
+            f"{FORMAT_VERSION!r}; use the srigl-core that wrote it, or a newer one"
+        )
+    try:
+        layers = json.loads(metadata[_LAYERS_KEY])
+        return {
+            str(name): {"shape": tuple(layer["shape"]), "dtype": layer["dtype"]}
+            for name, layer in layers.items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise FileFormatError(
+            f"the metadata {_LAYERS_KEY!r} does not describe layers ({error!r}); save it again"
+        ) from error
+
+
+def _tensors(
+    arrays: dict[str, NDArray[Any]], layers: Mapping[str, Mapping[str, Any]]
+) -> dict[str, CondensedWeight | NDArray[Any]]:
+    tensors: dict[str, CondensedWeight | NDArray[Any]] = {}
+    for name, layer in layers.items():
+        missing = [f"{name}.{part}" for part in _PARTS if f"{name}.{part}" not in arrays]
+        if missing:
+            raise FileFormatError(f"layer {name!r} lacks {', '.join(missing)}")
+        parts = [arrays.pop(f"{name}.{part}") for part in _PARTS]
+        try:
+            tensors[name] = _weight(*parts, **layer)
+        except SriglError as error:
+            raise FileFormatError(f"layer {name!r}: {error}") from error
+    collisions = tensors.keys() & arrays.keys()
+    if collisions:
+        raise FileFormatError(f"{sorted(collisions)} name both a layer and an array")
+    return tensors | arrays
+
+
+def _weight(
+    values: NDArray[Any],
+    indices: NDArray[Any],
+    active: NDArray[Any],
+    *,
+    shape: tuple[int, int],
+    dtype: str,
+) -> CondensedWeight:
+    if dtype not in VALUE_TYPES:
+        raise FileFormatError(f"dtype {dtype!r} is none of {', '.join(VALUE_TYPES)}")
+    stored = np.dtype(np.uint16) if dtype == "bfloat16" else np.dtype(dtype)
+    if values.dtype != stored:
+        raise FileFormatError(f"values are {values.dtype}, but {dtype} is stored as {stored}")
+    weight = CondensedWeight(values.view(value_dtype(dtype)), indices, active, shape)
+    for what, array, due in (
+        ("indices", indices, index_dtype(shape[1])),
+        ("active", active, np.dtype(np.int64)),
+    ):
+        if array.dtype != due:
+            raise FileFormatError(f"{what} are {array.dtype}, but must be {due}")
+    return weight

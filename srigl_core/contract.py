@@ -1,0 +1,185 @@
+"""What a backend is: the two protocols it implements and the capabilities it declares.
+
+A backend never validates: everything it is handed has passed the public door (`srigl_core.plan`,
+`srigl_core.dispatch`), so arrays have the stated shapes, dtypes and memory order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from numpy.typing import NDArray
+
+from srigl_core.value_types import VALUE_TYPES
+
+if TYPE_CHECKING:
+    from srigl_core.condensed_weight import CondensedWeight
+    from srigl_core.mask_update import MaskUpdate, UpdateSettings
+
+__all__ = [
+    "ACTIVATIONS",
+    "OPERATIONS",
+    "Backend",
+    "Capabilities",
+    "MatmulGradients",
+    "PreparedWeight",
+]
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+"""Names an `activation` argument may take; None means "none"."""
+
+OPERATIONS = ("condensed_matmul", "condensed_matmul_backward", "update_mask")
+"""Operations a backend may declare."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do.
+
+    Parameters
+    ----------
+    device : str
+        Where its arrays live: "cpu" or "cuda".
+    operations : frozenset of str
+        Those of `OPERATIONS` that it implements.
+    value_dtypes : frozenset of str
+        Those of `VALUE_TYPES` that it takes for values and inputs.
+    index_dtypes : frozenset of str
+        Those of "uint16" and "uint32" that it takes for indices.
+    threads : bool
+        Whether it obeys the `threads` argument; one that does not ignores it.
+    priority : int
+        Among the backends that can run here the highest is used when none is named.
+    """
+
+    device: str = "cpu"
+    operations: frozenset[str] = frozenset(OPERATIONS)
+    value_dtypes: frozenset[str] = frozenset(VALUE_TYPES)
+    index_dtypes: frozenset[str] = frozenset({"uint16", "uint32"})
+    threads: bool = False
+    priority: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class MatmulGradients:
+    """Gradients of a condensed matmul; None where not asked for.
+
+    Parameters
+    ----------
+    x : ndarray or None
+        dL/dx, `(..., n_in)`.
+    values : ndarray or None
+        dL/dvalues, `(n_active, k)`.
+    bias : ndarray or None
+        dL/dbias, `(n_out,)`.
+    """
+
+    x: NDArray[Any] | None = field(default=None)
+    values: NDArray[Any] | None = field(default=None)
+    bias: NDArray[Any] | None = field(default=None)
+
+
+class PreparedWeight(Protocol):
+    """A condensed weight in a backend's own layout; immutable, and safe to share among threads."""
+
+    def describe(self) -> Mapping[str, object]:
+        """Return what there is to know of the layout; at least "kernel", "layout", "bytes"."""
+        ...
+
+    def matmul(
+        self,
+        x: NDArray[Any],
+        bias: NDArray[Any] | None,
+        *,
+        activation: str,
+        compact: bool,
+        out: NDArray[Any],
+        threads: int | None,
+    ) -> None:
+        """Write act(x @ (W*M).T + bias) to `out` (SPEC 2).
+
+        Parameters
+        ----------
+        x : ndarray, (batch, n_in), batch >= 1
+            Any of the value types, any strides; not to be written.
+        bias : ndarray, (n_out,), or None
+            Of dtype result_type(x, values).
+        activation : str
+            One of `ACTIVATIONS`.
+        compact : bool
+            Whether to leave out the columns of ablated neurons.
+        out : ndarray, (batch, n_active if compact else n_out)
+            Any of the value types, any strides; shares no memory with the inputs. Every element
+            is to be written, rounded once from the accumulator.
+        threads : int or None
+            Threads to use at most; None is the backend's default. Never changes a bit of `out`.
+        """
+        ...
+
+    def backward(
+        self,
+        grad: NDArray[Any],
+        x: NDArray[Any] | None,
+        *,
+        out: MatmulGradients,
+        threads: int | None,
+    ) -> None:
+        """Write the gradients that `out` has arrays for (SPEC 2, Backward).
+
+        Parameters
+        ----------
+        grad : ndarray, (batch, n_out), batch >= 1
+            dL/dz, any value type, any strides.
+        x : ndarray, (batch, n_in), or None
+            The input of the forward pass; None if `out.values` is None.
+        out : MatmulGradients
+            Arrays of any value type and any strides, `x` `(batch, n_in)`.
+        threads : int or None
+            As in `matmul`.
+        """
+        ...
+
+    def with_values(self, weight: CondensedWeight) -> PreparedWeight:
+        """Return the same layout for a weight that differs in its values only."""
+        ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A set of kernels; registered in the entry-point group ``srigl_core.backends``.
+
+    The entry point names a class (or any callable without arguments) that makes one. Making it, or
+    importing its module, raises `BackendUnavailableError` where it cannot run, saying what is
+    missing and what to install.
+    """
+
+    name: str
+    capabilities: Capabilities
+
+    def prepare(self, weight: CondensedWeight) -> PreparedWeight:
+        """Return `weight` in this backend's layout."""
+        ...
+
+    def update_mask(
+        self,
+        weight: NDArray[Any],
+        grad: NDArray[Any],
+        mask: NDArray[Any],
+        settings: UpdateSettings,
+        *,
+        threads: int | None,
+    ) -> MaskUpdate:
+        """Return the mask update of SPEC 4, bit for bit that of the reference.
+
+        Parameters
+        ----------
+        weight, grad : ndarray, (n_out, n_in), C order
+            Any of the value types; `grad` is finite, and so is `weight` where `mask` is True.
+        mask : ndarray of bool, (n_out, n_in), C order
+        settings : UpdateSettings
+        threads : int or None
+            As in `PreparedWeight.matmul`.
+        """
+        ...

@@ -1,0 +1,194 @@
+"""The public functions: find the backend, check the arguments, call it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from srigl_core.array_checks import check_integer
+from srigl_core.condensed_weight import CondensedWeight
+from srigl_core.contract import Backend, MatmulGradients
+from srigl_core.errors import ValueTypeError
+from srigl_core.mask_update import MaskUpdate, UpdateSettings, checked_update
+from srigl_core.plan import Plan
+from srigl_core.registry import get_backend
+
+__all__ = ["condensed_matmul", "condensed_matmul_backward", "update_mask"]
+
+
+def condensed_matmul(
+    x: ArrayLike,
+    weight: CondensedWeight,
+    bias: ArrayLike | None = None,
+    *,
+    activation: str | None = None,
+    compact: bool = False,
+    out: NDArray[Any] | None = None,
+    backend: str | Backend | None = None,
+    threads: int | None = None,
+) -> NDArray[Any]:
+    """Return ``act(x @ (W*M).T + bias)`` computed from the connected inputs only.
+
+    Parameters
+    ----------
+    x : array, (..., n_in)
+        float16, bfloat16, float32 or float64; a NumPy array, or an object with
+        ``__array_interface__`` or a CPU ``__dlpack__``. Any strides; never written.
+    weight : CondensedWeight, (n_out, n_in)
+    bias : array, (n_out,), or None
+        Cast to the result's dtype.
+    activation : {None, "none", "relu", "gelu", "gelu_tanh", "silu"}
+        "gelu" is the erf form.
+    compact : bool
+        Return the columns of active neurons only, for inference. Otherwise an ablated neuron
+        outputs ``act(bias)``.
+    out : ndarray, (..., n_out) or (..., n_active), or None
+        Where to write, of any value type; must not share memory with an input.
+    backend : str, Backend or None
+        As in `get_backend`.
+    threads : int or None
+        Threads to use at most; None is the backend's default. Never changes the result.
+
+    Returns
+    -------
+    ndarray, (..., n_out), or (..., n_active) if `compact`
+        `out`, or a new array of dtype ``numpy.result_type(x, values)``.
+
+    Raises
+    ------
+    SriglError
+        If a shape does not fit, `activation` is unknown, or `out` cannot be written.
+    ValueTypeError
+        If a dtype is not supported, or float16 meets bfloat16.
+    BackendUnavailableError
+        If the backend asked for cannot run here.
+
+    Notes
+    -----
+    The weight keeps the plan of each backend it was used with. SPEC 2; the paper, sec. 4.4.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> weight = CondensedWeight(np.array([[2.0]]), [[1]], active=[0], shape=(2, 3))
+    >>> condensed_matmul(np.array([[1.0, 10.0, 100.0]]), weight, np.array([0.5, 0.25]))
+    array([[20.5 ,  0.25]])
+    """
+    plan = _plan(weight, get_backend(backend, operation="condensed_matmul"))
+    return plan(x, bias, activation=activation, compact=compact, out=out, threads=threads)
+
+
+def condensed_matmul_backward(
+    grad: ArrayLike,
+    x: ArrayLike | None,
+    weight: CondensedWeight,
+    *,
+    wrt: Iterable[str] = ("x", "values", "bias"),
+    out: MatmulGradients | None = None,
+    backend: str | Backend | None = None,
+    threads: int | None = None,
+) -> MatmulGradients:
+    """Return the gradients of the product before the activation.
+
+    Parameters
+    ----------
+    grad : array, (..., n_out)
+        dL/dz, for the full (not the compact) output.
+    x : array, (..., n_in), or None
+        The forward pass's input; needed for "values".
+    weight : CondensedWeight, (n_out, n_in)
+    wrt : iterable of {"x", "values", "bias"}
+        The gradients to compute.
+    out : MatmulGradients or None
+        Arrays to write to, of any value type; those that are None are made.
+    backend, threads
+        As in `condensed_matmul`.
+
+    Returns
+    -------
+    MatmulGradients
+        ``x`` of dtype ``result_type(grad, values)``; ``values`` and ``bias`` of the widest type
+        that takes part, float32 at least. None where not in `wrt`.
+
+    Raises
+    ------
+    SriglError
+        If a shape does not fit, or `out` cannot be written.
+    ValueTypeError
+        If a dtype is not supported.
+    BackendUnavailableError
+        If the backend asked for cannot run here.
+
+    Notes
+    -----
+    SPEC 2, Backward. Cost O(batch * n_active * k).
+    """
+    plan = _plan(weight, get_backend(backend, operation="condensed_matmul_backward"))
+    return plan.backward(grad, x, wrt=wrt, out=out, threads=threads)
+
+
+def update_mask(
+    weight: ArrayLike,
+    grad: ArrayLike,
+    mask: NDArray[np.bool_],
+    *,
+    nnz_budget: int,
+    drop_fraction: float,
+    gamma_sal: float | None = 0.3,
+    min_salient: int | None = None,
+    saliency_scope: str = "inactive",
+    grown_init: float = 0.0,
+    backend: str | Backend | None = None,
+    threads: int | None = None,
+) -> MaskUpdate:
+    """Return the SRigL update of one layer's mask.
+
+    Parameters
+    ----------
+    weight : array, (n_out, n_in) or (out, in, kh, kw)
+        The dense weight after the optimiser's step, of any value type.
+    grad : array, same shape
+        The dense gradient G of that step, the mean over the window.
+    mask : ndarray of bool, same shape
+    nnz_budget, drop_fraction, gamma_sal, min_salient, saliency_scope, grown_init
+        As in `UpdateSettings`.
+    backend : str, Backend or None
+        As in `get_backend`; all give the same bits.
+    threads : int or None
+        Threads to use at most; never changes the result.
+
+    Returns
+    -------
+    MaskUpdate
+        New arrays, in the weight's shape.
+
+    Raises
+    ------
+    SriglError
+        If a setting is out of range, shapes differ, a number that counts is not finite, or the
+        budget leaves the active neurons no weight. Nothing is changed.
+    BackendUnavailableError
+        If the backend asked for cannot run here.
+
+    Notes
+    -----
+    SPEC 4; the paper, sec. 3. Ties go to the lowest flat index.
+    """
+    settings = UpdateSettings(
+        nnz_budget, drop_fraction, gamma_sal, min_salient, saliency_scope, grown_init
+    )
+    chosen = get_backend(backend, operation="update_mask")
+    threads = None if threads is None else check_integer(threads, "threads", least=1)
+    return checked_update(chosen.update_mask, weight, grad, mask, settings, threads=threads)
+
+
+def _plan(weight: CondensedWeight, backend: Backend) -> Plan:
+    if not isinstance(weight, CondensedWeight):
+        raise ValueTypeError(
+            f"weight must be a CondensedWeight, got {type(weight).__name__}; make one with "
+            f"CondensedWeight.from_dense(weight, mask)"
+        )
+    return weight.plan(backend)

@@ -1,0 +1,374 @@
+"""The public door of the condensed matmul: check the arguments once, then call the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from srigl_core.array_checks import as_float_array, check_integer, check_out
+from srigl_core.contract import ACTIVATIONS, Backend, MatmulGradients, PreparedWeight
+from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.float_mode import honour_subnormals
+from srigl_core.registry import get_backend
+from srigl_core.value_types import result_dtype, round_to
+
+if TYPE_CHECKING:
+    from srigl_core.condensed_weight import CondensedWeight
+
+__all__ = ["Plan", "prepare"]
+
+_GRADIENTS = ("x", "values", "bias")
+
+
+def prepare(
+    weight: CondensedWeight, *, backend: str | Backend | None = None, threads: int | None = None
+) -> Plan:
+    """Lay out `weight` for repeated products.
+
+    Parameters
+    ----------
+    weight : CondensedWeight
+    backend : str, Backend or None
+        As in `srigl_core.get_backend`.
+    threads : int or None
+        Threads to use at most; None is the backend's default. Never changes the result.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    ValueTypeError
+        If `weight` is no condensed weight, or the backend does not take its dtypes.
+    BackendUnavailableError
+        If the backend asked for cannot run here.
+
+    Examples
+    --------
+    >>> import numpy as np, srigl_core
+    >>> weight = srigl_core.CondensedWeight.random((4, 6), fan_in=2, rng=0)
+    >>> plan = srigl_core.prepare(weight, backend="reference")
+    >>> plan(np.ones((3, 6), np.float32)).shape
+    (3, 4)
+    """
+    if not (hasattr(weight, "indices") and hasattr(weight, "active")):
+        raise ValueTypeError(
+            f"weight must be a CondensedWeight, got {type(weight).__name__}; make one with "
+            f"CondensedWeight.from_dense(weight, mask)"
+        )
+    chosen = get_backend(backend)
+    for kind, dtype, able in (
+        ("values", weight.dtype, chosen.capabilities.value_dtypes),
+        ("indices", weight.indices.dtype, chosen.capabilities.index_dtypes),
+    ):
+        if dtype.name not in able:
+            raise ValueTypeError(
+                f"backend {chosen.name!r} does not take {kind} of dtype {dtype.name}; it takes "
+                f"{', '.join(sorted(able))}"
+            )
+    return Plan(weight, chosen, chosen.prepare(weight), _checked_threads(threads))
+
+
+class Plan:
+    """A condensed weight laid out for one backend; immutable, callable and printable.
+
+    Made by `prepare`. One plan may be called from many threads at once.
+
+    Attributes
+    ----------
+    weight : CondensedWeight
+    backend : Backend
+    threads : int or None
+    """
+
+    __slots__ = ("_prepared", "backend", "threads", "weight")
+
+    weight: CondensedWeight
+    backend: Backend
+    threads: int | None
+    _prepared: PreparedWeight
+
+    def __init__(
+        self,
+        weight: CondensedWeight,
+        backend: Backend,
+        prepared: PreparedWeight,
+        threads: int | None,
+    ) -> None:
+        for name, value in zip(self.__slots__, (prepared, backend, threads, weight), strict=True):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("a plan is immutable; call prepare(...) or with_values(...)")
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        bias: ArrayLike | None = None,
+        *,
+        activation: str | None = None,
+        compact: bool = False,
+        out: NDArray[Any] | None = None,
+        threads: int | None = None,
+    ) -> NDArray[Any]:
+        """Return ``act(x @ (W*M).T + bias)`` computed from the connected inputs only.
+
+        Parameters
+        ----------
+        x : array, (..., n_in)
+            float16, bfloat16, float32 or float64; a NumPy array, or an object with
+            ``__array_interface__`` or a CPU ``__dlpack__``. Any strides; never written.
+        bias : array, (n_out,), or None
+            Cast to the result's dtype.
+        activation : {None, "none", "relu", "gelu", "gelu_tanh", "silu"}
+            "gelu" is the erf form.
+        compact : bool
+            Return the columns of active neurons only, for inference. Otherwise an ablated neuron
+            outputs ``act(bias)``.
+        out : ndarray, (..., n_out) or (..., n_active), or None
+            Where to write, of any value type; must not share memory with an input.
+        threads : int or None
+            Overrides the plan's.
+
+        Returns
+        -------
+        ndarray, (..., n_out), or (..., n_active) if `compact`
+            `out`, or a new array of dtype ``numpy.result_type(x, values)``.
+
+        Raises
+        ------
+        SriglError
+            If a shape does not fit, `activation` is unknown, or `out` cannot be written.
+        ValueTypeError
+            If a dtype is not supported, or float16 meets bfloat16.
+
+        Notes
+        -----
+        SPEC 2: accumulates in float32, in float64 where either input is float64, and rounds once.
+        Cost O(batch * n_active * k). The paper's condensed layer, sec. 4.4.
+        """
+        weight = self.weight
+        n_out, n_in = weight.shape
+        x = as_float_array(x, "x")
+        if x.ndim == 0 or x.shape[-1] != n_in:
+            raise SriglError(
+                f"x has shape {x.shape}, but its last axis must be the weight's n_in={n_in} "
+                f"(weight {weight.shape})"
+            )
+        kind = self._result_dtype(x, "x")
+        if bias is not None:
+            bias = as_float_array(bias, "bias")
+            if bias.shape != (n_out,):
+                raise SriglError(
+                    f"bias has shape {bias.shape}, but needs one number for each of the n_out="
+                    f"{n_out} neurons, ablated ones included: ({n_out},)"
+                )
+        activation = "none" if activation is None else activation
+        if activation not in ACTIVATIONS:
+            raise SriglError(f"activation={activation!r} is unknown; use {', '.join(ACTIVATIONS)}")
+        shape = (*x.shape[:-1], weight.n_active if compact else n_out)
+        inputs = {"x": x} if bias is None else {"x": x, "bias": bias}
+        result = _result_array(out, shape, kind, inputs)
+        threads = self.threads if threads is None else _checked_threads(threads)
+        if result.size:
+            flat = _rows(result)
+            with honour_subnormals():
+                self._prepared.matmul(
+                    _rows(x),
+                    None if bias is None else round_to(bias, kind),
+                    activation=activation,
+                    compact=compact,
+                    out=flat,
+                    threads=threads,
+                )
+            _copy_back(result, flat)
+        return result
+
+    def backward(
+        self,
+        grad: ArrayLike,
+        x: ArrayLike | None = None,
+        *,
+        wrt: Iterable[str] = _GRADIENTS,
+        out: MatmulGradients | None = None,
+        threads: int | None = None,
+    ) -> MatmulGradients:
+        """Return the gradients of the product before the activation.
+
+        Parameters
+        ----------
+        grad : array, (..., n_out)
+            dL/dz, for the full (not the compact) output.
+        x : array, (..., n_in), or None
+            The forward pass's input; needed for "values".
+        wrt : iterable of {"x", "values", "bias"}
+            The gradients to compute.
+        out : MatmulGradients or None
+            Arrays to write to, of any value type; those that are None are made.
+        threads : int or None
+            Overrides the plan's.
+
+        Returns
+        -------
+        MatmulGradients
+            ``x`` of dtype ``result_type(grad, values)``; ``values`` and ``bias`` of the widest
+            type that takes part, float32 at least. None where not in `wrt`.
+
+        Raises
+        ------
+        SriglError
+            If a shape does not fit, `wrt` is empty or names something else, or `out` cannot be
+            written.
+        ValueTypeError
+            If a dtype is not supported.
+
+        Notes
+        -----
+        SPEC 2, Backward: a NaN in `grad` at an ablated neuron, or in `x` at an unconnected
+        column, reaches neither dx nor dvalues.
+        """
+        weight = self.weight
+        n_out, n_in = weight.shape
+        wanted = _checked_wrt(wrt)
+        if "condensed_matmul_backward" not in self.backend.capabilities.operations:
+            get_backend(self.backend, operation="condensed_matmul_backward")
+        grad = as_float_array(grad, "grad")
+        if grad.ndim == 0 or grad.shape[-1] != n_out:
+            raise SriglError(
+                f"grad has shape {grad.shape}, but its last axis must be the weight's "
+                f"n_out={n_out} (weight {weight.shape}); compact gradients are not taken"
+            )
+        inputs = {"grad": grad}
+        if "values" in wanted:
+            if x is None:
+                raise SriglError("the gradient of the values needs x, the forward pass's input")
+            x = inputs["x"] = as_float_array(x, "x")
+            if x.shape != (*grad.shape[:-1], n_in):
+                raise SriglError(
+                    f"x has shape {x.shape}, but grad of shape {grad.shape} and a weight "
+                    f"{weight.shape} need {(*grad.shape[:-1], n_in)}"
+                )
+        else:
+            x = None
+        results = self._gradient_arrays(wanted, grad, x, out, inputs)
+        threads = self.threads if threads is None else _checked_threads(threads)
+        if grad.size:
+            flats = {n: _rows(array) if n == "x" else array for n, array in results.items()}
+            with honour_subnormals():
+                self._prepared.backward(
+                    _rows(grad),
+                    None if x is None else _rows(x),
+                    out=MatmulGradients(**flats),
+                    threads=threads,
+                )
+            for name, flat in flats.items():
+                _copy_back(results[name], flat)
+        else:
+            for array in results.values():
+                array[...] = 0
+        return MatmulGradients(**results)
+
+    def with_values(self, values: ArrayLike) -> Plan:
+        """Return a plan for other values on the same connections, sharing the packed indices.
+
+        Parameters
+        ----------
+        values : array, (n_active, k)
+            Of the weight's dtype. Copied.
+
+        Raises
+        ------
+        SriglError
+            If the shape or the dtype differ.
+        """
+        weight = self.weight.with_values(values)
+        return Plan(weight, self.backend, self._prepared.with_values(weight), self.threads)
+
+    def describe(self) -> dict[str, object]:
+        """Return the backend, the kernel, the layout and its bytes, as a new dict."""
+        return {
+            "backend": self.backend.name,
+            "threads": "backend's default" if self.threads is None else self.threads,
+            **self._prepared.describe(),
+        }
+
+    def __repr__(self) -> str:
+        facts = ", ".join(f"{name}={value}" for name, value in self.describe().items())
+        return f"Plan({self.weight!r}, {facts})"
+
+    def _result_dtype(self, array: NDArray[Any], what: str) -> np.dtype[Any]:
+        able = self.backend.capabilities.value_dtypes
+        if array.dtype.name not in able:
+            raise ValueTypeError(
+                f"backend {self.backend.name!r} does not take {what} of dtype {array.dtype.name}; "
+                f"it takes {', '.join(sorted(able))}"
+            )
+        return result_dtype(array.dtype, self.weight.dtype)
+
+    def _gradient_arrays(
+        self,
+        wanted: tuple[str, ...],
+        grad: NDArray[Any],
+        x: NDArray[Any] | None,
+        out: MatmulGradients | None,
+        inputs: dict[str, NDArray[Any]],
+    ) -> dict[str, NDArray[Any]]:
+        product = self._result_dtype(grad, "grad")
+        at_least = np.dtype(np.float32)
+        if x is not None:
+            self._result_dtype(x, "x")
+            result_dtype(grad.dtype, x.dtype)
+        taking_part = [grad.dtype, self.weight.dtype, *([] if x is None else [x.dtype])]
+        kinds = {
+            "x": product,
+            "values": np.result_type(at_least, *taking_part),
+            "bias": np.result_type(at_least, grad.dtype),
+        }
+        n_out, n_in = self.weight.shape
+        shapes = {
+            "x": (*grad.shape[:-1], n_in),
+            "values": self.weight.values.shape,
+            "bias": (n_out,),
+        }
+        results: dict[str, NDArray[Any]] = {}
+        for name in wanted:
+            given = None if out is None else getattr(out, name)
+            results[name] = _result_array(given, shapes[name], kinds[name], {**inputs, **results})
+        return results
+
+
+def _checked_threads(threads: int | None) -> int | None:
+    return None if threads is None else check_integer(threads, "threads", least=1)
+
+
+def _checked_wrt(wrt: Iterable[str]) -> tuple[str, ...]:
+    wanted = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    if not wanted or not set(wanted) <= set(_GRADIENTS):
+        raise SriglError(f"wrt={wrt!r} must name one or more of {', '.join(_GRADIENTS)}")
+    return wanted
+
+
+def _result_array(
+    out: NDArray[Any] | None,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    inputs: dict[str, NDArray[Any]],
+) -> NDArray[Any]:
+    if out is None:
+        return np.empty(shape, dtype)
+    check_out(out, shape, inputs)
+    return out
+
+
+def _rows(array: NDArray[Any]) -> NDArray[Any]:
+    """Return `array` with its leading axes as one: a view, or a copy where strides forbid one."""
+    return array.reshape(-1, array.shape[-1])
+
+
+def _copy_back(array: NDArray[Any], flat: NDArray[Any]) -> None:
+    if not np.may_share_memory(array, flat):
+        array[...] = flat.reshape(array.shape)

@@ -1,0 +1,131 @@
+"""Find backends by entry point; nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+from srigl_core.contract import Backend, Capabilities
+from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
+
+__all__ = ["BackendStatus", "get_backend", "list_backends"]
+
+ENTRY_POINT_GROUP = "srigl_core.backends"
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a registered backend can run here.
+
+    Parameters
+    ----------
+    name : str
+    available : bool
+    reason : str
+        Why it cannot run and what to install; empty where it can.
+    capabilities : Capabilities or None
+        None where it cannot run.
+    """
+
+    name: str
+    available: bool
+    reason: str = ""
+    capabilities: Capabilities | None = None
+
+
+def list_backends() -> list[BackendStatus]:
+    """Say of every registered backend whether it can run here, the preferred one first.
+
+    Returns
+    -------
+    list of BackendStatus
+
+    Notes
+    -----
+    Loads every backend, and so imports what each needs.
+    """
+    statuses = []
+    for name in _registered():
+        try:
+            backend = _load(name)
+        except BackendUnavailableError as error:
+            statuses.append(BackendStatus(name, False, str(error)))
+        else:
+            statuses.append(BackendStatus(name, True, "", backend.capabilities))
+    return sorted(
+        statuses,
+        key=lambda status: -status.capabilities.priority if status.capabilities else 1,
+    )
+
+
+def get_backend(
+    backend: str | Backend | None = None, *, operation: str = "condensed_matmul"
+) -> Backend:
+    """Return the backend asked for, or the preferred one that can run here.
+
+    Parameters
+    ----------
+    backend : str, Backend or None
+        A registered name, an object that implements `Backend`, or None for the available CPU
+        backend of highest priority.
+    operation : str
+        What it is needed for, one of `srigl_core.contract.OPERATIONS`.
+
+    Returns
+    -------
+    Backend
+
+    Raises
+    ------
+    BackendUnavailableError
+        If the one asked for cannot run here; never replaced silently.
+    SriglError
+        If no backend has that name, or it does not offer `operation`.
+    ValueTypeError
+        If `backend` is neither a name nor a backend.
+    """
+    if backend is None:
+        return _preferred(operation)
+    found = _load(backend) if isinstance(backend, str) else backend
+    if not isinstance(found, Backend):
+        raise ValueTypeError(
+            f"backend must be a name ({', '.join(_registered())}), an object with the methods of "
+            f"srigl_core.contract.Backend, or None; got {type(backend).__name__}"
+        )
+    if operation not in found.capabilities.operations:
+        able = [
+            status.name
+            for status in list_backends()
+            if status.capabilities and operation in status.capabilities.operations
+        ]
+        raise SriglError(
+            f"backend {found.name!r} does not offer {operation}; use one of: {', '.join(able)}"
+        )
+    return found
+
+
+@functools.cache
+def _preferred(operation: str) -> Backend:
+    for status in list_backends():
+        able = status.capabilities
+        if able and able.device == "cpu" and operation in able.operations:
+            return _load(status.name)
+    raise BackendUnavailableError(
+        f"no backend that offers {operation} is installed; is srigl-core itself installed? "
+        f"A source folder on the path has no entry points: pip install srigl-core"
+    )
+
+
+@functools.cache
+def _load(name: str) -> Backend:
+    for entry_point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+        backend: Backend = entry_point.load()()
+        return backend
+    raise SriglError(
+        f"no backend is called {name!r}; registered here: {', '.join(_registered()) or 'none'}"
+    )
+
+
+def _registered() -> list[str]:
+    return sorted({entry_point.name for entry_point in entry_points(group=ENTRY_POINT_GROUP)})

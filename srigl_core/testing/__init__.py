@@ -1,0 +1,1 @@
+"""Laws that every backend obeys, and the problems they are tried on."""

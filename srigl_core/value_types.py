@@ -1,0 +1,140 @@
+"""Which number types a condensed layer may hold, and how they combine (SPEC 1 and 2).
+
+bfloat16 is not a NumPy type: it comes from ``ml_dtypes``, which is imported only when a
+bfloat16 array has to be made here. Recognising one needs no import, since its dtype can exist
+only if somebody has imported ``ml_dtypes`` already.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from srigl_core.errors import ValueTypeError
+
+__all__ = [
+    "VALUE_TYPES",
+    "accumulator_dtype",
+    "as_float_view",
+    "index_dtype",
+    "result_dtype",
+    "round_to",
+    "value_dtype",
+]
+
+VALUE_TYPES = ("float16", "bfloat16", "float32", "float64")
+
+_NATIVE = {
+    np.dtype(np.float16): np.dtype(np.float16),
+    np.dtype(np.float32): np.dtype(np.float32),
+    np.dtype(np.float64): np.dtype(np.float64),
+}
+
+
+def value_dtype(dtype: DTypeLike, what: str = "dtype") -> np.dtype[Any]:
+    """Return `dtype` as one of the four value types, in native byte order.
+
+    Parameters
+    ----------
+    dtype : dtype-like
+        A NumPy dtype, or a name from `VALUE_TYPES`.
+    what : str
+        What carries the dtype, for the error message.
+
+    Returns
+    -------
+    numpy.dtype
+        float16, bfloat16, float32 or float64.
+
+    Raises
+    ------
+    ValueTypeError
+        If `dtype` is none of the four.
+    """
+    if isinstance(dtype, str) and dtype == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        raise ValueTypeError(
+            f"{what} {dtype!r} is not a number type; use one of {', '.join(VALUE_TYPES)}"
+        ) from None
+    native = _NATIVE.get(found)
+    if native is not None:
+        return native
+    if found.name == "bfloat16":
+        return found
+    if found.kind == "f" and found.newbyteorder("=") in _NATIVE:
+        return found.newbyteorder("=")
+    raise ValueTypeError(
+        f"{what} {found.name!r} is not supported; convert to one of {', '.join(VALUE_TYPES)} "
+        f"first, for example array.astype(numpy.float32)"
+    )
+
+
+def result_dtype(x: np.dtype[Any], values: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype of a product of `x` and `values` (SPEC 2, Types).
+
+    Raises
+    ------
+    ValueTypeError
+        If one is float16 and the other bfloat16: neither holds the other.
+    """
+    if x == values:
+        return x
+    if {x.name, values.name} == {"float16", "bfloat16"}:
+        raise ValueTypeError(
+            f"{x.name} and {values.name} do not combine: neither holds the other's numbers; "
+            f"convert one of them, for example to float32"
+        )
+    return np.result_type(x, values)
+
+
+def accumulator_dtype(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
+    """Return float64 where any of `dtypes` is float64, else float32 (SPEC 2, Types)."""
+    wide = any(dtype == np.float64 for dtype in dtypes)
+    return np.dtype(np.float64 if wide else np.float32)
+
+
+def index_dtype(n_in: int) -> np.dtype[Any]:
+    """Return uint16 where it can number `n_in` columns, else uint32 (SPEC 1)."""
+    return np.dtype(np.uint16 if n_in <= 65536 else np.uint32)
+
+
+def as_float_view(array: NDArray[Any]) -> NDArray[Any]:
+    """Return `array` itself, or its exact float32 copy where it holds 16-bit numbers."""
+    return array.astype(np.float32) if array.dtype.itemsize == 2 else array
+
+
+def round_to(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Round `array` once, to nearest even, to `dtype`.
+
+    NumPy does that for its own types. ``ml_dtypes`` turns float64 into bfloat16 by way of
+    float32, which rounds twice; going there by round-to-odd makes the second rounding exact
+    (S. Boldo and G. Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+
+    Parameters
+    ----------
+    array : ndarray, float32 or float64
+    dtype : numpy.dtype
+        One of the four value types.
+
+    Returns
+    -------
+    ndarray of `dtype`
+        `array` itself if it has that dtype already.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if dtype.name == "bfloat16" and array.dtype == np.float64:
+            nearest = array.astype(np.float32)
+            inexact = (nearest != array) & np.isfinite(nearest)
+            away = inexact & (np.abs(nearest) > np.abs(array))
+            bits = nearest.view(np.uint32) - away
+            array = (bits | inexact).view(np.float32)
+        return array.astype(dtype)
