@@ -1,0 +1,54 @@
+"""The Numba backend as the contract sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_core.condensed_weight import CondensedWeight
+from srigl_core.contract import Capabilities
+from srigl_core.errors import BackendUnavailableError
+from srigl_core.mask_update import MaskUpdate, UpdateSettings
+
+try:
+    import numba
+except ModuleNotFoundError as error:
+    raise BackendUnavailableError(
+        f"backend 'numba' needs the package {error.name!r}, which is not installed: "
+        f"pip install numba"
+    ) from error
+
+from srigl_core.backends.numba_cpu import mask_update
+from srigl_core.backends.numba_cpu.condensed_matmul import NumbaPrepared
+from srigl_core.backends.numba_cpu.threads import describe_threads
+
+__all__ = ["NumbaBackend"]
+
+
+class NumbaBackend:
+    """Compiled, parallel CPU kernels."""
+
+    name = "numba"
+    capabilities = Capabilities(threads=True, priority=20)
+
+    def prepare(self, weight: CondensedWeight) -> NumbaPrepared:
+        """Return `weight` in this backend's layout."""
+        return NumbaPrepared(weight)
+
+    def update_mask(
+        self,
+        weight: NDArray[Any],
+        grad: NDArray[Any],
+        mask: NDArray[np.bool_],
+        settings: UpdateSettings,
+        *,
+        threads: int | None,
+    ) -> MaskUpdate:
+        """Return the update of SPEC 4."""
+        return mask_update.srigl_update(weight, grad, mask, settings, threads=threads)
+
+    def runtime_info(self) -> dict[str, object]:
+        """Return Numba's version, threads, threading layer and cache, for ``srigl info``."""
+        return {"numba": numba.__version__, **describe_threads()}

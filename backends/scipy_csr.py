@@ -1,0 +1,138 @@
+"""SciPy CSR: the baseline that everybody has, and a second oracle for the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from numpy.typing import NDArray
+
+from srigl_core.condensed_weight import CondensedWeight
+from srigl_core.contract import Capabilities, MatmulGradients
+from srigl_core.errors import SriglError
+from srigl_core.mask_update import MaskUpdate, UpdateSettings
+from srigl_core.reference.activations import activate
+from srigl_core.value_types import accumulator_dtype, round_to
+
+__all__ = ["ScipyBackend"]
+
+Array = NDArray[Any]
+
+
+class ScipyBackend:
+    """Products through ``scipy.sparse``, one thread."""
+
+    name = "scipy"
+    capabilities = Capabilities(
+        operations=frozenset({"condensed_matmul", "condensed_matmul_backward"}), priority=10
+    )
+
+    def prepare(self, weight: CondensedWeight) -> CsrPrepared:
+        """Return `weight` as a CSR matrix of its active rows."""
+        kind = accumulator_dtype(weight.dtype)
+        return CsrPrepared(weight, {kind: _csr(weight, kind)})
+
+    def update_mask(
+        self,
+        weight: Array,
+        grad: Array,
+        mask: NDArray[np.bool_],
+        settings: UpdateSettings,
+        *,
+        threads: int | None,
+    ) -> MaskUpdate:
+        """Refuse: not among this backend's operations."""
+        raise SriglError("backend 'scipy' does not offer update_mask")
+
+
+@dataclass(frozen=True, eq=False)
+class CsrPrepared:
+    """The active rows as CSR, (n_active, n_in), one matrix for each accumulator type used."""
+
+    weight: CondensedWeight
+    matrices: dict[np.dtype[Any], scipy.sparse.csr_array]
+
+    def describe(self) -> Mapping[str, object]:
+        """Return kernel, layout and bytes."""
+        size = sum(m.data.nbytes + m.indices.nbytes + m.indptr.nbytes for m in self._all())
+        return {"kernel": "scipy.sparse", "layout": "CSR of the active rows", "bytes": size}
+
+    def matmul(
+        self,
+        x: Array,
+        bias: Array | None,
+        *,
+        activation: str,
+        compact: bool,
+        out: Array,
+        threads: int | None,
+    ) -> None:
+        """Write the product to `out`."""
+        weight = self.weight
+        kind = accumulator_dtype(x.dtype, weight.dtype)
+        with np.errstate(all="ignore"):
+            product = (self._matrix(kind) @ x.T.astype(kind)).T
+            offset = np.zeros(weight.shape[0], kind) if bias is None else bias.astype(kind)
+            z = np.broadcast_to(offset, (x.shape[0], weight.shape[0])).copy()
+            z[:, weight.active] += product
+            z = z[:, weight.active] if compact else z
+            if activation != "none":
+                z = activate(z.astype(np.float64), activation)
+            out[...] = round_to(z, out.dtype)
+
+    def backward(
+        self, grad: Array, x: Array | None, *, out: MatmulGradients, threads: int | None
+    ) -> None:
+        """Write the gradients to `out`."""
+        weight = self.weight
+        with np.errstate(all="ignore"):
+            if out.x is not None:
+                kind = accumulator_dtype(grad.dtype, weight.dtype)
+                dx = (self._matrix(kind).T @ grad[:, weight.active].T.astype(kind)).T
+                out.x[...] = round_to(dx, out.x.dtype)
+            if out.values is not None and x is not None:
+                kind = accumulator_dtype(grad.dtype, x.dtype, weight.dtype)
+                dense = _full_csr(grad[:, weight.active].T.astype(kind)) @ x.astype(kind)
+                dvalues = np.take_along_axis(dense, weight.indices.astype(np.int64), axis=1)
+                out.values[...] = round_to(dvalues, out.values.dtype)
+            if out.bias is not None:
+                kind = accumulator_dtype(grad.dtype)
+                ones = np.ones(grad.shape[0], kind)
+                out.bias[...] = round_to(_full_csr(grad.T.astype(kind)) @ ones, out.bias.dtype)
+
+    def with_values(self, weight: CondensedWeight) -> CsrPrepared:
+        """Return a matrix of other values that shares the column numbers and row pointers."""
+        first = next(iter(self._all()))
+        data = weight.values.ravel().astype(first.dtype)
+        fresh = scipy.sparse.csr_array((data, first.indices, first.indptr), shape=first.shape)
+        return replace(self, weight=weight, matrices={first.dtype: fresh})
+
+    def _all(self) -> list[scipy.sparse.csr_array]:
+        return list(self.matrices.values())
+
+    def _matrix(self, kind: np.dtype[Any]) -> scipy.sparse.csr_array:
+        matrix = self.matrices.get(kind)
+        if matrix is None:
+            matrix = self.matrices[kind] = _csr(self.weight, kind)
+        return matrix
+
+
+def _csr(weight: CondensedWeight, kind: np.dtype[Any]) -> scipy.sparse.csr_array:
+    """Return the active rows with every active weight stored, zeros included."""
+    row_starts = np.arange(weight.n_active + 1) * weight.fan_in
+    return scipy.sparse.csr_array(
+        (weight.values.ravel().astype(kind), weight.indices.ravel().astype(np.int64), row_starts),
+        shape=(weight.n_active, weight.shape[1]),
+    )
+
+
+def _full_csr(dense: Array) -> scipy.sparse.csr_array:
+    """Return `dense` with every entry stored: a product skips no zero, so 0 * inf stays NaN."""
+    rows, columns = dense.shape
+    return scipy.sparse.csr_array(
+        (dense.ravel(), np.tile(np.arange(columns), rows), np.arange(rows + 1) * columns),
+        shape=dense.shape,
+    )

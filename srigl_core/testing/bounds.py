@@ -1,0 +1,136 @@
+"""The a-priori error bound of SPEC 2: the only tolerance that products are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_core.reference.activations import activate
+
+__all__ = ["FloatLimits", "Outcome", "first_violation", "float_limits"]
+
+_LIPSCHITZ = {"none": 1.0, "relu": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.10}
+
+
+@dataclass(frozen=True)
+class FloatLimits:
+    """What rounding does in a float type.
+
+    Parameters
+    ----------
+    roundoff : float
+        Unit roundoff, u.
+    smallest : float
+        Smallest positive subnormal, eta.
+    largest : float
+        Largest finite number.
+    """
+
+    roundoff: float
+    smallest: float
+    largest: float
+
+    @property
+    def overflow(self) -> float:
+        """The magnitude from which rounding to nearest gives infinity."""
+        return self.largest * (1 + self.roundoff)
+
+
+_LIMITS = {
+    "float16": FloatLimits(2.0**-11, 2.0**-24, 65504.0),
+    "bfloat16": FloatLimits(2.0**-8, 2.0**-133, float(2**128 - 2**120)),
+    "float32": FloatLimits(2.0**-24, 2.0**-149, float(2**128 - 2**104)),
+    "float64": FloatLimits(2.0**-53, 5e-324, float(np.finfo(np.float64).max)),
+}
+
+
+def float_limits(dtype: np.dtype[Any]) -> FloatLimits:
+    """Return the limits of one of the four value types."""
+    return _LIMITS[dtype.name]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a sum of products should be, to be compared with what a kernel gave.
+
+    Parameters
+    ----------
+    z : ndarray of longdouble
+        The sum, bias included, before the activation.
+    scale : ndarray of longdouble
+        The sum of the finite terms' magnitudes, s.
+    terms : ndarray of int, broadcastable to `z`
+        Number of products in each sum, n.
+    accumulator : numpy.dtype
+    activation : str
+    """
+
+    z: NDArray[np.longdouble]
+    scale: NDArray[np.longdouble]
+    terms: NDArray[np.int64]
+    accumulator: np.dtype[Any]
+    activation: str = "none"
+
+    @property
+    def y(self) -> NDArray[np.float64]:
+        """The sum after the activation."""
+        with np.errstate(all="ignore"):
+            return activate(self.z.astype(np.float64), self.activation)
+
+    def bound(self, dtype: np.dtype[Any]) -> NDArray[np.float64]:
+        """Return how far a result of `dtype` may be from `y`, elementwise."""
+        acc, out = float_limits(self.accumulator), float_limits(dtype)
+        z, y = np.abs(self.z), np.abs(self.y)
+        with np.errstate(all="ignore"):
+            n = self.terms + 2.0
+            before = 2 * n * acc.roundoff * self.scale + n * acc.smallest
+            if self.activation == "none":
+                return np.asarray(before + out.roundoff * z + out.smallest, np.float64)
+            inside = _LIPSCHITZ[self.activation] * before + 8 * acc.roundoff * (z + y)
+            return np.asarray(inside + out.roundoff * y + out.smallest, np.float64)
+
+
+def first_violation(
+    got: NDArray[Any], outcome: Outcome, *, slack: int = 1
+) -> tuple[tuple[int, ...], str] | None:
+    """Return the first element of `got` that SPEC 2 does not allow, and why.
+
+    Parameters
+    ----------
+    got : ndarray of a value type, shape of ``outcome.z``
+    outcome : Outcome
+    slack : int
+        Number of bounds to allow: 2 to compare two kernels with each other.
+
+    Returns
+    -------
+    tuple or None
+        Index and message; None if all is well.
+
+    Notes
+    -----
+    Where the sum of magnitudes exceeds half the accumulator's largest number nothing is checked;
+    where the result may overflow its type, infinity of the right sign will do; where it should not
+    be finite, it must be that very infinity, or NaN.
+    """
+    limits = float_limits(got.dtype)
+    expected, bound = outcome.y, slack * outcome.bound(got.dtype)
+    result = got.astype(np.float64)
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(expected) & np.isfinite(outcome.z)
+        unchecked = outcome.scale > float_limits(outcome.accumulator).largest / 2
+        within = np.abs(result - expected) <= bound
+        may_overflow = np.abs(expected) + bound >= limits.overflow
+        overflowed = may_overflow & (result == np.copysign(np.inf, expected))
+        same_class = (result == expected) | (np.isnan(result) & np.isnan(expected))
+    allowed = unchecked | np.where(finite, within | overflowed, same_class)
+    if allowed.all():
+        return None
+    where = tuple(int(i) for i in np.argwhere(~allowed)[0])
+    return where, (
+        f"at {where}: expected {expected[where]!r}, got {result[where]!r}, which differs by "
+        f"{abs(result[where] - expected[where]):.3g} where the bound is {bound[where]:.3g}"
+    )

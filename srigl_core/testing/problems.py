@@ -1,0 +1,289 @@
+"""Problems that can tell a right kernel from a wrong one, built from a source of choices.
+
+The choices come from a seeded generator (`SeededChooser`), or from Hypothesis
+(`srigl_core.testing.strategies`), which then shrinks a failure by making each choice smaller: the
+first option of every list is the simplest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_core.condensed_weight import CondensedWeight
+from srigl_core.contract import ACTIVATIONS
+from srigl_core.mask_update import UpdateSettings
+from srigl_core.testing.bounds import float_limits
+from srigl_core.value_types import result_dtype, value_dtype
+
+__all__ = [
+    "Chooser",
+    "MatmulProblem",
+    "SeededChooser",
+    "UpdateProblem",
+    "matmul_problem",
+    "update_problem",
+]
+
+Option = TypeVar("Option")
+
+SIZES = (1, 2, 3, 5, 8, 17, 33, 40)
+BATCHES = ((1,), (2,), (), (3,), (7,), (8,), (9,), (2, 3), (16,), (33,), (40,))
+MAGNITUDES = ("integers", "normal", "zeros", "cancelling", "subnormal", "huge", "spread")
+LAYOUTS = ("C", "F", "reversed", "every second", "shared rows", "offset by a byte")
+DTYPE_PAIRS = (
+    ("float32", "float32"),
+    ("float64", "float64"),
+    ("float32", "float64"),
+    ("float64", "float32"),
+    ("float16", "float16"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "float32"),
+    ("bfloat16", "float32"),
+    ("float32", "float16"),
+    ("float32", "bfloat16"),
+    ("float64", "bfloat16"),
+    ("float16", "float64"),
+)
+WIDE = 70_000  # more columns than uint16 can number
+
+
+class Chooser(Protocol):
+    """A source of choices."""
+
+    def integer(self, least: int, most: int) -> int:
+        """Return an integer within ``least..most``."""
+        ...
+
+    def pick(self, options: Sequence[Option]) -> Option:
+        """Return one of `options`."""
+        ...
+
+    def generator(self) -> np.random.Generator:
+        """Return a generator for the bulk of the numbers."""
+        ...
+
+
+class SeededChooser:
+    """Choices from a seeded generator, the same on every machine.
+
+    Parameters
+    ----------
+    *seed : int
+    """
+
+    def __init__(self, *seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def integer(self, least: int, most: int) -> int:
+        """Return an integer within ``least..most``."""
+        return int(self._rng.integers(least, most, endpoint=True))
+
+    def pick(self, options: Sequence[Option]) -> Option:
+        """Return one of `options`."""
+        return options[self.integer(0, len(options) - 1)]
+
+    def generator(self) -> np.random.Generator:
+        """Return a generator for the bulk of the numbers."""
+        return np.random.default_rng(self.integer(0, 2**32 - 1))
+
+
+class _Described:
+    """Print arrays by shape and dtype, and small ones in full."""
+
+    def __repr__(self) -> str:
+        shown = []
+        for part in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, part.name)
+            if isinstance(value, np.ndarray):
+                content = value.tolist() if value.size <= 12 else "..."
+                value = f"array({content}, {value.dtype}, shape={value.shape})"
+            elif isinstance(value, CondensedWeight) and value.nnz <= 12:
+                value = (
+                    f"CondensedWeight(values={value.values.tolist()}, "
+                    f"indices={value.indices.tolist()}, active={value.active.tolist()}, "
+                    f"shape={value.shape}, dtype={value.dtype})"
+                )
+            shown.append(f"    {part.name}={value}")
+        return f"{type(self).__name__}(\n" + ",\n".join(shown) + ",\n)"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MatmulProblem(_Described):
+    """A product and its gradients.
+
+    Parameters
+    ----------
+    weight : CondensedWeight, (n_out, n_in)
+    x : ndarray, (..., n_in)
+    grad : ndarray, (..., n_out)
+        Of the dtype of `x`.
+    bias : ndarray, (n_out,), or None
+    activation : str
+    out_dtype : numpy.dtype
+        A type to write results in.
+    out_layout : str
+        One of `LAYOUTS`.
+    """
+
+    weight: CondensedWeight
+    x: NDArray[Any]
+    grad: NDArray[Any]
+    bias: NDArray[Any] | None
+    activation: str
+    out_dtype: np.dtype[Any]
+    out_layout: str
+
+    @property
+    def result_dtype(self) -> np.dtype[Any]:
+        """Dtype of the product."""
+        return result_dtype(self.x.dtype, self.weight.dtype)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class UpdateProblem(_Described):
+    """A mask update.
+
+    Parameters
+    ----------
+    weight, grad : ndarray, (n_out, n_in)
+    mask : ndarray of bool, (n_out, n_in)
+    settings : UpdateSettings
+    """
+
+    weight: NDArray[Any]
+    grad: NDArray[Any]
+    mask: NDArray[np.bool_]
+    settings: UpdateSettings
+
+
+def matmul_problem(choose: Chooser) -> MatmulProblem:
+    """Build a product: any shape, dtype, magnitude and memory layout, all numbers finite."""
+    x_name, values_name = choose.pick(DTYPE_PAIRS)
+    x_dtype, values_dtype = value_dtype(x_name), value_dtype(values_name)
+    lead = choose.pick(BATCHES)
+    n_out, n_in = choose.pick(SIZES), choose.pick(SIZES)
+    if choose.integer(0, 15) == 15:
+        n_out, n_in, lead = min(n_out, 3), WIDE, lead[:1] and (min(lead[0], 9),)
+    fan_in = choose.pick((1, n_in, max(1, n_in // 2), min(n_in, 7)))
+    fan_in = min(fan_in, 40)
+    n_active = choose.pick((n_out, 1, max(1, n_out // 2), max(1, n_out - 1)))
+    magnitude, layout = choose.pick(MAGNITUDES), choose.pick(LAYOUTS)
+    bias_dtype = choose.pick((None, x_dtype, np.dtype(np.float32), np.dtype(np.float64)))
+    activation = choose.pick(ACTIVATIONS)
+    out_dtype = value_dtype(choose.pick(("float32", "float64", "float16", "bfloat16")))
+    out_layout = choose.pick(LAYOUTS[:4])
+    rng = choose.generator()
+    pattern = CondensedWeight.random(
+        (n_out, n_in), fan_in=fan_in, n_active=n_active, dtype=values_dtype, rng=rng
+    )
+    weight = pattern.with_values(_numbers(rng, pattern.values.shape, values_dtype, magnitude))
+    x = _cancelling(rng, weight) if magnitude == "cancelling" else None
+    x_shape = (*lead, n_in)
+    if x is None or not lead:
+        x_rows = _numbers(rng, x_shape, x_dtype, magnitude)
+    else:
+        x_rows = _numbers(rng, x_shape, x_dtype, "normal")
+        x_rows[..., :] = np.where(rng.random(x_shape) < 0.5, x, x_rows).astype(x_dtype)
+    bias = None if bias_dtype is None else _numbers(rng, (n_out,), bias_dtype, "normal")
+    return MatmulProblem(
+        weight,
+        laid_out(x_rows, layout),
+        laid_out(_numbers(rng, (*lead, n_out), x_dtype, magnitude), layout),
+        bias,
+        activation,
+        out_dtype,
+        out_layout,
+    )
+
+
+def update_problem(choose: Chooser) -> UpdateProblem:
+    """Build a mask update: tie-rich or distinct numbers, any mask, any setting that works."""
+    dtype = value_dtype(choose.pick(("float32", "float64", "float16", "bfloat16")))
+    n_out, n_in = choose.pick(SIZES), choose.pick(SIZES)
+    numbers = choose.pick(("integers", "normal", "zeros", "subnormal", "spread"))
+    constant_fan_in = choose.pick((True, False))
+    nnz_budget = choose.integer(n_out, n_out * n_in)
+    drop_fraction = choose.pick((0.3, 0.0, 1.0, 0.05, 0.5, 0.9))
+    gamma_sal = choose.pick((0.3, None, 1.0, 0.9, 0.01, 0.6))
+    min_salient = choose.integer(0, n_in) if gamma_sal is None and choose.integer(0, 1) else None
+    scope = choose.pick(("inactive", "all"))
+    grown_init = choose.pick((0.0, 0.5))
+    rng = choose.generator()
+    weight = _numbers(rng, (n_out, n_in), dtype, numbers)
+    grad = _numbers(rng, (n_out, n_in), dtype, numbers)
+    mask = _mask(rng, (n_out, n_in), constant_fan_in=constant_fan_in)
+    weight[~mask & (rng.random(mask.shape) < 0.5)] = 0
+    settings = UpdateSettings(nnz_budget, drop_fraction, gamma_sal, min_salient, scope, grown_init)
+    return UpdateProblem(weight, grad, mask, settings)
+
+
+def laid_out(array: NDArray[Any], layout: str) -> NDArray[Any]:
+    """Return the numbers of `array` in a memory layout of `LAYOUTS`."""
+    if layout == "F":
+        return np.asfortranarray(array)
+    if layout == "reversed":
+        return np.ascontiguousarray(array[..., ::-1])[..., ::-1]
+    if layout == "every second":
+        wide = np.full((*array.shape[:-1], 2 * array.shape[-1]), 77, array.dtype)
+        wide[..., ::2] = array
+        return wide[..., ::2]
+    if layout == "shared rows" and array.ndim > 1:
+        return np.broadcast_to(array[:1], array.shape)
+    if layout == "offset by a byte":
+        memory = np.empty(array.nbytes + 1, np.uint8)[1:]
+        shifted = memory.view(array.dtype).reshape(array.shape)
+        shifted[...] = array
+        return shifted
+    return np.ascontiguousarray(array)
+
+
+def _mask(
+    rng: np.random.Generator, shape: tuple[int, int], *, constant_fan_in: bool
+) -> NDArray[np.bool_]:
+    n_out, n_in = shape
+    if not constant_fan_in:
+        return rng.random(shape) < rng.random()
+    weight = CondensedWeight.random(
+        shape,
+        fan_in=int(rng.integers(1, n_in + 1)),
+        n_active=int(rng.integers(1, n_out + 1)),
+        rng=rng,
+    )
+    return weight.to_mask()
+
+
+def _numbers(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any], magnitude: str
+) -> NDArray[Any]:
+    limits = float_limits(dtype)
+    if magnitude == "integers":
+        numbers = rng.integers(-4, 5, shape).astype(np.float64)
+    elif magnitude == "zeros":
+        numbers = rng.choice([0.0, -0.0, 1.0, -2.0], shape, p=[0.4, 0.3, 0.2, 0.1])
+    elif magnitude == "subnormal":
+        numbers = rng.integers(-9, 10, shape) * limits.smallest
+        numbers = np.where(rng.random(shape) < 0.5, numbers, rng.integers(-3, 4, shape))
+    elif magnitude == "huge":
+        numbers = rng.standard_normal(shape) * np.sqrt(limits.largest) / 4
+    elif magnitude == "spread":
+        reach = 3.0 if dtype == np.float16 else 12.0
+        numbers = rng.standard_normal(shape) * 10.0 ** rng.uniform(-reach, reach, shape)
+    else:
+        numbers = rng.standard_normal(shape)
+    return np.asarray(numbers).astype(dtype)
+
+
+def _cancelling(rng: np.random.Generator, weight: CondensedWeight) -> NDArray[np.float64]:
+    """Return inputs, (n_in,), for which the first neuron's terms nearly cancel."""
+    x = rng.standard_normal(weight.shape[1])
+    values = weight.values[0].astype(np.float64)
+    for left, right in zip(range(0, values.size - 1, 2), range(1, values.size, 2), strict=False):
+        if values[left] and values[right]:
+            ratio = values[left] / values[right]
+            x[weight.indices[0, right]] = -x[weight.indices[0, left]] * ratio * (1 + 2.0**-20)
+    return x
