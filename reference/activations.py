@@ -41,15 +41,18 @@ def _relu(z: Float64) -> Float64:
 
 
 def _gelu(z: Float64) -> Float64:
-    return 0.5 * z * (1 + _erf(z / math.sqrt(2)))
+    y: Float64 = 0.5 * z * (1 + _erf(z / math.sqrt(2)))
+    return y
 
 
 def _gelu_tanh(z: Float64) -> Float64:
-    return 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    y: Float64 = 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    return y
 
 
 def _silu(z: Float64) -> Float64:
-    return z / (1 + np.exp(-z))
+    y: Float64 = z / (1 + np.exp(-z))
+    return y
 
 
 _FORMULAS: dict[str, Callable[[Float64], Float64]] = {

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from srigl_core.array_checks import as_float_array
+from srigl_core.mask_update import MaskUpdate, UpdateSettings, checked_update
 from srigl_core.reference.mask_update import make_update, prune_counts
 from srigl_core.reference.ranking import largest
-
-from srigl_core.mask_update import MaskUpdate, UpdateSettings, checked_update
 
 __all__ = ["update_rigl", "update_set", "update_static"]
 
@@ -98,6 +99,7 @@ def update_set(
         new_mask.ravel()[grown] = True
         return make_update(w, m, new_mask, grown_init=s.grown_init)
 
+    weight = as_float_array(weight, "weight")
     return checked_update(
         random_growth, weight, np.zeros_like(weight), mask, _settings(drop_fraction, grown_init)
     )
@@ -121,6 +123,7 @@ def update_static(weight: ArrayLike, mask: NDArray[np.bool_]) -> MaskUpdate:
     ) -> MaskUpdate:
         return make_update(w, m, m.copy())
 
+    weight = as_float_array(weight, "weight")
     return checked_update(unchanged, weight, np.zeros_like(weight), mask, _settings(0.0, 0.0))
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from srigl_core.reference.activations import activate
 
 from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.contract import MatmulGradients
+from srigl_core.reference.activations import activate
 from srigl_core.value_types import accumulator_dtype, round_to
 
 __all__ = ["backward", "dense_gradient", "forward"]

@@ -117,7 +117,7 @@ def uniform(
     -----
     SPEC 3.
     """
-    sizes, budgets, density = _checked(shapes, sparsity, dense, fixed)
+    shapes, sizes, budgets, density = _checked(shapes, sparsity, dense, fixed)
     sparse = [i for i in range(len(sizes)) if i not in budgets]
     share = density
     if sparse and budgets:
@@ -166,7 +166,7 @@ def erk(
     -----
     SPEC 3; Evci et al. 2020, sec. 3.1. With power 1 a layer gets ``floor(eps * sum(shape))``.
     """
-    sizes, budgets, density = _checked(shapes, sparsity, dense, fixed)
+    shapes, sizes, budgets, density = _checked(shapes, sparsity, dense, fixed)
     check_real(power, "power")
     raw = [
         Fraction(sum(shape), size) if power == 1 else Fraction((sum(shape) / size) ** power)
@@ -203,10 +203,11 @@ def _checked(
     sparsity: float,
     dense: Iterable[int],
     fixed: Mapping[int, int] | None,
-) -> tuple[list[int], dict[int, int], Fraction]:
-    """Return the layers' sizes, the budgets known beforehand, and the network's density."""
+) -> tuple[list[tuple[int, ...]], list[int], dict[int, int], Fraction]:
+    """Return shapes and sizes, the budgets known beforehand, and the network's density."""
+    shapes = [tuple(check_integer(n, "length", least=0) for n in shape) for shape in shapes]
     for shape in shapes:
-        if len(shape) < 2 or any(length < 1 for length in shape):
+        if len(shape) < 2 or 0 in shape:
             raise SriglError(f"a layer of shape {shape} has no neurons with inputs")
     if not shapes:
         raise SriglError("shapes is empty; name at least one layer")
@@ -216,7 +217,7 @@ def _checked(
     for i, budget in (fixed or {}).items():
         check_integer(i, "fixed", least=0, most=len(sizes) - 1)
         budgets[i] = check_integer(budget, f"nnz_budget of layer {i}", least=1, most=sizes[i])
-    return sizes, budgets, min(Fraction(1), _density(sparsity))
+    return shapes, sizes, budgets, min(Fraction(1), _density(sparsity))
 
 
 def _layer_budgets(

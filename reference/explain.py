@@ -12,6 +12,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from srigl_core.array_checks import as_mask
+from srigl_core.errors import SriglError
+from srigl_core.float_mode import honour_subnormals
+from srigl_core.mask_update import UpdateSettings, check_update_arrays
 from srigl_core.reference.mask_update import (
     ablation_threshold,
     grow,
@@ -21,10 +26,6 @@ from srigl_core.reference.mask_update import (
     srigl_update,
 )
 from srigl_core.reference.ranking import largest
-
-from srigl_core.array_checks import as_mask
-from srigl_core.errors import SriglError
-from srigl_core.mask_update import UpdateSettings, check_update_arrays
 
 __all__ = ["STAGES", "UpdateExplanation", "explain_update"]
 
@@ -127,11 +128,11 @@ def explain_update(
     >>> grad = np.array([[-3.0, 0.0, 1.0], [1.0, 2.0, 0.0]])
     >>> mask = weight != 0
     >>> print(explain_update(weight, grad, mask, mask, nnz_budget=4, drop_fraction=0.25))
-    first difference at stage 'grown', as if pruned positions were kept
+    first difference at stage 'grown', as if gradients were ranked with their sign
       rows      [0]
       positions [(0, 0), (0, 1)]
-      expected  [(0, 0)]
-      got       [(0, 1)]
+      expected  [(0, 0)] of 4 places, not in the other
+      got       [(0, 1)] of 4 places, not in the first
     """
     settings = UpdateSettings(
         nnz_budget, drop_fraction, gamma_sal, min_salient, saliency_scope, grown_init
@@ -139,9 +140,14 @@ def explain_update(
     w, g, m = check_update_arrays(weight, grad, mask)
     settings.check_fits(w.shape)
     got = as_mask(new_mask, mask.shape, "new_mask").reshape(w.shape)
-    if np.array_equal(srigl_update(w, g, m, settings).mask, got):
+    with honour_subnormals():
+        return _explained(_Problem(w, g, m, settings), got)
+
+
+def _explained(problem: _Problem, got: Mask) -> UpdateExplanation:
+    update = srigl_update(problem.weight, problem.grad, problem.mask, problem.settings)
+    if np.array_equal(update.mask, got):
         return UpdateExplanation(True)
-    problem = _Problem(w, g, m, settings)
     expected = _Steps(problem).run()
     for name, steps in _SLIPS.items():
         try:
@@ -212,7 +218,8 @@ class _Steps:
         return largest_salient(self.grad, self.mask, n_prune, self.settings.saliency_scope)
 
     def salient_counts(self, by_magnitude: Mask, by_gradient: Mask) -> Rows:
-        return np.count_nonzero(by_magnitude | by_gradient, axis=1)
+        counts: Rows = np.count_nonzero(by_magnitude | by_gradient, axis=1)
+        return counts
 
     def threshold(self, salient: Rows) -> int:
         return ablation_threshold(salient, self.settings, self.n_in)
@@ -261,7 +268,8 @@ class _KeepCountForGradients(_Steps):
 
 class _MagnitudeOnly(_Steps):
     def salient_counts(self, by_magnitude: Mask, by_gradient: Mask) -> Rows:
-        return np.count_nonzero(by_magnitude, axis=1)
+        counts: Rows = np.count_nonzero(by_magnitude, axis=1)
+        return counts
 
 
 class _NoClamp(_Steps):
@@ -302,7 +310,7 @@ class _AblatedForGood(_Steps):
 
 class _NotRedistributed(_Steps):
     def fan_in(self, salient: Rows, threshold: int, survives: Mask) -> int:
-        return self.settings.nnz_budget // self.n_out
+        return self.settings.nnz_budget // len(self.mask)
 
 
 class _TruncatedBudget(_Steps):
@@ -342,15 +350,12 @@ class _InactiveZerosKept(_Steps):
 
 class _SignedWeights(_Steps):
     def kept(self, survives: Mask, n_keep: int, fan_in: int) -> Mask:
-        weight = self.weight.astype(np.float64)
-        shifted = np.where(self.mask, weight - weight[self.mask].min() + 1, 0)
-        return prune(shifted, self.mask, survives, n_keep, fan_in)
+        return prune(_signed_ranks(self.weight), self.mask, survives, n_keep, fan_in)
 
 
 class _SignedGradients(_Steps):
     def grown(self, kept: Mask, survives: Mask, fan_in: int) -> Mask:
-        grad = self.grad.astype(np.float64)
-        return grow(grad - grad.min(), kept, survives, fan_in)
+        return grow(_signed_ranks(self.grad), kept, survives, fan_in)
 
 
 class _PrunedNotRegrown(_Steps):
@@ -373,7 +378,7 @@ class _TiesToHighestIndex(_Steps):
             self.weight[::-1, ::-1], self.grad[::-1, ::-1], self.mask[::-1, ::-1], self.settings
         )
         trace = _Steps(turned).run()
-        back = {
+        back: dict[str, Any] = {
             stage.name: value[(slice(None, None, -1),) * value.ndim]
             for stage in fields(trace)
             if isinstance(value := getattr(trace, stage.name), np.ndarray)
@@ -416,6 +421,12 @@ _SLIPS: dict[str, type[_Steps]] = {
 }
 
 
+def _signed_ranks(scores: NDArray[Any]) -> NDArray[np.int64]:
+    """Return positive numbers in the order of `scores`, equal where they are equal."""
+    ranks = np.unique(scores.astype(np.float64), return_inverse=True)[1]
+    return ranks.reshape(scores.shape) + 1
+
+
 def _first_difference(expected: _Trace, slipped: _Trace, name: str) -> UpdateExplanation:
     for stage, part in zip(STAGES, fields(_Trace), strict=True):
         ours, theirs = getattr(expected, part.name), getattr(slipped, part.name)
@@ -426,7 +437,7 @@ def _first_difference(expected: _Trace, slipped: _Trace, name: str) -> UpdateExp
 
 def _read_off(problem: _Problem, expected: _Trace, got: Mask) -> UpdateExplanation:
     """Name the first stage whose result can be seen in the mask and differs."""
-    active = got.any(axis=1)
+    active: Mask = np.any(got, axis=1)
     if not np.array_equal(~active, expected.ablated):
         return _about_ablation(expected, ~active)
     row_counts = np.count_nonzero(got, axis=1)
@@ -454,14 +465,14 @@ def _about_ablation(expected: _Trace, ablated: Mask) -> UpdateExplanation:
     counts = expected.salient_counts
     rows = np.flatnonzero(ablated != expected.ablated)
     most_ablated = int(counts[ablated].max(initial=-1))
-    fewest_active = int(counts[~ablated].min(initial=np.iinfo(np.int64).max))
-    if most_ablated < fewest_active:
+    if ablated.all() or most_ablated < counts[~ablated].min():
+        most = "" if ablated.all() else f" and at most {counts[~ablated].min()}"
         return UpdateExplanation(
             False,
             "threshold",
             rows=rows,
             expected=expected.threshold,
-            got=f"a threshold from {most_ablated + 1} to {fewest_active}",
+            got=f"a threshold of at least {most_ablated + 1}{most}",
         )
     return UpdateExplanation(
         False,

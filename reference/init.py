@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from srigl_core.array_checks import check_integer
+from srigl_core.array_checks import as_mask, check_integer
 from srigl_core.condensed_weight import draw_columns, flat_shape
 from srigl_core.errors import SriglError
 from srigl_core.value_types import value_dtype
@@ -112,9 +112,12 @@ def sparse_init(
     ------
     SriglError
         If `init` is unknown.
+    ValueTypeError
+        If `mask` is no array of bool.
     """
     if init not in INITS:
         raise SriglError(f"init={init!r} is unknown; use one of {', '.join(INITS)}")
+    mask = as_mask(mask, np.shape(mask))
     shape = flat_shape(mask.shape)
     active = mask.reshape(shape)
     fan_in = np.maximum(np.count_nonzero(active, axis=1), 1)[:, None]

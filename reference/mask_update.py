@@ -5,15 +5,14 @@ Read `srigl_update` first: one call for each step, in the paper's order.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from srigl_core.reference.ranking import largest
 
 from srigl_core.errors import SriglError
 from srigl_core.mask_update import MaskUpdate, UpdateSettings, checked_update
+from srigl_core.reference.ranking import largest
 
 __all__ = [
     "ablation_threshold",
@@ -160,15 +159,19 @@ def ablation_threshold(
     """
     n_out = salient_counts.size
     fewest_rows = settings.nnz_budget // n_in
-    if settings.min_salient is not None:
-        threshold = settings.min_salient
-    elif settings.gamma_sal is not None:
-        threshold = max(1, int(np.floor(settings.gamma_sal * (settings.nnz_budget // n_out))))
-    else:
-        return 0
     if fewest_rows >= n_out:
         return 0
-    return min(threshold, int(np.sort(salient_counts)[::-1][fewest_rows]))
+    clamp = int(np.sort(salient_counts)[::-1][fewest_rows])
+    return min(_wanted_threshold(settings, settings.nnz_budget // n_out), clamp)
+
+
+def _wanted_threshold(settings: UpdateSettings, fan_in: int) -> int:
+    """Return the threshold before the clamp, for the fan-in with no neuron ablated."""
+    if settings.min_salient is not None:
+        return settings.min_salient
+    if settings.gamma_sal is not None:
+        return max(1, int(np.floor(settings.gamma_sal * fan_in)))
+    return 0
 
 
 def new_fan_in(
@@ -178,22 +181,23 @@ def new_fan_in(
     n_active = int(np.count_nonzero(salient_counts >= threshold))
     fan_in = settings.nnz_budget // n_active
     if fan_in == 0:
-        n_out = salient_counts.size
-        enough = next(
-            budget
-            for budget in range(settings.nnz_budget + 1, n_out + 1)
-            if budget >= _survivors(salient_counts, replace(settings, nnz_budget=budget), n_in)
-        )
         raise SriglError(
             f"nnz_budget={settings.nnz_budget} leaves each of the {n_active} active neurons (of "
-            f"{n_out}) less than one weight; the smallest budget that works here is {enough}"
+            f"{salient_counts.size}) less than one weight; the smallest budget that works here is "
+            f"{_smallest_budget(salient_counts, settings, n_in)}"
         )
     return fan_in
 
 
-def _survivors(salient_counts: NDArray[np.int64], settings: UpdateSettings, n_in: int) -> int:
-    threshold = ablation_threshold(salient_counts, settings, n_in)
-    return int(np.count_nonzero(salient_counts >= threshold))
+def _smallest_budget(salient_counts: NDArray[np.int64], settings: UpdateSettings, n_in: int) -> int:
+    """Return the least budget that gives every surviving row a weight; n_out always does."""
+    n_out = salient_counts.size
+    ascending = np.sort(salient_counts)
+    budgets = np.arange(1, n_out + 1)
+    clamps = ascending[::-1][np.minimum(budgets // n_in, n_out - 1)]
+    wanted = min(_wanted_threshold(settings, 0), n_in)
+    n_active = n_out - np.searchsorted(ascending, np.minimum(wanted, clamps))
+    return int(budgets[budgets >= n_active][0])
 
 
 def prune(weight: NDArray[Any], mask: Mask, survives: Mask, n_keep: int, fan_in: int) -> Mask:
@@ -268,7 +272,8 @@ def remap_state(state: State, mask: Mask, new_mask: Mask) -> State:
     """
     if mask.shape != new_mask.shape:
         raise SriglError(f"mask has shape {mask.shape}, but new_mask has {new_mask.shape}")
-    return _remapped(state, mask & new_mask)
+    remapped: State = _remapped(state, mask & new_mask)
+    return remapped
 
 
 def _remapped(state: Any, stays: Mask) -> Any:

@@ -46,8 +46,10 @@ class UpdateSchedule:
     def __post_init__(self) -> None:
         check_integer(self.t_end, "t_end", least=1)
         check_integer(self.delta_t, "delta_t", least=1)
-        if not 0 <= check_real(self.alpha, "alpha") <= 1:
+        alpha = check_real(self.alpha, "alpha")
+        if not 0 <= alpha <= 1:
             raise SriglError(f"alpha={self.alpha!r} must be in [0, 1], a share of the weights")
+        object.__setattr__(self, "alpha", alpha)  # a float32 would round the drop fraction
 
     @classmethod
     def for_training(

@@ -19,7 +19,8 @@ def as_float_array(array: object, what: str) -> NDArray[Any]:
     Parameters
     ----------
     array : array
-        An ndarray, or an object with ``__array_interface__`` or a CPU ``__dlpack__``.
+        An ndarray, a memoryview, or an object with ``__array_interface__`` or a CPU
+        ``__dlpack__``.
     what : str
         Its name, for error messages.
 
@@ -30,13 +31,14 @@ def as_float_array(array: object, what: str) -> NDArray[Any]:
     """
     if not isinstance(array, np.ndarray):
         array = _from_protocol(array, what)
+    array = np.asarray(array)  # numpy.matrix has products of its own
     dtype = value_dtype(array.dtype, f"{what} of dtype")
     return array if array.dtype == dtype else array.astype(dtype)
 
 
 def _from_protocol(array: object, what: str) -> NDArray[Any]:
     try:
-        if hasattr(array, "__array_interface__"):
+        if isinstance(array, memoryview) or hasattr(array, "__array_interface__"):
             return np.asarray(array)
         if hasattr(array, "__dlpack__"):
             return np.from_dlpack(array)
@@ -99,9 +101,13 @@ def check_real(value: object, what: str) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise ValueTypeError(f"{what}={value!r} must be a number, got {type(value).__name__}")
-    if not np.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = np.inf
+    if not np.isfinite(number):
         raise SriglError(f"{what}={value!r} must be finite")
-    return float(value)
+    return number
 
 
 def check_out(out: object, shape: tuple[int, ...], inputs: dict[str, NDArray[Any]]) -> None:
@@ -134,7 +140,7 @@ def check_out(out: object, shape: tuple[int, ...], inputs: dict[str, NDArray[Any
 
 def _share_memory(out: NDArray[Any], array: NDArray[Any]) -> bool:
     try:
-        return np.shares_memory(out, array, max_work=10_000)
+        return np.shares_memory(out, array, max_work=10_000)  # type: ignore[arg-type] # numpy: any int
     except np.exceptions.TooHardError:
         return True
 

@@ -28,6 +28,7 @@ FORMAT_VERSION = "1"
 
 _VERSION_KEY = "srigl_core.format_version"
 _LAYERS_KEY = "srigl_core.layers"
+_RESERVED = "__metadata__"
 _PARTS = ("values", "indices", "active")
 
 
@@ -47,9 +48,10 @@ def save_condensed(
     Raises
     ------
     ValueTypeError
-        If something else is to be saved, or an array of a dtype safetensors does not store.
+        If something else is to be saved, or an array of a dtype safetensors does not store, or a
+        name is no string.
     SriglError
-        If two names collide.
+        If two names collide, or a name cannot be stored.
     """
     from safetensors.numpy import save
 
@@ -63,12 +65,15 @@ def save_condensed(
     arrays: dict[str, NDArray[Any]] = {}
     layers: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
+        _check_name(name)
         parts = _weight_arrays(name, tensor) if isinstance(tensor, CondensedWeight) else None
         if isinstance(tensor, CondensedWeight):
             layers[name] = {"shape": list(tensor.shape), "dtype": tensor.dtype.name}
         for key, array in (parts or {name: _plain_array(name, tensor)}).items():
             if key in arrays:
                 raise SriglError(f"two tensors would be stored as {key!r}; rename one")
+            if key == _RESERVED:
+                raise SriglError(f"safetensors keeps the name {key!r} for itself; rename the array")
             arrays[key] = array
     metadata = {_VERSION_KEY: FORMAT_VERSION, _LAYERS_KEY: json.dumps(layers)}
     _write_whole(Path(path), save(arrays, metadata=metadata))
@@ -119,14 +124,24 @@ def _weight_arrays(name: str, weight: CondensedWeight) -> dict[str, NDArray[Any]
     return {f"{name}.{part}": array for part, array in zip(_PARTS, parts, strict=True)}
 
 
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise ValueTypeError(f"tensor name {name!r} must be a string, got {type(name).__name__}")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise SriglError(f"tensor name {name!r} is no valid Unicode; rename it") from None
+
+
 def _plain_array(name: str, array: object) -> NDArray[Any]:
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+    storable = isinstance(array, np.ndarray) and array.dtype.kind in "fiub"
+    if not isinstance(array, np.ndarray) or not storable or array.dtype.itemsize > 8:
         came = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
         raise ValueTypeError(
             f"{name!r} is {came}; safetensors files hold condensed weights and NumPy arrays of "
             f"float, int or bool (view bfloat16 as uint16)"
         )
-    return np.ascontiguousarray(array)
+    return np.asarray(array, order="C")
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -299,12 +299,12 @@ class CondensedWeight:
     @property
     def n_active(self) -> int:
         """Number of active neurons."""
-        return self.values.shape[0]
+        return len(self.values)
 
     @property
     def fan_in(self) -> int:
         """Connections of each active neuron, k."""
-        return self.values.shape[1]
+        return len(self.values[0])
 
     @property
     def nnz(self) -> int:
@@ -483,7 +483,7 @@ def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
     except (TypeError, ValueError):
         raise SriglError(f"shape={shape!r} must be a pair (n_out, n_in)") from None
     return (
-        check_integer(n_out, "n_out", least=1),
+        check_integer(n_out, "n_out", least=1, most=2**63 - 1),
         check_integer(n_in, "n_in", least=1, most=2**32),
     )
 
@@ -492,7 +492,10 @@ def _ascending(
     numbers: ArrayLike, what: str, shape: tuple[int, ...], limit: int
 ) -> NDArray[np.int64]:
     """Return `numbers` as a new int64 array of `shape`, ascending on the last axis, in 0..limit."""
-    array = np.asarray(numbers)
+    try:
+        array = np.asarray(numbers)
+    except (TypeError, ValueError) as error:
+        raise SriglError(f"{what} is no array of shape {shape} ({error})") from error
     if array.dtype.kind not in "iu":
         raise ValueTypeError(f"{what} has dtype {array.dtype}, but must hold integers")
     if array.shape != shape:

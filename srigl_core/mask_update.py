@@ -63,19 +63,23 @@ class UpdateSettings:
 
     def __post_init__(self) -> None:
         check_integer(self.nnz_budget, "nnz_budget", least=1)
-        if not 0 <= check_real(self.drop_fraction, "drop_fraction") <= 1:
+        drop_fraction = check_real(self.drop_fraction, "drop_fraction")
+        if not 0 <= drop_fraction <= 1:
             raise SriglError(f"drop_fraction={self.drop_fraction!r} must be in [0, 1]")
+        object.__setattr__(self, "drop_fraction", drop_fraction)  # a float32 would round products
         if self.gamma_sal is not None:
             if self.min_salient is not None:
                 raise SriglError(
                     f"gamma_sal={self.gamma_sal!r} and min_salient={self.min_salient!r} state the "
                     f"same threshold; to count weights pass gamma_sal=None with min_salient"
                 )
-            if not 0 < check_real(self.gamma_sal, "gamma_sal") <= 1:
+            gamma_sal = check_real(self.gamma_sal, "gamma_sal")
+            if not 0 < gamma_sal <= 1:
                 raise SriglError(
                     f"gamma_sal={self.gamma_sal!r} must be in (0, 1], a share of the fan-in; for "
                     f"a count of weights use min_salient, for no ablation None"
                 )
+            object.__setattr__(self, "gamma_sal", gamma_sal)
         if self.min_salient is not None:
             check_integer(self.min_salient, "min_salient", least=0)
         if self.saliency_scope not in SALIENCY_SCOPES:
@@ -135,7 +139,7 @@ class MaskUpdate:
     @property
     def n_active(self) -> int:
         """Number of active neurons."""
-        return self.mask.shape[0] - self.ablated.size
+        return len(self.mask) - self.ablated.size
 
 
 def checked_update(
@@ -155,6 +159,9 @@ def checked_update(
     """
     w, g, m = check_update_arrays(weight, grad, mask)
     settings.check_fits(w.shape)
+    with np.errstate(over="ignore"):
+        if np.isinf(w.dtype.type(settings.grown_init)):
+            raise SriglError(f"grown_init={settings.grown_init!r} is too large for {w.dtype}")
     with honour_subnormals():
         update = algorithm(w, g, m, settings, **options)
     return replace(

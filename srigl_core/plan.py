@@ -334,10 +334,17 @@ class Plan:
             "values": self.weight.values.shape,
             "bias": (n_out,),
         }
+        if out is not None and not isinstance(out, MatmulGradients):
+            raise ValueTypeError(
+                f"out must be a MatmulGradients, got {type(out).__name__}; for example "
+                f"out=MatmulGradients(x=array)"
+            )
         results: dict[str, NDArray[Any]] = {}
+        others = dict(inputs)
         for name in wanted:
             given = None if out is None else getattr(out, name)
-            results[name] = _result_array(given, shapes[name], kinds[name], {**inputs, **results})
+            results[name] = _result_array(given, shapes[name], kinds[name], others)
+            others[f"the gradient of {name}"] = results[name]
         return results
 
 
@@ -346,8 +353,11 @@ def _checked_threads(threads: int | None) -> int | None:
 
 
 def _checked_wrt(wrt: Iterable[str]) -> tuple[str, ...]:
-    wanted = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    if not wanted or not set(wanted) <= set(_GRADIENTS):
+    try:
+        wanted = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    except TypeError:
+        wanted = ()
+    if not wanted or any(name not in _GRADIENTS for name in wanted):
         raise SriglError(f"wrt={wrt!r} must name one or more of {', '.join(_GRADIENTS)}")
     return wanted
 

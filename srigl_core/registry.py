@@ -120,7 +120,15 @@ def _preferred(operation: str) -> Backend:
 @functools.cache
 def _load(name: str) -> Backend:
     for entry_point in entry_points(group=ENTRY_POINT_GROUP, name=name):
-        backend: Backend = entry_point.load()()
+        try:
+            backend: Backend = entry_point.load()()
+        except BackendUnavailableError:
+            raise
+        except ImportError as error:
+            raise BackendUnavailableError(
+                f"backend {name!r} ({entry_point.value}) cannot be imported ({error}); install "
+                f"what is missing"
+            ) from error
         return backend
     raise SriglError(
         f"no backend is called {name!r}; registered here: {', '.join(_registered()) or 'none'}"

@@ -17,7 +17,7 @@ from srigl_core.array_checks import as_float_array, check_integer
 from srigl_core.condensed_weight import flat_shape
 from srigl_core.contract import Backend
 from srigl_core.dispatch import update_mask
-from srigl_core.errors import SriglError
+from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.mask_update import MaskUpdate, UpdateSettings
 from srigl_core.reference.baselines import update_rigl, update_set, update_static
 from srigl_core.reference.distributions import DISTRIBUTIONS, LayerBudget, erk, nnz_budget, uniform
@@ -134,7 +134,7 @@ class SparseTrainer:
     ...     updates = trainer.step(weights)
     >>> weights.update({name: update.weight for name, update in updates.items()})
     >>> updates["hidden"].fan_in, updates["hidden"].n_pruned
-    (3, 11)
+    (2, 15)
     """
 
     def __init__(
@@ -247,10 +247,13 @@ class SparseTrainer:
                 )
         if not self.needs_grad or self._options[name].dense:
             return
-        total, calls = self._window.get(name, (0, 0))
         kind = accumulator_dtype(grad.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
-            self._window[name] = (np.add(total, grad, dtype=kind), calls + 1)
+            if name in self._window:
+                total, calls = self._window[name]
+                self._window[name] = (total + grad.astype(kind), calls + 1)
+            else:
+                self._window[name] = (grad.astype(kind), 1)
 
     def discard_gradients(self) -> None:
         """Empty the window, for instance after a step whose gradients overflowed."""
@@ -322,6 +325,10 @@ class SparseTrainer:
                 f"state is not a state_dict() of this version ({_STATE_VERSION}); got "
                 f"{state.get('version') if isinstance(state, Mapping) else type(state).__name__}"
             )
+        missing = [key for key in self.state_dict() if key not in state]
+        if missing or not isinstance(state["settings"], Mapping):
+            lacks = missing[0] if missing else "settings"
+            raise SriglError(f"state is not a whole state_dict(): it lacks {lacks}")
         mine, theirs = self._fingerprint(), state["settings"]
         differ = [key for key in mine if mine[key] != theirs.get(key)]
         if differ:
@@ -436,6 +443,11 @@ def _checked_options(
     options = {}
     for name in shapes:
         given = layers.get(name, LayerOptions())
+        if not isinstance(given, LayerOptions):
+            raise ValueTypeError(
+                f"layers[{name!r}]={given!r} must be a LayerOptions, for example "
+                f"LayerOptions(dense=True)"
+            )
         ablate = (ablate_last or name != last) if given.ablate is None else given.ablate
         options[name] = LayerOptions(given.dense, ablate, given.sparsity, given.nnz_budget)
     return options
@@ -472,7 +484,8 @@ def _one_of(value: str, what: str, allowed: tuple[str, ...]) -> str:
 
 
 def _row_counts(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    return np.count_nonzero(mask.reshape(mask.shape[0], -1), axis=1)
+    counts: NDArray[np.int64] = np.count_nonzero(mask.reshape(mask.shape[0], -1), axis=1)
+    return counts
 
 
 def _frozen(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -26,7 +26,7 @@ __all__ = [
 
 VALUE_TYPES = ("float16", "bfloat16", "float32", "float64")
 
-_NATIVE = {
+_NATIVE: dict[np.dtype[Any], np.dtype[Any]] = {
     np.dtype(np.float16): np.dtype(np.float16),
     np.dtype(np.float32): np.dtype(np.float32),
     np.dtype(np.float64): np.dtype(np.float64),
@@ -56,16 +56,15 @@ def value_dtype(dtype: DTypeLike, what: str = "dtype") -> np.dtype[Any]:
     if isinstance(dtype, str) and dtype == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        dtype = ml_dtypes.bfloat16
     try:
-        found = np.dtype(dtype)
+        found: np.dtype[Any] = np.dtype(dtype)
     except TypeError:
         raise ValueTypeError(
             f"{what} {dtype!r} is not a number type; use one of {', '.join(VALUE_TYPES)}"
         ) from None
-    native = _NATIVE.get(found)
-    if native is not None:
-        return native
+    if found in _NATIVE:
+        return _NATIVE[found]
     if found.name == "bfloat16":
         return found
     if found.kind == "f" and found.newbyteorder("=") in _NATIVE:

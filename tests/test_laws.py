@@ -63,7 +63,7 @@ def test_update_law(law, update_backend, data):
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
-@often_idle
+@settings(often_idle, max_examples=max(10, settings.default.max_examples // 4))
 @given(data=st.data())
 def test_law_holds_when_the_pool_does_all_work(law, backend_names, data):
     if "numba" not in backend_names("update_mask"):

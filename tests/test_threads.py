@@ -188,14 +188,22 @@ def test_a_pool_started_by_a_flushing_thread_honours_subnormals():
     )
 
 
-def test_a_folder_that_cannot_be_cached_in_is_no_error(tmp_path):
-    """A file in the place of the cache folder stands for any that cannot be written."""
-    blocked = tmp_path / "file"
+def test_a_kernel_compiles_where_nothing_can_be_cached(tmp_path):
+    """A file in place of each folder that Numba caches in stands for one it cannot write."""
+    blocked = tmp_path / "__pycache__"
     blocked.write_text("")
+    (tmp_path / "mine.py").write_text(
+        "from srigl_core.backends.numba_cpu.compiling import kernel\n"
+        "@kernel()\n"
+        "def twice(number):\n"
+        "    return 2 * number\n"
+    )
     assert_clean(
         run(
-            """
-            work(1)
+            f"""
+            sys.path.insert(0, {str(tmp_path)!r})
+            import mine
+            assert mine.twice(21) == 42
             print("done")
             """,
             NUMBA_CACHE_DIR=str(blocked / "below"),

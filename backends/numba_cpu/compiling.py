@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
 
 __all__ = ["kernel"]
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 
-
-def kernel(*, parallel: bool = False, reorder: bool = False) -> Callable[[Function], Function]:
+def kernel(*, parallel: bool = False, reorder: bool = False) -> Callable[[Any], Any]:
     """Return the decorator that compiles a kernel.
 
     Parameters
@@ -31,7 +29,7 @@ def kernel(*, parallel: bool = False, reorder: bool = False) -> Callable[[Functi
     """
     flags = {"contract", "reassoc"} if reorder else {"contract"}
 
-    def decorate(function: Function) -> Function:
+    def decorate(function: Any) -> Any:
         try:
             return numba.njit(function, cache=True, nogil=True, parallel=parallel, fastmath=flags)
         except RuntimeError:

@@ -139,7 +139,7 @@ class NumbaPrepared:
                     _row_sums_parallel,
                     -(-weight.n_active // ROWS_PER_ITEM),
                     n_threads,
-                    _frozen(np.require(x, kind, "CA")),
+                    _frozen(np.require(x, kind, ["C", "A"])),
                     *arrays,
                 )
             else:
@@ -242,7 +242,7 @@ def _staged(x: Array, kind: np.dtype[Any], width: int) -> Array:
 
 
 @kernel()
-def _write_constants(out, offset, rows, code):  # type: ignore[no-untyped-def]
+def _write_constants(out, offset, rows, code):
     """Give ablated neurons the constant act(bias)."""
     for row in rows:
         constant = activate(offset[row], code)
@@ -251,7 +251,7 @@ def _write_constants(out, offset, rows, code):  # type: ignore[no-untyped-def]
 
 
 @kernel(reorder=True)
-def _row_sums(first, last, x, values, indices, offset, targets, out, code):  # type: ignore[no-untyped-def]
+def _row_sums(first, last, x, values, indices, offset, targets, out, code):
     n_active, fan_in = values.shape
     for i in range(first * ROWS_PER_ITEM, min(last * ROWS_PER_ITEM, n_active)):
         for b in range(x.shape[0]):
@@ -262,7 +262,7 @@ def _row_sums(first, last, x, values, indices, offset, targets, out, code):  # t
 
 
 @kernel(parallel=True)
-def _row_sums_parallel(n, items, x, values, indices, offset, targets, out, code):  # type: ignore[no-untyped-def]
+def _row_sums_parallel(n, items, x, values, indices, offset, targets, out, code):
     for t in prange(n):
         mode = honour_subnormals()
         _row_sums(
@@ -272,7 +272,7 @@ def _row_sums_parallel(n, items, x, values, indices, offset, targets, out, code)
 
 
 @kernel()
-def _tile_sums(first, last, x, values, indices, offset, targets, out, code):  # type: ignore[no-untyped-def]
+def _tile_sums(first, last, x, values, indices, offset, targets, out, code):
     n_active, fan_in = values.shape
     width = x.shape[2]
     blocks = (n_active + ROWS_PER_ITEM - 1) // ROWS_PER_ITEM
@@ -292,7 +292,7 @@ def _tile_sums(first, last, x, values, indices, offset, targets, out, code):  # 
 
 
 @kernel(parallel=True)
-def _tile_sums_parallel(n, items, x, values, indices, offset, targets, out, code):  # type: ignore[no-untyped-def]
+def _tile_sums_parallel(n, items, x, values, indices, offset, targets, out, code):
     for t in prange(n):
         mode = honour_subnormals()
         _tile_sums(
@@ -302,7 +302,7 @@ def _tile_sums_parallel(n, items, x, values, indices, offset, targets, out, code
 
 
 @kernel()
-def _column_sums(first, last, grad, values, starts, entries, rows, dx):  # type: ignore[no-untyped-def]
+def _column_sums(first, last, grad, values, starts, entries, rows, dx):
     batch, n_in = dx.shape
     width = grad.shape[2]
     blocks = (n_in + ROWS_PER_ITEM - 1) // ROWS_PER_ITEM
@@ -322,7 +322,7 @@ def _column_sums(first, last, grad, values, starts, entries, rows, dx):  # type:
 
 
 @kernel(parallel=True)
-def _column_sums_parallel(n, items, grad, values, starts, entries, rows, dx):  # type: ignore[no-untyped-def]
+def _column_sums_parallel(n, items, grad, values, starts, entries, rows, dx):
     for t in prange(n):
         mode = honour_subnormals()
         _column_sums(items * t // n, items * (t + 1) // n, grad, values, starts, entries, rows, dx)
@@ -330,7 +330,7 @@ def _column_sums_parallel(n, items, grad, values, starts, entries, rows, dx):  #
 
 
 @kernel(reorder=True)
-def _batch_sums(first, last, grad, x, indices, dvalues):  # type: ignore[no-untyped-def]
+def _batch_sums(first, last, grad, x, indices, dvalues):
     n_active, fan_in = dvalues.shape
     for i in range(first * ROWS_PER_ITEM, min(last * ROWS_PER_ITEM, n_active)):
         for j in range(fan_in):
@@ -342,7 +342,7 @@ def _batch_sums(first, last, grad, x, indices, dvalues):  # type: ignore[no-unty
 
 
 @kernel(parallel=True)
-def _batch_sums_parallel(n, items, grad, x, indices, dvalues):  # type: ignore[no-untyped-def]
+def _batch_sums_parallel(n, items, grad, x, indices, dvalues):
     for t in prange(n):
         mode = honour_subnormals()
         _batch_sums(items * t // n, items * (t + 1) // n, grad, x, indices, dvalues)

@@ -24,7 +24,7 @@ _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _X86_FLUSH, _ARM_FLUSH = (1 << 15) | (1 << 6), (1 << 24) | (1 << 19)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def honour_subnormals(typing_context: Any) -> Any:
     """Switch this thread to computing with subnormals; return the mode it was in, uint64."""
 
@@ -46,7 +46,7 @@ def honour_subnormals(typing_context: Any) -> Any:
     return types.uint64(), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def restore_float_mode(typing_context: Any, mode: Any) -> Any:
     """Put this thread back into `mode`, as `honour_subnormals` returned it."""
 

@@ -96,7 +96,7 @@ def _largest_of_rows(
 
 
 @kernel()
-def _count_digits(bits, candidates, above, shift, counts):  # type: ignore[no-untyped-def]
+def _count_digits(bits, candidates, above, shift, counts):
     """Count, by the byte at `shift`, the candidates whose bytes above it are `above`."""
     one, top = np.uint64(1), np.uint64(bits.itemsize * 8)
     sign_cleared = (one << (top - one)) - one
@@ -108,7 +108,7 @@ def _count_digits(bits, candidates, above, shift, counts):  # type: ignore[no-un
 
 
 @kernel()
-def _descend(counts, missing):  # type: ignore[no-untyped-def]
+def _descend(counts, missing):
     """Return the byte that the last chosen has, and how many are missing among its equals."""
     digit = 255
     while counts[digit] < missing:
@@ -118,7 +118,7 @@ def _descend(counts, missing):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def _mark(bits, candidates, last, ties, chosen):  # type: ignore[no-untyped-def]
+def _mark(bits, candidates, last, ties, chosen):
     """Choose the candidates above `last`, and the first `ties` of those equal to it."""
     one, top = np.uint64(1), np.uint64(bits.itemsize * 8)
     sign_cleared = (one << (top - one)) - one
@@ -133,7 +133,7 @@ def _mark(bits, candidates, last, ties, chosen):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def _mark_largest(bits, candidates, count, parts, chosen):  # type: ignore[no-untyped-def]
+def _mark_largest(bits, candidates, count, parts, chosen):
     if count <= 0:
         return
     available = 0
@@ -153,7 +153,7 @@ def _mark_largest(bits, candidates, count, parts, chosen):  # type: ignore[no-un
 
 
 @kernel(parallel=True)
-def _mark_largest_parallel(bits, candidates, count, parts, chosen):  # type: ignore[no-untyped-def]
+def _mark_largest_parallel(bits, candidates, count, parts, chosen):
     if count <= 0:
         return
     n = bits.size
@@ -190,12 +190,12 @@ def _mark_largest_parallel(bits, candidates, count, parts, chosen):  # type: ign
 
 
 @kernel()
-def _mark_rows(bits, candidates, counts, chosen):  # type: ignore[no-untyped-def]
+def _mark_rows(bits, candidates, counts, chosen):
     for row in range(bits.shape[0]):
         _mark_largest(bits[row], candidates[row], counts[row], 1, chosen[row])
 
 
 @kernel(parallel=True)
-def _mark_rows_parallel(bits, candidates, counts, chosen):  # type: ignore[no-untyped-def]
+def _mark_rows_parallel(bits, candidates, counts, chosen):
     for row in prange(bits.shape[0]):
         _mark_largest(bits[row], candidates[row], counts[row], 1, chosen[row])

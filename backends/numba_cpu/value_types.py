@@ -29,7 +29,7 @@ def as_bits(values: NDArray[Any]) -> NDArray[Any]:
     return values
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load(typing_context: Any, value: Any) -> Any:
     """Return the number that `value`, an element of an array from `as_bits`, stands for.
 

@@ -261,6 +261,7 @@ def _numbers(
     rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any], magnitude: str
 ) -> NDArray[Any]:
     limits = float_limits(dtype)
+    numbers: NDArray[Any]
     if magnitude == "integers":
         numbers = rng.integers(-4, 5, shape).astype(np.float64)
     elif magnitude == "zeros":

@@ -1,0 +1,103 @@
+"""Hypothesis profiles, the backends under test, and the golden data."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from srigl_core import list_backends
+
+settings.register_profile("dev", max_examples=25, deadline=None)
+settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
+
+DATA = Path(__file__).parent / "data"
+
+# A test that takes one of these arguments runs once for each backend that offers the operation.
+BACKEND_ARGUMENTS = {
+    "matmul_backend": "condensed_matmul",
+    "backward_backend": "condensed_matmul_backward",
+    "update_backend": "update_mask",
+}
+
+
+def pytest_configure(config):
+    if not config.getoption("--hypothesis-profile", default=None):
+        settings.load_profile("dev")
+    available = {status.name: status.reason for status in list_backends() if status.available}
+    reasons = {status.name: status.reason for status in list_backends()}
+    for name in _requested_backends():
+        if name not in available:
+            raise pytest.UsageError(
+                f"SRIGL_TEST_BACKENDS asks for backend {name!r}, which cannot run here: "
+                f"{reasons.get(name, 'nothing of that name is registered')}"
+            )
+
+
+def pytest_generate_tests(metafunc):
+    for argument, operation in BACKEND_ARGUMENTS.items():
+        if argument in metafunc.fixturenames:
+            metafunc.parametrize(argument, _backends_offering(operation))
+
+
+def _requested_backends():
+    """Names in SRIGL_TEST_BACKENDS, a comma-separated list; none means all that can run."""
+    return [name.strip() for name in os.environ.get("SRIGL_TEST_BACKENDS", "").split(",") if name]
+
+
+def _backends_offering(operation):
+    requested = _requested_backends()
+    return [
+        status.name
+        for status in list_backends()
+        if status.available
+        and operation in status.capabilities.operations
+        and (not requested or status.name in requested)
+    ]
+
+
+@pytest.fixture(scope="session")
+def backend_names():
+    """Return a function: names of the backends under test that offer an operation."""
+    return _backends_offering
+
+
+@pytest.fixture(scope="session")
+def released_updates():
+    """The 80 updates of the released code, unpacked."""
+    with np.load(DATA / "srigl_released_updates.npz") as arrays:
+        cases = []
+        for case in json.loads(bytes(arrays["meta"])):
+            number, shape = case["case"], (case["n_out"], case["n_in"])
+            masks = {
+                name: np.unpackbits(arrays[f"{name}{number}"], count=shape[0] * shape[1])
+                .astype(bool)
+                .reshape(shape)
+                for name in ("m", "mask")
+            }
+            cases.append(
+                SimpleNamespace(
+                    **case,
+                    weight=arrays[f"w{number}"],
+                    grad=arrays[f"g{number}"],
+                    mask=masks["m"],
+                    new_mask=masks["mask"],
+                    new_weight=arrays[f"wn{number}"],
+                    settings={
+                        "nnz_budget": case["nnz_budget"],
+                        "drop_fraction": case["drop_fraction"],
+                        "gamma_sal": case["gamma_sal"],
+                        "saliency_scope": "all",
+                    },
+                )
+            )
+    return cases
+
+
+@pytest.fixture(scope="session")
+def released_distributions():
+    """The 64 sparsity distributions of the released code."""
+    return json.loads((DATA / "srigl_released_distributions.json").read_text())
