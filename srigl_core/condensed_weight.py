@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +98,7 @@ class CondensedWeight:
 
     __slots__ = ("_plans", "active", "indices", "shape", "values")
     __hash__ = None  # type: ignore[assignment]
-    __array_priority__ = 100  # ndarray @ weight is not a product of arrays
+    __array_ufunc__ = None  # so that ndarray @ weight is refused, not taken elementwise
 
     values: NDArray[Any]
     indices: NDArray[Any]
@@ -430,9 +429,6 @@ class CondensedWeight:
             and np.array_equal(self.indices, other.indices)
             and self.values.tobytes() == other.values.tobytes()
         )
-
-    def __iter__(self) -> Iterator[Any]:
-        raise ValueTypeError("a condensed weight is not a sequence; use its values, or to_dense()")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (CondensedWeight, (self.values, self.indices, self.active, self.shape))

@@ -68,7 +68,9 @@ def condensed_matmul(
 
     Notes
     -----
-    The weight keeps the plan of each backend it was used with. SPEC 2; the paper, sec. 4.4.
+    SPEC 2: sums are kept in float32, in float64 where either input is float64, and rounded once.
+    The weight keeps the plan of each backend it was used with. Cost O(batch * n_active * k). The
+    paper's condensed layer, sec. 4.4.
 
     Examples
     --------
@@ -124,7 +126,8 @@ def condensed_matmul_backward(
 
     Notes
     -----
-    SPEC 2, Backward. Cost O(batch * n_active * k).
+    SPEC 2, Backward: a NaN in `grad` at an ablated neuron, or in `x` at an unconnected column,
+    reaches neither dx nor dvalues. Cost O(batch * n_active * k).
     """
     plan = _plan(weight, get_backend(backend, operation="condensed_matmul_backward"))
     return plan.backward(grad, x, wrt=wrt, out=out, threads=threads)

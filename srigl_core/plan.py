@@ -115,41 +115,21 @@ class Plan:
         out: NDArray[Any] | None = None,
         threads: int | None = None,
     ) -> NDArray[Any]:
-        """Return ``act(x @ (W*M).T + bias)`` computed from the connected inputs only.
+        """Return the product; arguments and errors are those of `srigl_core.condensed_matmul`.
 
         Parameters
         ----------
         x : array, (..., n_in)
-            float16, bfloat16, float32 or float64; a NumPy array, or an object with
-            ``__array_interface__`` or a CPU ``__dlpack__``. Any strides; never written.
         bias : array, (n_out,), or None
-            Cast to the result's dtype.
         activation : {None, "none", "relu", "gelu", "gelu_tanh", "silu"}
-            "gelu" is the erf form.
         compact : bool
-            Return the columns of active neurons only, for inference. Otherwise an ablated neuron
-            outputs ``act(bias)``.
         out : ndarray, (..., n_out) or (..., n_active), or None
-            Where to write, of any value type; must not share memory with an input.
         threads : int or None
             Overrides the plan's.
 
         Returns
         -------
         ndarray, (..., n_out), or (..., n_active) if `compact`
-            `out`, or a new array of dtype ``numpy.result_type(x, values)``.
-
-        Raises
-        ------
-        SriglError
-            If a shape does not fit, `activation` is unknown, or `out` cannot be written.
-        ValueTypeError
-            If a dtype is not supported, or float16 meets bfloat16.
-
-        Notes
-        -----
-        SPEC 2: accumulates in float32, in float64 where either input is float64, and rounds once.
-        Cost O(batch * n_active * k). The paper's condensed layer, sec. 4.4.
         """
         weight = self.weight
         n_out, n_in = weight.shape
@@ -197,39 +177,20 @@ class Plan:
         out: MatmulGradients | None = None,
         threads: int | None = None,
     ) -> MatmulGradients:
-        """Return the gradients of the product before the activation.
+        """Return the gradients; arguments and errors: `srigl_core.condensed_matmul_backward`.
 
         Parameters
         ----------
         grad : array, (..., n_out)
-            dL/dz, for the full (not the compact) output.
         x : array, (..., n_in), or None
-            The forward pass's input; needed for "values".
         wrt : iterable of {"x", "values", "bias"}
-            The gradients to compute.
         out : MatmulGradients or None
-            Arrays to write to, of any value type; those that are None are made.
         threads : int or None
             Overrides the plan's.
 
         Returns
         -------
         MatmulGradients
-            ``x`` of dtype ``result_type(grad, values)``; ``values`` and ``bias`` of the widest
-            type that takes part, float32 at least. None where not in `wrt`.
-
-        Raises
-        ------
-        SriglError
-            If a shape does not fit, `wrt` is empty or names something else, or `out` cannot be
-            written.
-        ValueTypeError
-            If a dtype is not supported.
-
-        Notes
-        -----
-        SPEC 2, Backward: a NaN in `grad` at an ablated neuron, or in `x` at an unconnected
-        column, reaches neither dx nor dvalues.
         """
         weight = self.weight
         n_out, n_in = weight.shape
