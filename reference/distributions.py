@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeAlias
 
 from srigl_core.array_checks import check_integer, check_real
 from srigl_core.errors import SriglError
@@ -14,6 +15,8 @@ from srigl_core.errors import SriglError
 __all__ = ["DISTRIBUTIONS", "LayerBudget", "erk", "nnz_budget", "uniform"]
 
 DISTRIBUTIONS = ("erk", "uniform")
+
+Shapes: TypeAlias = Sequence[tuple[int, ...]] | Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def nnz_budget(n_weights: int, sparsity: float) -> int:
 
 
 def uniform(
-    shapes: Sequence[tuple[int, ...]],
+    shapes: Shapes,
     sparsity: float,
     *,
     dense: Iterable[int] = (),
@@ -89,8 +92,8 @@ def uniform(
 
     Parameters
     ----------
-    shapes : sequence of tuple of int
-        Original shapes of the layers.
+    shapes : sequence of tuple of int, or mapping of str to such
+        Original shapes of the layers; names are for error messages.
     sparsity : float
         Of the whole network, in [0, 1).
     dense : iterable of int
@@ -117,7 +120,7 @@ def uniform(
     -----
     SPEC 3.
     """
-    shapes, sizes, budgets, density = _checked(shapes, sparsity, dense, fixed)
+    named, sizes, budgets, density = _checked(shapes, sparsity, dense, fixed)
     sparse = [i for i in range(len(sizes)) if i not in budgets]
     share = density
     if sparse and budgets:
@@ -131,11 +134,11 @@ def uniform(
                 stacklevel=2,
             )
             share = density
-    return _layer_budgets(shapes, budgets, dict.fromkeys(sparse, share))
+    return _layer_budgets(named, budgets, dict.fromkeys(sparse, share))
 
 
 def erk(
-    shapes: Sequence[tuple[int, ...]],
+    shapes: Shapes,
     sparsity: float,
     *,
     dense: Iterable[int] = (),
@@ -166,11 +169,11 @@ def erk(
     -----
     SPEC 3; Evci et al. 2020, sec. 3.1. With power 1 a layer gets ``floor(eps * sum(shape))``.
     """
-    shapes, sizes, budgets, density = _checked(shapes, sparsity, dense, fixed)
+    named, sizes, budgets, density = _checked(shapes, sparsity, dense, fixed)
     check_real(power, "power")
     raw = [
         Fraction(sum(shape), size) if power == 1 else Fraction((sum(shape) / size) ** power)
-        for shape, size in zip(shapes, sizes, strict=True)
+        for shape, size in zip(named.values(), sizes, strict=True)
     ]
     while True:
         sparse = [i for i in range(len(sizes)) if i not in budgets]
@@ -182,11 +185,11 @@ def erk(
                 f"{sum(budgets.values())} already; lower the sparsity or make a layer sparse"
             )
         if not sparse:
-            return _layer_budgets(shapes, budgets, {})
+            return _layer_budgets(named, budgets, {})
         eps = left / sum(raw[i] * sizes[i] for i in sparse)
         full = [i for i in sparse if eps * raw[i] > 1]
         if not full:
-            return _layer_budgets(shapes, budgets, {i: eps * raw[i] for i in sparse})
+            return _layer_budgets(named, budgets, {i: eps * raw[i] for i in sparse})
         budgets.update({i: sizes[i] for i in full})
 
 
@@ -199,39 +202,47 @@ def _density(sparsity: float) -> Fraction:
 
 
 def _checked(
-    shapes: Sequence[tuple[int, ...]],
+    shapes: Shapes,
     sparsity: float,
     dense: Iterable[int],
     fixed: Mapping[int, int] | None,
-) -> tuple[list[tuple[int, ...]], list[int], dict[int, int], Fraction]:
-    """Return shapes and sizes, the budgets known beforehand, and the network's density."""
-    shapes = [tuple(check_integer(n, "length", least=0) for n in shape) for shape in shapes]
-    for shape in shapes:
+) -> tuple[dict[str, tuple[int, ...]], list[int], dict[int, int], Fraction]:
+    """Return named shapes, sizes, the budgets known beforehand, and the network's density."""
+    if not isinstance(shapes, Mapping):
+        shapes = {str(i): shape for i, shape in enumerate(shapes)}
+    named = {
+        name: tuple(check_integer(n, f"length of layer {name!r}", least=0) for n in shape)
+        for name, shape in shapes.items()
+    }
+    for name, shape in named.items():
         if len(shape) < 2 or 0 in shape:
-            raise SriglError(f"a layer of shape {shape} has no neurons with inputs")
-    if not shapes:
+            raise SriglError(f"layer {name!r} of shape {shape} has no neurons with inputs")
+    if not named:
         raise SriglError("shapes is empty; name at least one layer")
-    sizes = [math.prod(shape) for shape in shapes]
+    sizes = [math.prod(shape) for shape in named.values()]
     budgets = {check_integer(i, "dense", least=0, most=len(sizes) - 1): 0 for i in dense}
     budgets = {i: sizes[i] for i in budgets}
     for i, budget in (fixed or {}).items():
         check_integer(i, "fixed", least=0, most=len(sizes) - 1)
-        budgets[i] = check_integer(budget, f"nnz_budget of layer {i}", least=1, most=sizes[i])
-    return shapes, sizes, budgets, min(Fraction(1), _density(sparsity))
+        what = f"nnz_budget of layer {list(named)[i]!r}"
+        budgets[i] = check_integer(budget, what, least=1, most=sizes[i])
+    return named, sizes, budgets, min(Fraction(1), _density(sparsity))
 
 
 def _layer_budgets(
-    shapes: Sequence[tuple[int, ...]], budgets: Mapping[int, int], densities: Mapping[int, Fraction]
+    shapes: Mapping[str, tuple[int, ...]],
+    budgets: Mapping[int, int],
+    densities: Mapping[int, Fraction],
 ) -> list[LayerBudget]:
     layers = []
-    for i, shape in enumerate(shapes):
+    for i, (name, shape) in enumerate(shapes.items()):
         size = math.prod(shape)
         budget = budgets[i] if i in budgets else math.floor(size * densities[i])
         density = Fraction(budget, size) if i in budgets else densities[i]
         if budget < 1:
             raise SriglError(
-                f"layer {i} of shape {tuple(shape)} gets {float(size * density):.3f} weights, "
+                f"layer {name!r} of shape {shape} gets {float(size * density):.3f} weights, "
                 f"less than one; lower the sparsity, or give it a budget of its own"
             )
-        layers.append(LayerBudget(tuple(shape), budget, density))
+        layers.append(LayerBudget(shape, budget, density))
     return layers

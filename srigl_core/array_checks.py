@@ -29,6 +29,8 @@ def as_float_array(array: object, what: str) -> NDArray[Any]:
     ValueTypeError
         If it is no such object, or holds other numbers.
     """
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueTypeError(f"{what} is a masked array; pass its .filled(0), or its .data")
     if not isinstance(array, np.ndarray):
         array = _from_protocol(array, what)
     array = np.asarray(array)  # numpy.matrix has products of its own

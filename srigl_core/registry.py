@@ -88,7 +88,7 @@ def get_backend(
     if backend is None:
         return _preferred(operation)
     found = _load(backend) if isinstance(backend, str) else backend
-    if not isinstance(found, Backend):
+    if isinstance(found, type) or not isinstance(found, Backend):
         raise ValueTypeError(
             f"backend must be a name ({', '.join(_registered())}), an object with the methods of "
             f"srigl_core.contract.Backend, or None; got {type(backend).__name__}"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from srigl_core.array_checks import as_float_array, check_integer
+from srigl_core.array_checks import as_float_array, as_mask, check_integer
 from srigl_core.condensed_weight import flat_shape
 from srigl_core.contract import Backend
 from srigl_core.dispatch import update_mask
@@ -336,6 +336,10 @@ class SparseTrainer:
                 f"state was taken with other settings: {differ[0]} was {theirs.get(differ[0])!r} "
                 f"and is {mine[differ[0]]!r}; make the trainer with the same arguments"
             )
+        for part, due in (("masks", self.masks), ("ever_active", self._sparse(self.masks))):
+            for name, mask in due.items():
+                with _naming(name):
+                    as_mask(state[part].get(name), mask.shape, f"state[{part!r}]")
         self.step_count = state["step_count"]
         self.masks = {name: _frozen(mask.copy()) for name, mask in state["masks"].items()}
         self._ever_active = {name: seen.copy() for name, seen in state["ever_active"].items()}
@@ -467,13 +471,14 @@ def _budgets(
             if option.dense:
                 dense.append(i)
             elif option.sparsity is not None:
-                fixed[i] = nnz_budget(n_out * n_in, option.sparsity)
+                own = nnz_budget(n_out * n_in, option.sparsity)
+                fixed[i] = check_integer(own, "nnz_budget", least=1)
             elif option.nnz_budget is not None:
                 fixed[i] = check_integer(
                     option.nnz_budget, "nnz_budget", least=1, most=n_out * n_in
                 )
     share = erk if distribution == "erk" else uniform
-    layers = share(list(shapes.values()), sparsity, dense=dense, fixed=fixed)
+    layers = share(shapes, sparsity, dense=dense, fixed=fixed)
     return dict(zip(shapes, layers, strict=True))
 
 

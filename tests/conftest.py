@@ -16,11 +16,12 @@ settings.register_profile("ci", max_examples=200, deadline=None, derandomize=Tru
 
 DATA = Path(__file__).parent / "data"
 
-# A test that takes one of these arguments runs once for each backend that offers the operation.
+# A test that takes one of these arguments runs once for each backend that offers the operations.
 BACKEND_ARGUMENTS = {
-    "matmul_backend": "condensed_matmul",
-    "backward_backend": "condensed_matmul_backward",
-    "update_backend": "update_mask",
+    "matmul_backend": ("condensed_matmul",),
+    "backward_backend": ("condensed_matmul_backward",),
+    "product_backend": ("condensed_matmul", "condensed_matmul_backward"),
+    "update_backend": ("update_mask",),
 }
 
 
@@ -38,9 +39,9 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    for argument, operation in BACKEND_ARGUMENTS.items():
+    for argument, operations in BACKEND_ARGUMENTS.items():
         if argument in metafunc.fixturenames:
-            metafunc.parametrize(argument, _backends_offering(operation))
+            metafunc.parametrize(argument, _backends_offering(*operations))
 
 
 def _requested_backends():
@@ -48,20 +49,20 @@ def _requested_backends():
     return [name.strip() for name in os.environ.get("SRIGL_TEST_BACKENDS", "").split(",") if name]
 
 
-def _backends_offering(operation):
+def _backends_offering(*operations):
     requested = _requested_backends()
     return [
         status.name
         for status in list_backends()
         if status.available
-        and operation in status.capabilities.operations
+        and status.capabilities.operations.issuperset(operations)
         and (not requested or status.name in requested)
     ]
 
 
 @pytest.fixture(scope="session")
 def backend_names():
-    """Return a function: names of the backends under test that offer an operation."""
+    """Return a function: names of the backends under test that offer the operations."""
     return _backends_offering
 
 

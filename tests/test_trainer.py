@@ -1,0 +1,689 @@
+"""The training driver: budgets, windows, updates, resume (SPEC 4 and 5)."""
+
+import copy
+import pickle
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srigl_core import (
+    LayerOptions,
+    SparseTrainer,
+    SriglError,
+    ValueTypeError,
+    update_mask,
+)
+from srigl_core.reference import (
+    UpdateSchedule,
+    erk,
+    nnz_budget,
+    uniform,
+    update_rigl,
+    update_set,
+)
+
+SHAPES = {"conv": (8, 3, 3, 3), "hidden": (12, 16), "out": (5, 12)}
+METHODS = ("srigl", "rigl", "set", "static")
+
+
+def make(method="srigl", *, shapes=SHAPES, sparsity=0.6, schedule=None, **options):
+    schedule = schedule or UpdateSchedule(1000, delta_t=4)
+    return SparseTrainer(shapes, sparsity=sparsity, schedule=schedule, method=method, **options)
+
+
+def initial_weights(trainer, seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(mask.shape) * mask for name, mask in trainer.masks.items()}
+
+
+def gradients(trainer, step):
+    """The same for every run, whatever it did before."""
+    rng = np.random.default_rng((77, step))
+    return {name: rng.standard_normal(mask.shape) for name, mask in trainer.masks.items()}
+
+
+def train(trainer, weights, steps, *, calls=1):
+    """Take steps of a training that moves weights by their gradients; return all updates."""
+    history = []
+    for _ in range(steps):
+        grads = gradients(trainer, trainer.step_count + 1)
+        for name, weight in weights.items():
+            weights[name] = weight - 0.1 * grads[name] * trainer.masks[name]
+            for part in range(calls):
+                if trainer.needs_grad:
+                    trainer.accumulate(name, grads[name] + part)
+        updates = trainer.step(weights)
+        weights.update({name: update.weight for name, update in updates.items()})
+        history.append({name: update.mask.copy() for name, update in updates.items()})
+    return history
+
+
+def snapshot(trainer):
+    """Everything a step may change, arrays as bytes."""
+
+    def plain(part):
+        if isinstance(part, dict):
+            return {name: plain(value) for name, value in part.items()}
+        if isinstance(part, tuple):
+            return tuple(plain(value) for value in part)
+        if isinstance(part, np.ndarray):
+            return part.shape, part.dtype, part.tobytes()
+        return part
+
+    return plain(trainer.state_dict())
+
+
+# ---------------------------------------------------------------- budgets and initial masks
+
+
+@pytest.mark.parametrize("distribution", ["erk", "uniform"])
+@pytest.mark.parametrize("method", METHODS)
+def test_budgets_are_those_of_the_distribution(method, distribution):
+    trainer = make(method, distribution=distribution)
+    share = {"erk": erk, "uniform": uniform}[distribution]
+    assert list(trainer.budgets.values()) == share(list(SHAPES.values()), 0.6)
+    assert list(trainer.masks) == list(SHAPES)
+    for name, mask in trainer.masks.items():
+        budget = trainer.budgets[name].nnz_budget
+        assert mask.shape == SHAPES[name]
+        assert mask.dtype == bool
+        counts = mask.reshape(len(mask), -1).sum(axis=1)
+        if method == "srigl":
+            assert (counts == budget // len(mask)).all()
+            assert trainer.fan_in[name] == budget // len(mask)
+        else:
+            assert counts.sum() == budget
+        assert trainer.nnz[name] == counts.sum()
+        assert trainer.n_active[name] == np.count_nonzero(counts)
+    n_weights = sum(mask.size for mask in trainer.masks.values())
+    assert trainer.sparsity == 1 - sum(trainer.nnz.values()) / n_weights
+    assert trainer.step_count == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_masks_and_another_seed_others(method):
+    first, again, other = make(method, seed=5), make(method, seed=5), make(method, seed=6)
+    for name, mask in first.masks.items():
+        np.testing.assert_array_equal(mask, again.masks[name])
+        assert not np.array_equal(mask, other.masks[name])
+
+
+def test_initial_masks_do_not_depend_on_the_backend(update_backend):
+    first, other = make(seed=5), make(seed=5, backend=update_backend)
+    assert all(np.array_equal(mask, other.masks[name]) for name, mask in first.masks.items())
+
+
+def test_masks_handed_out_cannot_be_written():
+    trainer = make()
+    with pytest.raises(ValueError, match="read-only"):
+        trainer.masks["hidden"][0, 0] = True
+    weights = initial_weights(trainer)
+    train(trainer, weights, 4)
+    with pytest.raises(ValueError, match="read-only"):
+        trainer.masks["hidden"][0, 0] = True
+
+
+def test_layers_may_differ():
+    layers = {
+        "conv": LayerOptions(dense=True),
+        "hidden": LayerOptions(nnz_budget=50),
+        "out": LayerOptions(sparsity=0.25),
+    }
+    for method in METHODS:
+        trainer = make(method, layers=layers, sparsity=0.3)
+        assert trainer.masks["conv"].all()
+        assert trainer.budgets["conv"].nnz_budget == 216
+        assert trainer.budgets["hidden"].nnz_budget == 50
+        assert trainer.budgets["out"].nnz_budget == nnz_budget(60, 0.25) == 45
+        assert trainer.nnz["hidden"] == (48 if method == "srigl" else 50)
+    trainer = make(layers={"out": LayerOptions(dense=True)}, distribution="uniform")
+    assert trainer.nnz["out"] == 60
+    plain = make(distribution="uniform")
+    assert trainer.budgets["hidden"].nnz_budget < plain.budgets["hidden"].nnz_budget
+
+
+def test_a_dense_layer_is_left_alone():
+    trainer = make(layers={"out": LayerOptions(dense=True)})
+    weights = initial_weights(trainer)
+    for step in range(8):
+        for name in ("conv", "hidden"):
+            trainer.accumulate(name, gradients(trainer, step)[name])
+        trainer.accumulate("out", np.full(SHAPES["out"], np.nan))  # not used
+        updates = trainer.step({name: weights[name] for name in ("conv", "hidden")})
+    assert updates.keys() == {"conv", "hidden"}
+    assert trainer.masks["out"].all()
+    assert trainer.itop_rates().keys() == {"conv", "hidden"}
+
+
+# ---------------------------------------------------------------- steps and windows
+
+
+@given(
+    delta_t=st.integers(1, 6),
+    t_end=st.integers(1, 25),
+    window=st.integers(1, 6),
+    method=st.sampled_from(METHODS),
+)
+def test_gradients_are_needed_in_the_window_and_updates_come_when_due(
+    delta_t, t_end, window, method
+):
+    window = min(window, delta_t)
+    trainer = make(
+        method,
+        shapes={"a": (3, 4), "b": (2, 3)},
+        schedule=UpdateSchedule(t_end, delta_t=delta_t),
+        grad_window=window,
+    )
+    weights = initial_weights(trainer)
+    due = [step for step in range(1, 31) if step % delta_t == 0 and step < t_end]
+    for step in range(1, 31):
+        wanted = method in ("srigl", "rigl") and any(0 <= d - step < window for d in due)
+        assert trainer.needs_grad == wanted
+        if wanted:
+            for name, weight in weights.items():
+                trainer.accumulate(name, weight + step)
+        updates = trainer.step(weights)
+        assert trainer.step_count == step
+        assert updates.keys() == (weights.keys() if step in due else set())
+        assert not trainer.state_dict()["window"] or step not in due
+
+
+@pytest.mark.parametrize("method", ["srigl", "rigl"])
+def test_an_update_uses_the_mean_of_all_calls_in_the_window(method):
+    trainer = make(method, grad_window=3)
+    weights = initial_weights(trainer)
+    before = {name: mask.copy() for name, mask in trainer.masks.items()}
+    rng = np.random.default_rng(3)
+    sums = {name: np.zeros(mask.shape) for name, mask in before.items()}
+    n_calls = 0
+    for step in range(1, 5):
+        for _ in range(step):  # several calls a step, of different numbers
+            grads = {name: rng.integers(-8, 9, m.shape) / 4 for name, m in before.items()}
+            for name, grad in grads.items():
+                trainer.accumulate(name, grad * (1 if step > 1 else 1e6))  # step 1 is outside
+                sums[name] += grad * (step > 1)
+            n_calls += step > 1
+        updates = trainer.step(weights)
+    assert n_calls == 9
+    for name, update in updates.items():
+        options = {"drop_fraction": UpdateSchedule(1000, delta_t=4).drop_fraction(4)}
+        if method == "srigl":
+            expected = update_mask(
+                weights[name],
+                sums[name] / 9,
+                before[name],
+                nnz_budget=trainer.budgets[name].nnz_budget,
+                gamma_sal=None if name == "out" else 0.3,
+                **options,
+            )
+        else:
+            expected = update_rigl(weights[name], sums[name] / 9, before[name], **options)
+        np.testing.assert_array_equal(update.mask, expected.mask)
+        np.testing.assert_array_equal(update.weight, expected.weight)
+        np.testing.assert_array_equal(trainer.masks[name], expected.mask)
+
+
+def test_gradients_of_16_bit_are_added_in_float32():
+    """256 + 1 is 256 in bfloat16; so would the sum of ones be."""
+    trainer = make(grad_window=4, method="rigl")
+    for step in range(1, 5):
+        for name, mask in trainer.masks.items():
+            for _ in range(80):
+                trainer.accumulate(name, np.ones(mask.shape, ml_dtypes.bfloat16))
+        if step < 4:
+            trainer.step({})
+    total, calls = trainer.state_dict()["window"]["hidden"]
+    assert (total.dtype, calls) == (np.float32, 320)
+    assert (total == 320).all()
+
+
+@pytest.mark.parametrize("order", [(np.float64, np.float32), (np.float32, np.float64)])
+def test_gradients_of_two_precisions_are_added_in_the_wider(order):
+    trainer = make(schedule=UpdateSchedule(10, delta_t=1))
+    values = {np.float64: 2**-40, np.float32: 1.0}
+    for dtype in order:
+        trainer.accumulate("hidden", np.full(SHAPES["hidden"], values[dtype], dtype))
+    total, _ = trainer.state_dict()["window"]["hidden"]
+    assert (total == 1 + 2**-40).all()
+
+
+def test_a_gradient_is_copied():
+    trainer = make(schedule=UpdateSchedule(10, delta_t=1))
+    grad = np.ones(SHAPES["hidden"])
+    trainer.accumulate("hidden", grad)
+    grad[:] = 9
+    assert (trainer.state_dict()["window"]["hidden"][0] == 1).all()
+
+
+def test_weights_are_not_written(update_backend):
+    trainer = make(schedule=UpdateSchedule(10, delta_t=1), backend=update_backend)
+    weights = initial_weights(trainer)
+    for name, weight in weights.items():
+        weight.setflags(write=False)
+        trainer.accumulate(name, np.arange(1.0, weight.size + 1).reshape(weight.shape))
+    updates = trainer.step(weights)
+    assert all(u.weight.shape == SHAPES[name] for name, u in updates.items())
+    assert sum(u.n_grown for u in updates.values()) > 0
+
+
+# ---------------------------------------------------------------- updates
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_update_of_a_training_stays_in_its_budget(method):
+    trainer = make(method, gamma_sal=0.9, ablate_last=True)
+    weights = initial_weights(trainer)
+    start = {name: mask.copy() for name, mask in trainer.masks.items()}
+    history = train(trainer, weights, 40)
+    assert sum(bool(masks) for masks in history) == 10
+    for masks in filter(None, history):
+        for name, mask in masks.items():
+            counts = mask.reshape(len(mask), -1).sum(axis=1)
+            budget = trainer.budgets[name].nnz_budget
+            if method == "srigl":
+                active = counts[counts > 0]
+                assert len(set(active.tolist())) == 1
+                assert active[0] == budget // active.size
+            else:
+                assert counts.sum() == budget
+    changed = any(not np.array_equal(trainer.masks[name], start[name]) for name in start)
+    assert changed == (method != "static")
+    if method == "srigl":
+        assert any((mask.reshape(len(mask), -1).sum(axis=1) == 0).any()
+                   for masks in history for mask in masks.values())  # fmt: skip
+
+
+def test_all_backends_give_the_same_training(backend_names):
+    results = []
+    for backend in backend_names("update_mask"):
+        trainer = make(gamma_sal=0.9, backend=backend)
+        weights = initial_weights(trainer)
+        train(trainer, weights, 24)
+        results.append({name: weight.tobytes() for name, weight in weights.items()})
+    assert all(result == results[0] for result in results)
+
+
+def test_set_grows_by_its_seed():
+    runs = {}
+    for seed in (1, 1, 2):
+        trainer = make("set", seed=seed)
+        masks = {name: mask.copy() for name, mask in make("set", seed=0).masks.items()}
+        state = trainer.state_dict() | {"masks": masks}
+        trainer.load_state_dict(state)
+        history = train(trainer, initial_weights(trainer), 8)
+        runs.setdefault(seed, []).append([m.tobytes() for step in history for m in step.values()])
+    assert runs[1][0] == runs[1][1] != runs[2][0]
+
+
+def test_set_uses_the_function_of_the_reference():
+    trainer = make("set", schedule=UpdateSchedule(100, delta_t=1))
+    weights = initial_weights(trainer)
+    rng = np.random.default_rng(0)
+    rng.bit_generator.state = trainer.state_dict()["rng"]
+    before = {name: mask.copy() for name, mask in trainer.masks.items()}
+    zeta = UpdateSchedule(100, delta_t=1).drop_fraction(1)
+    updates = trainer.step(weights)
+    for name, update in updates.items():
+        expected = update_set(weights[name], before[name], drop_fraction=zeta, rng=rng)
+        np.testing.assert_array_equal(update.mask, expected.mask)
+
+
+def test_static_zeroes_what_the_optimiser_put_into_inactive_places():
+    trainer = make("static", schedule=UpdateSchedule(100, delta_t=1))
+    weights = {name: np.full(mask.shape, 2.0) for name, mask in trainer.masks.items()}
+    for name, update in trainer.step(weights).items():
+        np.testing.assert_array_equal(update.weight, 2.0 * trainer.masks[name])
+
+
+def test_settings_reach_the_update():
+    shapes = {"a": (6, 8), "b": (6, 8)}
+    for settings in (
+        {"gamma_sal": None, "min_salient": 3},
+        {"saliency_scope": "all"},
+        {"grown_init": 0.5},
+        {"gamma_sal": 1.0},
+    ):
+        schedule = UpdateSchedule(50, delta_t=1, alpha=0.8)
+        trainer = make(shapes=shapes, schedule=schedule, ablate_last=True, **settings)
+        weights = initial_weights(trainer)
+        grads = gradients(trainer, 1)
+        before = dict(trainer.masks)
+        for name, grad in grads.items():
+            trainer.accumulate(name, grad)
+        for name, update in trainer.step(weights).items():
+            expected = update_mask(
+                weights[name],
+                grads[name],
+                before[name],
+                nnz_budget=trainer.budgets[name].nnz_budget,
+                drop_fraction=schedule.drop_fraction(1),
+                **settings,
+            )
+            np.testing.assert_array_equal(update.mask, expected.mask)
+            np.testing.assert_array_equal(update.weight, expected.weight)
+            assert update.threshold == expected.threshold
+
+
+# ---------------------------------------------------------------- ITOP and the report
+
+
+def test_itop_rate_is_the_share_of_positions_ever_active():
+    trainer = make("set")
+    ever = {name: mask.copy() for name, mask in trainer.masks.items()}
+    assert trainer.itop_rates() == {name: seen.mean() for name, seen in ever.items()}
+    weights = initial_weights(trainer)
+    for _ in range(5):
+        for masks in train(trainer, weights, 4):
+            for name, mask in masks.items():
+                ever[name] |= mask
+        assert trainer.itop_rates() == {name: seen.mean() for name, seen in ever.items()}
+    assert all(seen.mean() > trainer.masks[name].mean() for name, seen in ever.items())
+
+
+def test_report_shows_what_was_asked_for_and_what_is_realised():
+    trainer = make(layers={"hidden": LayerOptions(nnz_budget=50)}, gamma_sal=0.9)
+    train(trainer, initial_weights(trainer), 8)
+    header, *rows = trainer.report().splitlines()
+    assert header.split() == ["layer", "shape", "budget", "weights", "sparsity", "fan-in", "active"]
+    assert [row.split()[0] for row in rows] == list(SHAPES)
+    for row, (name, mask) in zip(rows, trainer.masks.items(), strict=True):
+        _, shape, budget, weights, sparsity, fan_in, active = row.split()
+        assert shape == "x".join(map(str, SHAPES[name]))
+        assert int(budget) == trainer.budgets[name].nnz_budget
+        assert int(weights) == mask.sum() <= int(budget)
+        assert sparsity == f"{1 - mask.mean():.2%}"
+        assert int(fan_in) == trainer.fan_in[name]
+        assert active == f"{trainer.n_active[name]}/{len(mask)}"
+    assert "-" in make("rigl").report().splitlines()[1].split()  # no constant fan-in
+
+
+# ---------------------------------------------------------------- errors change nothing
+
+
+def ready(method="srigl", **options):
+    """A trainer in whose coming step an update is due, gradients accumulated."""
+    trainer = make(method, schedule=UpdateSchedule(100, delta_t=1), **options)
+    grads = gradients(trainer, 1)
+    if method in ("srigl", "rigl"):
+        for name, grad in grads.items():
+            trainer.accumulate(name, grad)
+    return trainer, initial_weights(trainer)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weight_that_is_missing_wrong_or_not_finite_is_an_error_that_names_the_layer(method):
+    trainer, weights = ready(method)
+    before = snapshot(trainer)
+    wrong = {
+        "weights lacks layer 'out'": None,
+        "layer 'out': .*not finite in 60 of 60|layer 'out': .*not finite in": np.full(
+            (5, 12), np.nan
+        ),
+        r"layer 'out': .*\(5, 11\)": np.ones((5, 11)),
+        r"layer 'out': .*int64": np.ones((5, 12), int),
+        r"layer 'out': .*list": [[1.0] * 12] * 5,
+    }
+    for message, weight in wrong.items():
+        given_weights = {name: w for name, w in weights.items() if name != "out"}
+        if weight is not None:
+            given_weights["out"] = weight
+        with pytest.raises(SriglError, match=message):
+            trainer.step(given_weights)
+        assert snapshot(trainer) == before
+    assert trainer.step_count == 0
+    assert trainer.step(weights).keys() == SHAPES.keys()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("method", ["srigl", "rigl"])
+def test_a_gradient_that_is_not_finite_is_an_error_and_one_can_go_on(method, wrong):
+    """The layers before it in the network are left as they were, too."""
+    trainer, weights = ready(method)
+    bad = np.zeros(SHAPES["out"])
+    bad[2, 3] = wrong
+    trainer.accumulate("out", bad)
+    before = snapshot(trainer)
+    with pytest.raises(SriglError, match="layer 'out': grad is not finite in 1 of 60"):
+        trainer.step(weights)
+    assert snapshot(trainer) == before
+    trainer.discard_gradients()
+    assert trainer.state_dict()["window"] == {}
+    assert trainer.needs_grad
+    with pytest.raises(SriglError, match=r"layer 'conv': no gradient was accumulated .* step 1"):
+        trainer.step(weights)
+    for name, grad in gradients(trainer, 2).items():
+        trainer.accumulate(name, grad)
+    assert trainer.step(weights).keys() == SHAPES.keys()
+    assert trainer.step_count == 1
+
+
+def test_a_gradient_that_is_missing_is_an_error_that_names_the_layer():
+    for method in ("srigl", "rigl"):
+        trainer = make(method, schedule=UpdateSchedule(100, delta_t=1))
+        trainer.accumulate("conv", np.ones(SHAPES["conv"]))
+        before = snapshot(trainer)
+        with pytest.raises(SriglError, match="layer 'hidden': no gradient was accumulated"):
+            trainer.step(initial_weights(trainer))
+        assert snapshot(trainer) == before
+
+
+def test_set_draws_the_same_after_a_step_that_failed():
+    trainer, weights = ready("set")
+    twin, _ = ready("set")
+    with pytest.raises(SriglError):
+        trainer.step(weights | {"out": np.full(SHAPES["out"], np.inf)})
+    for name, update in trainer.step(weights).items():
+        np.testing.assert_array_equal(update.mask, twin.step(weights)[name].mask if name == "conv"
+                                      else twin.masks[name])  # fmt: skip
+
+
+def test_a_sum_of_gradients_that_overflows_is_an_error_that_names_the_layer():
+    shapes = {"hidden": (6, 4), "out": (6, 6)}
+    trainer = make(
+        shapes=shapes, sparsity=0.5, schedule=UpdateSchedule(10, delta_t=1), distribution="uniform"
+    )
+    weights = initial_weights(trainer)
+    for name, weight in weights.items():
+        trainer.accumulate(name, np.ones(weight.shape, np.float32) * 3e38)
+        trainer.accumulate(name, np.ones(weight.shape, np.float32) * 3e38)
+    with pytest.raises(SriglError, match="layer 'hidden': grad is not finite in 24 of 24"):
+        trainer.step(weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "grad", "error", "message"),
+    [
+        (
+            "fc",
+            np.ones((12, 16)),
+            SriglError,
+            "no layer is called 'fc'; there are conv, hidden, out",
+        ),
+        ("hidden", np.ones((16, 12)), SriglError, r"layer 'hidden': grad has shape \(16, 12\)"),
+        ("hidden", np.ones((12, 16), int), ValueTypeError, "layer 'hidden': grad of dtype 'int64'"),
+        ("hidden", [[1.0]], ValueTypeError, "layer 'hidden': grad must be an array"),
+    ],
+)
+def test_a_bad_gradient_is_an_error_at_once(name, grad, error, message):
+    for delta_t in (1, 4):  # in the window and outside
+        trainer = make(schedule=UpdateSchedule(100, delta_t=delta_t))
+        with pytest.raises(error, match=message):
+            trainer.accumulate(name, grad)
+        assert trainer.state_dict()["window"] == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"shapes": {}}, SriglError, "shapes is empty"),
+        ({"shapes": {"a": (4,)}}, SriglError, r"layer 'a': a weight of shape \(4,\)"),
+        ({"sparsity": 1.0}, SriglError, r"sparsity=1\.0 must be in \[0, 1\)"),
+        ({"sparsity": -0.5}, SriglError, r"sparsity=-0\.5"),
+        ({"method": "snfs"}, SriglError, "method='snfs' is unknown; use one of srigl, rigl"),
+        ({"distribution": "erdos"}, SriglError, "distribution='erdos' is unknown; use one of erk"),
+        ({"grad_window": 5}, SriglError, "grad_window=5 must be between 1 and 4"),
+        ({"grad_window": 0}, SriglError, "grad_window=0"),
+        ({"gamma_sal": 1.5}, SriglError, r"gamma_sal=1\.5"),
+        ({"min_salient": 2}, SriglError, "gamma_sal=None"),
+        ({"saliency_scope": "some"}, SriglError, "saliency_scope='some'"),
+        ({"seed": -1}, SriglError, "seed=-1 must be at least 0"),
+        ({"seed": None}, ValueTypeError, "seed=None must be an integer"),
+        ({"schedule": 1}, SriglError, "total_steps=1 must be at least 2"),
+        ({"schedule": "often"}, ValueTypeError, "total_steps='often'"),
+        ({"backend": "cuda"}, SriglError, "no backend is called 'cuda'"),
+        ({"backend": "scipy"}, SriglError, "'scipy' does not offer update_mask"),
+        ({"layers": {"fc": LayerOptions()}}, SriglError, "layers names 'fc'; there are conv"),
+        ({"layers": {"out": {"dense": True}}}, ValueTypeError, r"layers\['out'\]=.* LayerOptions"),
+        ({"layers": {"out": LayerOptions(nnz_budget=61)}}, SriglError, "'out': nnz_budget=61"),
+        ({"layers": {"out": LayerOptions(nnz_budget=4)}}, SriglError, "'out': nnz_budget=4 .* 5"),
+        ({"layers": {"out": LayerOptions(sparsity=1.0)}}, SriglError, r"'out': sparsity=1\.0"),
+        ({"layers": {"conv": LayerOptions(dense=True)}, "sparsity": 0.9}, SriglError, "lower"),
+    ],
+)
+def test_a_bad_setting_is_an_error(options, error, message):
+    with pytest.raises(error, match=message):
+        make(**options)
+
+
+def test_a_layer_has_one_budget():
+    for options in (
+        {"dense": True, "sparsity": 0.5},
+        {"dense": True, "nnz_budget": 5},
+        {"sparsity": 0.5, "nnz_budget": 5},
+    ):
+        with pytest.raises(SriglError, match="more than once"):
+            LayerOptions(**options)
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("cut", [0, 5, 6, 7, 8, 13])
+@pytest.mark.parametrize("way", ["same process", "pickle", "pickled trainer", "deepcopy"])
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_is_exact_also_in_the_middle_of_a_window(method, way, cut):
+    """The window of three steps is open after steps 6, 7, 10, 11, 14."""
+    options = {"grad_window": 3, "gamma_sal": 0.9, "seed": 3}
+    whole = make(method, **options)
+    expected = initial_weights(whole)
+    train(whole, expected, 20, calls=2)
+
+    first = make(method, **options)
+    weights = initial_weights(first)
+    train(first, weights, cut, calls=2)
+    assert bool(first.state_dict()["window"]) == (method in ("srigl", "rigl") and cut in (6, 7))
+    if way == "pickled trainer":
+        resumed = pickle.loads(pickle.dumps(first))
+    elif way == "deepcopy":
+        resumed = copy.deepcopy(first)
+    else:
+        state = first.state_dict()
+        if way == "pickle":
+            state = pickle.loads(pickle.dumps(state))
+        resumed = make(method, **(options | {"seed": 999}))  # the state's generator counts
+        resumed.load_state_dict(state)
+    train(first, copy.deepcopy(weights), 5)  # must not touch the one resumed
+    train(resumed, weights, 20 - cut, calls=2)
+
+    assert resumed.step_count == whole.step_count == 20
+    for name in SHAPES:
+        np.testing.assert_array_equal(resumed.masks[name], whole.masks[name])
+        assert weights[name].tobytes() == expected[name].tobytes()
+    assert resumed.itop_rates() == whole.itop_rates()
+    assert snapshot(resumed) == snapshot(whole)
+
+
+def test_a_state_may_be_loaded_on_another_backend(backend_names):
+    trainer = make(gamma_sal=0.9)
+    weights = initial_weights(trainer)
+    train(trainer, weights, 6)
+    state = trainer.state_dict()
+    for backend in backend_names("update_mask"):
+        other = make(gamma_sal=0.9, backend=backend)
+        other.load_state_dict(state)
+        assert snapshot(other) == snapshot(trainer)
+
+
+def test_errors_about_a_budget_name_the_layer():
+    shapes = {"first": (4, 4), "second": (2000, 2000)}
+    with pytest.raises(SriglError, match=r"layer 'first' of shape .* less than one"):
+        SparseTrainer(shapes, sparsity=0.99, schedule=100, distribution="uniform")
+    own = {"first": LayerOptions(sparsity=0.99)}
+    with pytest.raises(SriglError, match="layer 'first': nnz_budget=0"):
+        SparseTrainer(shapes, sparsity=0.5, schedule=100, layers=own)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"method": "rigl"}, "method"),
+        ({"sparsity": 0.5}, "layers"),
+        ({"distribution": "uniform"}, "layers"),
+        ({"shapes": {**SHAPES, "out": (6, 12)}}, "layers"),
+        ({"ablate_last": True}, "layers"),
+        ({"layers": {"hidden": LayerOptions(ablate=False)}}, "layers"),
+        ({"schedule": UpdateSchedule(1000, delta_t=5)}, "schedule"),
+        ({"schedule": UpdateSchedule(1000, delta_t=4, alpha=0.2)}, "schedule"),
+        ({"gamma_sal": 0.5}, "update"),
+        ({"gamma_sal": None, "min_salient": 2}, "update"),
+        ({"saliency_scope": "all"}, "update"),
+        ({"grown_init": 0.1}, "update"),
+        ({"grad_window": 2}, "grad_window"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused_and_changes_nothing(options, what):
+    trainer = make()
+    train(trainer, initial_weights(trainer), 6)
+    other = make(**options)
+    before = snapshot(other)
+    with pytest.raises(SriglError, match=f"other settings: {what} was"):
+        other.load_state_dict(trainer.state_dict())
+    assert snapshot(other) == before
+
+
+def test_what_is_no_state_is_refused_and_changes_nothing():
+    trainer = make()
+    before = snapshot(trainer)
+    for state in (None, [], {}, {"version": 2}, {"version": None}):
+        with pytest.raises(SriglError, match="not a state_dict"):
+            trainer.load_state_dict(state)
+    whole = make().state_dict()
+    for key in whole:
+        if key != "version":
+            part = {name: value for name, value in whole.items() if name != key}
+            with pytest.raises(SriglError, match=f"lacks {key}"):
+                trainer.load_state_dict(part)
+    with pytest.raises(SriglError, match="lacks settings"):
+        trainer.load_state_dict(whole | {"settings": None})
+    for part in ("masks", "ever_active"):
+        name = next(iter(whole[part]))
+        for wrong in ({}, whole[part] | {name: whole[part][name][:1]}):
+            with pytest.raises(SriglError, match=f"layer {name!r}: .*{part}"):
+                trainer.load_state_dict(whole | {part: wrong})
+    assert snapshot(trainer) == before
+
+
+def test_a_state_shares_nothing_with_the_trainer():
+    trainer = make(grad_window=4)
+    weights = initial_weights(trainer)
+    train(trainer, weights, 2)
+    before = snapshot(trainer)
+    state = trainer.state_dict()
+    for masks in (state["masks"], state["ever_active"]):
+        for mask in masks.values():
+            mask[...] = True
+    for total, _ in state["window"].values():
+        total[...] = 9
+    assert snapshot(trainer) == before
+    other = make(grad_window=4)
+    state = trainer.state_dict()
+    other.load_state_dict(state)
+    for masks in (state["masks"], state["ever_active"]):
+        for mask in masks.values():
+            mask[...] = True
+    for total, _ in state["window"].values():
+        total[...] = 9
+    assert snapshot(other) == before
