@@ -28,11 +28,16 @@ def largest(scores: NDArray[Any], candidates: NDArray[np.bool_], count: int) -> 
 
     Notes
     -----
-    Ties go to the lowest flat index, and -0.0 equals 0.0: a stable sort of the negated magnitudes
-    does both. Cost O(n log n) for n candidates.
+    Ties go to the lowest flat index, and -0.0 equals 0.0. Cost O(n) for n candidates.
     """
     chosen = np.zeros(scores.shape, np.bool_)
+    if count == 0:
+        return chosen
     positions = np.flatnonzero(candidates)
-    magnitudes = np.abs(as_float_view(scores.ravel()[positions]))
-    chosen.ravel()[positions[np.argsort(-magnitudes, kind="stable")[:count]]] = True
+    if count < positions.size:
+        magnitudes = np.abs(as_float_view(scores.ravel()[positions]))
+        last = np.partition(magnitudes, -count)[-count]
+        above, equal = positions[magnitudes > last], positions[magnitudes == last]
+        positions = np.concatenate([above, equal[: count - above.size]])
+    chosen.ravel()[positions] = True
     return chosen

@@ -371,7 +371,7 @@ class CondensedWeight:
 
     def plan(self, backend: str | Backend | None = None) -> Plan:
         """Return this weight's plan for `backend`, made once and kept with the weight."""
-        chosen = get_backend(backend)
+        chosen = get_backend(backend, operation="condensed_matmul")
         plan = self._plans.get(chosen)
         if plan is None:
             plan = self._plans[chosen] = prepare(self, backend=chosen)

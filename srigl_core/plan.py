@@ -60,7 +60,7 @@ def prepare(
             f"weight must be a CondensedWeight, got {type(weight).__name__}; make one with "
             f"CondensedWeight.from_dense(weight, mask)"
         )
-    chosen = get_backend(backend)
+    chosen = get_backend(backend, operation="condensed_matmul")
     for kind, dtype, able in (
         ("values", weight.dtype, chosen.capabilities.value_dtypes),
         ("indices", weight.indices.dtype, chosen.capabilities.index_dtypes),

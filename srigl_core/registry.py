@@ -59,9 +59,7 @@ def list_backends() -> list[BackendStatus]:
     )
 
 
-def get_backend(
-    backend: str | Backend | None = None, *, operation: str = "condensed_matmul"
-) -> Backend:
+def get_backend(backend: str | Backend | None = None, *, operation: str | None = None) -> Backend:
     """Return the backend asked for, or the preferred one that can run here.
 
     Parameters
@@ -69,8 +67,9 @@ def get_backend(
     backend : str, Backend or None
         A registered name, an object that implements `Backend`, or None for the available CPU
         backend of highest priority.
-    operation : str
-        What it is needed for, one of `srigl_core.contract.OPERATIONS`.
+    operation : str or None
+        What it has to offer, one of `srigl_core.contract.OPERATIONS`; None, nothing in
+        particular.
 
     Returns
     -------
@@ -86,14 +85,14 @@ def get_backend(
         If `backend` is neither a name nor a backend.
     """
     if backend is None:
-        return _preferred(operation)
+        return _preferred(operation or "condensed_matmul")
     found = _load(backend) if isinstance(backend, str) else backend
     if isinstance(found, type) or not isinstance(found, Backend):
         raise ValueTypeError(
             f"backend must be a name ({', '.join(_registered())}), an object with the methods of "
             f"srigl_core.contract.Backend, or None; got {type(backend).__name__}"
         )
-    if operation not in found.capabilities.operations:
+    if operation is not None and operation not in found.capabilities.operations:
         able = [
             status.name
             for status in list_backends()

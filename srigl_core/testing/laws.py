@@ -145,14 +145,8 @@ def verify(
     BackendUnavailableError
         If the backend cannot run here.
     """
-    chosen = get_backend(backend, operation=_any_operation(backend))
+    chosen = get_backend(backend)
     return [_verified(chosen, law, max_examples, seed) for law in (LAWS if laws is None else laws)]
-
-
-def _any_operation(backend: str | Backend) -> str:
-    if isinstance(backend, str) or not isinstance(backend, Backend):
-        return "condensed_matmul"
-    return min(backend.capabilities.operations)
 
 
 def _verified(backend: Backend, law: Law, max_examples: int, seed: int) -> LawResult:

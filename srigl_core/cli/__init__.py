@@ -1,0 +1,24 @@
+"""The command ``srigl``. Needs the extra ``cli``, and says so where that is missing."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line; the entry point of ``srigl``."""
+    try:
+        import rich  # noqa: F401
+        import typer  # noqa: F401
+    except ModuleNotFoundError as error:
+        print(
+            f"the command srigl needs the package {error.name!r}, which is not installed; "
+            f'install it with: pip install "srigl-core[cli]"',
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    from srigl_core.cli.app import app
+
+    app(prog_name="srigl")

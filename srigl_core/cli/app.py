@@ -1,0 +1,65 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from srigl_core.cli.output import make_console, one_line_errors
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Dynamic sparse training with structured sparsity (SRigL).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+@one_line_errors
+def info() -> None:
+    """Show versions, backends and why one cannot run, threads and caches."""
+    from srigl_core.cli.info import show_info
+
+    show_info(make_console())
+
+
+@app.command()
+@one_line_errors
+def verify(
+    backends: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="BACKEND", help="All that can run here, if none is named."),
+    ] = None,
+    max_examples: Annotated[int, typer.Option(min=1, help="Problems for each law.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of the problems.")] = 0,
+) -> None:
+    """Check that backends obey the laws of the condensed matmul and the mask update."""
+    from srigl_core.cli.verify import verify_backends
+
+    good = verify_backends(
+        backends or [], max_examples=max_examples, seed=seed, console=make_console()
+    )
+    if not good:
+        raise typer.Exit(1)
+
+
+@app.command()
+@one_line_errors
+def demo(
+    full: Annotated[bool, typer.Option("--full", help="Also SET, and twice the seeds.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("srigl-demo"),
+    seed: Annotated[int, typer.Option(min=0, help="The first of the seeds.")] = 0,
+) -> None:
+    """Train on handwritten digits, dense and sparse; save, load and time the result."""
+    from srigl_core.demo.experiment import Experiment
+    from srigl_core.demo.run import run_demo
+
+    experiment = Experiment.full(seed) if full else Experiment.short(seed)
+    report = run_demo(experiment, out, console=make_console())
+    if not all(backend["agrees"] for net in report["networks"] for backend in net["backends"]):
+        raise typer.Exit(1)
