@@ -1,0 +1,51 @@
+# make demo, make test: set up .venv with Python 3.11 or newer, then run.
+# PYTHON=path/to/python: use an interpreter that is set up already; nothing is installed.
+
+.PHONY: help demo test check clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# An interpreter with a plain install must not find the checkout's folders first.
+export PYTHONSAFEPATH := 1
+
+ifdef PYTHON
+  python := $(PYTHON)
+  demo-ready :=
+  test-ready :=
+else
+  python := .venv/bin/python
+  demo-ready := .venv/demo-ready
+  test-ready := .venv/test-ready
+endif
+
+help:
+	@echo "make demo    train on handwritten digits, measure inference"
+	@echo "make test    run the test suite"
+	@echo "make check   run what CI runs"
+	@echo "make clean   remove .venv and build outputs"
+
+demo: $(demo-ready)
+	$(python) -m srigl_core.cli demo
+
+test: $(test-ready)
+	SRIGL_TEST_BACKENDS=reference,numba,scipy $(python) -m pytest --import-mode=importlib -n 2 --hypothesis-profile=ci
+
+check:
+	.ci/run
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/bin/python:
+	@for candidate in python3 python3.13 python3.12 python3.11 python; do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    exec "$$candidate" -m venv .venv; \
+	  fi; \
+	done; \
+	echo "No Python 3.11 or newer was found; install one, or name one: make demo PYTHON=..." >&2; \
+	exit 1
+
+.venv/demo-ready: extras := demo
+.venv/test-ready: extras := demo,test
+.venv/demo-ready .venv/test-ready: pyproject.toml setup.py | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --editable ".[$(extras)]"
+	@touch $@
