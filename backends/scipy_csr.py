@@ -50,7 +50,10 @@ class ScipyBackend:
 
 @dataclass(frozen=True, eq=False)
 class CsrPrepared:
-    """The active rows as CSR, (n_active, n_in), one matrix for each accumulator type used."""
+    """The active rows as CSR, (n_active, n_in).
+
+    One matrix for each accumulator type used so far, made when first needed.
+    """
 
     weight: CondensedWeight
     matrices: dict[np.dtype[Any], scipy.sparse.csr_array]
@@ -99,9 +102,8 @@ class CsrPrepared:
                 dvalues = np.take_along_axis(dense, weight.indices.astype(np.int64), axis=1)
                 out.values[...] = round_to(dvalues, out.values.dtype)
             if out.bias is not None:
-                kind = accumulator_dtype(grad.dtype)
-                ones = np.ones(grad.shape[0], kind)
-                out.bias[...] = round_to(_full_csr(grad.T.astype(kind)) @ ones, out.bias.dtype)
+                dbias = grad.sum(axis=0, dtype=accumulator_dtype(grad.dtype))
+                out.bias[...] = round_to(dbias, out.bias.dtype)
 
     def with_values(self, weight: CondensedWeight) -> CsrPrepared:
         """Return a matrix of other values that shares the column numbers and row pointers."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from srigl_core.array_checks import as_float_array
+from srigl_core.array_checks import as_float_array, check_generator
 from srigl_core.mask_update import MaskUpdate, UpdateSettings, checked_update
 from srigl_core.reference.mask_update import make_update, prune_counts
 from srigl_core.reference.ranking import largest
@@ -63,7 +63,7 @@ def update_set(
     mask: NDArray[np.bool_],
     *,
     drop_fraction: float,
-    rng: np.random.Generator,
+    rng: np.random.Generator | int,
     grown_init: float = 0.0,
 ) -> MaskUpdate:
     """Return the SET update: prune the smallest weights, grow at random.
@@ -72,8 +72,8 @@ def update_set(
     ----------
     weight, mask, drop_fraction, grown_init
         As in `srigl_core.reference.update_mask`.
-    rng : numpy.random.Generator
-        Chooses among all positions not kept, uniformly.
+    rng : numpy.random.Generator or int
+        A generator or a seed. Chooses among all positions not kept, uniformly.
 
     Returns
     -------
@@ -89,13 +89,14 @@ def update_set(
     -----
     Mocanu et al. 2018.
     """
+    generator = check_generator(rng)
 
     def random_growth(
         w: NDArray[Any], _: NDArray[Any], m: NDArray[np.bool_], s: UpdateSettings
     ) -> MaskUpdate:
         kept, n_prune = _kept(w, m, s.drop_fraction)
         new_mask = kept.copy()
-        grown = rng.choice(np.flatnonzero(~kept), n_prune, replace=False)
+        grown = generator.choice(np.flatnonzero(~kept), n_prune, replace=False)
         new_mask.ravel()[grown] = True
         return make_update(w, m, new_mask, grown_init=s.grown_init)
 

@@ -6,15 +6,19 @@ that the order of the additions is plain to see.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from srigl_core.array_checks import as_float_array
 from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.contract import MatmulGradients
+from srigl_core.errors import SriglError
+from srigl_core.float_mode import honour_subnormals
 from srigl_core.reference.activations import activate
-from srigl_core.value_types import accumulator_dtype, round_to
+from srigl_core.value_types import accumulator_dtype, result_dtype, round_to
 
 __all__ = ["backward", "dense_gradient", "forward"]
 
@@ -120,25 +124,49 @@ def _value_gradient(grad: Array, x: Array, weight: CondensedWeight) -> Array:
     return dvalues
 
 
-def dense_gradient(grad: Array, x: Array) -> Array:
+def dense_gradient(grad: ArrayLike, x: ArrayLike) -> Array:
     """Return the gradient of the dense weight, ``grad.T @ x``, needed only at mask updates.
 
     Parameters
     ----------
-    grad : ndarray, (..., n_out)
+    grad : array, (..., n_out)
         dL/dz; rows of ablated neurons count, or they could never revive.
-    x : ndarray, (..., n_in)
+    x : array, (..., n_in)
+        The forward pass's input, with the same leading axes.
 
     Returns
     -------
     ndarray, (n_out, n_in)
         float64 where either is float64, else float32.
 
+    Raises
+    ------
+    SriglError
+        If the leading axes differ, or there is none.
+    ValueTypeError
+        If a dtype is not supported, or float16 meets bfloat16.
+
     Notes
     -----
-    SPEC 2, Backward.
+    SPEC 2, Backward. No BLAS: its sums depend on its number of threads, and these numbers decide
+    which weights are grown. Cost O(batch * n_out * n_in).
+
+    Examples
+    --------
+    >>> dense_gradient(np.array([[1.0, 0.0], [2.0, -1.0]]), np.array([[3.0], [4.0]]))
+    array([[11.],
+           [-4.]])
     """
+    grad, x = as_float_array(grad, "grad"), as_float_array(x, "x")
+    result_dtype(grad.dtype, x.dtype)
+    if not grad.ndim or not x.ndim or grad.shape[:-1] != x.shape[:-1]:
+        raise SriglError(
+            f"grad of shape {grad.shape} and x of shape {x.shape} must be (..., n_out) and "
+            f"(..., n_in) with the same leading axes"
+        )
     kind = accumulator_dtype(grad.dtype, x.dtype)
-    rows = grad.reshape(-1, grad.shape[-1]).astype(kind)
-    product: Array = rows.T @ x.reshape(-1, x.shape[-1]).astype(kind)
+    rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).astype(kind)
+    columns = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(kind)
+    with honour_subnormals(), np.errstate(all="ignore"):
+        product: Array = np.einsum("bo,bi->oi", rows, columns, optimize=False)
     return product

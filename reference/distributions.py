@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
 
-from srigl_core.array_checks import check_integer, check_real
-from srigl_core.errors import SriglError
+from srigl_core.array_checks import check_integer, check_lengths, check_real
+from srigl_core.errors import SriglError, ValueTypeError
 
 __all__ = ["DISTRIBUTIONS", "LayerBudget", "erk", "nnz_budget", "uniform"]
 
@@ -66,7 +66,7 @@ def nnz_budget(n_weights: int, sparsity: float) -> int:
     Raises
     ------
     SriglError
-        If `sparsity` is out of range.
+        If `sparsity` is out of range, or `n_weights` is not positive.
 
     Notes
     -----
@@ -78,7 +78,7 @@ def nnz_budget(n_weights: int, sparsity: float) -> int:
     >>> nnz_budget(19 * 45, 0.8)
     171
     """
-    return math.floor(n_weights * _density(sparsity))
+    return math.floor(check_integer(n_weights, "n_weights", least=1) * _density(sparsity))
 
 
 def uniform(
@@ -126,7 +126,7 @@ def uniform(
     if sparse and budgets:
         left = sum(sizes) * density - sum(budgets.values())
         share = min(Fraction(1), left / sum(sizes[i] for i in sparse))
-        if share <= 0:
+        if left < 1:
             warnings.warn(
                 f"the layers with budgets of their own have {sum(budgets.values())} weights, all "
                 f"that sparsity={sparsity} leaves the network; the others take that sparsity "
@@ -171,14 +171,19 @@ def erk(
     """
     named, sizes, budgets, density = _checked(shapes, sparsity, dense, fixed)
     check_real(power, "power")
-    raw = [
-        Fraction(sum(shape), size) if power == 1 else Fraction((sum(shape) / size) ** power)
-        for shape, size in zip(named.values(), sizes, strict=True)
-    ]
+    try:
+        raw = [
+            Fraction(sum(shape), size) if power == 1 else Fraction((sum(shape) / size) ** power)
+            for shape, size in zip(named.values(), sizes, strict=True)
+        ]
+    except OverflowError:
+        raw = [Fraction(0)]
+    if 0 in raw:
+        raise SriglError(f"power={power!r} takes a density out of float64's range; try 0 to 2")
     while True:
         sparse = [i for i in range(len(sizes)) if i not in budgets]
         left = sum(sizes) * density - sum(budgets.values())
-        if left < 0 or (sparse and left == 0):
+        if left < (1 if sparse else 0):
             raise SriglError(
                 f"sparsity={sparsity} leaves the network {math.floor(sum(sizes) * density)} "
                 f"weights, but the layers kept dense or given budgets have "
@@ -208,11 +213,16 @@ def _checked(
     fixed: Mapping[int, int] | None,
 ) -> tuple[dict[str, tuple[int, ...]], list[int], dict[int, int], Fraction]:
     """Return named shapes, sizes, the budgets known beforehand, and the network's density."""
+    if not isinstance(shapes, Mapping | list | tuple):
+        raise ValueTypeError(f"shapes={shapes!r} must be a list of shapes, or a dict of them")
     if not isinstance(shapes, Mapping):
         shapes = {str(i): shape for i, shape in enumerate(shapes)}
+    if isinstance(dense, int | str) or not isinstance(fixed, Mapping | None):
+        raise ValueTypeError(
+            f"dense={dense!r} must be a list of positions, and fixed={fixed!r} a dict of budgets"
+        )
     named = {
-        name: tuple(check_integer(n, f"length of layer {name!r}", least=0) for n in shape)
-        for name, shape in shapes.items()
+        name: check_lengths(shape, f"shape of layer {name!r}") for name, shape in shapes.items()
     }
     for name, shape in named.items():
         if len(shape) < 2 or 0 in shape:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from srigl_core.array_checks import as_mask, check_integer
+from srigl_core.array_checks import as_mask, check_generator, check_integer
 from srigl_core.condensed_weight import draw_columns, flat_shape
 from srigl_core.errors import SriglError
-from srigl_core.value_types import value_dtype
+from srigl_core.value_types import round_to, value_dtype
 
 __all__ = ["INITS", "random_mask", "random_unstructured_mask", "sparse_init"]
 
@@ -25,7 +25,7 @@ INITS = (
 
 
 def random_mask(
-    shape: tuple[int, ...], *, fan_in: int, rng: np.random.Generator
+    shape: tuple[int, ...], *, fan_in: int, rng: np.random.Generator | int
 ) -> NDArray[np.bool_]:
     """Draw `fan_in` connections for every neuron, uniformly without replacement.
 
@@ -35,7 +35,8 @@ def random_mask(
         (n_out, n_in) or (out, in, kh, kw).
     fan_in : int
         1..n_in.
-    rng : numpy.random.Generator
+    rng : numpy.random.Generator or int
+        A generator or a seed.
 
     Returns
     -------
@@ -49,12 +50,12 @@ def random_mask(
     n_out, n_in = flat_shape(shape)
     check_integer(fan_in, "fan_in", least=1, most=n_in)
     mask = np.zeros((n_out, n_in), np.bool_)
-    np.put_along_axis(mask, draw_columns(n_out, n_in, fan_in, rng), True, axis=1)
+    np.put_along_axis(mask, draw_columns(n_out, n_in, fan_in, check_generator(rng)), True, axis=1)
     return mask.reshape(shape)
 
 
 def random_unstructured_mask(
-    shape: tuple[int, ...], *, nnz: int, rng: np.random.Generator
+    shape: tuple[int, ...], *, nnz: int, rng: np.random.Generator | int
 ) -> NDArray[np.bool_]:
     """Draw `nnz` positions of the whole layer, uniformly without replacement.
 
@@ -64,7 +65,8 @@ def random_unstructured_mask(
         (n_out, n_in) or (out, in, kh, kw).
     nnz : int
         1..n_out * n_in.
-    rng : numpy.random.Generator
+    rng : numpy.random.Generator or int
+        A generator or a seed.
 
     Returns
     -------
@@ -78,7 +80,7 @@ def random_unstructured_mask(
     n_weights = math.prod(flat_shape(shape))
     check_integer(nnz, "nnz", least=1, most=n_weights)
     mask = np.zeros(n_weights, np.bool_)
-    mask[rng.choice(n_weights, nnz, replace=False, shuffle=False)] = True
+    mask[check_generator(rng).choice(n_weights, nnz, replace=False, shuffle=False)] = True
     return mask.reshape(shape)
 
 
@@ -86,7 +88,7 @@ def sparse_init(
     mask: NDArray[np.bool_],
     init: str = "kaiming_normal",
     *,
-    rng: np.random.Generator,
+    rng: np.random.Generator | int,
     dtype: DTypeLike = np.float32,
 ) -> NDArray[Any]:
     """Draw weights for the active positions, scaled by the row's fan-in in place of n_in.
@@ -99,7 +101,8 @@ def sparse_init(
         standard deviation sqrt(2/k); "kaiming_uniform", uniform within sqrt(6/k);
         "torch_default", uniform within sqrt(1/k); "grad_flow_released", normal of standard
         deviation 2/k, as the released code does by a slip (decision O24).
-    rng : numpy.random.Generator
+    rng : numpy.random.Generator or int
+        A generator or a seed.
     dtype : dtype-like
         One of the value types.
 
@@ -117,7 +120,7 @@ def sparse_init(
     """
     if init not in INITS:
         raise SriglError(f"init={init!r} is unknown; use one of {', '.join(INITS)}")
-    mask = as_mask(mask, np.shape(mask))
+    mask, rng = as_mask(mask, None), check_generator(rng)
     shape = flat_shape(mask.shape)
     active = mask.reshape(shape)
     fan_in = np.maximum(np.count_nonzero(active, axis=1), 1)[:, None]
@@ -127,4 +130,4 @@ def sparse_init(
     else:
         weight = rng.standard_normal(shape)
         weight *= 2 / fan_in if init == "grad_flow_released" else np.sqrt(2 / fan_in)
-    return np.where(active, weight, 0).astype(value_dtype(dtype)).reshape(mask.shape)
+    return round_to(np.where(active, weight, 0), value_dtype(dtype)).reshape(mask.shape)

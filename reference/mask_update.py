@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from srigl_core.array_checks import as_mask
 from srigl_core.errors import SriglError
 from srigl_core.mask_update import MaskUpdate, UpdateSettings, checked_update
 from srigl_core.reference.ranking import largest
@@ -263,15 +264,17 @@ def remap_state(state: State, mask: Mask, new_mask: Mask) -> State:
     Returns
     -------
     same kind as `state`
-        New containers and new arrays; `state` is not changed.
+        New containers and new arrays; `state` is not changed. Any kind of dict becomes a dict.
 
     Raises
     ------
     SriglError
         If the masks differ in shape.
+    ValueTypeError
+        If one is no array of bool.
     """
-    if mask.shape != new_mask.shape:
-        raise SriglError(f"mask has shape {mask.shape}, but new_mask has {new_mask.shape}")
+    mask = as_mask(mask, None)
+    new_mask = as_mask(new_mask, mask.shape, "new_mask")
     remapped: State = _remapped(state, mask & new_mask)
     return remapped
 

@@ -44,12 +44,13 @@ class UpdateSchedule:
     alpha: float = 0.3
 
     def __post_init__(self) -> None:
-        check_integer(self.t_end, "t_end", least=1)
-        check_integer(self.delta_t, "delta_t", least=1)
+        # Plain numbers, since NumPy's own would round or overflow in products with others.
+        object.__setattr__(self, "t_end", check_integer(self.t_end, "t_end", least=1))
+        object.__setattr__(self, "delta_t", check_integer(self.delta_t, "delta_t", least=1))
         alpha = check_real(self.alpha, "alpha")
         if not 0 <= alpha <= 1:
             raise SriglError(f"alpha={self.alpha!r} must be in [0, 1], a share of the weights")
-        object.__setattr__(self, "alpha", alpha)  # a float32 would round the drop fraction
+        object.__setattr__(self, "alpha", alpha)
 
     @classmethod
     def for_training(

@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.value_types import value_dtype
 
-__all__ = ["as_float_array", "as_mask", "check_integer", "check_out", "check_real"]
+__all__ = [
+    "as_float_array",
+    "as_mask",
+    "check_generator",
+    "check_integer",
+    "check_lengths",
+    "check_out",
+    "check_real",
+]
 
 
 def as_float_array(array: object, what: str) -> NDArray[Any]:
@@ -55,8 +63,8 @@ def _from_protocol(array: object, what: str) -> NDArray[Any]:
     )
 
 
-def as_mask(mask: object, shape: tuple[int, ...], what: str = "mask") -> NDArray[np.bool_]:
-    """Return `mask` as a boolean array of `shape`.
+def as_mask(mask: object, shape: tuple[int, ...] | None, what: str = "mask") -> NDArray[np.bool_]:
+    """Return `mask` as a boolean array of `shape`, or of any if that is None.
 
     Raises
     ------
@@ -65,12 +73,14 @@ def as_mask(mask: object, shape: tuple[int, ...], what: str = "mask") -> NDArray
     SriglError
         If it has another shape.
     """
-    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+    if isinstance(mask, np.ma.MaskedArray) or not (
+        isinstance(mask, np.ndarray) and mask.dtype == np.bool_
+    ):
         came = f"dtype {mask.dtype}" if isinstance(mask, np.ndarray) else type(mask).__name__
         raise ValueTypeError(f"{what} must be a NumPy array of bool, got {came}; pass mask != 0")
-    if mask.shape != shape:
-        raise SriglError(f"{what} has shape {mask.shape}, but its weight has {shape}")
-    return mask
+    if shape is not None and mask.shape != shape:
+        raise SriglError(f"{what} has shape {mask.shape}, but must have {shape}")
+    return np.asarray(mask)
 
 
 def check_integer(value: object, what: str, *, least: int, most: int | None = None) -> int:
@@ -89,6 +99,36 @@ def check_integer(value: object, what: str, *, least: int, most: int | None = No
         allowed = f"at least {least}" if most is None else f"between {least} and {most}"
         raise SriglError(f"{what}={value!r} must be {allowed}")
     return int(value)
+
+
+def check_lengths(shape: object, what: str) -> tuple[int, ...]:
+    """Return `shape` as a tuple of ints of at least 0.
+
+    Raises
+    ------
+    ValueTypeError
+        If it is no tuple or list of integers.
+    SriglError
+        If a length is negative.
+    """
+    if not isinstance(shape, tuple | list):
+        raise ValueTypeError(f"{what}={shape!r} must be a tuple of lengths, such as (16, 32)")
+    return tuple(check_integer(length, f"length of {what}", least=0) for length in shape)
+
+
+def check_generator(rng: object) -> np.random.Generator:
+    """Return `rng`, or a new generator where it is a seed or None.
+
+    Raises
+    ------
+    ValueTypeError
+        If it is neither.
+    SriglError
+        If the seed is negative.
+    """
+    if isinstance(rng, np.random.Generator):
+        return rng
+    return np.random.default_rng(None if rng is None else check_integer(rng, "rng", least=0))
 
 
 def check_real(value: object, what: str) -> float:
@@ -123,7 +163,7 @@ def check_out(out: object, shape: tuple[int, ...], inputs: dict[str, NDArray[Any
         If its shape differs, it is read-only, several of its elements share memory, or it shares
         memory with one of `inputs`.
     """
-    if not isinstance(out, np.ndarray):
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise ValueTypeError(f"out must be a NumPy array, got {type(out).__name__}")
     if value_dtype(out.dtype, "out of dtype") != out.dtype:
         raise ValueTypeError(f"out of dtype {out.dtype.str!r} must be in native byte order")

@@ -135,6 +135,7 @@ def _check_name(name: object) -> None:
 
 def _plain_array(name: str, array: object) -> NDArray[Any]:
     storable = isinstance(array, np.ndarray) and array.dtype.kind in "fiub"
+    storable = storable and not isinstance(array, np.ma.MaskedArray)
     if not isinstance(array, np.ndarray) or not storable or array.dtype.itemsize > 8:
         came = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
         raise ValueTypeError(

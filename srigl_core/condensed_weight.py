@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.linalg
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from srigl_core.array_checks import as_float_array, as_mask, check_integer
+from srigl_core.array_checks import (
+    as_float_array,
+    as_mask,
+    check_generator,
+    check_integer,
+    check_lengths,
+)
 from srigl_core.contract import Backend
 from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.float_mode import honour_subnormals
 from srigl_core.plan import Plan, prepare
 from srigl_core.registry import get_backend
-from srigl_core.value_types import as_float_view, index_dtype, value_dtype
+from srigl_core.value_types import as_float_view, index_dtype, round_to, value_dtype
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
 
 __all__ = ["CondensedWeight", "MemoryReport", "draw_columns", "flat_shape"]
 
@@ -144,6 +153,9 @@ class CondensedWeight:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("a condensed weight is immutable; make a new one, e.g. with_values()")
 
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError("a condensed weight is immutable; make a new one, e.g. with_values()")
+
     @classmethod
     def from_dense(cls, weight: ArrayLike, mask: NDArray[np.bool_]) -> CondensedWeight:
         """Pack the entries of `weight` where `mask` is True.
@@ -195,7 +207,8 @@ class CondensedWeight:
             If the non-zero entries are not constant fan-in, or there are none.
         """
         dense = as_float_array(weight, "weight")
-        return cls.from_dense(dense, dense != 0)
+        with honour_subnormals():
+            return cls.from_dense(dense, dense != 0)
 
     @classmethod
     def from_csr(cls, matrix: Any) -> CondensedWeight:
@@ -213,19 +226,27 @@ class CondensedWeight:
         SriglError
             If its rows do not all store the same number of entries or none.
         """
+        import scipy.sparse
+
         if not scipy.sparse.issparse(matrix):
             raise ValueTypeError(
                 f"matrix must be a SciPy sparse array, got {type(matrix).__name__}; for a dense "
                 f"array use from_dense"
             )
-        csr = scipy.sparse.csr_array(matrix, copy=True)
-        csr.sum_duplicates()
+        try:
+            # A pointer out of range would have SciPy's compiled code read beyond its arrays.
+            getattr(matrix, "check_format", lambda full_check: None)(full_check=True)
+            csr = scipy.sparse.csr_array(matrix, copy=True)
+            csr.sum_duplicates()
+        except (TypeError, ValueError) as error:
+            raise SriglError(f"matrix is not a valid sparse matrix of numbers: {error}") from error
         counts = np.diff(csr.indptr)
         active = np.flatnonzero(counts)
         if not active.size or np.unique(counts[active]).size > 1:
             raise SriglError(
-                f"matrix is not constant fan-in: its rows store {sorted(set(counts.tolist()))} "
-                f"entries, where all must store the same number or none, and at least one some"
+                f"matrix is not constant fan-in: its rows store from {counts.min()} to "
+                f"{counts.max()} entries (row {counts.argmax()}), where all must store the same "
+                f"number or none, and at least one some; pad or prune rows to one count"
             )
         shape = (active.size, counts[active[0]])
         return cls(csr.data.reshape(shape), csr.indices.reshape(shape), active, csr.shape)
@@ -265,11 +286,11 @@ class CondensedWeight:
         n_active = (
             n_out if n_active is None else check_integer(n_active, "n_active", least=1, most=n_out)
         )
-        rng = np.random.default_rng(rng)
+        rng = check_generator(rng)
         active = np.sort(rng.choice(n_out, n_active, replace=False))
         columns = draw_columns(n_active, n_in, fan_in, rng)
         values = rng.standard_normal((n_active, fan_in)) / np.sqrt(fan_in)
-        return cls(values.astype(value_dtype(dtype)), columns, active, (n_out, n_in))
+        return cls(round_to(values, value_dtype(dtype)), columns, active, (n_out, n_in))
 
     def with_values(self, values: ArrayLike) -> CondensedWeight:
         """Return a weight with the same connections and other values.
@@ -358,6 +379,8 @@ class CondensedWeight:
 
         16-bit values become float32, since SciPy has no 16-bit numbers.
         """
+        import scipy.sparse
+
         row_ends = np.zeros(self.shape[0] + 1, np.int64)
         row_ends[self.active + 1] = self.fan_in
         return scipy.sparse.csr_array(
@@ -390,24 +413,32 @@ class CondensedWeight:
     def as_linear_operator(self) -> scipy.sparse.linalg.LinearOperator:
         """Return this weight as a SciPy linear operator, with its transpose.
 
+        Operands are taken as by `condensed_matmul`; integers, with which SciPy tries operators out,
+        are cast to the weight's dtype.
+
         Raises
         ------
         ValueTypeError
             If the values are 16-bit: SciPy's solvers compute in float32 or float64.
         """
+        import scipy.sparse.linalg
+
         if self.dtype.itemsize == 2:
             raise ValueTypeError(
                 f"SciPy's solvers do not take {self.dtype}; convert the values to float32 first"
             )
         plan = self.plan()
 
+        def operand(x: NDArray[Any]) -> NDArray[Any]:
+            return x.astype(self.dtype) if x.dtype.kind in "iu" else x
+
         def transposed(y: NDArray[Any]) -> NDArray[Any]:
-            gradient = plan.backward(np.asarray(y, self.dtype).T, wrt="x").x
+            gradient = plan.backward(operand(y).T, wrt="x").x
             assert gradient is not None
             return gradient.T
 
         def product(x: NDArray[Any]) -> NDArray[Any]:
-            return plan(np.asarray(x, self.dtype).T).T
+            return plan(operand(x).T).T
 
         return scipy.sparse.linalg.LinearOperator(
             self.shape,
@@ -465,12 +496,13 @@ def flat_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     SriglError
         If there are fewer than two axes, or one is empty.
     """
-    if len(shape) < 2 or 0 in shape:
+    lengths = check_lengths(shape, "shape")
+    if len(lengths) < 2 or 0 in lengths:
         raise SriglError(
             f"a weight of shape {shape} has no neurons with inputs; it must be (n_out, n_in) or "
             f"(out, in, kh, kw), no axis empty"
         )
-    return shape[0], int(np.prod(shape[1:], dtype=np.int64))
+    return lengths[0], math.prod(lengths[1:])
 
 
 def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:

@@ -48,8 +48,6 @@ class Capabilities:
         Those of `VALUE_TYPES` that it takes for values and inputs.
     index_dtypes : frozenset of str
         Those of "uint16" and "uint32" that it takes for indices.
-    threads : bool
-        Whether it obeys the `threads` argument; one that does not ignores it.
     priority : int
         Among the backends that can run here the highest is used when none is named.
     """
@@ -58,7 +56,6 @@ class Capabilities:
     operations: frozenset[str] = frozenset(OPERATIONS)
     value_dtypes: frozenset[str] = frozenset(VALUE_TYPES)
     index_dtypes: frozenset[str] = frozenset({"uint16", "uint32"})
-    threads: bool = False
     priority: int = 0
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from srigl_core.array_checks import check_integer
+from srigl_core.array_checks import as_float_array
 from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.contract import Backend, MatmulGradients
 from srigl_core.errors import ValueTypeError
 from srigl_core.mask_update import MaskUpdate, UpdateSettings, checked_update
-from srigl_core.plan import Plan
+from srigl_core.plan import Plan, checked_threads
 from srigl_core.registry import get_backend
 
 __all__ = ["condensed_matmul", "condensed_matmul_backward", "update_mask"]
@@ -184,7 +184,14 @@ def update_mask(
         nnz_budget, drop_fraction, gamma_sal, min_salient, saliency_scope, grown_init
     )
     chosen = get_backend(backend, operation="update_mask")
-    threads = None if threads is None else check_integer(threads, "threads", least=1)
+    threads = checked_threads(threads)
+    for what, array in (("weight", weight), ("grad", grad)):
+        dtype = as_float_array(array, what).dtype.name
+        if dtype not in chosen.capabilities.value_dtypes:
+            raise ValueTypeError(
+                f"backend {chosen.name!r} does not take {what} of dtype {dtype}; it takes "
+                f"{', '.join(sorted(chosen.capabilities.value_dtypes))}"
+            )
     return checked_update(chosen.update_mask, weight, grad, mask, settings, threads=threads)
 
 

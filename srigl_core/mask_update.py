@@ -62,11 +62,13 @@ class UpdateSettings:
     grown_init: float = 0.0
 
     def __post_init__(self) -> None:
-        check_integer(self.nnz_budget, "nnz_budget", least=1)
+        # Plain numbers, since NumPy's own would round or overflow in products with others.
+        nnz_budget = check_integer(self.nnz_budget, "nnz_budget", least=1)
+        object.__setattr__(self, "nnz_budget", nnz_budget)
         drop_fraction = check_real(self.drop_fraction, "drop_fraction")
         if not 0 <= drop_fraction <= 1:
             raise SriglError(f"drop_fraction={self.drop_fraction!r} must be in [0, 1]")
-        object.__setattr__(self, "drop_fraction", drop_fraction)  # a float32 would round products
+        object.__setattr__(self, "drop_fraction", drop_fraction)
         if self.gamma_sal is not None:
             if self.min_salient is not None:
                 raise SriglError(
@@ -81,12 +83,13 @@ class UpdateSettings:
                 )
             object.__setattr__(self, "gamma_sal", gamma_sal)
         if self.min_salient is not None:
-            check_integer(self.min_salient, "min_salient", least=0)
-        if self.saliency_scope not in SALIENCY_SCOPES:
+            min_salient = check_integer(self.min_salient, "min_salient", least=0)
+            object.__setattr__(self, "min_salient", min_salient)
+        if not isinstance(self.saliency_scope, str) or self.saliency_scope not in SALIENCY_SCOPES:
             raise SriglError(
                 f"saliency_scope={self.saliency_scope!r} must be one of {SALIENCY_SCOPES}"
             )
-        check_real(self.grown_init, "grown_init")
+        object.__setattr__(self, "grown_init", check_real(self.grown_init, "grown_init"))
 
     def check_fits(self, shape: tuple[int, int]) -> None:
         """Raise SriglError if the budget exceeds a layer of `shape`, (n_out, n_in)."""

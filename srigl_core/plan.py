@@ -18,7 +18,7 @@ from srigl_core.value_types import result_dtype, round_to
 if TYPE_CHECKING:
     from srigl_core.condensed_weight import CondensedWeight
 
-__all__ = ["Plan", "prepare"]
+__all__ = ["Plan", "checked_threads", "prepare"]
 
 _GRADIENTS = ("x", "values", "bias")
 
@@ -70,7 +70,7 @@ def prepare(
                 f"backend {chosen.name!r} does not take {kind} of dtype {dtype.name}; it takes "
                 f"{', '.join(sorted(able))}"
             )
-    return Plan(weight, chosen, chosen.prepare(weight), _checked_threads(threads))
+    return Plan(weight, chosen, chosen.prepare(weight), checked_threads(threads))
 
 
 class Plan:
@@ -104,6 +104,18 @@ class Plan:
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("a plan is immutable; call prepare(...) or with_values(...)")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError("a plan is immutable; call prepare(...) or with_values(...)")
+
+    def __copy__(self) -> Plan:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise ValueTypeError("a plan belongs to its process; pickle its weight, and prepare that")
 
     def __call__(
         self,
@@ -148,12 +160,12 @@ class Plan:
                     f"{n_out} neurons, ablated ones included: ({n_out},)"
                 )
         activation = "none" if activation is None else activation
-        if activation not in ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise SriglError(f"activation={activation!r} is unknown; use {', '.join(ACTIVATIONS)}")
         shape = (*x.shape[:-1], weight.n_active if compact else n_out)
         inputs = {"x": x} if bias is None else {"x": x, "bias": bias}
         result = _result_array(out, shape, kind, inputs)
-        threads = self.threads if threads is None else _checked_threads(threads)
+        threads = self.threads if threads is None else checked_threads(threads)
         if result.size:
             flat = _rows(result)
             with honour_subnormals():
@@ -216,7 +228,7 @@ class Plan:
         else:
             x = None
         results = self._gradient_arrays(wanted, grad, x, out, inputs)
-        threads = self.threads if threads is None else _checked_threads(threads)
+        threads = self.threads if threads is None else checked_threads(threads)
         if grad.size:
             flats = {n: _rows(array) if n == "x" else array for n, array in results.items()}
             with honour_subnormals():
@@ -309,7 +321,14 @@ class Plan:
         return results
 
 
-def _checked_threads(threads: int | None) -> int | None:
+def checked_threads(threads: int | None) -> int | None:
+    """Return `threads`, at least 1, or None for the backend's default.
+
+    Raises
+    ------
+    SriglError
+        If it is less than 1, or no integer.
+    """
     return None if threads is None else check_integer(threads, "threads", least=1)
 
 
@@ -320,7 +339,7 @@ def _checked_wrt(wrt: Iterable[str]) -> tuple[str, ...]:
         wanted = ()
     if not wanted or any(name not in _GRADIENTS for name in wanted):
         raise SriglError(f"wrt={wrt!r} must name one or more of {', '.join(_GRADIENTS)}")
-    return wanted
+    return tuple(dict.fromkeys(wanted))
 
 
 def _result_array(

@@ -123,10 +123,10 @@ def _load(name: str) -> Backend:
             backend: Backend = entry_point.load()()
         except BackendUnavailableError:
             raise
-        except ImportError as error:
+        except Exception as error:
             raise BackendUnavailableError(
-                f"backend {name!r} ({entry_point.value}) cannot be imported ({error}); install "
-                f"what is missing"
+                f"backend {name!r} ({entry_point.value}) cannot be loaded "
+                f"({type(error).__name__}: {error}); install or mend what that names"
             ) from error
         return backend
     raise SriglError(

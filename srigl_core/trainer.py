@@ -18,6 +18,7 @@ from srigl_core.condensed_weight import flat_shape
 from srigl_core.contract import Backend
 from srigl_core.dispatch import update_mask
 from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.float_mode import honour_subnormals
 from srigl_core.mask_update import MaskUpdate, UpdateSettings
 from srigl_core.reference.baselines import update_rigl, update_set, update_static
 from srigl_core.reference.distributions import DISTRIBUTIONS, LayerBudget, erk, nnz_budget, uniform
@@ -60,6 +61,8 @@ class LayerOptions:
     nnz_budget: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.dense, bool) or not isinstance(self.ablate, bool | None):
+            raise ValueTypeError(f"{self!r}: dense must be True or False, and ablate that or None")
         if self.dense + (self.sparsity is not None) + (self.nnz_budget is not None) > 1:
             raise SriglError(f"{self!r} says the layer's budget more than once; give one of them")
 
@@ -248,7 +251,7 @@ class SparseTrainer:
         if not self.needs_grad or self._options[name].dense:
             return
         kind = accumulator_dtype(grad.dtype)
-        with np.errstate(over="ignore", invalid="ignore"):
+        with honour_subnormals(), np.errstate(over="ignore", invalid="ignore"):
             if name in self._window:
                 total, calls = self._window[name]
                 self._window[name] = (total + grad.astype(kind), calls + 1)
@@ -284,6 +287,8 @@ class SparseTrainer:
         updates: dict[str, MaskUpdate] = {}
         rng_state = self._rng.bit_generator.state
         if self._schedule.is_due(coming):
+            if not isinstance(weights, Mapping):
+                raise ValueTypeError(f"weights must be a dict, got {type(weights).__name__}")
             try:
                 for name in self._sparse(self.masks):
                     if name not in weights:
@@ -320,15 +325,36 @@ class SparseTrainer:
         SriglError
             If `state` is not a trainer's, or was taken with other settings; nothing is changed.
         """
-        if not isinstance(state, Mapping) or state.get("version") != _STATE_VERSION:
+        try:
+            self._check_settings_of(state)
+            step_count = check_integer(state["step_count"], "step_count of state", least=0)
+            masks = self._masks_of(state["masks"], self.masks)
+            for name, mask in self._sparse(masks).items():
+                if self.method == "srigl" and len(set(_row_counts(mask).tolist()) - {0}) != 1:
+                    raise SriglError(f"mask of layer {name!r} in state is not constant fan-in")
+            ever_active = self._masks_of(state["ever_active"], self._sparse(self.masks))
+            window = self._window_of(state["window"])
+            rng = np.random.default_rng()
+            rng.bit_generator.state = state["rng"]
+        except SriglError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise SriglError(f"state is not a whole state_dict(): {error!r}") from error
+        self.step_count, self._rng, self._window = step_count, rng, window
+        self.masks = {name: _frozen(mask) for name, mask in masks.items()}
+        self._ever_active = ever_active
+
+    def _check_settings_of(self, state: Mapping[str, Any]) -> None:
+        if not isinstance(state, Mapping) or not isinstance(state.get("version"), int):
+            raise SriglError(f"state is not a state_dict(); got {type(state).__name__}")
+        if state["version"] != _STATE_VERSION:
             raise SriglError(
-                f"state is not a state_dict() of this version ({_STATE_VERSION}); got "
-                f"{state.get('version') if isinstance(state, Mapping) else type(state).__name__}"
+                f"state is not a state_dict() of version {_STATE_VERSION}, but of "
+                f"{state['version']!r}; use the srigl-core that wrote it"
             )
         missing = [key for key in self.state_dict() if key not in state]
-        if missing or not isinstance(state["settings"], Mapping):
-            lacks = missing[0] if missing else "settings"
-            raise SriglError(f"state is not a whole state_dict(): it lacks {lacks}")
+        if missing:
+            raise SriglError(f"state is not a whole state_dict(): it lacks {missing[0]}")
         mine, theirs = self._fingerprint(), state["settings"]
         differ = [key for key in mine if mine[key] != theirs.get(key)]
         if differ:
@@ -336,15 +362,31 @@ class SparseTrainer:
                 f"state was taken with other settings: {differ[0]} was {theirs.get(differ[0])!r} "
                 f"and is {mine[differ[0]]!r}; make the trainer with the same arguments"
             )
-        for part, due in (("masks", self.masks), ("ever_active", self._sparse(self.masks))):
-            for name, mask in due.items():
-                with _naming(name):
-                    as_mask(state[part].get(name), mask.shape, f"state[{part!r}]")
-        self.step_count = state["step_count"]
-        self.masks = {name: _frozen(mask.copy()) for name, mask in state["masks"].items()}
-        self._ever_active = {name: seen.copy() for name, seen in state["ever_active"].items()}
-        self._window = {name: (total.copy(), n) for name, (total, n) in state["window"].items()}
-        self._rng.bit_generator.state = state["rng"]
+
+    def _masks_of(
+        self, masks: Mapping[str, Any], like: Mapping[str, NDArray[np.bool_]]
+    ) -> dict[str, NDArray[np.bool_]]:
+        """Return copies of a state's masks, one for each layer of `like` and no other."""
+        if masks.keys() != like.keys():
+            raise SriglError(f"state has masks of {list(masks)}, but the layers are {list(like)}")
+        copies = {}
+        for name, mask in like.items():
+            with _naming(name):
+                copies[name] = as_mask(masks[name], mask.shape, "mask in state").copy()
+                if self._options[name].dense and not copies[name].all():
+                    raise SriglError("mask in state has inactive weights, but the layer is dense")
+        return copies
+
+    def _window_of(self, window: Mapping[str, Any]) -> dict[str, tuple[NDArray[Any], int]]:
+        """Return copies of a state's sums of gradients and numbers of calls."""
+        copies = {}
+        for name, (total, calls) in window.items():
+            with _naming(name):
+                total = as_float_array(total, "gradient in state").copy()
+                if total.shape != self.masks[name].shape:
+                    raise SriglError(f"gradient in state has shape {total.shape}")
+                copies[name] = (total, check_integer(calls, "calls in state", least=1))
+        return copies
 
     def report(self) -> str:
         """Return a table of the layers: weights asked for and realised, fan-in, active neurons."""
@@ -398,7 +440,8 @@ class SparseTrainer:
                 f"before step whenever needs_grad is True"
             )
         total, calls = self._window[name]
-        grad = total / calls
+        with honour_subnormals():
+            grad = total / calls
         if self.method == "rigl":
             return update_rigl(
                 weight, grad, mask, drop_fraction=drop_fraction, grown_init=settings.grown_init
@@ -438,6 +481,8 @@ def _checked_options(
     ablate_last: bool,
 ) -> dict[str, LayerOptions]:
     """Return the options of every layer, with `ablate` decided."""
+    if not isinstance(shapes, Mapping) or not isinstance(layers, Mapping):
+        raise ValueTypeError("shapes and layers must be dicts, from the layers' names")
     if not shapes:
         raise SriglError("shapes is empty; name at least one layer")
     unknown = [name for name in layers if name not in shapes]

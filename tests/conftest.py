@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+# Three, so that the pool's ranges are uneven, also on two cores; read when numba is imported.
+os.environ.setdefault("NUMBA_NUM_THREADS", "3")
+
 import numpy as np
 import pytest
 from hypothesis import settings

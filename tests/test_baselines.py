@@ -145,7 +145,7 @@ def test_bad_input_is_an_error_and_changes_nothing(update):
     with pytest.raises(SriglError, match="not finite in 1 of 4"):
         update(weight, np.ones((2, 2), bool))
     right = np.nan_to_num(weight)
-    with pytest.raises(SriglError, match=r"mask has shape \(2, 3\), but its weight has \(2, 2\)"):
+    with pytest.raises(SriglError, match=r"mask has shape \(2, 3\), but must have \(2, 2\)"):
         update(right, np.ones((2, 3), bool))
     with pytest.raises(ValueTypeError, match="mask must be a NumPy array of bool"):
         update(right, np.ones((2, 2)))

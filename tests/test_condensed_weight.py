@@ -299,7 +299,7 @@ def test_a_mask_that_is_not_constant_fan_in_is_an_error_that_names_a_row():
         (np.ones((2, 3)), np.ones((2, 3)), ValueTypeError, "mask must be a NumPy array of bool"),
         (np.ones((2, 3)), np.ones((2, 3), np.int8), ValueTypeError, "pass mask != 0"),
         (np.ones((2, 3)), [[True] * 3] * 2, ValueTypeError, "got list"),
-        (np.ones((2, 3)), np.ones((3, 2), bool), SriglError, r"\(3, 2\), but its weight has"),
+        (np.ones((2, 3)), np.ones((3, 2), bool), SriglError, r"\(3, 2\), but must have"),
         (np.ones(3), np.ones(3, bool), SriglError, r"shape \(3,\) has no neurons"),
         (np.ones((2, 0)), np.ones((2, 0), bool), SriglError, r"shape \(2, 0\) has no neurons"),
         (np.ones((2, 3), int), np.ones((2, 3), bool), ValueTypeError, "int64"),
@@ -315,8 +315,8 @@ def test_bad_dense_weights_and_masks_are_an_error(weight, mask, error, message):
     [
         (np.ones((2, 3)), ValueTypeError, "matrix must be a SciPy sparse array, got ndarray"),
         (scipy.sparse.csr_array(np.eye(3, dtype=int)), ValueTypeError, "int64"),
-        (scipy.sparse.csr_array(np.array([[1.0, 2], [3, 0]])), SriglError, r"store \[1, 2\]"),
-        (scipy.sparse.csr_array((3, 4)), SriglError, r"store \[0\] entries"),
+        (scipy.sparse.csr_array(np.array([[1.0, 2], [3, 0]])), SriglError, "store from 1 to 2"),
+        (scipy.sparse.csr_array((3, 4)), SriglError, "store from 0 to 0"),
         (scipy.sparse.csr_array(np.ones(3)), SriglError, "pair"),
     ],
 )
@@ -488,3 +488,19 @@ def test_a_weight_keeps_its_plan_and_copies_do_not():
     np.testing.assert_array_equal(
         plan(x), condensed_matmul(x, weight.with_values(weight.values), backend="reference")
     )
+
+
+def test_a_matrix_that_points_outside_itself_is_refused():
+    matrix = scipy.sparse.csr_array(np.array([[1.0, 0, 2], [0, 3, 4]]))
+    matrix.indptr[1] = 10**7
+    with pytest.raises(SriglError, match="not a valid sparse matrix"):
+        CondensedWeight.from_csr(matrix)
+
+
+def test_the_linear_operator_keeps_the_types_of_the_product():
+    weight = CondensedWeight.random((5, 8), fan_in=3, rng=0)
+    operator, x = weight.as_linear_operator(), np.random.default_rng(1).standard_normal(8)
+    assert (operator @ x).dtype == np.float64
+    np.testing.assert_array_equal(operator @ x, weight @ x)
+    with pytest.raises(ValueTypeError, match="complex"):
+        operator @ (x + 1j)

@@ -808,5 +808,5 @@ def test_a_nan_in_dropped_state_does_not_survive():
 
 
 def test_state_is_remapped_for_masks_of_one_shape_only():
-    with pytest.raises(SriglError, match=r"\(1, 2\).*\(2, 1\)"):
+    with pytest.raises(SriglError, match=r"\(2, 1\).*\(1, 2\)"):
         remap_state(np.zeros((1, 2)), active("xx"), active("x", "x"))

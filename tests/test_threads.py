@@ -13,6 +13,11 @@ import numpy as np
 import numba
 import srigl_core
 
+from srigl_core.backends.numba_cpu import threads as pool_rules
+
+LEAST_WORK = pool_rules.SMALLEST_PARALLEL_WORK
+pool_rules.SMALLEST_PARALLEL_WORK = 0  # so that every kernel below uses the pool
+
 weight = srigl_core.CondensedWeight.random((512, 512), fan_in=64, rng=0)
 x = np.random.default_rng(1).standard_normal((64, 512)).astype(np.float32)
 grad = np.random.default_rng(2).standard_normal((64, 512)).astype(np.float32)
@@ -75,8 +80,10 @@ def layer_or_skip(layer):
     touch(8)
     print("done")
     """
-    if run(probe, NUMBA_THREADING_LAYER=layer).returncode != 0:
+    process = run(probe, NUMBA_THREADING_LAYER=layer)
+    if "No threading layer could be loaded" in process.stderr:
         pytest.skip(f"Numba's threading layer {layer!r} is not installed here")
+    assert_clean(process)
 
 
 def test_one_thread_never_starts_the_pool():
@@ -107,6 +114,7 @@ def test_a_process_limited_to_one_thread_never_starts_the_pool():
 def test_small_work_never_starts_the_pool():
     assert_clean(
         run("""
+        pool_rules.SMALLEST_PARALLEL_WORK = LEAST_WORK
         small = srigl_core.CondensedWeight.random((8, 8), fan_in=2, rng=0)
         srigl_core.condensed_matmul(x[:1, :8], small, backend="numba", threads=2)
         assert not pool_is_running()
@@ -136,6 +144,81 @@ def test_calls_from_many_threads_at_once_agree(layer):
             """,
             NUMBA_THREADING_LAYER=layer,
         )
+    )
+
+
+def test_the_number_of_threads_is_restored_also_after_an_error():
+    assert_clean(
+        run(
+            """
+            numba.set_num_threads(3)
+            work(2)
+            assert numba.get_num_threads() == 3
+            dense, mask = weight.to_dense(), weight.to_mask()
+            try:
+                srigl_core.update_mask(
+                    dense, dense, mask, nnz_budget=1, drop_fraction=0.3, gamma_sal=None,
+                    backend="numba", threads=2,
+                )
+            except srigl_core.SriglError:
+                print("refused")
+            assert numba.get_num_threads() == 3
+            print("done")
+            """,
+            NUMBA_NUM_THREADS="4",
+        )
+    )
+
+
+@pytest.mark.parametrize("layer", ["tbb", "bogus"])
+def test_a_layer_that_cannot_be_loaded_is_an_error_with_a_remedy(layer):
+    process = run(
+        """
+        assert work(1)
+        try:
+            work(2)
+        except srigl_core.BackendUnavailableError as error:
+            assert "threads=1" in str(error), error
+        print("done")
+        """,
+        NUMBA_THREADING_LAYER=layer,
+    )
+    assert_clean(process)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
+def test_a_child_forked_while_another_thread_compiles_does_not_hang():
+    assert_clean(
+        run("""
+        import time, warnings
+        from numba.core.compiler_lock import global_compiler_lock
+        warnings.simplefilter("ignore")
+        expected = plan(x, threads=2).tobytes()
+        holds, stop = threading.Event(), threading.Event()
+
+        def compile_for_a_while():
+            with global_compiler_lock:
+                holds.set()
+                stop.wait(1)
+
+        compiler = threading.Thread(target=compile_for_a_while)
+        compiler.start()
+        holds.wait()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if plan(x).tobytes() == expected else 3)
+        for _ in range(600):
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                break
+            time.sleep(0.1)
+        else:
+            os.kill(child, 9)
+            raise AssertionError("the child hangs")
+        assert os.waitstatus_to_exitcode(status) == 0
+        compiler.join()
+        print("done")
+        """)
     )
 
 
@@ -169,8 +252,18 @@ def test_a_pool_started_by_a_flushing_thread_honours_subnormals():
         tiny = weight.with_values(weight.values * np.float32(1e-30))
         plan = srigl_core.prepare(tiny, backend="numba")
         small = x * np.float32(1e-10)
-        expected = plan(small, threads=1)
-        assert (np.abs(expected) < np.finfo(np.float32).tiny).all() and expected.any()
+
+        def everything(threads):
+            gradients = plan.backward(small, x * np.float32(1e-30), threads=threads)
+            return (plan(small, threads=threads), plan(small[:1], threads=threads),
+                    gradients.x, gradients.values)
+
+        def same(results, expected):
+            return all(a.tobytes() == b.tobytes() for a, b in zip(results, expected))
+
+        expected = everything(1)
+        for result in expected:
+            assert (np.abs(result) < np.finfo(np.float32).tiny).all() and result.any()
 
         @numba.njit(parallel=True)
         def start_the_pool(n):
@@ -181,8 +274,8 @@ def test_a_pool_started_by_a_flushing_thread_honours_subnormals():
 
         with flushing_subnormals():
             start_the_pool(8)
-            assert plan(small, threads=2).tobytes() == expected.tobytes()
-        assert plan(small, threads=2).tobytes() == expected.tobytes()
+            assert same(everything(2), expected)
+        assert same(everything(2), expected)
         print("done")
         """)
     )

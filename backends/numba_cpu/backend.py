@@ -20,7 +20,12 @@ except ModuleNotFoundError as error:
         f"pip install numba"
     ) from error
 
-from srigl_core.backends.numba_cpu import mask_update
+if numba.config.DISABLE_JIT:
+    raise BackendUnavailableError(
+        "backend 'numba' compiles its kernels, which NUMBA_DISABLE_JIT forbids; unset it"
+    )
+
+from srigl_core.backends.numba_cpu import condensed_matmul, mask_update
 from srigl_core.backends.numba_cpu.condensed_matmul import NumbaPrepared
 from srigl_core.backends.numba_cpu.threads import describe_threads
 
@@ -31,7 +36,7 @@ class NumbaBackend:
     """Compiled, parallel CPU kernels."""
 
     name = "numba"
-    capabilities = Capabilities(threads=True, priority=20)
+    capabilities = Capabilities(priority=20)
 
     def prepare(self, weight: CondensedWeight) -> NumbaPrepared:
         """Return `weight` in this backend's layout."""
@@ -51,4 +56,9 @@ class NumbaBackend:
 
     def runtime_info(self) -> dict[str, object]:
         """Return Numba's version, threads, threading layer and cache, for ``srigl info``."""
-        return {"numba": numba.__version__, **describe_threads()}
+        cache = condensed_matmul.cache_directory()
+        return {
+            "numba": numba.__version__,
+            **describe_threads(),
+            "cache directory": cache or "none that can be written; each process compiles anew",
+        }

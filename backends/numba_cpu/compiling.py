@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+from numpy.typing import NDArray
 
-__all__ = ["kernel"]
+__all__ = ["frozen", "kernel"]
 
 
 def kernel(*, parallel: bool = False, reorder: bool = False) -> Callable[[Any], Any]:
@@ -36,3 +37,10 @@ def kernel(*, parallel: bool = False, reorder: bool = False) -> Callable[[Any], 
             return numba.njit(function, nogil=True, parallel=parallel, fastmath=flags)
 
     return decorate
+
+
+def frozen(array: NDArray[Any]) -> NDArray[Any]:
+    """Return a read-only view: Numba compiles a kernel anew for each mix of writeable inputs."""
+    view = array.view()
+    view.flags.writeable = False
+    return view

@@ -19,7 +19,7 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from srigl_core.backends.numba_cpu.compiling import kernel
+from srigl_core.backends.numba_cpu.compiling import frozen, kernel
 from srigl_core.backends.numba_cpu.epilogue import activate, activation_code
 from srigl_core.backends.numba_cpu.float_mode import honour_subnormals, restore_float_mode
 from srigl_core.backends.numba_cpu.threads import pool
@@ -28,7 +28,7 @@ from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.contract import MatmulGradients
 from srigl_core.value_types import accumulator_dtype, round_to
 
-__all__ = ["NumbaPrepared", "TransposedIndex"]
+__all__ = ["NumbaPrepared", "TransposedIndex", "cache_directory"]
 
 Array = NDArray[Any]
 
@@ -72,11 +72,12 @@ class TransposedIndex:
 class _Connections:
     """What depends on the mask only, and is shared by all values on it."""
 
-    __slots__ = ("_transposed", "ablated", "weight")
+    __slots__ = ("_transposed", "ablated", "compact_targets", "weight")
 
     def __init__(self, weight: CondensedWeight) -> None:
         self.weight = weight
         self.ablated = weight.ablated
+        self.compact_targets = frozen(np.arange(weight.n_active))
         self._transposed: TransposedIndex | None = None
 
     def transposed(self) -> TransposedIndex:
@@ -86,7 +87,8 @@ class _Connections:
 
     @property
     def nbytes(self) -> int:
-        return self.ablated.nbytes + (self._transposed.nbytes if self._transposed else 0)
+        own = self.ablated.nbytes + self.compact_targets.nbytes
+        return own + (self._transposed.nbytes if self._transposed else 0)
 
 
 class NumbaPrepared:
@@ -126,7 +128,7 @@ class NumbaPrepared:
         kind = accumulator_dtype(x.dtype, weight.dtype)
         direct = out.dtype == kind and out.flags.carray
         result = out if direct else np.empty(out.shape, kind)
-        targets = np.arange(weight.n_active) if compact else weight.active
+        targets = self._connections.compact_targets if compact else weight.active
         offset = np.zeros(weight.shape[0], kind) if bias is None else bias.astype(kind)
         code = activation_code(activation)
         if not compact and self._connections.ablated.size:
@@ -139,7 +141,7 @@ class NumbaPrepared:
                     _row_sums_parallel,
                     -(-weight.n_active // ROWS_PER_ITEM),
                     n_threads,
-                    _frozen(np.require(x, kind, ["C", "A"])),
+                    frozen(np.require(x, kind, ["C", "A"])),
                     *arrays,
                 )
             else:
@@ -218,13 +220,6 @@ def _tile_width(batch: int) -> int:
     return 8 if batch <= 16 else 32
 
 
-def _frozen(array: Array) -> Array:
-    """Return a read-only view: Numba compiles a kernel anew for each mix of writeable inputs."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
-
-
 def _staged(x: Array, kind: np.dtype[Any], width: int) -> Array:
     """Return x feature-major in tiles of `width` batch rows, (tiles, features, width).
 
@@ -238,7 +233,13 @@ def _staged(x: Array, kind: np.dtype[Any], width: int) -> Array:
         tiles[: whole // width] = wide[:whole].reshape(-1, width, features).transpose(0, 2, 1)
     if whole < batch:
         tiles[-1, :, : batch - whole] = wide[whole:].T
-    return _frozen(tiles)
+    return frozen(tiles)
+
+
+def cache_directory() -> str | None:
+    """Return where the kernels' compiled code is kept, or None if nowhere."""
+    path: str | None = getattr(_row_sums._cache, "cache_path", None)
+    return path
 
 
 @kernel()

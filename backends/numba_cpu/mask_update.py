@@ -14,7 +14,7 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from srigl_core.backends.numba_cpu.compiling import kernel
+from srigl_core.backends.numba_cpu.compiling import frozen, kernel
 from srigl_core.backends.numba_cpu.threads import pool
 from srigl_core.mask_update import MaskUpdate, UpdateSettings
 from srigl_core.reference.mask_update import (
@@ -71,17 +71,17 @@ def srigl_update(
 
 def _as_bits(scores: NDArray[Any]) -> Bits:
     wide = as_float_view(scores)
-    bits = wide.view(np.uint32 if wide.dtype.itemsize == 4 else np.uint64)
-    bits.flags.writeable = False
-    return bits
+    return frozen(wide.view(np.uint32 if wide.dtype.itemsize == 4 else np.uint64))
 
 
 def _largest(bits: Bits, candidates: Mask, count: int, n_threads: int) -> Mask:
     """Mark the `count` candidates of largest magnitude in the whole array."""
     chosen = np.zeros(bits.shape, np.bool_)
-    parts = 1 if n_threads == 1 else n_threads * PARTS_PER_THREAD
-    mark = _mark_largest if n_threads == 1 else _mark_largest_parallel
-    mark(bits.ravel(), candidates.ravel(), count, parts, chosen.ravel())
+    arrays = (bits.ravel(), frozen(candidates).ravel(), count, chosen.ravel())
+    if n_threads == 1:
+        _mark_largest(*arrays)
+    else:
+        _mark_largest_parallel(*arrays, n_threads * PARTS_PER_THREAD)
     return chosen
 
 
@@ -91,7 +91,7 @@ def _largest_of_rows(
     """Mark in each row its `counts[row]` candidates of largest magnitude."""
     chosen = np.zeros(bits.shape, np.bool_)
     mark = _mark_rows if n_threads == 1 else _mark_rows_parallel
-    mark(bits, candidates, counts, chosen)
+    mark(bits, frozen(candidates), counts, chosen)
     return chosen
 
 
@@ -133,7 +133,7 @@ def _mark(bits, candidates, last, ties, chosen):
 
 
 @kernel()
-def _mark_largest(bits, candidates, count, parts, chosen):
+def _mark_largest(bits, candidates, count, chosen):
     if count <= 0:
         return
     available = 0
@@ -153,14 +153,16 @@ def _mark_largest(bits, candidates, count, parts, chosen):
 
 
 @kernel(parallel=True)
-def _mark_largest_parallel(bits, candidates, count, parts, chosen):
+def _mark_largest_parallel(bits, candidates, count, chosen, parts):
     if count <= 0:
         return
     n = bits.size
     available = np.zeros(parts, np.int64)
     for p in prange(parts):
+        in_part = 0
         for i in range(n * p // parts, n * (p + 1) // parts):
-            available[p] += candidates[i]
+            in_part += candidates[i]
+        available[p] = in_part
     if available.sum() <= count:
         chosen[:] = candidates
         return
@@ -192,10 +194,10 @@ def _mark_largest_parallel(bits, candidates, count, parts, chosen):
 @kernel()
 def _mark_rows(bits, candidates, counts, chosen):
     for row in range(bits.shape[0]):
-        _mark_largest(bits[row], candidates[row], counts[row], 1, chosen[row])
+        _mark_largest(bits[row], candidates[row], counts[row], chosen[row])
 
 
 @kernel(parallel=True)
 def _mark_rows_parallel(bits, candidates, counts, chosen):
     for row in prange(bits.shape[0]):
-        _mark_largest(bits[row], candidates[row], counts[row], 1, chosen[row])
+        _mark_largest(bits[row], candidates[row], counts[row], chosen[row])

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numba
+from numba.core.compiler_lock import global_compiler_lock
+
+from srigl_core.errors import BackendUnavailableError
 
 __all__ = ["SMALLEST_PARALLEL_WORK", "describe_threads", "pool"]
 
@@ -35,10 +38,16 @@ _state = _PoolState()
 def _after_fork_in_child() -> None:
     _state.is_forked_child = True
     _state.in_use = threading.Lock()
+    global_compiler_lock.release()
 
 
+# A child whose parent was compiling in another thread would wait for ever for Numba's lock.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=_after_fork_in_child,
+    )
 
 
 @contextmanager
@@ -52,13 +61,11 @@ def pool(threads: int | None, work: int) -> Iterator[int]:
     work : int
         Multiplications to do.
     """
-    # Asking Numba for its number of threads starts them, so that comes last.
     alone = _state.is_forked_child or numba.config.NUMBA_NUM_THREADS == 1
     if alone or threads == 1 or work < SMALLEST_PARALLEL_WORK:
         yield 1
         return
-    wanted = numba.get_num_threads() if threads is None else threads
-    wanted = min(wanted, numba.config.NUMBA_NUM_THREADS)
+    wanted = min(threads or _started_threads(), numba.config.NUMBA_NUM_THREADS)
     if wanted == 1:
         yield 1
     elif _state.layer not in (None, "workqueue"):
@@ -75,9 +82,20 @@ def pool(threads: int | None, work: int) -> Iterator[int]:
         yield 1
 
 
+def _started_threads() -> int:
+    """Return the size of the pool, started if need be: Numba cannot tell it otherwise."""
+    try:
+        return int(numba.get_num_threads())
+    except ValueError as error:
+        raise BackendUnavailableError(
+            f"Numba cannot start its threads ({' '.join(str(error).split())}); unset "
+            f"NUMBA_THREADING_LAYER or install the layer it names, or pass threads=1"
+        ) from error
+
+
 @contextmanager
 def _masked(threads: int) -> Iterator[None]:
-    before = numba.get_num_threads()
+    before = _started_threads()
     if before == threads:
         yield
         return
@@ -89,9 +107,10 @@ def _masked(threads: int) -> Iterator[None]:
 
 
 def describe_threads() -> dict[str, object]:
-    """Return the threads used by default, the pool's layer, and where kernels are cached."""
-    return {
-        "threads": 1 if _state.is_forked_child else numba.config.NUMBA_NUM_THREADS,
-        "threading layer": _state.layer or "not started yet",
-        "cache directory": numba.config.CACHE_DIR or "beside the source, or the user's cache",
-    }
+    """Return the threads used by default and the pool's layer; starts the pool to learn it."""
+    if _state.is_forked_child or numba.config.NUMBA_NUM_THREADS == 1:
+        return {"threads": 1, "threading layer": "none: one thread starts no pool"}
+    try:
+        return {"threads": _started_threads(), "threading layer": numba.threading_layer()}
+    except BackendUnavailableError as error:
+        return {"threads": 1, "threading layer": f"none: {error}"}

@@ -60,6 +60,10 @@ def demo(
     from srigl_core.demo.run import run_demo
 
     experiment = Experiment.full(seed) if full else Experiment.short(seed)
-    report = run_demo(experiment, out, console=make_console())
-    if not all(backend["agrees"] for net in report["networks"] for backend in net["backends"]):
+    console = make_console()
+    report = run_demo(experiment, out, console=console)
+    backends = [backend for network in report["networks"] for backend in network["backends"]]
+    wrong = sorted({backend["backend"] for backend in backends if not backend["agrees"]})
+    if wrong:
+        console.print(f"predictions differ from the dense network's: {', '.join(wrong)}")
         raise typer.Exit(1)

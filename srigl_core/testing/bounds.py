@@ -93,17 +93,13 @@ class Outcome:
             return np.asarray(inside + out.roundoff * y + out.smallest, np.float64)
 
 
-def first_violation(
-    got: NDArray[Any], outcome: Outcome, *, slack: int = 1
-) -> tuple[tuple[int, ...], str] | None:
+def first_violation(got: NDArray[Any], outcome: Outcome) -> tuple[tuple[int, ...], str] | None:
     """Return the first element of `got` that SPEC 2 does not allow, and why.
 
     Parameters
     ----------
     got : ndarray of a value type, shape of ``outcome.z``
     outcome : Outcome
-    slack : int
-        Number of bounds to allow: 2 to compare two kernels with each other.
 
     Returns
     -------
@@ -117,7 +113,7 @@ def first_violation(
     be finite, it must be that very infinity, or NaN.
     """
     limits = float_limits(got.dtype)
-    expected, bound = outcome.y, slack * outcome.bound(got.dtype)
+    expected, bound = outcome.y, outcome.bound(got.dtype)
     result = got.astype(np.float64)
     with np.errstate(all="ignore"):
         finite = np.isfinite(expected) & np.isfinite(outcome.z)

@@ -32,7 +32,7 @@ __all__ = [
 Option = TypeVar("Option")
 
 SIZES = (1, 2, 3, 5, 8, 17, 33, 40)
-BATCHES = ((1,), (2,), (), (3,), (7,), (8,), (9,), (2, 3), (16,), (33,), (40,))
+BATCHES = ((1,), (2,), (), (3,), (7,), (8,), (9,), (2, 3), (16,), (17,), (32,), (33,), (0,))
 MAGNITUDES = ("integers", "normal", "zeros", "cancelling", "subnormal", "huge", "spread")
 LAYOUTS = ("C", "F", "reversed", "every second", "shared rows", "offset by a byte")
 DTYPE_PAIRS = (
@@ -50,6 +50,8 @@ DTYPE_PAIRS = (
     ("float16", "float64"),
 )
 WIDE = 70_000  # more columns than uint16 can number
+LARGE_PRODUCT = (130, 129, 33)  # n_out, n_in, batch: enough work for threads to be worth it
+LARGE_LAYER = (401, 399)
 
 
 class Chooser(Protocol):
@@ -167,10 +169,13 @@ def matmul_problem(choose: Chooser) -> MatmulProblem:
     x_dtype, values_dtype = value_dtype(x_name), value_dtype(values_name)
     lead = choose.pick(BATCHES)
     n_out, n_in = choose.pick(SIZES), choose.pick(SIZES)
-    if choose.integer(0, 15) == 15:
-        n_out, n_in, lead = min(n_out, 3), WIDE, lead[:1] and (min(lead[0], 9),)
+    unusual = choose.pick(("no",) * 14 + ("wide", "large"))
+    if unusual == "wide":
+        n_in, lead = WIDE, lead[:1] and (min(lead[0], 9),)
+    if unusual == "large":
+        n_out, n_in, lead = (*LARGE_PRODUCT[:2], LARGE_PRODUCT[2:])
     fan_in = choose.pick((1, n_in, max(1, n_in // 2), min(n_in, 7)))
-    fan_in = min(fan_in, 40)
+    fan_in = LARGE_PRODUCT[1] // 2 if unusual == "large" else min(fan_in, 40)
     n_active = choose.pick((n_out, 1, max(1, n_out // 2), max(1, n_out - 1)))
     magnitude, layout = choose.pick(MAGNITUDES), choose.pick(LAYOUTS)
     bias_dtype = choose.pick((None, x_dtype, np.dtype(np.float32), np.dtype(np.float64)))
@@ -205,7 +210,9 @@ def update_problem(choose: Chooser) -> UpdateProblem:
     """Build a mask update: tie-rich or distinct numbers, any mask, any setting that works."""
     dtype = value_dtype(choose.pick(("float32", "float64", "float16", "bfloat16")))
     n_out, n_in = choose.pick(SIZES), choose.pick(SIZES)
-    numbers = choose.pick(("integers", "normal", "zeros", "subnormal", "spread"))
+    if choose.pick((False,) * 15 + (True,)):
+        n_out, n_in = LARGE_LAYER
+    numbers = choose.pick(("integers", "normal", "zeros", "subnormal", "spread", "close"))
     constant_fan_in = choose.pick((True, False))
     nnz_budget = choose.integer(n_out, n_out * n_in)
     drop_fraction = choose.pick((0.3, 0.0, 1.0, 0.05, 0.5, 0.9))
@@ -269,6 +276,9 @@ def _numbers(
     elif magnitude == "subnormal":
         numbers = rng.integers(-9, 10, shape) * limits.smallest
         numbers = np.where(rng.random(shape) < 0.5, numbers, rng.integers(-3, 4, shape))
+    elif magnitude == "close":
+        signs = rng.choice([-1.0, 1.0], shape)
+        numbers = signs * (1 + rng.integers(0, 16, shape) * 2 * limits.roundoff)
     elif magnitude == "huge":
         numbers = rng.standard_normal(shape) * np.sqrt(limits.largest) / 4
     elif magnitude == "spread":
