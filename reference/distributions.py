@@ -183,7 +183,7 @@ def erk(
     while True:
         sparse = [i for i in range(len(sizes)) if i not in budgets]
         left = sum(sizes) * density - sum(budgets.values())
-        if left < (1 if sparse else 0):
+        if left < 0:
             raise SriglError(
                 f"sparsity={sparsity} leaves the network {math.floor(sum(sizes) * density)} "
                 f"weights, but the layers kept dense or given budgets have "

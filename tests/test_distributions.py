@@ -77,6 +77,7 @@ def test_a_sparsity_out_of_range_is_an_error(sparsity, error, message):
 
 
 @given(shapes=shapes, sparsity=sparsities)
+@example(shapes=[(1, 1)], sparsity=0.1)
 def test_erk_budgets_follow_the_formula_exactly(shapes, sparsity):
     """Solved here by trying which layers are dense, the fullest first."""
     sizes = [math.prod(shape) for shape in shapes]
@@ -235,3 +236,25 @@ def test_a_layer_left_with_less_than_one_weight_is_an_error():
 def test_a_power_that_is_no_number_is_an_error(power, error):
     with pytest.raises(error, match="power="):
         erk([(10, 10)], 0.5, power=power)
+
+
+def test_uniform_warns_where_dense_layers_take_exactly_the_budget():
+    with pytest.warns(UserWarning, match="take that sparsity themselves"):
+        layers = uniform([(10, 10), (10, 10)], 0.5, dense=[0])
+    assert [layer.nnz_budget for layer in layers] == [100, 50]
+
+
+@pytest.mark.parametrize("power", [1000, -1000])
+def test_a_power_out_of_range_is_an_error(power):
+    with pytest.raises(SriglError, match="power"):
+        erk([(64, 64)] * 2, 0.9, power=power)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"shapes": None}, {"shapes": [5, (3, 4)]}, {"dense": 0}, {"fixed": [3]}],
+    ids=str,
+)
+def test_arguments_of_the_wrong_kind_are_refused(arguments):
+    with pytest.raises(ValueTypeError):
+        erk(**({"shapes": [(3, 4)], "sparsity": 0.5} | arguments))
