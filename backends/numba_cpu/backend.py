@@ -25,8 +25,10 @@ if numba.config.DISABLE_JIT:
         "backend 'numba' compiles its kernels, which NUMBA_DISABLE_JIT forbids; unset it"
     )
 
-from srigl_core.backends.numba_cpu import condensed_matmul, mask_update
+from srigl_core.backends.numba_cpu import mask_update
+from srigl_core.backends.numba_cpu.cache_folder import describe_cache
 from srigl_core.backends.numba_cpu.condensed_matmul import NumbaPrepared
+from srigl_core.backends.numba_cpu.processor import describe_processor
 from srigl_core.backends.numba_cpu.threads import describe_threads
 
 __all__ = ["NumbaBackend"]
@@ -55,10 +57,10 @@ class NumbaBackend:
         return mask_update.srigl_update(weight, grad, mask, settings, threads=threads)
 
     def runtime_info(self) -> dict[str, object]:
-        """Return Numba's version, threads, threading layer and cache, for ``srigl info``."""
-        cache = condensed_matmul.cache_directory()
+        """Return Numba's version, processor, threads and cache, for ``srigl info``."""
         return {
             "numba": numba.__version__,
+            **describe_processor(),
             **describe_threads(),
-            "cache directory": cache or "none that can be written; each process compiles anew",
+            "cache directory": describe_cache(),
         }

@@ -1,14 +1,28 @@
-"""How this backend's kernels are compiled: without the GIL, cached where a cache can be kept."""
+"""How this backend's kernels are compiled: without the GIL, kept on disk where that is possible."""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import pickle
+import secrets
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import numba
+import numpy as np
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
 from numpy.typing import NDArray
 
-__all__ = ["frozen", "kernel"]
+from srigl_core.backends.numba_cpu.cache_folder import cache_directory
+
+__all__ = ["cache_directory", "frozen", "kernel"]
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def kernel(*, parallel: bool = False, reorder: bool = False) -> Callable[[Any], Any]:
@@ -25,18 +39,102 @@ def kernel(*, parallel: bool = False, reorder: bool = False) -> Callable[[Any], 
 
     Notes
     -----
-    Numba refuses, when the function is defined, to cache where neither the source folder nor the
-    user's cache folder can be written; the kernel is then compiled anew in each process.
+    A kernel of this package is compiled once for each type of its arguments and kept in
+    `cache_directory`. One of another package is compiled anew in each process, since what it is
+    made of is not known.
     """
     flags = {"contract", "reassoc"} if reorder else {"contract"}
 
     def decorate(function: Any) -> Any:
-        try:
-            return numba.njit(function, cache=True, nogil=True, parallel=parallel, fastmath=flags)
-        except RuntimeError:
-            return numba.njit(function, nogil=True, parallel=parallel, fastmath=flags)
+        compiled = numba.njit(function, nogil=True, parallel=parallel, fastmath=flags)
+        if function.__module__.startswith(f"{__package__}."):
+            compiled._cache = _KernelCache(compiled)
+        return compiled
 
     return decorate
+
+
+class _KernelCache:
+    """What Numba asks a kernel's cache for, with one file for each compiled result.
+
+    Numba's own cache hashes the kernel's file alone, and not the helpers that are compiled into it.
+    It also numbers the results in an index that two processes can write at once, and then one
+    finds the other's code under its name.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self._kernel = compiled
+
+    @property
+    def cache_path(self) -> str | None:
+        return cache_directory()
+
+    def load_overload(self, types: Any, target: Any) -> Any:
+        """Return what was kept for arguments of these types, or None."""
+        file = self._file(types, target.codegen())
+        if file is None:
+            return None
+        try:
+            kept = file.read_bytes()
+        except OSError:
+            return None
+        digest, data = kept[:_DIGEST_BYTES], kept[_DIGEST_BYTES:]
+        if hashlib.sha256(data).digest() != digest:
+            return None
+        target.refresh()
+        return CompileResult._rebuild(target, *pickle.loads(data))
+
+    def save_overload(self, types: Any, result: Any) -> None:
+        """Keep a result; where that fails, the next process compiles it again."""
+        file = self._file(types, result.codegen)
+        if file is None or result.library.has_dynamic_globals:
+            return
+        data = dumps(result._reduce())
+        unfinished = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
+        try:
+            unfinished.write_bytes(hashlib.sha256(data).digest() + data)
+            unfinished.replace(file)
+        except OSError:
+            with suppress(OSError):
+                unfinished.unlink()
+
+    def _file(self, types: Any, codegen: Any) -> Path | None:
+        folder = cache_directory()
+        if folder is None:
+            return None
+        key = (str(types), codegen.magic_tuple(), _identity(self._kernel))
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+        return Path(folder, f"{self._kernel.__name__}-{name}.kernel")
+
+
+def _identity(value: Any) -> Any:
+    """Return what tells `value` from others, of which the repr is the same in each process.
+
+    For a kernel these are its code and all that it is compiled with: the constants of the factory
+    that made it, global constants, and other kernels. The sources of whatever else it uses are in
+    the name of the folder.
+    """
+    function = getattr(value, "py_func", getattr(value, "_defn", value))
+    if isinstance(function, FunctionType):
+        variables = inspect.getclosurevars(function)
+        used = dict(variables.nonlocals)
+        options = []
+        if hasattr(value, "py_func"):
+            used |= variables.globals
+            options = sorted(
+                (name, sorted(option) if isinstance(option, set) else option)
+                for name, option in value.targetoptions.items()
+            )
+        parts = [(name, _identity(used[name])) for name in sorted(used)]
+        name = (function.__module__, function.__qualname__)
+        return name, _identity(function.__code__), options, parts
+    if isinstance(value, CodeType):
+        return value.co_code, [_identity(constant) for constant in value.co_consts], value.co_names
+    if isinstance(value, tuple):
+        return tuple(_identity(part) for part in value)
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    return repr(value)
 
 
 def frozen(array: NDArray[Any]) -> NDArray[Any]:
