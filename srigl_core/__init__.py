@@ -17,8 +17,10 @@ from srigl_core.errors import (
 )
 from srigl_core.mask_update import MaskUpdate, UpdateSettings
 from srigl_core.plan import Plan, prepare
+from srigl_core.recommendation import Recommendation, recommend
 from srigl_core.registry import BackendStatus, get_backend, list_backends
 from srigl_core.trainer import LayerOptions, SparseTrainer
+from srigl_core.warmup import warmup
 
 __all__ = [
     "Backend",
@@ -33,6 +35,7 @@ __all__ = [
     "MemoryReport",
     "Plan",
     "PreparedWeight",
+    "Recommendation",
     "SparseTrainer",
     "SriglError",
     "UpdateSettings",
@@ -44,8 +47,10 @@ __all__ = [
     "list_backends",
     "load_condensed",
     "prepare",
+    "recommend",
     "save_condensed",
     "update_mask",
+    "warmup",
 ]
 
 __version__ = "0.1.0"

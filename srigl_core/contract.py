@@ -79,7 +79,13 @@ class MatmulGradients:
 
 
 class PreparedWeight(Protocol):
-    """A condensed weight in a backend's own layout; immutable, and safe to share among threads."""
+    """A condensed weight in a backend's own layout; immutable, and safe to share among threads.
+
+    It may also have a method ``quick_matmul(x, bias, activation, compact, threads)``, called
+    before anything is checked but `threads`. It returns the new result, or None to have the
+    arguments checked and `matmul` called; it must not raise, and must honour subnormals itself.
+    And it may have ``nanoseconds(batch)``, an estimate of what a product takes with one thread.
+    """
 
     def describe(self) -> Mapping[str, object]:
         """Return what there is to know of the layout; at least "kernel", "layout", "bytes"."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from srigl_core.array_checks import as_float_array, check_integer, check_out
 from srigl_core.contract import ACTIVATIONS, Backend, MatmulGradients, PreparedWeight
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.float_mode import honour_subnormals
+from srigl_core.recommendation import dense_nanoseconds
 from srigl_core.registry import get_backend
 from srigl_core.value_types import result_dtype, round_to
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "checked_threads", "prepare"]
 
+_BATCHES_DESCRIBED = (1, 64, 256)
 _GRADIENTS = ("x", "values", "bias")
 
 
@@ -85,12 +87,13 @@ class Plan:
     threads : int or None
     """
 
-    __slots__ = ("_prepared", "backend", "threads", "weight")
+    __slots__ = ("_prepared", "_quick_matmul", "backend", "threads", "weight")
 
     weight: CondensedWeight
     backend: Backend
     threads: int | None
     _prepared: PreparedWeight
+    _quick_matmul: Callable[..., NDArray[Any] | None]
 
     def __init__(
         self,
@@ -99,7 +102,9 @@ class Plan:
         prepared: PreparedWeight,
         threads: int | None,
     ) -> None:
-        for name, value in zip(self.__slots__, (prepared, backend, threads, weight), strict=True):
+        quick = getattr(prepared, "quick_matmul", _not_quick)
+        values = (prepared, quick, backend, threads, weight)
+        for name, value in zip(self.__slots__, values, strict=True):
             object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -143,6 +148,11 @@ class Plan:
         -------
         ndarray, (..., n_out), or (..., n_active) if `compact`
         """
+        threads = self.threads if threads is None else checked_threads(threads)
+        if out is None:
+            quick = self._quick_matmul(x, bias, activation, compact, threads)
+            if quick is not None:
+                return quick
         weight = self.weight
         n_out, n_in = weight.shape
         x = as_float_array(x, "x")
@@ -165,7 +175,6 @@ class Plan:
         shape = (*x.shape[:-1], weight.n_active if compact else n_out)
         inputs = {"x": x} if bias is None else {"x": x, "bias": bias}
         result = _result_array(out, shape, kind, inputs)
-        threads = self.threads if threads is None else checked_threads(threads)
         if result.size:
             flat = _rows(result)
             with honour_subnormals():
@@ -262,12 +271,33 @@ class Plan:
         return Plan(weight, self.backend, self._prepared.with_values(weight), self.threads)
 
     def describe(self) -> dict[str, object]:
-        """Return the backend, the kernel, the layout and its bytes, as a new dict."""
-        return {
+        """Return the backend, the kernel, the layout and its bytes, as a new dict.
+
+        And, where the backend has a model of its speed, what that says of the dense product.
+        """
+        facts = {
             "backend": self.backend.name,
             "threads": "backend's default" if self.threads is None else self.threads,
             **self._prepared.describe(),
         }
+        for batch in _BATCHES_DESCRIBED:
+            ours = self.nanoseconds(batch)
+            if ours is not None:
+                times = dense_nanoseconds(self.weight, batch) / ours
+                verdict = "" if times >= 1 else ": dense is faster"
+                facts[f"estimate at batch {batch}"] = f"{times:.1f}x dense{verdict}"
+        return facts
+
+    def nanoseconds(self, batch: int) -> float | None:
+        """Return about what a product takes with one thread, or None if the backend cannot tell.
+
+        Parameters
+        ----------
+        batch : int
+            Rows of x.
+        """
+        estimate = getattr(self._prepared, "nanoseconds", None)
+        return None if estimate is None else float(estimate(batch))
 
     def __repr__(self) -> str:
         facts = ", ".join(f"{name}={value}" for name, value in self.describe().items())
@@ -321,6 +351,10 @@ class Plan:
         return results
 
 
+def _not_quick(*arguments: object) -> None:
+    """Stand in for a backend that has no `quick_matmul`."""
+
+
 def checked_threads(threads: int | None) -> int | None:
     """Return `threads`, at least 1, or None for the backend's default.
 
@@ -329,7 +363,9 @@ def checked_threads(threads: int | None) -> int | None:
     SriglError
         If it is less than 1, or no integer.
     """
-    return None if threads is None else check_integer(threads, "threads", least=1)
+    if threads is None or (type(threads) is int and threads > 0):  # what it mostly is, quickly
+        return threads
+    return check_integer(threads, "threads", least=1)
 
 
 def _checked_wrt(wrt: Iterable[str]) -> tuple[str, ...]:

@@ -170,6 +170,40 @@ def test_the_number_of_threads_is_restored_also_after_an_error():
     )
 
 
+def test_openmp_is_taken_before_workqueue_and_the_reason_is_told():
+    layer_or_skip("omp")
+    assert_clean(
+        run("""
+        assert work(2) == work(1)
+        assert numba.threading_layer() == "omp"
+        assert pool_rules.describe_threads()["threading layer"] == "omp (the quickest to start)"
+        print("done")
+        """)
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("NUMBA_THREADING_LAYER_PRIORITY", "workqueue omp tbb"),
+        ("NUMBA_THREADING_LAYER", "workqueue"),
+    ],
+)
+def test_a_layer_that_the_user_ordered_is_taken(variable, value):
+    assert_clean(
+        run(
+            """
+            assert work(2) == work(1)
+            assert numba.threading_layer() == "workqueue"
+            said = pool_rules.describe_threads()["threading layer"]
+            assert said.startswith("workqueue (NUMBA_THREADING_LAYER"), said
+            print("done")
+            """,
+            **{variable: value},
+        )
+    )
+
+
 @pytest.mark.parametrize("layer", ["tbb", "bogus"])
 def test_a_layer_that_cannot_be_loaded_is_an_error_with_a_remedy(layer):
     process = run(
@@ -278,29 +312,4 @@ def test_a_pool_started_by_a_flushing_thread_honours_subnormals():
         assert same(everything(2), expected)
         print("done")
         """)
-    )
-
-
-def test_a_kernel_compiles_where_nothing_can_be_cached(tmp_path):
-    """A file in place of each folder that Numba caches in stands for one it cannot write."""
-    blocked = tmp_path / "__pycache__"
-    blocked.write_text("")
-    (tmp_path / "mine.py").write_text(
-        "from srigl_core.backends.numba_cpu.compiling import kernel\n"
-        "@kernel()\n"
-        "def twice(number):\n"
-        "    return 2 * number\n"
-    )
-    assert_clean(
-        run(
-            f"""
-            sys.path.insert(0, {str(tmp_path)!r})
-            import mine
-            assert mine.twice(21) == 42
-            print("done")
-            """,
-            NUMBA_CACHE_DIR=str(blocked / "below"),
-            HOME=str(blocked),
-            XDG_CACHE_HOME=str(blocked),
-        )
     )

@@ -1,14 +1,16 @@
 """The product with a condensed weight, and its gradients, as CPU kernels (SPEC 2).
 
-Layouts. Values and indices are (n_active, k) as in the format; 16-bit values are read through
-`load`. Small batches read x as it is, (batch, n_in), and sum one neuron at a time. Larger ones
-stage x feature-major in tiles of `width` batch rows, (tiles, n_in, width), so that each connection
-is one vector times one weight. Gradients of x run the same way through the transposed index,
-gradients of the values as dot products along the batch.
+Which kernel a product uses depends on the batch, and on what the mask and the processor allow:
 
-A kernel is a function over a range of items, and a twin that hands ranges to the pool. An item's
-sum is one thread's, in an order that does not depend on the ranges: same bits for any number of
-threads.
+- up to a few rows: `register_lookup` with AVX-512, `neuron_lanes` elsewhere and at very high
+  sparsity, `row_sums` for layers of a few neurons;
+- from there: `column_blocks`, in tiles of 8 to 64 batch rows, also for the gradient of x, by the
+  connections the other way round;
+- `value_gradient` for the gradient of the values.
+
+Layouts are made when first used, once for a mask; other values on the same mask are put in order
+in one pass. An item's sum is one thread's, in an order that does not depend on how the items are
+shared out: the same bits for any number of threads.
 """
 
 from __future__ import annotations
@@ -16,102 +18,199 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import prange
 from numpy.typing import NDArray
 
-from srigl_core.backends.numba_cpu.compiling import frozen, kernel
-from srigl_core.backends.numba_cpu.epilogue import activate, activation_code
-from srigl_core.backends.numba_cpu.float_mode import honour_subnormals, restore_float_mode
-from srigl_core.backends.numba_cpu.threads import pool
-from srigl_core.backends.numba_cpu.value_types import as_bits, load
+from srigl_core.backends.numba_cpu.column_blocks import ColumnBlocks, lanes_of, widest_lanes
+from srigl_core.backends.numba_cpu.connections import Connections
+from srigl_core.backends.numba_cpu.epilogue import activation_code
+from srigl_core.backends.numba_cpu.neuron_lanes import LANES, NeuronLanes
+from srigl_core.backends.numba_cpu.processor import has_avx512
+from srigl_core.backends.numba_cpu.register_lookup import RegisterLookup
+from srigl_core.backends.numba_cpu.row_sums import RowSums
+from srigl_core.backends.numba_cpu.threads import is_small, pool
+from srigl_core.backends.numba_cpu.value_gradient import value_gradient
+from srigl_core.backends.numba_cpu.value_types import as_bits
 from srigl_core.condensed_weight import CondensedWeight
-from srigl_core.contract import MatmulGradients
+from srigl_core.contract import ACTIVATIONS, MatmulGradients
 from srigl_core.value_types import accumulator_dtype, round_to
 
-__all__ = ["NumbaPrepared", "TransposedIndex", "cache_directory"]
+__all__ = ["NumbaPrepared"]
 
 Array = NDArray[Any]
 
-SMALL_BATCH = 8
-"""Batch rows from which x is staged in tiles."""
+MOST_PADDING = 2.4
+"""Where the register lookup's steps are this many times those needed, plain loads are faster."""
 
-ROWS_PER_ITEM = 32
-"""Neurons, or columns, of one tile that a thread takes at once."""
+MOST_ROWS = 4
+"""Batch rows from which no layout that takes them one by one beats tiles of eight."""
 
+CALL_NANOSECONDS, TILES_CALL_NANOSECONDS = 2_500, 8_000
+VISIT_NANOSECONDS, LANE_NANOSECONDS, ROW_NANOSECONDS = 0.2, 0.025, 0.12
+"""What a call takes, a connection in a tile, a lane of it, and an input or a result of a row.
 
-class TransposedIndex:
-    """For each column its connections: which active row, and where the value lies.
+Measured on one machine with AVX-512, to tell what is worth waking the threads for, and for a
+recommendation.
+"""
 
-    Built once for a mask, when a gradient of x is first asked for.
+_PLAIN = 0x101
+"""NumPy's flags of an array in C order and aligned: NPY_ARRAY_C_CONTIGUOUS and _ALIGNED."""
 
-    Attributes
-    ----------
-    starts : ndarray of int64, (n_in + 1,)
-        Column c has the connections ``starts[c]`` to ``starts[c + 1]``.
-    entries : ndarray of int64, (nnz,)
-        Positions in ``values.ravel()``, ascending within a column.
-    rows : ndarray of int64, (nnz,)
-        Positions in `active`.
-    """
-
-    __slots__ = ("entries", "rows", "starts")
-
-    def __init__(self, weight: CondensedWeight) -> None:
-        columns = weight.indices.ravel()
-        self.entries = np.argsort(columns, kind="stable")
-        self.rows = self.entries // weight.fan_in
-        degrees = np.bincount(columns, minlength=weight.shape[1])
-        self.starts = np.concatenate([[0], np.cumsum(degrees)])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the three arrays."""
-        return self.entries.nbytes + self.rows.nbytes + self.starts.nbytes
+_CODES = {name: activation_code(name) for name in ACTIVATIONS}
 
 
-class _Connections:
+class _Layouts:
     """What depends on the mask only, and is shared by all values on it."""
-
-    __slots__ = ("_transposed", "ablated", "compact_targets", "weight")
 
     def __init__(self, weight: CondensedWeight) -> None:
         self.weight = weight
-        self.ablated = weight.ablated
-        self.compact_targets = frozen(np.arange(weight.n_active))
-        self._transposed: TransposedIndex | None = None
+        self.is_full = weight.n_active == weight.shape[0]
+        self.every_neuron = np.arange(weight.n_active)
+        self.every_input = np.arange(weight.shape[1])
+        self.row_sums = RowSums(weight.indices)
+        self._made: dict[Any, Any] = {}
 
-    def transposed(self) -> TransposedIndex:
-        if self._transposed is None:
-            self._transposed = TransposedIndex(self.weight)
-        return self._transposed
+    def for_rows(self, kind: np.dtype[Any]) -> Any:
+        """Return the layout that takes batch rows one by one, for sums in `kind`."""
+        return self._once(("rows", kind.itemsize), lambda: self._best_for_rows(kind))
+
+    def _best_for_rows(self, kind: np.dtype[Any]) -> Any:
+        weight = self.weight
+        if weight.n_active < LANES // 2:
+            return self.row_sums
+        if has_avx512() and RegisterLookup.takes(weight.shape[1], kind):
+            lookup = RegisterLookup(weight.indices, weight.shape[1])
+            if lookup.padding <= MOST_PADDING:
+                return lookup
+        return self._once("lanes", lambda: NeuronLanes(weight.indices))
+
+    def for_tiles(self, lanes: int, kind: np.dtype[Any], *, of_columns: bool = False) -> Any:
+        """Return the layout for tiles of `lanes` batch rows; two sizes of blocks serve them all."""
+        widest = widest_lanes(kind)
+        lanes = widest if lanes > widest // 4 else widest // 4
+        key = ("tiles", lanes, kind.itemsize, of_columns)
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = ColumnBlocks(self._connections(of_columns), lanes, kind)
+        return made
+
+    def _connections(self, of_columns: bool) -> Connections:
+        make = Connections.of_columns if of_columns else Connections.of_neurons
+        found: Connections = self._once(("connections", of_columns), lambda: make(self.weight))
+        return found
+
+    def _once(self, key: Any, make: Any) -> Any:
+        """Make a layout at most once; two threads at a time may make it twice, to no harm."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @property
     def nbytes(self) -> int:
-        own = self.ablated.nbytes + self.compact_targets.nbytes
-        return own + (self._transposed.nbytes if self._transposed else 0)
+        made = [layout for layout in self._made.values() if hasattr(layout, "nbytes")]
+        return sum({id(layout): layout.nbytes for layout in made}.values())
 
 
 class NumbaPrepared:
-    """A condensed weight in this backend's layout."""
+    """A condensed weight in this backend's layouts."""
 
-    __slots__ = ("_bits", "_connections", "weight")
+    __slots__ = ("_arranged", "_bits", "_kind", "_layouts", "_no_bias", "_ready", "weight")
 
-    def __init__(self, weight: CondensedWeight, connections: _Connections | None = None) -> None:
+    def __init__(self, weight: CondensedWeight, layouts: _Layouts | None = None) -> None:
         self.weight = weight
         self._bits = as_bits(weight.values)
-        self._connections = connections or _Connections(weight)
+        self._layouts = layouts or _Layouts(weight)
+        self._kind = accumulator_dtype(weight.dtype)
+        self._no_bias = np.zeros(weight.shape[0], self._kind)
+        self._arranged: dict[Any, Array] = {}
+        self._ready: dict[int, Any] = {}
+
+    def quick_matmul(
+        self, x: object, bias: object, activation: object, compact: bool, threads: int | None
+    ) -> Array | None:
+        """Return the product if the arguments are what they mostly are, else None.
+
+        That is: ordinary arrays in C order, of the type that is summed. Everything else, errors
+        included, is left to the door. At batch 1 its checks would take as long as the product.
+        """
+        kind = self._kind
+        if type(x) is not np.ndarray or x.dtype is not kind:
+            return None
+        shape = x.shape
+        n_out, n_in = self.weight.shape
+        rank = len(shape)
+        if not (0 < rank < 3 and shape[-1] == n_in and x.flags.num & _PLAIN == _PLAIN):
+            return None
+        if bias is None:
+            offset = self._no_bias
+        elif (
+            type(bias) is np.ndarray
+            and bias.dtype is kind
+            and bias.shape == (n_out,)
+            and bias.flags.num & _PLAIN == _PLAIN
+        ):
+            offset = bias
+        else:
+            return None
+        if compact is not False and not self._layouts.is_full:
+            return None
+        if activation is None:
+            code = 0
+        elif type(activation) is not str or (code := _CODES.get(activation, -1)) < 0:
+            return None
+        batch = 1 if rank == 1 else shape[0]
+        if not batch:
+            return None
+        out = np.empty(n_out if rank == 1 else (batch, n_out), kind)
+        active = self.weight.active
+        if batch <= MOST_ROWS:
+            layout, product, arrays = self._ready.get(rank) or self._make_ready(x, offset, out)
+            if batch <= layout.most_rows:
+                work = batch * layout.nanoseconds
+                if threads == 1 or is_small(threads, work):
+                    good = product(*arrays, x, offset, active, out, code)
+                else:
+                    with pool(threads, work) as n:
+                        good = layout.multiply(arrays[0], x, offset, active, out, code, n)
+                if not good:
+                    self._layouts.row_sums.multiply(self._bits, x, offset, active, out, code, 1)
+                return out
+        self._multiply(x, batch, offset, active, out, code, threads)
+        return out
+
+    def _make_ready(self, x: Array, bias: Array, out: Array) -> Any:
+        """Return the layout, the compiled kernel for inputs like `x`, and its leading arrays."""
+        layout = self._layouts.for_rows(self._kind)
+        arrays = (self._values(layout, self._kind), *layout.arrays)
+        product = layout.code((*arrays, x, bias, self.weight.active, out, 0))
+        self._ready[x.ndim] = layout, product, arrays
+        return self._ready[x.ndim]
 
     def describe(self) -> dict[str, object]:
         """Return kernels, layout and bytes beside the weight's own."""
+        kind = accumulator_dtype(self.weight.dtype)
+        layout = self._layouts.for_rows(kind)
         return {
-            "kernel": f"row sums below batch {SMALL_BATCH}, feature-major tiles from there",
+            "kernel": f"{layout.name} up to batch {layout.most_rows}, column blocks beyond",
             "layout": "condensed",
-            "bytes": self._connections.nbytes,
+            "padding": round(layout.padding, 3),
+            "bytes": self._layouts.nbytes + sum(array.nbytes for array in self._arranged.values()),
         }
+
+    def nanoseconds(self, batch: int) -> float:
+        """Return about what a product takes with one thread: a model, measured at float32."""
+        if batch <= MOST_ROWS:
+            layout = self._layouts.for_rows(self._kind)
+            if batch <= layout.most_rows:
+                return CALL_NANOSECONDS + batch * float(layout.nanoseconds)
+        tiles = -(-batch // widest_lanes(self._kind))
+        lanes = tiles * lanes_of(-(-batch // tiles), self._kind)
+        sums = (tiles * VISIT_NANOSECONDS + lanes * LANE_NANOSECONDS) * self.weight.nnz
+        moves = lanes * sum(self.weight.shape) * ROW_NANOSECONDS
+        return TILES_CALL_NANOSECONDS + (sums + moves) * self._kind.itemsize / 4
 
     def with_values(self, weight: CondensedWeight) -> NumbaPrepared:
         """Return the same for other values, sharing all that depends on the mask."""
-        return NumbaPrepared(weight, self._connections)
+        return NumbaPrepared(weight, self._layouts)
 
     def matmul(
         self,
@@ -124,227 +223,134 @@ class NumbaPrepared:
         threads: int | None,
     ) -> None:
         """Write the product to `out`."""
-        weight = self.weight
+        weight, layouts = self.weight, self._layouts
         kind = accumulator_dtype(x.dtype, weight.dtype)
         direct = out.dtype == kind and out.flags.carray
         result = out if direct else np.empty(out.shape, kind)
-        targets = self._connections.compact_targets if compact else weight.active
-        offset = np.zeros(weight.shape[0], kind) if bias is None else bias.astype(kind)
+        if bias is None:
+            offset = np.zeros(result.shape[1], kind)
+        else:
+            offset = np.require(bias[weight.active] if compact else bias, kind, ["C", "A"])
+        columns = layouts.every_neuron if compact else weight.active
+        inputs = np.require(x, kind, ["C", "A"])
         code = activation_code(activation)
-        if not compact and self._connections.ablated.size:
-            _write_constants(result, offset, self._connections.ablated, code)
-        arrays = (self._bits, weight.indices, offset[weight.active], targets, result, code)
-        with pool(threads, x.shape[0] * weight.nnz) as n_threads:
-            if x.shape[0] < SMALL_BATCH:
-                _launch(
-                    _row_sums,
-                    _row_sums_parallel,
-                    -(-weight.n_active // ROWS_PER_ITEM),
-                    n_threads,
-                    frozen(np.require(x, kind, ["C", "A"])),
-                    *arrays,
-                )
-            else:
-                staged = _staged(x, kind, _tile_width(x.shape[0]))
-                _launch(
-                    _tile_sums,
-                    _tile_sums_parallel,
-                    staged.shape[0] * -(-weight.n_active // ROWS_PER_ITEM),
-                    n_threads,
-                    staged,
-                    *arrays,
-                )
+        self._multiply(inputs, x.shape[0], offset, columns, result, code, threads)
         if not direct:
             out[...] = round_to(result, out.dtype)
+
+    def _multiply(
+        self,
+        x: Array,
+        batch: int,
+        bias: Array,
+        columns: Array,
+        out: Array,
+        code: int,
+        threads: int | None,
+    ) -> None:
+        """Compute a product whose arrays are all of one type and in C order."""
+        if batch <= MOST_ROWS:
+            layout = self._layouts.for_rows(x.dtype)
+            if batch <= layout.most_rows:
+                values = self._values(layout, x.dtype)
+                with pool(threads, batch * layout.nanoseconds) as n_threads:
+                    good = layout.multiply(values, x, bias, columns, out, code, n_threads)
+                if not good:
+                    # Padding met a number that is not finite, or a sum overflowed.
+                    self._layouts.row_sums.multiply(self._bits, x, bias, columns, out, code, 1)
+                return
+        with pool(threads, batch * self.weight.nnz * LANE_NANOSECONDS) as n_threads:
+            self._multiply_tiles(x, bias, columns, out, code, n_threads)
+
+    def _multiply_tiles(
+        self,
+        x: Array,
+        bias: Array,
+        columns: Array,
+        out: Array,
+        code: int,
+        n_threads: int,
+        *,
+        of_columns: bool = False,
+    ) -> None:
+        """Compute a product in tiles: the widest ones first, a narrower one for what is left."""
+        batch, widest = x.shape[0], widest_lanes(x.dtype)
+        whole, left = divmod(batch, widest)
+        lanes = lanes_of(left, x.dtype)
+        if whole:
+            lanes = max(lanes, widest // 2)
+        if left and lanes == widest:
+            whole, left = whole + 1, 0
+        parts = [(0, whole, widest)] if whole else []
+        if left:
+            parts.append((whole * widest, 1, lanes))
+        for first, tiles, lanes in parts:
+            layout = self._layouts.for_tiles(lanes, x.dtype, of_columns=of_columns)
+            layout.multiply(
+                self._values(layout, x.dtype),
+                x,
+                bias,
+                columns,
+                out,
+                code,
+                first=first,
+                tiles=tiles,
+                lanes=lanes,
+                n_threads=n_threads,
+            )
+
+    def _values(self, layout: Any, kind: np.dtype[Any]) -> Array:
+        """Return the values in a layout's order."""
+        key = (layout, kind.itemsize)  # the hash of a dtype is slow
+        values = self._arranged.get(key)
+        if values is None:
+            values = self._arranged[key] = layout.arrange(self._bits, kind)
+        return values
 
     def backward(
         self, grad: Array, x: Array | None, *, out: MatmulGradients, threads: int | None
     ) -> None:
         """Write the gradients to `out`."""
-        with pool(threads, grad.shape[0] * self.weight.nnz) as n_threads:
+        active = grad if self._layouts.is_full else grad[:, self.weight.active]
+        work = grad.shape[0] * self.weight.nnz * LANE_NANOSECONDS
+        with pool(threads, work) as n_threads:
             if out.x is not None:
-                out.x[...] = round_to(self._input_gradient(grad, n_threads), out.x.dtype)
+                self._input_gradient(active, out.x, n_threads)
             if out.values is not None and x is not None:
-                dvalues = self._value_gradient(grad, x, n_threads)
-                out.values[...] = round_to(dvalues, out.values.dtype)
+                self._value_gradient(active, x, out.values, n_threads)
         if out.bias is not None:
             with np.errstate(over="ignore", invalid="ignore"):
                 dbias = grad.sum(axis=0, dtype=accumulator_dtype(grad.dtype))
                 out.bias[...] = round_to(dbias, out.bias.dtype)
 
-    def _input_gradient(self, grad: Array, n_threads: int) -> Array:
+    def _input_gradient(self, grad: Array, out: Array, n_threads: int) -> None:
         kind = accumulator_dtype(grad.dtype, self.weight.dtype)
-        staged = _staged(grad[:, self.weight.active], kind, _tile_width(grad.shape[0]))
-        transposed = self._connections.transposed()
-        n_in = self.weight.shape[1]
-        dx = np.empty((grad.shape[0], n_in), kind)
-        _launch(
-            _column_sums,
-            _column_sums_parallel,
-            staged.shape[0] * -(-n_in // ROWS_PER_ITEM),
+        direct = out.dtype == kind and out.flags.carray
+        result = out if direct else np.empty(out.shape, kind)
+        self._multiply_tiles(
+            np.require(grad, kind, ["C", "A"]),
+            np.zeros(out.shape[1], kind),
+            self._layouts.every_input,
+            result,
+            activation_code("none"),
             n_threads,
-            staged,
-            self._bits.ravel(),
-            transposed.starts,
-            transposed.entries,
-            transposed.rows,
-            dx,
+            of_columns=True,
         )
-        return dx
+        if not direct:
+            out[...] = round_to(result, out.dtype)
 
-    def _value_gradient(self, grad: Array, x: Array, n_threads: int) -> Array:
-        weight = self.weight
-        kind = accumulator_dtype(grad.dtype, x.dtype, weight.dtype)
-        dvalues = np.empty(weight.values.shape, kind)
-        _launch(
-            _batch_sums,
-            _batch_sums_parallel,
-            -(-weight.n_active // ROWS_PER_ITEM),
-            n_threads,
-            _staged(grad[:, weight.active], kind, grad.shape[0])[0],
-            _staged(x, kind, x.shape[0])[0],
-            weight.indices,
-            dvalues,
+    def _value_gradient(self, grad: Array, x: Array, out: Array, n_threads: int) -> None:
+        kind = accumulator_dtype(grad.dtype, x.dtype, self.weight.dtype)
+        direct = out.dtype == kind and out.flags.carray
+        result = out if direct else np.empty(out.shape, kind)
+        lanes = lanes_of(grad.shape[0], kind)
+        value_gradient(
+            self._layouts.for_tiles(lanes, kind),
+            np.require(grad, kind, ["C", "A"]),
+            np.require(x, kind, ["C", "A"]),
+            result,
+            lanes=lanes,
+            n_threads=n_threads,
         )
-        return dvalues
-
-
-def _launch(serial: Any, parallel: Any, n_items: int, n_threads: int, *arrays: Any) -> None:
-    if n_threads == 1:
-        serial(0, n_items, *arrays)
-    else:
-        parallel(n_threads, n_items, *arrays)
-
-
-def _tile_width(batch: int) -> int:
-    return 8 if batch <= 16 else 32
-
-
-def _staged(x: Array, kind: np.dtype[Any], width: int) -> Array:
-    """Return x feature-major in tiles of `width` batch rows, (tiles, features, width).
-
-    Rows past the end of the batch are 0.
-    """
-    batch, features = x.shape
-    tiles = np.zeros((-(-batch // width), features, width), kind)
-    whole = batch // width * width
-    wide = x if x.dtype.itemsize != 2 else x.astype(np.float32)
-    if whole:
-        tiles[: whole // width] = wide[:whole].reshape(-1, width, features).transpose(0, 2, 1)
-    if whole < batch:
-        tiles[-1, :, : batch - whole] = wide[whole:].T
-    return frozen(tiles)
-
-
-def cache_directory() -> str | None:
-    """Return where the kernels' compiled code is kept, or None if nowhere."""
-    path: str | None = getattr(_row_sums._cache, "cache_path", None)
-    return path
-
-
-@kernel()
-def _write_constants(out, offset, rows, code):
-    """Give ablated neurons the constant act(bias)."""
-    for row in rows:
-        constant = activate(offset[row], code)
-        for b in range(out.shape[0]):
-            out[b, row] = constant
-
-
-@kernel(reorder=True)
-def _row_sums(first, last, x, values, indices, offset, targets, out, code):
-    n_active, fan_in = values.shape
-    for i in range(first * ROWS_PER_ITEM, min(last * ROWS_PER_ITEM, n_active)):
-        for b in range(x.shape[0]):
-            total = x.dtype.type(0)
-            for j in range(fan_in):
-                total += load(values[i, j]) * x[b, indices[i, j]]
-            out[b, targets[i]] = activate(total + offset[i], code)
-
-
-@kernel(parallel=True)
-def _row_sums_parallel(n, items, x, values, indices, offset, targets, out, code):
-    for t in prange(n):
-        mode = honour_subnormals()
-        _row_sums(
-            items * t // n, items * (t + 1) // n, x, values, indices, offset, targets, out, code
-        )
-        restore_float_mode(mode)
-
-
-@kernel()
-def _tile_sums(first, last, x, values, indices, offset, targets, out, code):
-    n_active, fan_in = values.shape
-    width = x.shape[2]
-    blocks = (n_active + ROWS_PER_ITEM - 1) // ROWS_PER_ITEM
-    sums = np.empty(width, x.dtype)
-    for item in range(first, last):
-        tile, block = divmod(item, blocks)
-        batch_rows = min(width, out.shape[0] - tile * width)
-        for i in range(block * ROWS_PER_ITEM, min((block + 1) * ROWS_PER_ITEM, n_active)):
-            sums[:] = offset[i]
-            for j in range(fan_in):
-                value = x.dtype.type(load(values[i, j]))
-                features = x[tile, indices[i, j]]
-                for lane in range(width):
-                    sums[lane] += value * features[lane]
-            for lane in range(batch_rows):
-                out[tile * width + lane, targets[i]] = activate(sums[lane], code)
-
-
-@kernel(parallel=True)
-def _tile_sums_parallel(n, items, x, values, indices, offset, targets, out, code):
-    for t in prange(n):
-        mode = honour_subnormals()
-        _tile_sums(
-            items * t // n, items * (t + 1) // n, x, values, indices, offset, targets, out, code
-        )
-        restore_float_mode(mode)
-
-
-@kernel()
-def _column_sums(first, last, grad, values, starts, entries, rows, dx):
-    batch, n_in = dx.shape
-    width = grad.shape[2]
-    blocks = (n_in + ROWS_PER_ITEM - 1) // ROWS_PER_ITEM
-    sums = np.empty(width, grad.dtype)
-    for item in range(first, last):
-        tile, block = divmod(item, blocks)
-        batch_rows = min(width, batch - tile * width)
-        for column in range(block * ROWS_PER_ITEM, min((block + 1) * ROWS_PER_ITEM, n_in)):
-            sums[:] = 0
-            for e in range(starts[column], starts[column + 1]):
-                value = grad.dtype.type(load(values[entries[e]]))
-                gradients = grad[tile, rows[e]]
-                for lane in range(width):
-                    sums[lane] += value * gradients[lane]
-            for lane in range(batch_rows):
-                dx[tile * width + lane, column] = sums[lane]
-
-
-@kernel(parallel=True)
-def _column_sums_parallel(n, items, grad, values, starts, entries, rows, dx):
-    for t in prange(n):
-        mode = honour_subnormals()
-        _column_sums(items * t // n, items * (t + 1) // n, grad, values, starts, entries, rows, dx)
-        restore_float_mode(mode)
-
-
-@kernel(reorder=True)
-def _batch_sums(first, last, grad, x, indices, dvalues):
-    n_active, fan_in = dvalues.shape
-    for i in range(first * ROWS_PER_ITEM, min(last * ROWS_PER_ITEM, n_active)):
-        for j in range(fan_in):
-            column = indices[i, j]
-            total = dvalues.dtype.type(0)
-            for b in range(grad.shape[1]):
-                total += grad[i, b] * x[column, b]
-            dvalues[i, j] = total
-
-
-@kernel(parallel=True)
-def _batch_sums_parallel(n, items, grad, x, indices, dvalues):
-    for t in prange(n):
-        mode = honour_subnormals()
-        _batch_sums(items * t // n, items * (t + 1) // n, grad, x, indices, dvalues)
-        restore_float_mode(mode)
+        if not direct:
+            out[...] = round_to(result, out.dtype)

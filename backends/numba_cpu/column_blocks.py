@@ -1,0 +1,358 @@
+"""Batches: one row of the batch in each lane of a vector, one column block of x in the cache.
+
+Layout: the inputs are cut into blocks of columns, the sums into groups of rows. For each block and
+each row of a group come the connections that the row has there: `values`, and `offsets` from the
+block's first column. Within a group the rows are sorted by their number of connections, so that the
+processor can tell ahead when a row ends. There is no padding: only connected inputs are read.
+
+Kernel: a tile of the batch is taken at a time, as many rows as lanes. A block of x is transposed
+into a tile (columns, lanes) that stays in the cache; each connection is then one number times one
+vector, which may be several registers; the sums so far of a row are loaded before and stored after.
+At very high sparsity a block holds so many columns that its tile fills half of the second-level
+cache: loading and storing sums would cost more than that.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from srigl_core.backends.numba_cpu.calling import Direct
+from srigl_core.backends.numba_cpu.compiling import kernel
+from srigl_core.backends.numba_cpu.connections import Connections, aligned_empty, arranged
+from srigl_core.backends.numba_cpu.float_mode import honour_subnormals, restore_float_mode
+from srigl_core.backends.numba_cpu.processor import cache_bytes, vector_bytes
+from srigl_core.backends.numba_cpu.results import (
+    are_side_by_side,
+    fill_ablated,
+    finish_row,
+    first_column,
+)
+from srigl_core.backends.numba_cpu.scratch import scratch
+from srigl_core.backends.numba_cpu.simd import (
+    add,
+    flat,
+    fma,
+    load,
+    load_four,
+    load_quad,
+    splat,
+    splat_lane,
+    store,
+    transpose,
+    zeros,
+)
+
+__all__ = ["GROUP_ROWS", "ColumnBlocks", "lanes_of", "stager", "widest_lanes"]
+
+REGISTERS = 4
+"""Vector registers that hold a row's sums in the widest kernel."""
+
+GROUP_ROWS = 192
+"""Rows sorted together: few enough to share among threads, enough to make sorting worth it."""
+
+CONNECTIONS_PER_VISIT = 8
+"""Connections that a row should have in a block, to be worth loading and storing its sums."""
+
+
+_WIDEST_BYTES = REGISTERS * vector_bytes()
+
+
+def widest_lanes(kind: np.dtype[Any]) -> int:
+    """Return the number of batch rows that the widest kernel takes at once."""
+    return _WIDEST_BYTES // kind.itemsize
+
+
+def lanes_of(batch: int, kind: np.dtype[Any]) -> int:
+    """Return the number of lanes for a tile of up to `batch` rows: a power of two, at least 8."""
+    lanes = 8
+    while lanes < min(batch, widest_lanes(kind)):
+        lanes *= 2
+    return lanes
+
+
+class ColumnBlocks:
+    """Connections in column blocks, for tiles of up to `lanes` batch rows.
+
+    Parameters
+    ----------
+    connections : Connections
+    lanes : int
+    kind : numpy.dtype
+        Of the sums.
+    """
+
+    name = "column blocks"
+    padding = 1.0
+
+    def __init__(self, connections: Connections, lanes: int, kind: np.dtype[Any]) -> None:
+        self._kind = kind
+        self.n_inputs, n_rows = connections.n_inputs, connections.n_rows
+        self.block = _block_columns(connections, lanes * kind.itemsize)
+        n_blocks = -(-self.n_inputs // self.block)
+        starts, columns = connections.starts, connections.columns.astype(np.int64)
+        row_of = np.repeat(np.arange(n_rows), np.diff(starts))
+        visits = columns // self.block * n_rows + row_of
+        counts = np.bincount(visits, minlength=n_blocks * n_rows).reshape(n_blocks, n_rows)
+        begins = starts[:-1] + np.cumsum(counts, axis=0) - counts
+        group_of = np.arange(n_rows) // GROUP_ROWS
+        order = np.argsort(group_of * (counts.max() + 1) + counts, axis=1, kind="stable")
+        counts = np.take_along_axis(counts, order, axis=1)
+        begins = np.take_along_axis(begins, order, axis=1).ravel()
+        ends = np.cumsum(counts)
+        nth = np.arange(columns.size)
+        place = nth + np.repeat(begins - (ends - counts.ravel()), counts.ravel())
+        self.positions = connections.entries[place]
+        self.offsets = aligned_empty(columns.size, np.uint8 if self.block <= 256 else np.uint16)
+        self.offsets[:] = columns[place] % self.block
+        self.rows = (order - group_of * GROUP_ROWS).astype(np.uint8)
+        self.counts = counts.astype(np.uint16 if self.block <= 65535 else np.uint32)
+        groups = np.minimum(np.arange(group_of[-1] + 2) * GROUP_ROWS, n_rows)
+        # What the types of the arrays are determined by, for the choice of compiled code.
+        self.types = (kind.itemsize, self.offsets.itemsize, self.counts.itemsize)
+        before = np.concatenate([[0], ends])
+        self.visits = before[np.arange(n_blocks)[:, None] * n_rows + groups]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what depends on the mask."""
+        arrays = (self.positions, self.offsets, self.rows, self.counts, self.visits)
+        return sum(array.nbytes for array in arrays)
+
+    def arrange(self, bits: Any, kind: Any) -> Any:
+        """Return the values in this layout's order, in the type of the sums, `kind`."""
+        return arranged(bits, self.positions, kind)
+
+    def multiply(
+        self,
+        values: Any,
+        x: Any,
+        bias: Any,
+        columns: Any,
+        out: Any,
+        code: int,
+        *,
+        first: int,
+        tiles: int,
+        lanes: int,
+        n_threads: int,
+    ) -> None:
+        """Write the product to `out`, for `tiles` tiles of `lanes` batch rows from `first` on.
+
+        The last of them may reach past the end of the batch.
+        """
+        serial, parallel = _kernels(lanes)
+        arrays = (
+            (tiles, self._runs(lanes, tiles, n_threads), first, self.block),
+            *(values, self.offsets, self.rows, self.counts, self.visits),
+            *(x, bias, columns, out, code),
+        )
+        if n_threads == 1:
+            serial.code(self.types, arrays)(*arrays)
+        else:
+            parallel.code(self.types, (n_threads, *arrays))(n_threads, *arrays)
+
+    def _runs(self, lanes: int, tiles: int, n_threads: int) -> int:
+        """Return into how many parts the sums are cut, so that theirs stay in the cache.
+
+        And so that all threads have work: then the parts of a tile each transpose x anew.
+        """
+        bytes_of_sums = self.counts.shape[1] * lanes * self._kind.itemsize
+        runs = -(-bytes_of_sums // (cache_bytes()[1] // 4))
+        while tiles * runs % n_threads and tiles * runs < 8 * n_threads:
+            runs += 1
+        return min(runs, int(self.visits.shape[1]) - 1)
+
+
+def _block_columns(connections: Connections, row_bytes: int) -> int:
+    first_level, second_level = cache_bytes()
+    wanted = CONNECTIONS_PER_VISIT / max(connections.density, 1e-9)
+    most = max(16, min(second_level // 2 // row_bytes, 65536))
+    block = min(max(first_level // row_bytes, wanted), most, connections.n_inputs)
+    n_blocks = -(-connections.n_inputs // int(block))
+    return -(-connections.n_inputs // (n_blocks * 16)) * 16
+
+
+@functools.cache
+def stager(lanes: int) -> Any:
+    """Return the kernel that transposes a part of x into a tile of `lanes` batch rows."""
+    square = min(lanes, 16)
+    width = np.uint64(lanes)
+    u = np.uint64
+
+    @kernel()
+    def stage(x, n_in, row, last_row, begin, end, tile):
+        """Transpose columns `begin` to `end` of the batch rows from `row` on into the tile.
+
+        Lanes past the last row get that row again: they are computed and dropped.
+        """
+        whole = begin + (end - begin) // u(square) * u(square)
+        for lane in range(u(0), width, u(square)):
+            top = min(row + lane, last_row)
+            for column in range(begin, whole, u(square)):
+                source = (top * n_in + column, n_in, last_row - top)
+                transpose(x, source, tile, (column - begin) * width + lane, width, square)
+            for column in range(whole, end):
+                for i in range(u(square)):
+                    source_row = min(top + i, last_row)
+                    tile[(column - begin) * width + lane + i] = x[source_row * n_in + column]
+
+    return stage
+
+
+@functools.cache
+def _kernels(lanes: int) -> tuple[Direct, Direct]:
+    """Return the kernel for tiles of `lanes` batch rows, and its parallel twin."""
+    square = min(lanes, 16)
+    width = np.uint64(lanes)
+    u = np.uint64
+    stage = stager(lanes)
+
+    @kernel()
+    def visit(values, offsets, at, rows, counts, tile, sums, base, is_first):
+        """Add to each row's sums its connections in one block."""
+        bits = u(8 * offsets.itemsize)
+        mask = (u(1) << bits) - u(1)
+        for i in range(u(rows.size)):
+            mine = base + u(rows[i]) * width
+            total = zeros(sums, lanes) if is_first else load(sums, mine, lanes)
+            other = zeros(sums, lanes)
+            end = at + u(counts[i])
+            while at + u(4) <= end:
+                near, four = load_quad(offsets, at), load_four(values, at)
+                x = load(tile, (near & mask) * width, lanes)
+                total = fma(splat_lane(four, 0, lanes), x, total)
+                x = load(tile, (near >> bits & mask) * width, lanes)
+                other = fma(splat_lane(four, 1, lanes), x, other)
+                near >>= bits + bits
+                x = load(tile, (near & mask) * width, lanes)
+                total = fma(splat_lane(four, 2, lanes), x, total)
+                x = load(tile, (near >> bits & mask) * width, lanes)
+                other = fma(splat_lane(four, 3, lanes), x, other)
+                at += u(4)
+            while at < end:
+                x = load(tile, u(offsets[at]) * width, lanes)
+                total = fma(splat(values[at], lanes), x, total)
+                at += u(1)
+            store(sums, mine, add(total, other))
+
+    @kernel()
+    def deliver(sums, rows, row, last_row, bias, columns, out, corner, code):
+        """Transpose the sums of neurons ``rows`` into the result's rows, and finish these."""
+        first, last = rows
+        n_columns = u(bias.size)
+        begin = first_column(first, columns, bias.size)
+        end = first_column(last, columns, bias.size)
+        for lane in range(u(0), width, u(square)):
+            top = row + lane
+            if top > last_row:
+                break
+            height = min(u(square), last_row + u(1) - top)
+            if columns.size != bias.size:
+                start = np.int64(top * n_columns)
+                fill_ablated(out, start, height, columns, first, last, bias)
+            for neuron in range(u(first), u(last), u(square)):
+                near = u(last) - neuron
+                source = ((neuron - u(first)) * width + lane, width, near - u(1))
+                transpose(sums, source, corner, u(0), u(square), square)
+                whole = are_side_by_side(columns, np.int64(neuron), square)
+                whole = whole and near >= u(square)
+                for i in range(height):
+                    place = (top + i) * n_columns
+                    if whole:
+                        column = u(columns[neuron])
+                        total = load(corner, i * u(square), square)
+                        total = add(total, load(bias, column, square))
+                        store(out, place + column, total)
+                    else:
+                        for j in range(min(near, u(square))):
+                            column = columns[neuron + j]
+                            out[place + u(column)] = corner[i * u(square) + j] + bias[column]
+            for i in range(height):
+                finish_row(out, np.int64((top + i) * n_columns), begin, end, code)
+
+    @kernel()
+    def run(items, shape, values, offsets, rows, counts, visits, x, n_in, bias, columns, out, code):
+        """Compute items `items`: an item is a tile of the batch and a part of the groups."""
+        _, runs, first_row, block = shape
+        n_blocks, n_groups = visits.shape[0], visits.shape[1] - 1
+        last_row = u(x.size // n_in - 1)
+        longest = (n_groups + runs - 1) // runs * GROUP_ROWS
+        tile, sums = scratch(min(block, n_in) * lanes, x), scratch(longest * lanes, x)
+        corner = scratch(square * square, x)
+        for item in range(items[0], items[1]):
+            part = item % runs
+            row = u(first_row + item // runs * lanes)
+            last = min(row + width - u(1), last_row)
+            begin_group, end_group = n_groups * part // runs, n_groups * (part + 1) // runs
+            first_neuron = begin_group * GROUP_ROWS
+            for b in range(n_blocks):
+                begin, end = b * block, min((b + 1) * block, n_in)
+                stage(x, u(n_in), row, last, u(begin), u(end), tile)
+                for group in range(begin_group, end_group):
+                    low = group * GROUP_ROWS
+                    high = min(low + GROUP_ROWS, columns.size)
+                    visit(
+                        values,
+                        offsets,
+                        u(visits[b, group]),
+                        rows[b, low:high],
+                        counts[b, low:high],
+                        tile,
+                        sums,
+                        u((low - first_neuron) * lanes),
+                        b == 0,
+                    )
+            neurons = (first_neuron, min(end_group * GROUP_ROWS, columns.size))
+            deliver(sums, neurons, row, last, bias, columns, out, corner, code)
+
+    @kernel()
+    def serial(shape, values, offsets, rows, counts, visits, x, bias, columns, out, code):
+        mode = honour_subnormals()
+        n_in, items = x.shape[1], (0, shape[0] * shape[1])
+        line, offset, result = flat(x), flat(bias), flat(out)
+        run(
+            items,
+            shape,
+            values,
+            offsets,
+            rows,
+            counts,
+            visits,
+            line,
+            n_in,
+            offset,
+            columns,
+            result,
+            code,
+        )
+        restore_float_mode(mode)
+
+    @kernel(parallel=True)
+    def parallel(n, shape, values, offsets, rows, counts, visits, x, bias, columns, out, code):
+        n_in, n_items = x.shape[1], shape[0] * shape[1]
+        line, offset, result = flat(x), flat(bias), flat(out)
+        for t in prange(n):
+            mode = honour_subnormals()
+            items = (n_items * t // n, n_items * (t + 1) // n)
+            run(
+                items,
+                shape,
+                values,
+                offsets,
+                rows,
+                counts,
+                visits,
+                line,
+                n_in,
+                offset,
+                columns,
+                result,
+                code,
+            )
+            restore_float_mode(mode)
+
+    return Direct(serial), Direct(parallel)

@@ -1,0 +1,311 @@
+"""Small batches with AVX-512: inputs looked up in registers, one neuron in each of 16 lanes.
+
+The input is seen as blocks of 16 numbers. A step takes two blocks, looks up one of their 32
+numbers for each lane by a single instruction, and multiplies and adds: three vector loads for 16
+connections, where the plain loop needs 32 scalar ones. Which two blocks a step takes is planned
+once for a mask, greedily: the block with the deepest backlog in some lane, and the one that then
+serves most, lanes that lag behind counting more.
+
+Layout, for a group of 16 neurons: `values` (steps, 16); `blocks` (steps, 2), where a block starts;
+`words` (steps / 6, 16) of int32, six lookup indices of 5 bits each. A lane that a step has nothing
+for multiplies 0 by some number of the block: where that is NaN or infinite the lane is lost, and
+the kernel says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from srigl_core.backends.numba_cpu.calling import Direct
+from srigl_core.backends.numba_cpu.compiling import kernel
+from srigl_core.backends.numba_cpu.connections import aligned_empty
+from srigl_core.backends.numba_cpu.float_mode import honour_subnormals, restore_float_mode
+from srigl_core.backends.numba_cpu.results import (
+    are_side_by_side,
+    fill_ablated,
+    finish_row,
+    first_column,
+)
+from srigl_core.backends.numba_cpu.row_layout import RowLayout
+from srigl_core.backends.numba_cpu.scratch import scratch
+from srigl_core.backends.numba_cpu.simd import (
+    add,
+    flat,
+    fma,
+    is_finite,
+    load,
+    load_quad,
+    look_up_pair,
+    shift_right,
+    store,
+    zeros,
+)
+
+__all__ = ["RegisterLookup"]
+
+LANES = 16
+STEPS_PER_WORD = 6
+MOST_INPUTS = 1 << 16
+MOST_URGENCY = 25
+
+
+class RegisterLookup(RowLayout):
+    """Connections scheduled for lookup in pairs of blocks."""
+
+    name = "register lookup"
+    most_rows = 4
+
+    def __init__(self, indices: Any, n_in: int) -> None:
+        n_rows, fan_in = indices.shape
+        n_groups = -(-n_rows // LANES)
+        # The last block ends with the input, since nothing behind it may be read.
+        starts = np.minimum(np.arange(-(-n_in // LANES)) * LANES, n_in - LANES)
+        most_steps = n_groups * (LANES * fan_in + STEPS_PER_WORD)
+        positions = np.empty(most_steps * LANES, np.int32)
+        words = np.empty(most_steps // STEPS_PER_WORD * LANES + LANES, np.int32)
+        blocks = np.empty(most_steps * 2, np.uint16)
+        ends = np.zeros(n_groups + 1, np.int64)
+        _schedule(indices, starts, positions, words, blocks, ends)
+        steps = int(ends[-1])
+        kept = aligned_empty(steps // STEPS_PER_WORD * LANES, np.int32)
+        kept[:] = words[: kept.size]
+        super().__init__(
+            positions[: steps * LANES].copy(),
+            (kept, blocks[: steps * 2].copy(), ends),
+            padding=steps * LANES / indices.size,
+            nanoseconds=1.2 * steps,
+        )
+
+    @staticmethod
+    def takes(n_in: int, kind: Any) -> bool:
+        """Whether a weight with `n_in` inputs can be laid out, for sums in `kind`."""
+        return LANES <= n_in <= MOST_INPUTS and bool(kind == np.float32)
+
+
+@kernel()
+def _add_step(values, at, low, high, word, x, total):
+    inputs = look_up_pair(load(x, low, LANES), word, load(x, high, LANES))
+    return fma(load(values, at, LANES), inputs, total)
+
+
+@kernel()
+def _sum_group(first, last, values, words, blocks, x):
+    """Return the sums of 16 neurons over steps `first` to `last`, six at a time."""
+    u = np.uint64
+    start, width = u(0xFFFF), u(16)
+    even, odd = zeros(x, LANES), zeros(x, LANES)
+    for step in range(u(first), u(last), u(STEPS_PER_WORD)):
+        at = step * u(LANES)
+        word = load(words, step // u(STEPS_PER_WORD) * u(LANES), LANES)
+        for half in range(u(0), u(STEPS_PER_WORD), u(2)):
+            four = load_quad(blocks, (step + half) * u(2))
+            low, high = four & start, four >> width & start
+            even = _add_step(values, at, low, high, word, x, even)
+            word = shift_right(word, u(5))
+            low, high = four >> (width + width) & start, four >> (width + width + width)
+            odd = _add_step(values, at + u(LANES), low, high, word, x, odd)
+            word = shift_right(word, u(5))
+            at += u(2 * LANES)
+    return add(even, odd)
+
+
+@kernel()
+def _sum_groups(first, last, values, words, blocks, ends, x, n_in, bias, columns, out, code):
+    n_rows, n_columns = columns.size, bias.size
+    begin = first_column(min(first * LANES, n_rows), columns, n_columns)
+    end = first_column(min(last * LANES, n_rows), columns, n_columns)
+    # A vector that lies in two cache lines takes two loads: a copy costs less.
+    inputs = scratch(n_in + LANES, x)
+    lane_sums = inputs[n_in:]
+    good = True
+    if n_rows != n_columns:
+        neurons = min(first * LANES, n_rows), min(last * LANES, n_rows)
+        fill_ablated(out, 0, x.size // n_in, columns, neurons[0], neurons[1], bias)
+    for b in range(x.size // n_in):
+        row = b * n_columns
+        inputs[:n_in] = x[b * n_in : (b + 1) * n_in]
+        for group in range(first, last):
+            total = _sum_group(ends[group], ends[group + 1], values, words, blocks, inputs)
+            good &= is_finite(total)
+            neuron = group * LANES
+            if are_side_by_side(columns, neuron, LANES):
+                column = columns[neuron]
+                total = add(total, load(bias, np.uint64(column), LANES))
+                store(out, np.uint64(row + column), total)
+            else:
+                store(lane_sums, np.uint64(0), total)
+                for i in range(neuron, min(neuron + LANES, n_rows)):
+                    out[row + columns[i]] = lane_sums[i - neuron] + bias[columns[i]]
+        finish_row(out, row, begin, end, code)
+    return good
+
+
+@kernel()
+def _serial(values, words, blocks, ends, x, bias, columns, out, code):
+    mode = honour_subnormals()
+    n_in, groups = x.shape[x.ndim - 1], ends.size - 1
+    good = _sum_groups(
+        0, groups, values, words, blocks, ends, flat(x), n_in, flat(bias), columns, flat(out), code
+    )
+    restore_float_mode(mode)
+    return good
+
+
+@kernel(parallel=True)
+def _parallel(n, values, words, blocks, ends, x, bias, columns, out, code):
+    n_in, groups = x.shape[x.ndim - 1], ends.size - 1
+    line, offset, result = flat(x), flat(bias), flat(out)
+    bad = 0
+    for t in prange(n):
+        mode = honour_subnormals()
+        first, last = groups * t // n, groups * (t + 1) // n
+        bad += not _sum_groups(
+            first, last, values, words, blocks, ends, line, n_in, offset, columns, result, code
+        )
+        restore_float_mode(mode)
+    return bad == 0
+
+
+RegisterLookup.serial, RegisterLookup.parallel = Direct(_serial), Direct(_parallel)
+
+
+@kernel()
+def _schedule(indices, starts, positions, words, blocks, ends):
+    """Plan the steps of every group; `ends` gets where each ends."""
+    n_blocks = starts.size
+    # A place is given to each block that the group has connections in.
+    place_of, block_of = np.full(n_blocks, -1), np.empty(n_blocks, np.int64)
+    backlog = np.empty((LANES, n_blocks), np.float32)
+    nearest = np.empty((LANES, n_blocks), np.int32)
+    for group in range(ends.size - 1):
+        first = ends[group]
+        row = group * LANES
+        n_places = _count_backlog(indices, row, place_of, block_of, backlog, nearest)
+        steps = _schedule_group(
+            indices,
+            row,
+            starts,
+            positions[first * LANES :],
+            words[first // STEPS_PER_WORD * LANES :],
+            blocks[2 * first :],
+            block_of[:n_places],
+            backlog,
+            nearest,
+        )
+        ends[group + 1] = first + steps
+        for place in range(n_places):
+            place_of[block_of[place]] = -1
+
+
+@kernel()
+def _count_backlog(indices, row, place_of, block_of, backlog, nearest):
+    """Count each lane's connections in each block, note the first; return how many places.
+
+    The counts are float32, since Numba widens small integers, and the compiler needs narrow ones.
+    """
+    last_block = place_of.size - 1
+    n_places = 0
+    for lane in range(min(LANES, indices.shape[0] - row)):
+        for j in range(indices.shape[1]):
+            block = min(np.int64(indices[row + lane, j]) // LANES, last_block)
+            place = place_of[block]
+            if place < 0:
+                place = place_of[block] = n_places
+                block_of[place] = block
+                backlog[:, place] = 0
+                n_places += 1
+            if backlog[lane, place] == 0:
+                nearest[lane, place] = j
+            backlog[lane, place] += 1
+    return n_places
+
+
+@kernel()
+def _schedule_group(indices, row, starts, positions, words, blocks, block_of, backlog, nearest):
+    n_lanes, fan_in = min(LANES, indices.shape[0] - row), indices.shape[1]
+    need, scores = np.empty(block_of.size, np.float32), np.empty(block_of.size, np.float32)
+    for place in range(need.size):
+        need[place] = _need(backlog, place)
+    missing = np.zeros(LANES, np.int32)
+    missing[:n_lanes] = fan_in
+    total, step = fan_in * n_lanes, 0
+    while total > 0:
+        first = _first_maximum(need)
+        second = _best_partner(backlog, first, missing, scores)
+        first, second = min(first, second), max(first, second)
+        low, high = starts[block_of[first]], starts[block_of[second]]
+        blocks[2 * step], blocks[2 * step + 1] = low, high
+        word, shift = step // STEPS_PER_WORD * LANES, step % STEPS_PER_WORD * 5
+        for lane in range(LANES):
+            if shift == 0:
+                words[word + lane] = 0
+            positions[step * LANES + lane] = -1
+            from_low = backlog[lane, first] >= backlog[lane, second]
+            place = first if from_low else second
+            if backlog[lane, place] == 0:
+                continue
+            j = nearest[lane, place]
+            number = np.int64(indices[row + lane, j]) - (low if from_low else high - LANES)
+            words[word + lane] |= np.int32(number << shift)
+            positions[step * LANES + lane] = (row + lane) * fan_in + j
+            nearest[lane, place] += 1
+            backlog[lane, place] -= 1
+            missing[lane] -= 1
+            total -= 1
+        need[first], need[second] = _need(backlog, first), _need(backlog, second)
+        step += 1
+    while step % STEPS_PER_WORD:
+        blocks[2 * step], blocks[2 * step + 1] = 0, 0
+        for lane in range(LANES):
+            positions[step * LANES + lane] = -1
+        step += 1
+    return step
+
+
+@kernel()
+def _need(backlog, place):
+    """Return how deep a block's longest backlog is, and then how many lanes have one."""
+    deepest, lanes = np.float32(0), np.float32(0)
+    for lane in range(LANES):
+        deepest = max(deepest, backlog[lane, place])
+        lanes += np.float32(backlog[lane, place] > 0)
+    return deepest * np.float32(LANES + 1) + lanes
+
+
+@kernel()
+def _best_partner(backlog, first, missing, scores):
+    """Return the block that serves most beside block `first`.
+
+    What it serves better counts: a lane that the other has nothing for above all, and a lane the
+    more, the more it lags behind.
+    """
+    nothing = np.float32(0)
+    most = missing.max()
+    scores[:] = 0
+    for lane in range(LANES):
+        beside = backlog[lane, first]
+        urgency = np.float32(max(MOST_URGENCY - (most - missing[lane]), 1))
+        deeper, served = 2 * urgency, nothing
+        if beside == 0:
+            served = 16 * urgency
+        waiting = backlog[lane, : scores.size]
+        for place in range(scores.size):
+            more = waiting[place] - beside
+            gain = more * np.float32(deeper) + np.float32(served)
+            scores[place] += gain if more > 0 else nothing
+    return _first_maximum(scores)
+
+
+@kernel()
+def _first_maximum(numbers):
+    """Return where the greatest of the numbers first is: two quick loops instead of a slow one."""
+    most = numbers[0]
+    for number in numbers:
+        most = max(most, number)
+    place = 0
+    while numbers[place] != most:
+        place += 1
+    return place

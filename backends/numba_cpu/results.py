@@ -1,0 +1,53 @@
+"""How the sums of a kernel become the result: bias, ablated neurons, activation (SPEC 2)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from srigl_core.backends.numba_cpu.compiling import kernel
+from srigl_core.backends.numba_cpu.epilogue import activate_row
+
+__all__ = ["are_side_by_side", "fill_ablated", "finish_row", "first_column"]
+
+
+@kernel()
+def first_column(row, columns, n_columns):
+    """Return the first column of the result that belongs to neuron `row`.
+
+    A neuron owns its column and those of the ablated ones after it; the first also those before.
+    """
+    if row == 0:
+        return np.int64(0)
+    if row == columns.size:
+        return np.int64(n_columns)
+    return columns[row]
+
+
+@kernel()
+def are_side_by_side(columns, first, count):
+    """Whether neurons `first` to ``first + count`` are all there, with no ablated one between."""
+    last = first + count - 1
+    return last < columns.size and columns[last] - columns[first] == count - 1
+
+
+@kernel()
+def fill_ablated(out, start, n_rows, columns, first, last, bias):
+    """Give the ablated neurons' columns that neurons `first` to `last` own what they sum up to.
+
+    In `n_rows` rows of the result, the first of which starts at ``out[start]``.
+    """
+    n_columns = bias.size
+    at = first_column(first, columns, n_columns)
+    for neuron in range(first, last + 1):
+        stop = columns[neuron] if neuron < last else first_column(last, columns, n_columns)
+        for column in range(at, stop):
+            for row in range(n_rows):
+                out[start + row * n_columns + column] = bias[column]
+        at = stop + 1
+
+
+@kernel()
+def finish_row(out, start, first, last, code):
+    """Put columns `first` to `last` of a result row through the activation."""
+    if code != 0:
+        activate_row(out[start + first : start + last], code)

@@ -1,0 +1,98 @@
+"""What the layouts share whose kernels take the rows of a batch one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_core.backends.numba_cpu.calling import Direct
+from srigl_core.backends.numba_cpu.connections import arranged
+
+__all__ = ["RowLayout"]
+
+Array = NDArray[Any]
+
+
+class RowLayout:
+    """Connections of a mask, laid out for one kernel.
+
+    The kernel is called as ``serial(values, *arrays, x, bias, columns, out, code)``, and its twin
+    with the number of threads before. It returns whether the result can be trusted.
+
+    Parameters
+    ----------
+    positions : ndarray or None
+        Where the layout's values lie in the condensed ones, negative for padding; None where they
+        are left as they are.
+    arrays : tuple of ndarray
+        What else the kernel takes that depends on the mask.
+    padding : float
+        Values stored for each connection.
+    nanoseconds : float
+        About what one thread takes for a batch row.
+    """
+
+    name: ClassVar[str]
+    most_rows: ClassVar[int]  # up to so many it beats tiles of eight
+    serial: ClassVar[Direct]
+    parallel: ClassVar[Direct]
+
+    def __init__(
+        self,
+        positions: Array | None,
+        arrays: tuple[Array, ...],
+        *,
+        padding: float,
+        nanoseconds: float,
+    ) -> None:
+        self._positions = positions
+        self.arrays = arrays
+        self.padding = padding
+        self.nanoseconds = nanoseconds
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what depends on the mask, beside the condensed arrays."""
+        if self._positions is None:
+            return 0
+        return self._positions.nbytes + sum(array.nbytes for array in self.arrays)
+
+    def arrange(self, bits: Array, kind: np.dtype[Any]) -> Array:
+        """Return the values in this layout's order, for sums in `kind`.
+
+        16-bit ones stay so, since bytes are what these kernels wait for, but for float64 sums.
+        """
+        if self._positions is None:
+            return bits
+        return arranged(bits, self._positions, kind if kind == np.float64 else bits.dtype)
+
+    def multiply(
+        self,
+        values: Array,
+        x: Array,
+        bias: Array,
+        columns: Array,
+        out: Array,
+        code: int,
+        n_threads: int,
+    ) -> bool:
+        """Write the product to `out`; return whether it can be trusted."""
+        arguments = (values, *self.arrays, x, bias, columns, out, code)
+        if n_threads == 1:
+            return bool(self.code(arguments)(*arguments))
+        key = _types(arguments)
+        arguments = (n_threads, *arguments)
+        return bool(self.parallel.code(key, arguments)(*arguments))
+
+    def code(self, arguments: tuple[Any, ...]) -> Callable[..., bool]:
+        """Return the compiled kernel for one thread and arguments of these types."""
+        return self.serial.code(_types(arguments), arguments)
+
+
+def _types(arguments: tuple[Any, ...]) -> Hashable:
+    """Return what the types of a kernel's arguments are determined by."""
+    values, indices, x = arguments[0], arguments[1], arguments[-5]
+    return values.dtype.num, indices.dtype.num, x.dtype.num, x.ndim

@@ -1,0 +1,18 @@
+"""Working memory inside a kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from srigl_core.backends.numba_cpu.compiling import kernel
+
+__all__ = ["scratch"]
+
+
+@kernel()
+def scratch(size, like):
+    """Return uninitialised memory of the type of `like` that starts on a cache line."""
+    spare = 64 // like.itemsize
+    memory = np.empty(size + spare, like.dtype)
+    skip = (-memory.ctypes.data % 64) // like.itemsize
+    return memory[skip : skip + size]
