@@ -18,6 +18,7 @@ from srigl_core.reference.ranking import largest
 __all__ = [
     "ablation_threshold",
     "grow",
+    "keep_and_prune",
     "largest_salient",
     "make_update",
     "new_fan_in",
@@ -137,9 +138,13 @@ def prune_counts(weight: NDArray[Any], mask: Mask, drop_fraction: float) -> tupl
 
     Weights that are exactly zero are pruned first, whatever the drop fraction.
     """
-    n_weights = int(np.count_nonzero(mask))
-    n_prune = int(np.floor(n_weights * drop_fraction))
     n_nonzero = int(np.count_nonzero(mask & (weight != 0)))
+    return keep_and_prune(int(np.count_nonzero(mask)), n_nonzero, drop_fraction)
+
+
+def keep_and_prune(n_weights: int, n_nonzero: int, drop_fraction: float) -> tuple[int, int]:
+    """Return `prune_counts` of `n_weights` active weights, of which `n_nonzero` are not zero."""
+    n_prune = int(np.floor(n_weights * drop_fraction))
     n_keep = min(n_weights - n_prune, n_nonzero)
     return n_keep, n_weights - n_keep
 

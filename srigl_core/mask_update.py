@@ -198,18 +198,29 @@ def check_update_arrays(
     if grad.shape != weight.shape:
         raise SriglError(f"grad has shape {grad.shape}, but its weight has {weight.shape}")
     mask = as_mask(mask, weight.shape)
-    for name, wrong in (
-        ("grad", ~np.isfinite(grad)),
-        ("weight at active positions", ~np.isfinite(weight) & mask),
-    ):
-        count = np.count_nonzero(wrong)
-        if count:
-            raise SriglError(
-                f"{name} is not finite in {count} of {weight.size} places (NaN or inf); skip this "
-                f"update, or find where the loss diverged. Nothing was changed"
-            )
+    _refuse_not_finite("grad", ~_is_finite(grad))
+    _refuse_not_finite("weight at active positions", mask & ~_is_finite(weight))
     return (
         np.ascontiguousarray(weight).reshape(shape),
         np.ascontiguousarray(grad).reshape(shape),
         np.ascontiguousarray(mask).reshape(shape),
     )
+
+
+def _is_finite(array: NDArray[Any]) -> NDArray[np.bool_]:
+    finite: NDArray[np.bool_]
+    if array.itemsize == 2:  # not all exponent bits are set; NumPy would convert every number
+        infinity = np.array(np.inf, array.dtype).view(np.uint16)
+        finite = (array.view(np.uint16) & infinity) != infinity
+    else:
+        finite = np.isfinite(array)
+    return finite
+
+
+def _refuse_not_finite(name: str, wrong: NDArray[np.bool_]) -> None:
+    count = np.count_nonzero(wrong)
+    if count:
+        raise SriglError(
+            f"{name} is not finite in {count} of {wrong.size} places (NaN or inf); skip this "
+            f"update, or find where the loss diverged. Nothing was changed"
+        )

@@ -1,7 +1,9 @@
 """The mask update of SPEC 4, step by step, and against an independent telling of it."""
 
 import re
+import tracemalloc
 from collections import namedtuple
+from dataclasses import fields
 
 import ml_dtypes
 import numpy as np
@@ -638,6 +640,99 @@ def test_magnitudes_are_ranked_in_full_precision(update_backend, dtype, small, s
     np.testing.assert_array_equal(update.mask, active(".xx."))
     assert update.weight.dtype == dtype
     assert update.weight.tobytes() == np.where(update.mask, weight, weight[0, 0]).tobytes()
+
+
+def test_an_active_zero_is_pruned_beside_the_smallest_weights(update_backend):
+    for dtype in DTYPES:
+        tiny = float(ml_dtypes.finfo(dtype).smallest_subnormal)
+        update = update_mask(
+            array([[0.0, tiny, -0.0, -tiny, 0.0]], dtype),
+            array([[0.0, 0.0, 0.0, 0.0, tiny]], dtype),
+            active("xxxx."),
+            nnz_budget=3,
+            drop_fraction=0.0,
+            backend=update_backend,
+        )
+        np.testing.assert_array_equal(update.mask, active(".x.xx"))
+
+
+@pytest.mark.parametrize("scope", ["inactive", "all"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 70_001), (301, 467)])
+def test_ties_go_to_the_lowest_index_however_the_layer_is_divided(
+    update_backend, shape, dtype, scope
+):
+    """Large enough to be cut up for threads; the last weight kept has equals in all parts."""
+    rng = np.random.default_rng(7)
+    weight, grad = (rng.integers(-3, 4, shape).astype(dtype) for _ in range(2))
+    mask = (rng.random(shape) < 0.3) & (rng.random((shape[0], 1)) < 0.9)
+    options = {
+        "nnz_budget": mask.size // 5,
+        "drop_fraction": 0.45,
+        "gamma_sal": 0.9,
+        "saliency_scope": scope,
+        "grown_init": 0.1,
+    }
+    for threads in (1, 2, 3):
+        assert_updates_like_the_reference(
+            update_backend, weight, grad, mask, options, threads=threads
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 3), (3, 5), (20, 20), (40, 100), (600, 600)])
+def test_neighbouring_magnitudes_are_told_apart(update_backend, shape, dtype):
+    """Three neighbours in many places each, so that the last chosen differ in the last bit."""
+    rng = np.random.default_rng(11)
+    one = np.ones(1, dtype)
+    bits = one.view(f"u{one.itemsize}")
+    for drop_fraction in (0.2, 0.5, 0.8):
+        for gamma_sal in (None, 1.0):
+            weight, grad = (
+                (bits + rng.integers(0, 3, shape).astype(bits.dtype)).view(dtype) for _ in range(2)
+            )
+            options = {
+                "nnz_budget": weight.size // 3,
+                "drop_fraction": drop_fraction,
+                "gamma_sal": gamma_sal,
+            }
+            mask = rng.random(shape) < 0.5
+            assert_updates_like_the_reference(update_backend, weight, grad, mask, options)
+
+
+def assert_updates_like_the_reference(backend, weight, grad, mask, options, threads=None):
+    expected = reference_update(weight, grad, mask, **options)
+    update = update_mask(weight, grad, mask, **options, backend=backend, threads=threads)
+    for part in fields(update):
+        found, due = getattr(update, part.name), getattr(expected, part.name)
+        assert np.asarray(found).dtype == np.asarray(due).dtype, part.name
+        assert np.asarray(found).tobytes() == np.asarray(due).tobytes(), part.name
+
+
+@pytest.mark.parametrize("density", [0.1, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(300, 1000), (1, 300_000)])
+def test_update_needs_at_most_one_dense_layer_beside_its_result(
+    backend_names, shape, dtype, density
+):
+    if "numba" not in backend_names("update_mask"):
+        pytest.skip("a promise of the numba backend, which is not under test")
+    rng = np.random.default_rng(3)
+    weight, grad = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
+    mask = rng.random(shape) < density
+    options = {"nnz_budget": weight.size // 10, "drop_fraction": 0.3, "backend": "numba"}
+    for scope in ("inactive", "all"):
+        for threads in (1, 3):
+            update_mask(weight, grad, mask, **options, saliency_scope=scope, threads=threads)
+            tracemalloc.start()
+            try:
+                update = update_mask(
+                    weight, grad, mask, **options, saliency_scope=scope, threads=threads
+                )
+                _, peak = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+            assert peak - update.weight.nbytes - update.mask.nbytes <= weight.nbytes
 
 
 # ---------------------------------------------------------------- bad numbers, shapes, extremes

@@ -1,14 +1,20 @@
 """The SRigL mask update on the CPU (SPEC 4); the steps are those of `reference/mask_update.py`.
 
-A selection needs no sort. The magnitude of a finite float, read as an unsigned integer with the
-sign bit cleared, orders as the float does; the magnitude that the last chosen position has is found
-one byte at a time, by counting (radix select); positions above it are chosen, and of those equal to
-it as many as are missing, in index order. That is the total order of SPEC 4.9.
+A selection needs no sort. The bits of a number, with the sign bit set, order as its magnitude does:
+such words are compared here wherever the specification compares magnitudes. The word of the last
+position chosen is found from its highest bits down, by counting. Positions above it are chosen, and
+of those equal to it as many as are missing, in index order: the total order of SPEC 4.9. Nothing
+here computes with floating-point numbers.
+
+The layer is cut into one part for each thread, of whole rows.
+
+Memory. Beside masks there are the magnitudes of the active weights, at most one dense layer; they
+are gone before the new weight is made. The peak is the result and less than one dense layer more.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import prange
@@ -17,187 +23,337 @@ from numpy.typing import NDArray
 from srigl_core.backends.numba_cpu.compiling import frozen, kernel
 from srigl_core.backends.numba_cpu.threads import pool
 from srigl_core.mask_update import MaskUpdate, UpdateSettings
-from srigl_core.reference.mask_update import (
-    ablation_threshold,
-    make_update,
-    new_fan_in,
-    prune_counts,
-)
-from srigl_core.value_types import as_float_view
+from srigl_core.reference.mask_update import ablation_threshold, keep_and_prune, new_fan_in
 
 __all__ = ["srigl_update"]
 
+Array = NDArray[Any]
 Mask = NDArray[np.bool_]
-Bits = NDArray[Any]
+Counts = NDArray[np.int64]
 
-PARTS_PER_THREAD = 4
+BLOCK = 64
+"""Words that are looked at together first: most blocks hold none that is still in question."""
+
+NANOSECONDS = 0.3
+"""What a kernel takes for a position, on one thread; an update starts some fifteen of them."""
+
+
+class _ActiveWeights(NamedTuple):
+    """The active weights row by row: bits of their magnitudes, and where each part's lie."""
+
+    magnitudes: Array
+    bounds: Counts
+    row_counts: Counts
+    row_nonzeros: Counts
+
+
+class _Boundary(NamedTuple):
+    """Where a selection from the whole layer ends.
+
+    Candidates with a word of at least `level` are chosen, and in each part the first
+    ``ties[part]`` with the word right below it.
+    """
+
+    level: np.uint64
+    ties: Counts
 
 
 def srigl_update(
-    weight: NDArray[Any],
-    grad: NDArray[Any],
-    mask: Mask,
-    settings: UpdateSettings,
-    *,
-    threads: int | None,
+    weight: Array, grad: Array, mask: Mask, settings: UpdateSettings, *, threads: int | None
 ) -> MaskUpdate:
     """Update one layer; the arguments are checked and two-dimensional."""
-    n_in = mask.shape[1]
-    magnitudes, gradients = _as_bits(weight), _as_bits(grad)
-    with pool(threads, mask.size) as n_threads:
-        n_keep, n_prune = prune_counts(weight, mask, settings.drop_fraction)
-        by_magnitude = _largest(magnitudes, mask, n_keep, n_threads)
+    n_out, n_in = mask.shape
+    weights, gradients = _as_bits(weight), _as_bits(grad)
+    with pool(threads, NANOSECONDS * mask.size) as n_threads:
+        n_parts = min(n_threads, n_out)
+        rows = n_out * np.arange(n_parts + 1) // n_parts
+        active = _active_weights(weights, mask, rows)
+        was_active, n_weights = active.row_counts > 0, active.magnitudes.size
+        n_keep, n_prune = keep_and_prune(
+            n_weights, int(active.row_nonzeros.sum()), settings.drop_fraction
+        )
+        boundary = _last_kept(active, np.ones(n_out, np.bool_), n_keep)
+        salient = np.zeros(mask.shape, np.bool_)
+        _mark(weights, mask, boundary, rows, salient)
         scope = ~mask if settings.saliency_scope == "inactive" else np.ones_like(mask)
-        by_gradient = _largest(gradients, scope, n_prune, n_threads)
-        salient_counts = np.count_nonzero(by_magnitude | by_gradient, axis=1)
+        boundary = _boundary(gradients.ravel(), scope.ravel(), n_prune, rows * n_in)
+        salient_counts = _mark(gradients, scope, boundary, rows, salient)
+        del salient, scope
         threshold = ablation_threshold(salient_counts, settings, n_in)
         survives = salient_counts >= threshold
         fan_in = new_fan_in(salient_counts, threshold, settings, n_in)
-        candidates = mask & survives[:, None] & (weight != 0)
-        kept = _largest(magnitudes, candidates, n_keep, n_threads)
-        kept = _largest_of_rows(magnitudes, kept, np.full(survives.size, fan_in), n_threads)
-        missing = np.where(survives, fan_in - np.count_nonzero(kept, axis=1), 0)
-        new_mask = kept | _largest_of_rows(gradients, ~kept, missing, n_threads)
-    return make_update(
-        weight,
-        mask,
-        new_mask,
-        grown_init=settings.grown_init,
+        boundary = _last_kept(active, survives, n_keep)
+        del active
+        kept, kept_counts = _prune(weights, mask, survives, boundary, fan_in, rows)
+        missing = np.where(survives, fan_in - kept_counts, 0)
+        new_mask = _grow(gradients, kept, missing, rows)
+        new_weight, n_grown = _new_weight(weight, mask, new_mask, settings.grown_init, rows)
+    return MaskUpdate(
+        mask=new_mask,
+        weight=new_weight,
+        ablated=np.flatnonzero(~survives),
+        revived=np.flatnonzero(survives & ~was_active),
         fan_in=fan_in,
+        n_pruned=n_weights + n_grown - fan_in * int(np.count_nonzero(survives)),
+        n_grown=n_grown,
         threshold=threshold,
         salient_counts=salient_counts,
     )
 
 
-def _as_bits(scores: NDArray[Any]) -> Bits:
-    wide = as_float_view(scores)
-    return frozen(wide.view(np.uint32 if wide.dtype.itemsize == 4 else np.uint64))
+def _last_kept(active: _ActiveWeights, survives: Mask, n_keep: int) -> _Boundary:
+    """Find where the `n_keep` largest weights of the surviving rows end, or all but the zeros."""
+    candidates = np.repeat(survives, active.row_counts)
+    n_keep = min(n_keep, int(active.row_nonzeros[survives].sum()))
+    return _boundary(active.magnitudes, candidates, n_keep, active.bounds)
 
 
-def _largest(bits: Bits, candidates: Mask, count: int, n_threads: int) -> Mask:
-    """Mark the `count` candidates of largest magnitude in the whole array."""
-    chosen = np.zeros(bits.shape, np.bool_)
-    arrays = (bits.ravel(), frozen(candidates).ravel(), count, chosen.ravel())
-    if n_threads == 1:
-        _mark_largest(*arrays)
-    else:
-        _mark_largest_parallel(*arrays, n_threads * PARTS_PER_THREAD)
-    return chosen
+def _prune(
+    weights: Array, mask: Mask, survives: Mask, boundary: _Boundary, fan_in: int, rows: Counts
+) -> tuple[Mask, Counts]:
+    """Mark the weights within `boundary`, at most the `fan_in` largest of a row (SPEC 4.6).
+
+    Return how many there are in each row, too.
+    """
+    candidates = mask.copy()
+    candidates[~survives] = False
+    kept = np.zeros(mask.shape, np.bool_)
+    counts = _mark(weights, candidates, boundary, rows, kept)
+    over_full = counts > fan_in
+    kept[over_full] = False
+    _mark_in_rows(weights, candidates, np.where(over_full, fan_in, 0), rows, kept)
+    return kept, np.minimum(counts, fan_in)
 
 
-def _largest_of_rows(
-    bits: Bits, candidates: Mask, counts: NDArray[np.int64], n_threads: int
-) -> Mask:
-    """Mark in each row its `counts[row]` candidates of largest magnitude."""
-    chosen = np.zeros(bits.shape, np.bool_)
-    mark = _mark_rows if n_threads == 1 else _mark_rows_parallel
-    mark(bits, frozen(candidates), counts, chosen)
-    return chosen
+def _grow(gradients: Array, kept: Mask, missing: Counts, rows: Counts) -> Mask:
+    """Mark in `kept` each row's `missing` positions of largest gradient, and return it (SPEC 4.7).
+
+    A position pruned a moment ago may be grown again.
+    """
+    _mark_in_rows(gradients, ~kept, missing, rows, kept)
+    return kept
+
+
+def _new_weight(
+    weight: Array, mask: Mask, new_mask: Mask, grown_init: float, rows: Counts
+) -> tuple[Array, int]:
+    """Return the new weight and how many of its positions are newly active (SPEC 4.8)."""
+    new_weight, initial = np.empty_like(weight), np.empty(1, weight.dtype)
+    initial[0] = grown_init
+    old, new = _as_bits(weight), new_weight.view(f"u{weight.itemsize}")
+    n_grown = np.empty(rows.size - 1, np.int64)
+    _write_weights(rows, old, frozen(mask), frozen(new_mask), _as_bits(initial)[0], new, n_grown)
+    return new_weight, int(n_grown.sum())
+
+
+def _as_bits(numbers: Array) -> Array:
+    return frozen(numbers.view(f"u{numbers.itemsize}"))
+
+
+def _active_weights(weights: Array, mask: Mask, rows: Counts) -> _ActiveWeights:
+    sizes = [np.count_nonzero(mask[rows[p] : rows[p + 1]]) for p in range(rows.size - 1)]
+    bounds = np.cumsum([0, *sizes])
+    row_counts, row_nonzeros = np.empty((2, len(mask)), np.int64)
+    active = _ActiveWeights(np.empty(bounds[-1], weights.dtype), bounds, row_counts, row_nonzeros)
+    scratch = np.empty((rows.size - 1, mask.shape[1]), weights.dtype)
+    _gather_rows(rows, weights, frozen(mask), scratch, *active)
+    return active
+
+
+def _boundary(bits: Array, candidates: Mask, count: int, bounds: Counts) -> _Boundary:
+    """Find where the `count` candidates of largest magnitude end, or all if there are fewer."""
+    n_parts = bounds.size - 1
+    # The counts take no more than a byte for each word, and fit the second-level cache.
+    digit_bits = max(4, min((bits.size // n_parts).bit_length() - 4, 16))
+    unknown = 8 * bits.itemsize - 1
+    prefix, missing, equal = 1 << unknown, min(count, int(np.count_nonzero(candidates))), -1
+    while unknown and equal != missing:
+        width = min(digit_bits, unknown)
+        counts = np.empty((n_parts, 1 << width), np.int64)
+        known = np.uint64(prefix)
+        _count_digits(bounds, frozen(bits), frozen(candidates), known, unknown, width, counts)
+        digit, missing, equal = _last_digit(counts, missing)
+        unknown -= width
+        prefix |= digit << unknown
+    if equal == missing:
+        return _Boundary(np.uint64(prefix), np.zeros(n_parts, np.int64))
+    equals = counts[:, digit]
+    return _Boundary(np.uint64(prefix + 1), missing - (np.cumsum(equals) - equals))
+
+
+def _mark(bits: Array, candidates: Mask, boundary: _Boundary, rows: Counts, chosen: Mask) -> Counts:
+    """Mark in `chosen` what `boundary` selects; return how many marks each row has then."""
+    counts = np.empty(len(bits), np.int64)
+    _mark_rows(rows, bits, frozen(candidates), *boundary, chosen, counts)
+    return counts
+
+
+def _mark_in_rows(
+    bits: Array, candidates: Mask, wanted: Counts, rows: Counts, chosen: Mask
+) -> None:
+    """Mark in each row its ``wanted[row]`` candidates of largest magnitude; it has so many."""
+    scratch = np.empty((rows.size - 1, bits.shape[1]), bits.dtype)
+    _search_rows(rows, bits, frozen(candidates), wanted, scratch, chosen)
+
+
+def _each_part(step):
+    """Make the kernel of one part, given by number, a function that does all parts."""
+
+    @kernel(parallel=True)
+    def in_the_pool(bounds, *arguments):
+        for part in prange(bounds.size - 1):
+            # Numba types the range as signed first and then as unsigned: two compilations.
+            step(np.int64(part), bounds, *arguments)
+
+    def all_parts(bounds, *arguments):
+        if bounds.size == 2:
+            step(0, bounds, *arguments)
+        else:
+            in_the_pool(bounds, *arguments)
+
+    return all_parts
 
 
 @kernel()
-def _count_digits(bits, candidates, above, shift, counts):
-    """Count, by the byte at `shift`, the candidates whose bytes above it are `above`."""
-    one, top = np.uint64(1), np.uint64(bits.itemsize * 8)
-    sign_cleared = (one << (top - one)) - one
-    for i in range(bits.size):
-        if candidates[i]:
-            magnitude = np.uint64(bits[i]) & sign_cleared
-            if (magnitude >> shift) >> np.uint64(8) == above:
-                counts[(magnitude >> shift) & np.uint64(255)] += 1
+def _sign_bit(bits):
+    return bits.dtype.type(np.uint64(1) << np.uint64(8 * bits.itemsize - 1))
+
+
+@_each_part
+@kernel()
+def _gather_rows(part, rows, bits, mask, scratch, magnitudes, bounds, row_counts, row_nonzeros):
+    magnitude_bits = bits.dtype.type(~_sign_bit(bits))
+    gathered = scratch[part]
+    start = bounds[part]
+    for row in range(rows[part], rows[part + 1]):
+        numbers, is_active = bits[row], mask[row]
+        count = 0
+        for c in range(numbers.size):  # without a branch: what is not active is overwritten
+            gathered[count] = numbers[c] & magnitude_bits
+            count += is_active[c]
+        nonzeros = 0
+        for i in range(count):
+            magnitudes[start + i] = gathered[i]
+            nonzeros += gathered[i] != 0
+        start += count
+        row_counts[row], row_nonzeros[row] = count, nonzeros
+
+
+@_each_part
+@kernel()
+def _count_digits(part, bounds, bits, candidates, prefix, unknown, width, counts):
+    """Count candidates whose words are `prefix` but for `unknown` low bits, by `width` of these."""
+    first, last = bounds[part], bounds[part + 1]
+    sign, low = _sign_bit(bits), bits.dtype.type(prefix)
+    span = bits.dtype.type((np.uint64(1) << np.uint64(unknown)) - np.uint64(1))
+    shift = np.uint64(unknown - width)
+    counts[part] = 0
+    for start in range(first, last, BLOCK):
+        block = bits[start : min(start + BLOCK, last)]
+        is_candidate = candidates[start : min(start + BLOCK, last)]
+        nearest = bits.dtype.type(~np.uint64(0))
+        for i in range(block.size):
+            nearest = min(nearest, bits.dtype.type((block[i] | sign) - low))
+        if nearest <= span:
+            for i in range(block.size):
+                offset = bits.dtype.type((block[i] | sign) - low)
+                if offset <= span:
+                    counts[part, np.uint64(offset) >> shift] += is_candidate[i]
 
 
 @kernel()
-def _descend(counts, missing):
-    """Return the byte that the last chosen has, and how many are missing among its equals."""
-    digit = 255
-    while counts[digit] < missing:
-        missing -= counts[digit]
+def _last_digit(counts, missing):
+    """Return the last chosen's digit, how many with it are to be chosen, and how many have it."""
+    digit, equal = counts.shape[1], 0
+    while digit > 0:
         digit -= 1
-    return np.uint64(digit), missing
+        equal = 0
+        for part in range(counts.shape[0]):
+            equal += counts[part, digit]
+        if equal >= missing:
+            break
+        missing -= equal
+    return digit, missing, equal
 
 
 @kernel()
-def _mark(bits, candidates, last, ties, chosen):
-    """Choose the candidates above `last`, and the first `ties` of those equal to it."""
-    one, top = np.uint64(1), np.uint64(bits.itemsize * 8)
-    sign_cleared = (one << (top - one)) - one
+def _mark_row(bits, candidates, level, ties, chosen):
+    """Mark candidates from `level` on, and the first `ties` right below; return the ties left."""
+    sign, level = _sign_bit(bits), bits.dtype.type(level)
+    below = bits.dtype.type(level - bits.dtype.type(1))
     for i in range(bits.size):
-        if candidates[i]:
-            magnitude = np.uint64(bits[i]) & sign_cleared
-            if magnitude > last:
-                chosen[i] = True
-            elif magnitude == last and ties > 0:
-                chosen[i] = True
-                ties -= 1
+        chosen[i] |= candidates[i] & ((bits[i] | sign) >= level)
+    equal = 0
+    if ties > 0:
+        for i in range(bits.size):
+            equal += candidates[i] & ((bits[i] | sign) == below)
+    i = 0
+    while min(equal, ties) > 0:
+        if candidates[i] and (bits[i] | sign) == below:
+            chosen[i] = True
+            equal -= 1
+            ties -= 1
+        i += 1
+    return ties
+
+
+@_each_part
+@kernel()
+def _mark_rows(part, rows, bits, candidates, level, ties, chosen, counts):
+    missing = ties[part]
+    for row in range(rows[part], rows[part + 1]):
+        marks, count = chosen[row], 0
+        missing = _mark_row(bits[row], candidates[row], level, missing, marks)
+        for c in range(marks.size):
+            count += marks[c]
+        counts[row] = count
 
 
 @kernel()
-def _mark_largest(bits, candidates, count, chosen):
-    if count <= 0:
-        return
-    available = 0
-    for i in range(candidates.size):
-        available += candidates[i]
-    if available <= count:
-        chosen[:] = candidates
-        return
-    above, missing = np.uint64(0), count
-    counts = np.empty(256, np.int64)
-    for byte in range(bits.itemsize - 1, -1, -1):
-        counts[:] = 0
-        _count_digits(bits, candidates, above, np.uint64(8 * byte), counts)
-        digit, missing = _descend(counts, missing)
-        above = (above << np.uint64(8)) | digit
-    _mark(bits, candidates, above, missing, chosen)
+def _count_from(words, level):
+    count = np.uint32(0)  # of columns, which SPEC 1 numbers so; in 64 bits it takes twice as long
+    for i in range(words.size):
+        count = np.uint32(count + (words[i] >= level))
+    return np.int64(count)
 
 
-@kernel(parallel=True)
-def _mark_largest_parallel(bits, candidates, count, chosen, parts):
-    if count <= 0:
-        return
-    n = bits.size
-    available = np.zeros(parts, np.int64)
-    for p in prange(parts):
-        in_part = 0
-        for i in range(n * p // parts, n * (p + 1) // parts):
-            in_part += candidates[i]
-        available[p] = in_part
-    if available.sum() <= count:
-        chosen[:] = candidates
-        return
-    above, missing = np.uint64(0), count
-    counts = np.empty((parts, 256), np.int64)
-    digit = np.uint64(0)
-    for byte in range(bits.itemsize - 1, -1, -1):
-        for p in prange(parts):
-            first, last = n * p // parts, n * (p + 1) // parts
-            counts[p] = 0
-            _count_digits(
-                bits[first:last], candidates[first:last], above, np.uint64(8 * byte), counts[p]
-            )
-        digit, missing = _descend(counts.sum(axis=0), missing)
-        above = (above << np.uint64(8)) | digit
-    # The last pass counted, by its lowest byte, each part's positions equal to the last chosen.
-    for p in prange(parts):
-        first, last = n * p // parts, n * (p + 1) // parts
-        ties_before = counts[:p, np.int64(digit)].sum()
-        _mark(
-            bits[first:last],
-            candidates[first:last],
-            above,
-            missing - ties_before,
-            chosen[first:last],
-        )
-
-
+@_each_part
 @kernel()
-def _mark_rows(bits, candidates, counts, chosen):
-    for row in range(bits.shape[0]):
-        _mark_largest(bits[row], candidates[row], counts[row], chosen[row])
+def _search_rows(part, rows, bits, candidates, wanted, scratch, chosen):
+    """Find each row's last word bit by bit; the row stays in the first-level cache meanwhile."""
+    sign, one = _sign_bit(bits), bits.dtype.type(1)
+    words = scratch[part]
+    for row in range(rows[part], rows[part + 1]):
+        count = wanted[row]
+        if count == 0:
+            continue
+        numbers, is_candidate = bits[row], candidates[row]
+        for c in range(words.size):
+            word = numbers[c] | sign
+            words[c] = word if is_candidate[c] else bits.dtype.type(0)
+        level, bit, available = sign, sign, -1
+        while bit > one and available != count:
+            bit = bits.dtype.type(bit >> one)
+            trial = bits.dtype.type(level | bit)
+            at_least = _count_from(words, trial)
+            if at_least >= count:
+                level, available = trial, at_least
+        ties = 0
+        if available != count:
+            level = bits.dtype.type(level + one)
+            ties = count - _count_from(words, level)
+        _mark_row(numbers, is_candidate, np.uint64(level), ties, chosen[row])
 
 
-@kernel(parallel=True)
-def _mark_rows_parallel(bits, candidates, counts, chosen):
-    for row in prange(bits.shape[0]):
-        _mark_largest(bits[row], candidates[row], counts[row], chosen[row])
+@_each_part
+@kernel()
+def _write_weights(part, rows, bits, mask, new_mask, initial, new_bits, n_grown):
+    count = 0
+    for row in range(rows[part], rows[part + 1]):
+        old, was_active, is_active, new = bits[row], mask[row], new_mask[row], new_bits[row]
+        for c in range(old.size):
+            number = old[c]
+            value = number if was_active[c] else initial
+            new[c] = value if is_active[c] else bits.dtype.type(0)
+            count += is_active[c] > was_active[c]
+    n_grown[part] = count
