@@ -1,4 +1,4 @@
-"""Find every package under the three folders that make up ``srigl_core``."""
+"""Find every package under the four folders that make up ``srigl_core``."""
 
 from setuptools import find_packages, setup
 
@@ -6,6 +6,7 @@ ROOTS = {
     "srigl_core": "srigl_core",
     "srigl_core.reference": "reference",
     "srigl_core.backends": "backends",
+    "srigl_core.benchmarks": "benchmarks",
 }
 
 setup(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from srigl_core.cli.bench import bench
 from srigl_core.cli.output import make_console, one_line_errors
 
 __all__ = ["app"]
@@ -17,15 +18,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench, name="bench")
 
 
 @app.command()
 @one_line_errors
-def info() -> None:
+def info(
+    timing: Annotated[
+        bool, typer.Option("--timing", help="Also measure first results; takes a minute.")
+    ] = False,
+) -> None:
     """Show versions, backends and why one cannot run, threads and caches."""
+    from srigl_core.cli.first_use import show_first_use
     from srigl_core.cli.info import show_info
 
-    show_info(make_console())
+    console = make_console()
+    show_info(console)
+    if timing:
+        console.print()
+        show_first_use(console)
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""Measurements of the CPU kernels beside what else one could use: ``srigl bench``."""

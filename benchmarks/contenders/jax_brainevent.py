@@ -1,0 +1,63 @@
+"""brainevent's product for a fixed number of connections, by JAX."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import brainevent
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from srigl_core.benchmarks.cases import Case
+from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender
+from srigl_core.benchmarks.problems import Batch, Problem
+
+__all__ = ["contenders"]
+
+
+def contenders() -> list[Contender]:
+    """Return the product, on one thread.
+
+    XLA makes its threads once, as many as the cores it finds. It is shown one, since a process
+    cannot have it on one thread and then on two.
+    """
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
+    if cores:
+        os.sched_setaffinity(0, {max(cores)})
+    try:
+        jax.devices()
+    finally:
+        if cores:
+            os.sched_setaffinity(0, cores)
+    return [Contender("brainevent", "gather", "forward", _product, unfit=_unfit)]
+
+
+def _product(problem: Problem) -> Bind:
+    weight = problem.weight
+    values, indices = jnp.asarray(weight.values), jnp.asarray(weight.indices.astype(np.int32))
+    bias, shape = jnp.asarray(problem.bias), weight.shape
+
+    def bind(batch: Batch) -> Call:
+        """Take JAX's arrays, inputs as columns; turning them is not timed."""
+        if len(batch.x) == 1:
+            x = jnp.asarray(batch.x[0])
+            one = jax.jit(
+                lambda x: brainevent.fcnmv(values, indices, x, shape=shape, transpose=False) + bias
+            )
+            return lambda: one(x).block_until_ready()
+        columns = jnp.asarray(batch.x.T)
+        many = jax.jit(
+            lambda x: brainevent.fcnmm(values, indices, x, shape=shape, transpose=False).T + bias
+        )
+        return lambda: many(columns).block_until_ready()
+
+    return bind
+
+
+def _unfit(case: Case) -> str:
+    if not case.compiled:
+        return "only where contenders compiled for the shape are asked for"
+    return "" if case.threads == 1 else "runs on one thread here"

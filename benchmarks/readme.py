@@ -1,0 +1,138 @@
+"""The README's figures, made from the JSON.
+
+``python -m srigl_core.benchmarks.readme JSON README`` puts them between the page's markers.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from srigl_core.benchmarks.cases import HEADLINE
+from srigl_core.benchmarks.results import Results, Row, load_results
+from srigl_core.errors import FileFormatError
+
+__all__ = ["BEGIN", "END", "block", "replaced", "write_readme"]
+
+BEGIN, END = "<!-- cpu-table:begin -->", "<!-- cpu-table:end -->"
+
+_HEADLINE_ROWS = (
+    (0.9, 1),
+    (0.9, 8),
+    (0.9, 64),
+    (0.9, 256),
+    (0.9, 2048),
+    (0.8, 1),
+    (0.8, 256),
+    (0.95, 1),
+    (0.95, 256),
+    (0.99, 1),
+    (0.99, 256),
+)
+_OTHER_LAYERS = ((768, 3072, 0.9), (4096, 4096, 0.9), (1024, 1024, 0.9), (768, 100_000, 0.96))
+_THREADS = (1, 2)
+
+
+def block(results: Results) -> str:
+    """Return the lines between the markers: a table, and what it was measured on."""
+    lines = [
+        "| layer | sparsity | batch | µs | dense | CSR | µs, 2 threads | dense | CSR |",
+        "|-|-:|-:|-:|-:|-:|-:|-:|-:|",
+    ]
+    lines += [_line(label, rows) for label, rows in _chosen(results)]
+    return "\n".join([*lines, "", _says(results)])
+
+
+def replaced(page: str, results: Results) -> str:
+    """Return `page` with the table between its markers made anew.
+
+    Raises
+    ------
+    FileFormatError
+        If it has not one pair of markers.
+    """
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise FileFormatError(f"the page must have one {BEGIN} and, below, one {END}")
+    before, rest = page.split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}\n{block(results)}\n{END}{after}"
+
+
+def write_readme(results: Path, page: Path) -> None:
+    """Put the figures of `results` into `page`."""
+    made = replaced(page.read_text(encoding="utf-8"), load_results(results))
+    page.write_text(made, encoding="utf-8")
+
+
+def _chosen(results: Results) -> list[tuple[str, list[Row | None]]]:
+    """Return what each line is called and its rows, one for each number of threads."""
+    layers = [(*HEADLINE, s, b) for s, b in _HEADLINE_ROWS]
+    layers += [(*layer, b) for layer in _OTHER_LAYERS for b in (1, 256)]
+    keys = ("n_in", "n_out", "sparsity", "batch")
+    cases = [{"operation": "forward", **dict(zip(keys, v, strict=True))} for v in layers]
+    batch_1, batch_256 = cases[0], cases[3]
+    labelled = [
+        *(("", case) for case in cases),
+        (", weights cold", {**batch_1, "weights": "cold"}),
+        (", AVX2 only", {**batch_1, "instructions": "avx2"}),
+        (", backward", {**batch_256, "operation": "backward"}),
+        *_learned(results),
+    ]
+    found = []
+    for label, case in labelled:
+        rows = [next(results.find(threads=n, **case), None) for n in _THREADS]
+        if any(row is not None for row in rows):
+            found.append((label, rows))
+    return found
+
+
+def _learned(results: Results) -> list[tuple[str, dict[str, Any]]]:
+    """Return the largest learned layer of each file, at batch 1."""
+    largest: dict[str, Row] = {}
+    for row in results.rows:
+        if row.mask != "random" and row.batch == 1:
+            file = row.mask.split()[1]
+            size = row.n_in * row.n_out
+            if file not in largest or size > largest[file].n_in * largest[file].n_out:
+                largest[file] = row
+    keys = ("operation", "n_in", "n_out", "sparsity", "batch", "mask")
+    return [(", learned mask", {key: row.case[key] for key in keys}) for row in largest.values()]
+
+
+def _line(label: str, rows: list[Row | None]) -> str:
+    row = next(row for row in rows if row is not None)
+    cells = [f"{row.layer}{label}", f"{row.sparsity:.0%}", f"{row.batch}"]
+    for each in rows:
+        cells += ["", "", ""] if each is None else _cells(each)
+    return f"| {' | '.join(cells)} |"
+
+
+def _cells(row: Row) -> list[str]:
+    ratios = (row.ratio(family) for family in ("dense", "csr"))
+    time = "" if row.ours is None else _short(row.ours)
+    return [time, *("" if ratio is None else f"{ratio:.1f}x" for ratio in ratios)]
+
+
+def _short(number: float) -> str:
+    return f"{number:.1f}" if number < 100 else f"{number:,.0f}"
+
+
+def _says(results: Results) -> str:
+    """Return the machine and the number of rows that are lost."""
+    rows = [row for row in results.rows if row.operation == "forward" and not row.is_empty]
+    lost = {
+        family: sum((row.ratio(family) or 1.0) < 1 for row in rows) for family in ("dense", "csr")
+    }
+    machine = results.content["machine"]
+    return (
+        f"Medians through the public plan, with bias, float32, and how many times as long the best "
+        f"dense and the best CSR of all contenders take in each row; {machine['cpu']}, "
+        f"{machine['cores']} cores, {results.content['started'][:10]}. Of all {len(rows)} forward "
+        f"rows measured, {lost['dense']} are slower than the best dense and {lost['csr']} slower "
+        f"than the best CSR."
+    )
+
+
+if __name__ == "__main__":
+    write_readme(*map(Path, sys.argv[1:3]))
