@@ -1,12 +1,15 @@
 """Compiled kernels on disk: where they are kept, and that none is served in another's place."""
 
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -473,3 +476,18 @@ def test_info_says_in_one_line_that_a_measurement_failed(monkeypatch):
     result = CliRunner().invoke(app, ["info", "--timing"])
     assert result.exit_code == 1
     assert result.output.splitlines()[-1] == "error: a fresh process gave no first result: no luck"
+
+
+def test_kernels_of_one_factory_have_symbols_that_differ_by_more_than_a_count():
+    """Else two that were kept by two processes could be run one in place of the other."""
+
+    def symbol(lanes):
+        x, u = np.zeros(256, np.float32), np.uint64
+        stage = stager(lanes)
+        stage(x, u(16), u(0), u(15), u(0), u(16), np.zeros(16 * lanes, np.float32))
+        (compiled,) = stage.overloads.values()
+        count = r"B\d+v\d+"  # as numba tags it
+        return re.sub(count, "", compiled.fndesc.mangled_name)
+
+    stager = importlib.import_module("srigl_core.backends.numba_cpu.column_blocks").stager
+    assert symbol(8) != symbol(16)

@@ -46,6 +46,12 @@ def kernel(*, parallel: bool = False, reorder: bool = False) -> Callable[[Any], 
     flags = {"contract", "reassoc"} if reorder else {"contract"}
 
     def decorate(function: Any) -> Any:
+        if function.__closure__:
+            # The symbols of compiled code have this name and a number that counts what a process
+            # compiled. Kernels of one factory that two processes kept could share both, and a
+            # third process would run one in place of the other.
+            identity = hashlib.sha256(repr(_identity(function)).encode()).hexdigest()[:16]
+            function.__qualname__ = f"{function.__qualname__}_{identity}"
         compiled = numba.njit(function, nogil=True, parallel=parallel, fastmath=flags)
         if function.__module__.startswith(f"{__package__}."):
             compiled._cache = _KernelCache(compiled)
