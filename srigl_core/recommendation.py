@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["Recommendation", "dense_nanoseconds", "recommend"]
 
 # Nanoseconds for each weight of a float32 layer by batch, with one thread, by the fastest dense
-# product of benchmarks/results/cpu.json (3072 inputs, 768 neurons). Times hold on that machine;
-# ratios to the condensed kernels, measured there too, travel better.
+# product of benchmarks/results/cpu.json (3072 inputs, 768 neurons; a test compares). Times hold on
+# that machine; ratios to the condensed kernels, measured there too, travel better.
 _DENSE_BATCH = (1, 2, 4, 8, 16, 64, 256, 2048)
-_DENSE_NANOSECONDS = (0.054, 0.26, 0.27, 0.27, 0.42, 1.3, 4.7, 40.0)
+_DENSE_NANOSECONDS = (0.0511, 0.0628, 0.0819, 0.153, 0.299, 1.20, 4.56, 38.0)
 
 _MEASURED_SECONDS = 0.05
 

@@ -1,10 +1,15 @@
 """Condensed or dense: what the model says, and that measuring does not need one."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import srigl_core
 from srigl_core import CondensedWeight, SriglError, recommend
+from srigl_core.benchmarks.results import load_results
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "cpu.json"
 
 
 def layer(fan_in, shape=(768, 3072), dtype="float32"):
@@ -67,6 +72,26 @@ def test_every_value_type_can_be_measured_and_estimated(dtype):
     weight = layer(8, shape=(64, 128), dtype=dtype)
     for measure in (False, True):
         assert recommend(weight, batch=3, backend="numba", measure=measure).speed_up > 0
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16, 64, 256, 2048])
+def test_the_dense_model_is_what_the_committed_benchmark_measured(batch):
+    results = load_results(RESULTS)
+    (row,) = results.find(
+        operation="forward",
+        n_in=3072,
+        n_out=768,
+        sparsity=0.9,
+        batch=batch,
+        threads=1,
+        weights="hot",
+        dtype="float32",
+        mask="random",
+        instructions="native",
+    )
+    _, microseconds = row.best("dense")
+    modelled = recommend(layer(307), batch=batch, backend="numba").dense
+    assert f"{modelled / 1e3:.2g}" == f"{microseconds:.2g}"
 
 
 @pytest.mark.parametrize("batch", [0, -1, 1.5, True])

@@ -93,7 +93,8 @@ class _KernelCache:
     def save_overload(self, types: Any, result: Any) -> None:
         """Keep a result; where that fails, the next process compiles it again."""
         file = self._file(types, result.codegen)
-        if file is None or result.library.has_dynamic_globals:
+        machine_code = result._asdict()["library"]
+        if file is None or machine_code.has_dynamic_globals:
             return
         data = dumps(result._reduce())
         unfinished = file.with_name(f"{file.name}.{secrets.token_hex(8)}")

@@ -120,7 +120,7 @@ def _started_threads() -> int:
 
 
 def _prefer_openmp() -> None:
-    """Order the layers by how soon they start: OpenMP's 2 microseconds, workqueue's 100.
+    """Order the layers by how soon they start: OpenMP's at once, workqueue's long after.
 
     Numba takes TBB first, which is as quick only while its threads are still awake. What the user
     ordered by Numba's own variables is left alone, and so is a pool that runs already.
