@@ -483,11 +483,14 @@ def test_kernels_of_one_factory_have_symbols_that_differ_by_more_than_a_count():
 
     def symbol(lanes):
         x, u = np.zeros(256, np.float32), np.uint64
+        arguments = (x, u(16), u(0), u(15), u(0), u(16), np.zeros(16 * lanes, np.float32))
+        types = tuple(typeof(argument) for argument in arguments)
         stage = stager(lanes)
-        stage(x, u(16), u(0), u(15), u(0), u(16), np.zeros(16 * lanes, np.float32))
-        (compiled,) = stage.overloads.values()
+        stage.compile(types)
+        compiled = stage.overloads[types]
         count = r"B\d+v\d+"  # as numba tags it
         return re.sub(count, "", compiled.fndesc.mangled_name)
 
+    typeof = importlib.import_module("numba").typeof
     stager = importlib.import_module("srigl_core.backends.numba_cpu.column_blocks").stager
     assert symbol(8) != symbol(16)

@@ -191,6 +191,13 @@ def test_a_lookup_disowns_a_result_whenever_a_connected_input_is_not_finite(spec
             assert not layout.multiply(values, x, bias, weight.active, out, 0, n)
 
 
+@pytest.mark.parametrize("n_in", [16, 17, 31, 32, 41, 65_535])
+def test_a_lookup_reads_nothing_behind_the_input(n_in):
+    weight = CondensedWeight.random((33, n_in), fan_in=min(n_in, 40), rng=0)
+    _, starts, _ = RegisterLookup(weight.indices, n_in).arrays
+    assert starts.max() + 16 <= n_in
+
+
 # Tiles
 
 
@@ -261,7 +268,7 @@ def test_tiles_sum_each_connection_once_whatever_the_shape(
         first, runs, batch = number % 3 * 7, 1 + number % 4, batches[number % 5]
         size = first + batch
         weight = CondensedWeight.random((n_out, n_in), fan_in=fan_in, n_active=n_active, rng=rng)
-        connections = Connections.of_neurons(weight)
+        connections = Connections.of_neurons(weight.indices, weight.shape[1])
         layout = blocks_of(caches, connections, layout_lanes, kind, block)
         assert layout.offsets.dtype == (np.uint8 if block <= 256 else np.uint16)
         assert layout.counts.shape == (-(-n_in // layout.block), n_active)
@@ -303,7 +310,13 @@ def test_tiles_along_the_columns_sum_each_connection_once_however_uneven(
     for number, (n_out, n_in) in enumerate(product(widths, TILE_ROWS)):
         weight = unevenly_used(n_out, n_in, min(n_in - n_in // 4, 6), rng)
         batch = int(rng.integers(1, 2 * lanes + 6))
-        layout = blocks_of(caches, Connections.of_columns(weight), layout_lanes, kind, block)
+        layout = blocks_of(
+            caches,
+            Connections.of_columns(weight.indices, weight.shape[1]),
+            layout_lanes,
+            kind,
+            block,
+        )
         assert layout.offsets.dtype == (np.uint8 if block <= 256 else np.uint16)
         options = {"lanes": lanes, "runs": 1 + number % 4}
         nought, columns = np.zeros(n_in, kind), np.arange(n_in)
@@ -323,7 +336,7 @@ def test_tiles_take_blocks_of_as_many_columns_as_their_offsets_can_number(caches
     rng = np.random.default_rng(0)
     weight = with_integers(CondensedWeight.random((3, 65_530), fan_in=500, rng=rng), rng)
     caches(1 << 30, 1 << 30)
-    layout = ColumnBlocks(Connections.of_neurons(weight), 8, F32)
+    layout = ColumnBlocks(Connections.of_neurons(weight.indices, weight.shape[1]), 8, F32)
     assert (layout.block, layout.counts.dtype) == (65_536, np.uint32)
     x = rng.integers(-8, 9, (9, 65_530)).astype(F32)
     got = tile_product(
@@ -352,7 +365,7 @@ def test_the_gradient_of_values_sums_each_batch_row_once_whatever_the_shape(
         n_out, fan_in = n_active + 5 * (number % 2), min(n_in, 1 + number % 7)
         batch = batches[number % 5]
         weight = CondensedWeight.random((n_out, n_in), fan_in=fan_in, n_active=n_active, rng=rng)
-        connections = Connections.of_neurons(weight)
+        connections = Connections.of_neurons(weight.indices, weight.shape[1])
         layout = blocks_of(caches, connections, layout_lanes, kind, block)
 
         x, grad = (rng.standard_normal((batch, n)).astype(kind) for n in (n_in, n_out))
@@ -365,6 +378,23 @@ def test_the_gradient_of_values_sums_each_batch_row_once_whatever_the_shape(
         np.testing.assert_array_equal(got, dense[weight.active[:, None], weight.indices])
 
 
+@pytest.mark.parametrize("block", [240, 256, 272])
+def test_tiles_take_a_row_that_is_connected_to_every_column_of_a_block(caches, block):
+    rng = np.random.default_rng(0)
+    n_in, lanes = 2 * block - 3, 8
+    weight = with_integers(CondensedWeight.random((5, n_in), fan_in=n_in, rng=rng), rng)
+    connections = Connections.of_neurons(weight.indices, n_in)
+    layout = blocks_of(caches, connections, lanes, F32, block)
+    assert layout.block == block
+    x, grad = (rng.integers(-8, 9, (9, n)).astype(F32) for n in (n_in, 5))
+    got = tile_product(
+        layout, weight.values, x, np.zeros(5, F32), weight.active, caches, lanes=lanes
+    )
+    np.testing.assert_array_equal(got, exact_product(weight, x))
+    got = gradient_of_values(layout, weight, grad, x, lanes)
+    np.testing.assert_array_equal(got, grad.astype(np.float64).T @ x)
+
+
 @each_tile
 def test_numbers_that_are_not_finite_in_the_last_batch_row_reach_their_gradients_as_they_are(
     caches, layout_lanes, lanes, kind, block, widths
@@ -374,7 +404,7 @@ def test_numbers_that_are_not_finite_in_the_last_batch_row_reach_their_gradients
         (1, lanes - 1, lanes, lanes + 1), (1, 2, 3, 5, 7), (np.inf, -np.inf, np.nan)
     ):
         weight = CondensedWeight.random((20, widths[-1]), fan_in=fan_in, rng=rng)
-        connections = Connections.of_neurons(weight)
+        connections = Connections.of_neurons(weight.indices, weight.shape[1])
         layout = blocks_of(caches, connections, layout_lanes, kind, block)
         x, grad = (rng.standard_normal((batch, n)).astype(kind) for n in (widths[-1], 20))
         x[-1, weight.indices[:5].ravel()] = special
@@ -409,6 +439,73 @@ def each_call(plan, x, bias=None):
     """Return the product as a call without `out` gives it, and as one with `out` does."""
     out = np.empty((*x.shape[:-1], plan.weight.shape[0]), F32)
     return plan(x, bias), plan(x, bias, out=out)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_plan_sums_each_row_of_a_batch_once_whatever_its_size(dtype):
+    rng = np.random.default_rng(0)
+    weight = CondensedWeight.random((29, 23), fan_in=5, n_active=27, dtype=dtype, rng=rng)
+    weight = with_integers(weight, rng)
+    plan = srigl_core.prepare(weight, backend="numba", threads=1)
+    dense = weight.to_dense().astype(np.float64)
+    for batch in (*range(1, 42), *range(63, 200, 8), 64, 96, 128, 192):
+        x, grad = (rng.integers(-8, 9, (batch, n)).astype(dtype) for n in (23, 29))
+        out = np.full((batch, 29), np.nan, dtype)
+        plan(x, out=out)
+        gradients = srigl_core.MatmulGradients(np.full_like(x, np.nan), None, None)
+        plan.backward(grad, x, out=gradients)
+        np.testing.assert_array_equal(out, x @ dense.T)
+        np.testing.assert_array_equal(gradients.x, grad @ dense)
+
+
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_bias_and_activation_are_the_same_whether_inputs_are_finite_or_not(plan_on, kernel):
+    rng = np.random.default_rng(0)
+    weight = CondensedWeight.random((43, 48), fan_in=11, n_active=37, rng=rng)
+    plan = plan_on(kernel, weight)
+    given = rng.standard_normal(43).astype(F32)
+    for batch, special, activation in product((1, 2, 4, 8), (0, np.inf, np.nan), ACTIVATIONS):
+        x = rng.standard_normal((batch, 48)).astype(F32)
+        x[-1, 17] = special
+        for inputs, bias in product((x, x[-1]), (None, given)):
+            expected = expected_product(weight, inputs, bias, activation)
+            for compact in (False, True):
+                columns = weight.active if compact else np.arange(43)
+                out = np.full((*inputs.shape[:-1], columns.size), np.nan, F32)
+                options = {"activation": activation, "compact": compact}
+                assert_within(plan(inputs, bias, **options), expected, columns)
+                assert_within(plan(inputs, bias, out=out, **options), expected, columns)
+
+
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_a_plan_takes_inputs_of_every_type_in_any_order(plan_on, kernel):
+    rng = np.random.default_rng(0)
+    weight = CondensedWeight.random(
+        (43, 48), fan_in=11, n_active=37, dtype=value_dtype("bfloat16"), rng=rng
+    )
+    for kinds in product((F32, F64), repeat=3):
+        plan = plan_on(kernel, weight)
+        for batch, kind in product((1, 2, 8), kinds):
+            x, grad = (rng.standard_normal((batch, n)).astype(kind) for n in (48, 43))
+            assert_within(plan(x), expected_product(weight, x, None, "none"))
+            gradients = plan.backward(grad, x)
+            for name, expected in expected_gradients(weight, grad, x).items():
+                assert_within(getattr(gradients, name), expected)
+
+
+@pytest.mark.parametrize("n_in", [1, 15, 16, 65_536, 65_537, 65_600])
+def test_the_first_and_the_last_column_count_whatever_the_width_of_the_input(monkeypatch, n_in):
+    monkeypatch.setattr(condensed_matmul, "MOST_PADDING", np.inf)
+    rng = np.random.default_rng(0)
+    indices = [np.unique([0, n_in // 2, n_in - 1])] * 9
+    values = rng.integers(1, 9, np.shape(indices)).astype(F32)
+    weight = CondensedWeight(values, indices, np.arange(9), (9, n_in))
+    plan = srigl_core.prepare(weight, backend="numba", threads=1)
+    for batch in (1, 2, 9):
+        x = np.zeros((batch, n_in), F32)
+        x[:, indices[0]] = rng.integers(1, 9, (batch, values.shape[1]))
+        for got in each_call(plan, x):
+            np.testing.assert_array_equal(got, x[:, indices[0]] @ values.T)
 
 
 @pytest.mark.parametrize("n_in", [48, 41])

@@ -18,12 +18,10 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import prange
 
-from srigl_core.backends.numba_cpu.calling import Direct
+from srigl_core.backends.numba_cpu.calling import Launcher
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.connections import Connections, aligned_empty, arranged
-from srigl_core.backends.numba_cpu.float_mode import honour_subnormals, restore_float_mode
 from srigl_core.backends.numba_cpu.processor import cache_bytes, vector_bytes
 from srigl_core.backends.numba_cpu.results import (
     are_side_by_side,
@@ -111,8 +109,6 @@ class ColumnBlocks:
         self.rows = (order - group_of * GROUP_ROWS).astype(np.uint8)
         self.counts = counts.astype(np.uint16 if self.block <= 65535 else np.uint32)
         groups = np.minimum(np.arange(group_of[-1] + 2) * GROUP_ROWS, n_rows)
-        # What the types of the arrays are determined by, for the choice of compiled code.
-        self.types = (kind.itemsize, self.offsets.itemsize, self.counts.itemsize)
         before = np.concatenate([[0], ends])
         self.visits = before[np.arange(n_blocks)[:, None] * n_rows + groups]
 
@@ -144,16 +140,10 @@ class ColumnBlocks:
 
         The last of them may reach past the end of the batch.
         """
-        serial, parallel = _kernels(lanes)
-        arrays = (
-            (tiles, self._runs(lanes, tiles, n_threads), first, self.block),
-            *(values, self.offsets, self.rows, self.counts, self.visits),
-            *(x, bias, columns, out, code),
-        )
-        if n_threads == 1:
-            serial.code(self.types, arrays)(*arrays)
-        else:
-            parallel.code(self.types, (n_threads, *arrays))(n_threads, *arrays)
+        runs = self._runs(lanes, tiles, n_threads)
+        layout = (self.block, self.offsets, self.rows, self.counts, self.visits)
+        arguments = (runs, first, *layout, values, x, bias, columns, out, code)
+        _launcher(lanes)(tiles * runs, n_threads, arguments)
 
     def _runs(self, lanes: int, tiles: int, n_threads: int) -> int:
         """Return into how many parts the sums are cut, so that theirs stay in the cache.
@@ -204,8 +194,11 @@ def stager(lanes: int) -> Any:
 
 
 @functools.cache
-def _kernels(lanes: int) -> tuple[Direct, Direct]:
-    """Return the kernel for tiles of `lanes` batch rows, and its parallel twin."""
+def _launcher(lanes: int) -> Launcher:
+    """Return the kernel for tiles of `lanes` batch rows.
+
+    An item is a tile and one of the `runs` parts that the groups are cut into.
+    """
     square = min(lanes, 16)
     width = np.uint64(lanes)
     u = np.uint64
@@ -275,15 +268,30 @@ def _kernels(lanes: int) -> tuple[Direct, Direct]:
                 finish_row(out, np.int64((top + i) * n_columns), begin, end, code)
 
     @kernel()
-    def run(items, shape, values, offsets, rows, counts, visits, x, n_in, bias, columns, out, code):
-        """Compute items `items`: an item is a tile of the batch and a part of the groups."""
-        _, runs, first_row, block = shape
+    def run(
+        first_item,
+        last_item,
+        runs,
+        first_row,
+        block,
+        offsets,
+        rows,
+        counts,
+        visits,
+        values,
+        x,
+        bias,
+        columns,
+        out,
+        code,
+    ):
+        n_in, line, n_rows = x.shape[1], flat(x), columns.size
         n_blocks, n_groups = visits.shape[0], visits.shape[1] - 1
-        last_row = u(x.size // n_in - 1)
+        last_row = u(x.shape[0] - 1)
         longest = (n_groups + runs - 1) // runs * GROUP_ROWS
-        tile, sums = scratch(min(block, n_in) * lanes, x), scratch(longest * lanes, x)
-        corner = scratch(square * square, x)
-        for item in range(items[0], items[1]):
+        tile, sums = scratch(min(block, n_in) * lanes, line), scratch(longest * lanes, line)
+        corner = scratch(square * square, line)
+        for item in range(first_item, last_item):
             part = item % runs
             row = u(first_row + item // runs * lanes)
             last = min(row + width - u(1), last_row)
@@ -291,68 +299,14 @@ def _kernels(lanes: int) -> tuple[Direct, Direct]:
             first_neuron = begin_group * GROUP_ROWS
             for b in range(n_blocks):
                 begin, end = b * block, min((b + 1) * block, n_in)
-                stage(x, u(n_in), row, last, u(begin), u(end), tile)
+                stage(line, u(n_in), row, last, u(begin), u(end), tile)
                 for group in range(begin_group, end_group):
-                    low = group * GROUP_ROWS
-                    high = min(low + GROUP_ROWS, columns.size)
-                    visit(
-                        values,
-                        offsets,
-                        u(visits[b, group]),
-                        rows[b, low:high],
-                        counts[b, low:high],
-                        tile,
-                        sums,
-                        u((low - first_neuron) * lanes),
-                        b == 0,
-                    )
-            neurons = (first_neuron, min(end_group * GROUP_ROWS, columns.size))
-            deliver(sums, neurons, row, last, bias, columns, out, corner, code)
+                    low, high = group * GROUP_ROWS, min((group + 1) * GROUP_ROWS, n_rows)
+                    at, base = u(visits[b, group]), u((low - first_neuron) * lanes)
+                    members, sizes = rows[b, low:high], counts[b, low:high]
+                    visit(values, offsets, at, members, sizes, tile, sums, base, b == 0)
+            neurons = (first_neuron, min(end_group * GROUP_ROWS, n_rows))
+            deliver(sums, neurons, row, last, flat(bias), columns, flat(out), corner, code)
+        return True
 
-    @kernel()
-    def serial(shape, values, offsets, rows, counts, visits, x, bias, columns, out, code):
-        mode = honour_subnormals()
-        n_in, items = x.shape[1], (0, shape[0] * shape[1])
-        line, offset, result = flat(x), flat(bias), flat(out)
-        run(
-            items,
-            shape,
-            values,
-            offsets,
-            rows,
-            counts,
-            visits,
-            line,
-            n_in,
-            offset,
-            columns,
-            result,
-            code,
-        )
-        restore_float_mode(mode)
-
-    @kernel(parallel=True)
-    def parallel(n, shape, values, offsets, rows, counts, visits, x, bias, columns, out, code):
-        n_in, n_items = x.shape[1], shape[0] * shape[1]
-        line, offset, result = flat(x), flat(bias), flat(out)
-        for t in prange(n):
-            mode = honour_subnormals()
-            items = (n_items * t // n, n_items * (t + 1) // n)
-            run(
-                items,
-                shape,
-                values,
-                offsets,
-                rows,
-                counts,
-                visits,
-                line,
-                n_in,
-                offset,
-                columns,
-                result,
-                code,
-            )
-            restore_float_mode(mode)
-
-    return Direct(serial), Direct(parallel)
+    return Launcher(run)

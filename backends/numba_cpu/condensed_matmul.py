@@ -62,26 +62,26 @@ class _Layouts:
     """What depends on the mask only, and is shared by all values on it."""
 
     def __init__(self, weight: CondensedWeight) -> None:
-        self.weight = weight
+        self._indices, self._n_in = weight.indices, weight.shape[1]
         self.is_full = weight.n_active == weight.shape[0]
         self.every_neuron = np.arange(weight.n_active)
-        self.every_input = np.arange(weight.shape[1])
-        self.row_sums = RowSums(weight.indices)
+        self.every_input = np.arange(self._n_in)
+        self.row_sums = RowSums(self._indices)
         self._made: dict[Any, Any] = {}
 
     def for_rows(self, kind: np.dtype[Any]) -> Any:
         """Return the layout that takes batch rows one by one, for sums in `kind`."""
-        return self._once(("rows", kind.itemsize), lambda: self._best_for_rows(kind))
+        key = ("rows", kind.itemsize)
+        return self._made.get(key) or self._keep(key, self._best_for_rows(kind))
 
     def _best_for_rows(self, kind: np.dtype[Any]) -> Any:
-        weight = self.weight
-        if weight.n_active < LANES // 2:
+        if len(self._indices) < LANES // 2:
             return self.row_sums
-        if has_avx512() and RegisterLookup.takes(weight.shape[1], kind):
-            lookup = RegisterLookup(weight.indices, weight.shape[1])
+        if has_avx512() and RegisterLookup.takes(self._indices.size, self._n_in, kind):
+            lookup = RegisterLookup(self._indices, self._n_in)
             if lookup.padding <= MOST_PADDING:
                 return lookup
-        return self._once("lanes", lambda: NeuronLanes(weight.indices))
+        return self._made.get("lanes") or self._keep("lanes", NeuronLanes(self._indices))
 
     def for_tiles(self, lanes: int, kind: np.dtype[Any], *, of_columns: bool = False) -> Any:
         """Return the layout for tiles of `lanes` batch rows; two sizes of blocks serve them all."""
@@ -90,24 +90,17 @@ class _Layouts:
         key = ("tiles", lanes, kind.itemsize, of_columns)
         made = self._made.get(key)
         if made is None:
-            made = self._made[key] = ColumnBlocks(self._connections(of_columns), lanes, kind)
+            connect = Connections.of_columns if of_columns else Connections.of_neurons
+            made = self._keep(key, ColumnBlocks(connect(self._indices, self._n_in), lanes, kind))
         return made
 
-    def _connections(self, of_columns: bool) -> Connections:
-        make = Connections.of_columns if of_columns else Connections.of_neurons
-        found: Connections = self._once(("connections", of_columns), lambda: make(self.weight))
-        return found
-
-    def _once(self, key: Any, make: Any) -> Any:
-        """Make a layout at most once; two threads at a time may make it twice, to no harm."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def _keep(self, key: Any, made: Any) -> Any:
+        """Keep a layout; where two threads made it at a time, the first."""
+        return self._made.setdefault(key, made)
 
     @property
     def nbytes(self) -> int:
-        made = [layout for layout in self._made.values() if hasattr(layout, "nbytes")]
-        return sum({id(layout): layout.nbytes for layout in made}.values())
+        return sum({id(layout): layout.nbytes for layout in self._made.values()}.values())
 
 
 class NumbaPrepared:
@@ -167,7 +160,8 @@ class NumbaPrepared:
             if batch <= layout.most_rows:
                 work = batch * layout.nanoseconds
                 if threads == 1 or is_small(threads, work):
-                    good = product(*arrays, x, offset, active, out, code)
+                    arguments = (*arrays, x, offset, active, out, code)
+                    good = product(layout.n_items, arguments)
                 else:
                     with pool(threads, work) as n:
                         good = layout.multiply(arrays[0], x, offset, active, out, code, n)
@@ -178,11 +172,11 @@ class NumbaPrepared:
         return out
 
     def _make_ready(self, x: Array, bias: Array, out: Array) -> Any:
-        """Return the layout, the compiled kernel for inputs like `x`, and its leading arrays."""
+        """Return the layout, its compiled kernel for inputs like `x`, and its arrays."""
         layout = self._layouts.for_rows(self._kind)
         arrays = (self._values(layout, self._kind), *layout.arrays)
-        product = layout.code((*arrays, x, bias, self.weight.active, out, 0))
-        self._ready[x.ndim] = layout, product, arrays
+        arguments = (*arrays, x, bias, self.weight.active, out, 0)
+        self._ready[x.ndim] = layout, layout.launch.alone(arguments), arrays
         return self._ready[x.ndim]
 
     def describe(self) -> dict[str, object]:

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.value_types import load
-from srigl_core.condensed_weight import CondensedWeight
 
-__all__ = ["Connections", "aligned_empty", "arranged"]
+__all__ = ["Connections", "aligned_empty", "arranged", "position_dtype"]
 
 Array = NDArray[Any]
 _ALIGNMENT = 64
@@ -29,31 +28,33 @@ class Connections:
         Number of columns.
     starts : ndarray of int64, (n_rows + 1,)
         Row r has the connections ``starts[r]`` to ``starts[r + 1]``.
-    columns : ndarray of uint16 or uint32, (nnz,)
+    columns : ndarray of integers, (nnz,)
         Ascending within a row.
-    entries : ndarray of int64, (nnz,)
+    entries : ndarray of int32 or int64, (nnz,)
         Where each value lies in ``values.ravel()``.
     """
 
     n_inputs: int
     starts: NDArray[np.int64]
     columns: Array
-    entries: NDArray[np.int64]
+    entries: Array
 
     @classmethod
-    def of_neurons(cls, weight: CondensedWeight) -> Connections:
+    def of_neurons(cls, indices: Array, n_in: int) -> Connections:
         """Return a row for each active neuron: what the forward product sums."""
-        starts = np.arange(weight.n_active + 1) * weight.fan_in
-        return cls(weight.shape[1], starts, weight.indices.ravel(), np.arange(weight.nnz))
+        n_active, fan_in = indices.shape
+        entries = np.arange(indices.size, dtype=position_dtype(indices.size))
+        return cls(n_in, np.arange(n_active + 1) * fan_in, indices.ravel(), entries)
 
     @classmethod
-    def of_columns(cls, weight: CondensedWeight) -> Connections:
+    def of_columns(cls, indices: Array, n_in: int) -> Connections:
         """Return a row for each input, of active neurons: what the gradient of x sums."""
-        columns = weight.indices.ravel()
-        entries = np.argsort(columns, kind="stable")
-        degrees = np.bincount(columns, minlength=weight.shape[1])
+        n_active, fan_in = indices.shape
+        columns = indices.ravel()
+        entries = np.argsort(columns, kind="stable").astype(position_dtype(indices.size))
+        degrees = np.bincount(columns, minlength=n_in)
         starts = np.concatenate([[0], np.cumsum(degrees)])
-        return cls(weight.n_active, starts, entries // weight.fan_in, entries)
+        return cls(n_active, starts, entries // fan_in, entries)
 
     @property
     def n_rows(self) -> int:
@@ -64,6 +65,11 @@ class Connections:
     def density(self) -> float:
         """Connections as a share of all there could be."""
         return self.columns.size / max(1, self.n_rows * self.n_inputs)
+
+
+def position_dtype(nnz: int) -> type[np.signedinteger[Any]]:
+    """Return the type of positions among `nnz` values: as few bytes as will do."""
+    return np.int32 if nnz <= np.iinfo(np.int32).max else np.int64
 
 
 def aligned_empty(size: int, dtype: Any) -> Array:

@@ -11,22 +11,21 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import prange
 
-from srigl_core.backends.numba_cpu.calling import Direct
+from srigl_core.backends.numba_cpu.calling import Launcher
 from srigl_core.backends.numba_cpu.compiling import kernel
-from srigl_core.backends.numba_cpu.connections import aligned_empty
-from srigl_core.backends.numba_cpu.float_mode import honour_subnormals, restore_float_mode
+from srigl_core.backends.numba_cpu.connections import aligned_empty, position_dtype
 from srigl_core.backends.numba_cpu.results import (
     are_side_by_side,
     fill_ablated,
     finish_row,
     first_column,
+    scatter_sums,
 )
 from srigl_core.backends.numba_cpu.row_layout import RowLayout
 from srigl_core.backends.numba_cpu.simd import add, flat, fma, gather, load, store, zeros
 
-__all__ = ["NeuronLanes"]
+__all__ = ["LANES", "NeuronLanes"]
 
 LANES = 16
 
@@ -42,32 +41,32 @@ class NeuronLanes(RowLayout):
         n_groups = -(-n_rows // LANES)
         rows = np.minimum(np.arange(n_groups * LANES), n_rows - 1).reshape(n_groups, 1, LANES)
         positions = (rows * fan_in + np.arange(fan_in)[:, None]).ravel()
+        positions = positions.astype(position_dtype(indices.size))
         columns = aligned_empty(positions.size, indices.dtype)
         columns[:] = indices.ravel()[positions]
         super().__init__(
             positions,
             (columns,),
+            n_items=n_groups,
             padding=positions.size / indices.size,
             nanoseconds=0.18 * positions.size,
         )
 
 
 @kernel()
-def _sum_groups(first, last, values, indices, x, n_in, bias, columns, out, code):
-    lanes = np.uint64(LANES)
-    n_rows, n_columns = columns.size, bias.size
-    step = np.uint64(values.size // ((n_rows + LANES - 1) // LANES))
-    begin = first_column(min(first * LANES, n_rows), columns, n_columns)
-    end = first_column(min(last * LANES, n_rows), columns, n_columns)
-    lane_sums = np.empty(LANES, x.dtype)
-    if n_rows != n_columns:
-        neurons = min(first * LANES, n_rows), min(last * LANES, n_rows)
-        fill_ablated(out, 0, x.size // n_in, columns, neurons[0], neurons[1], bias)
-    for b in range(x.size // n_in):
-        row = b * n_columns
-        inputs = x[b * n_in : (b + 1) * n_in]
+def _compute(first, last, values, indices, x, bias, columns, out, code):
+    n_in, rows, offset, result = x.shape[x.ndim - 1], flat(x), flat(bias), flat(out)
+    lanes, n_neurons, n_columns = np.uint64(LANES), columns.size, offset.size
+    step = np.uint64(values.size // ((n_neurons + LANES - 1) // LANES))
+    low, high = min(first * LANES, n_neurons), min(last * LANES, n_neurons)
+    begin, end = first_column(low, columns, n_columns), first_column(high, columns, n_columns)
+    spare = np.empty(LANES, rows.dtype)
+    if n_neurons != n_columns:
+        fill_ablated(result, 0, rows.size // n_in, columns, low, high, offset)
+    for b in range(rows.size // n_in):
+        row, inputs = b * n_columns, rows[b * n_in : (b + 1) * n_in]
         for group in range(first, last):
-            even, odd = zeros(x, LANES), zeros(x, LANES)
+            even, odd = zeros(rows, LANES), zeros(rows, LANES)
             at, stop = np.uint64(group) * step, np.uint64(group + 1) * step
             while at + lanes < stop:
                 even = _add_step(values, indices, at, inputs, even)
@@ -78,13 +77,12 @@ def _sum_groups(first, last, values, indices, x, n_in, bias, columns, out, code)
             total, neuron = add(even, odd), group * LANES
             if are_side_by_side(columns, neuron, LANES):
                 column = columns[neuron]
-                total = add(total, load(bias, np.uint64(column), LANES))
-                store(out, np.uint64(row + column), total)
+                total = add(total, load(offset, np.uint64(column), LANES))
+                store(result, np.uint64(row + column), total)
             else:
-                store(lane_sums, np.uint64(0), total)
-                for i in range(neuron, min(neuron + LANES, n_rows)):
-                    out[row + columns[i]] = lane_sums[i - neuron] + bias[columns[i]]
-        finish_row(out, row, begin, end, code)
+                scatter_sums(total, LANES, neuron, columns, offset, result, row, spare)
+        finish_row(result, row, begin, end, code)
+    return True
 
 
 @kernel()
@@ -92,27 +90,4 @@ def _add_step(values, indices, at, inputs, total):
     return fma(load(values, at, LANES), gather(inputs, indices, at, LANES), total)
 
 
-@kernel()
-def _serial(values, indices, x, bias, columns, out, code):
-    mode = honour_subnormals()
-    n_in = x.shape[x.ndim - 1]
-    groups = (columns.size + LANES - 1) // LANES
-    _sum_groups(0, groups, values, indices, flat(x), n_in, flat(bias), columns, flat(out), code)
-    restore_float_mode(mode)
-    return True
-
-
-@kernel(parallel=True)
-def _parallel(n, values, indices, x, bias, columns, out, code):
-    n_in = x.shape[x.ndim - 1]
-    line, offset, result = flat(x), flat(bias), flat(out)
-    groups = (columns.size + LANES - 1) // LANES
-    for t in prange(n):
-        mode = honour_subnormals()
-        first, last = groups * t // n, groups * (t + 1) // n
-        _sum_groups(first, last, values, indices, line, n_in, offset, columns, result, code)
-        restore_float_mode(mode)
-    return True
-
-
-NeuronLanes.serial, NeuronLanes.parallel = Direct(_serial), Direct(_parallel)
+NeuronLanes.launch = Launcher(_compute)

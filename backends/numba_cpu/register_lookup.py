@@ -17,17 +17,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import prange
 
-from srigl_core.backends.numba_cpu.calling import Direct
+from srigl_core.backends.numba_cpu.calling import Launcher, borrowed
 from srigl_core.backends.numba_cpu.compiling import kernel
-from srigl_core.backends.numba_cpu.connections import aligned_empty
-from srigl_core.backends.numba_cpu.float_mode import honour_subnormals, restore_float_mode
+from srigl_core.backends.numba_cpu.connections import aligned_empty, position_dtype
 from srigl_core.backends.numba_cpu.results import (
     are_side_by_side,
     fill_ablated,
     finish_row,
     first_column,
+    scatter_sums,
 )
 from srigl_core.backends.numba_cpu.row_layout import RowLayout
 from srigl_core.backends.numba_cpu.scratch import scratch
@@ -75,14 +74,16 @@ class RegisterLookup(RowLayout):
         super().__init__(
             positions[: steps * LANES].copy(),
             (kept, blocks[: steps * 2].copy(), ends),
+            n_items=n_groups,
             padding=steps * LANES / indices.size,
             nanoseconds=1.2 * steps,
         )
 
     @staticmethod
-    def takes(n_in: int, kind: Any) -> bool:
-        """Whether a weight with `n_in` inputs can be laid out, for sums in `kind`."""
-        return LANES <= n_in <= MOST_INPUTS and bool(kind == np.float32)
+    def takes(nnz: int, n_in: int, kind: Any) -> bool:
+        """Whether `nnz` values on `n_in` inputs can be laid out, for sums in `kind`."""
+        fits = LANES <= n_in <= MOST_INPUTS and position_dtype(nnz) == np.int32
+        return fits and bool(kind == np.float32)
 
 
 @kernel()
@@ -113,63 +114,45 @@ def _sum_group(first, last, values, words, blocks, x):
 
 
 @kernel()
-def _sum_groups(first, last, values, words, blocks, ends, x, n_in, bias, columns, out, code):
-    n_rows, n_columns = columns.size, bias.size
-    begin = first_column(min(first * LANES, n_rows), columns, n_columns)
-    end = first_column(min(last * LANES, n_rows), columns, n_columns)
+def _compute(first, last, values, words, blocks, ends, x, bias, columns, out, code):
+    n_in, rows, offset, result = x.shape[x.ndim - 1], flat(x), flat(bias), flat(out)
+    n_neurons, n_columns = columns.size, offset.size
+    low, high = min(first * LANES, n_neurons), min(last * LANES, n_neurons)
+    begin, end = first_column(low, columns, n_columns), first_column(high, columns, n_columns)
     # A vector that lies in two cache lines takes two loads: a copy costs less.
-    inputs = scratch(n_in + LANES, x)
-    lane_sums = inputs[n_in:]
-    good = True
-    if n_rows != n_columns:
-        neurons = min(first * LANES, n_rows), min(last * LANES, n_rows)
-        fill_ablated(out, 0, x.size // n_in, columns, neurons[0], neurons[1], bias)
-    for b in range(x.size // n_in):
+    spare = scratch(LANES + n_in, rows)
+    inputs = borrowed(spare[LANES:])
+    is_good = True
+    if n_neurons != n_columns:
+        fill_ablated(result, 0, rows.size // n_in, columns, low, high, offset)
+    for b in range(rows.size // n_in):
         row = b * n_columns
-        inputs[:n_in] = x[b * n_in : (b + 1) * n_in]
+        _copy(rows[b * n_in : (b + 1) * n_in], inputs)
         for group in range(first, last):
             total = _sum_group(ends[group], ends[group + 1], values, words, blocks, inputs)
-            good &= is_finite(total)
+            is_good &= is_finite(total)
             neuron = group * LANES
             if are_side_by_side(columns, neuron, LANES):
                 column = columns[neuron]
-                total = add(total, load(bias, np.uint64(column), LANES))
-                store(out, np.uint64(row + column), total)
+                total = add(total, load(offset, np.uint64(column), LANES))
+                store(result, np.uint64(row + column), total)
             else:
-                store(lane_sums, np.uint64(0), total)
-                for i in range(neuron, min(neuron + LANES, n_rows)):
-                    out[row + columns[i]] = lane_sums[i - neuron] + bias[columns[i]]
-        finish_row(out, row, begin, end, code)
-    return good
+                scatter_sums(total, LANES, neuron, columns, offset, result, row, spare)
+        finish_row(result, row, begin, end, code)
+    return is_good
 
 
 @kernel()
-def _serial(values, words, blocks, ends, x, bias, columns, out, code):
-    mode = honour_subnormals()
-    n_in, groups = x.shape[x.ndim - 1], ends.size - 1
-    good = _sum_groups(
-        0, groups, values, words, blocks, ends, flat(x), n_in, flat(bias), columns, flat(out), code
-    )
-    restore_float_mode(mode)
-    return good
+def _copy(source, target):
+    """Copy in vectors: assigned to a slice, numbers go one by one."""
+    whole = source.size // LANES * LANES
+    for i in range(np.uint64(0), np.uint64(whole), np.uint64(LANES)):
+        store(target, i, load(source, i, LANES))
+    for i in range(whole, source.size):
+        target[i] = source[i]
 
 
-@kernel(parallel=True)
-def _parallel(n, values, words, blocks, ends, x, bias, columns, out, code):
-    n_in, groups = x.shape[x.ndim - 1], ends.size - 1
-    line, offset, result = flat(x), flat(bias), flat(out)
-    bad = 0
-    for t in prange(n):
-        mode = honour_subnormals()
-        first, last = groups * t // n, groups * (t + 1) // n
-        bad += not _sum_groups(
-            first, last, values, words, blocks, ends, line, n_in, offset, columns, result, code
-        )
-        restore_float_mode(mode)
-    return bad == 0
-
-
-RegisterLookup.serial, RegisterLookup.parallel = Direct(_serial), Direct(_parallel)
+RegisterLookup.launch = Launcher(_compute)
 
 
 @kernel()

@@ -6,8 +6,9 @@ import numpy as np
 
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.epilogue import activate_row
+from srigl_core.backends.numba_cpu.simd import store
 
-__all__ = ["are_side_by_side", "fill_ablated", "finish_row", "first_column"]
+__all__ = ["are_side_by_side", "fill_ablated", "finish_row", "first_column", "scatter_sums"]
 
 
 @kernel()
@@ -28,6 +29,17 @@ def are_side_by_side(columns, first, count):
     """Whether neurons `first` to ``first + count`` are all there, with no ablated one between."""
     last = first + count - 1
     return last < columns.size and columns[last] - columns[first] == count - 1
+
+
+@kernel()
+def scatter_sums(sums, lanes, neuron, columns, bias, out, row, spare):
+    """Write a vector of sums, that of `neuron` first, each to its column, with the bias added.
+
+    The result row starts at ``out[row]``; `spare` is room for the vector.
+    """
+    store(spare, np.uint64(0), sums)
+    for i in range(neuron, min(neuron + lanes, columns.size)):
+        out[row + columns[i]] = spare[i - neuron] + bias[columns[i]]
 
 
 @kernel()

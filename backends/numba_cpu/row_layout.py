@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.backends.numba_cpu.calling import Direct
+from srigl_core.backends.numba_cpu.calling import Launcher
 from srigl_core.backends.numba_cpu.connections import arranged
 
 __all__ = ["RowLayout"]
@@ -19,8 +18,7 @@ Array = NDArray[Any]
 class RowLayout:
     """Connections of a mask, laid out for one kernel.
 
-    The kernel is called as ``serial(values, *arrays, x, bias, columns, out, code)``, and its twin
-    with the number of threads before. It returns whether the result can be trusted.
+    The kernel's arguments are ``(values, *arrays, x, bias, columns, out, code)``.
 
     Parameters
     ----------
@@ -29,6 +27,8 @@ class RowLayout:
         are left as they are.
     arrays : tuple of ndarray
         What else the kernel takes that depends on the mask.
+    n_items : int
+        Neurons, or groups of them: what threads share.
     padding : float
         Values stored for each connection.
     nanoseconds : float
@@ -37,19 +37,20 @@ class RowLayout:
 
     name: ClassVar[str]
     most_rows: ClassVar[int]  # up to so many it beats tiles of eight
-    serial: ClassVar[Direct]
-    parallel: ClassVar[Direct]
+    launch: ClassVar[Launcher]
 
     def __init__(
         self,
         positions: Array | None,
         arrays: tuple[Array, ...],
         *,
+        n_items: int,
         padding: float,
         nanoseconds: float,
     ) -> None:
         self._positions = positions
         self.arrays = arrays
+        self.n_items = n_items
         self.padding = padding
         self.nanoseconds = nanoseconds
 
@@ -81,18 +82,4 @@ class RowLayout:
     ) -> bool:
         """Write the product to `out`; return whether it can be trusted."""
         arguments = (values, *self.arrays, x, bias, columns, out, code)
-        if n_threads == 1:
-            return bool(self.code(arguments)(*arguments))
-        key = _types(arguments)
-        arguments = (n_threads, *arguments)
-        return bool(self.parallel.code(key, arguments)(*arguments))
-
-    def code(self, arguments: tuple[Any, ...]) -> Callable[..., bool]:
-        """Return the compiled kernel for one thread and arguments of these types."""
-        return self.serial.code(_types(arguments), arguments)
-
-
-def _types(arguments: tuple[Any, ...]) -> Hashable:
-    """Return what the types of a kernel's arguments are determined by."""
-    values, indices, x = arguments[0], arguments[1], arguments[-5]
-    return values.dtype.num, indices.dtype.num, x.dtype.num, x.ndim
+        return self.launch(self.n_items, n_threads, arguments)

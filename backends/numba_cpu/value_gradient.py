@@ -12,12 +12,11 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import prange
 
-from srigl_core.backends.numba_cpu.calling import Direct
+from srigl_core.backends.numba_cpu.calling import Launcher
 from srigl_core.backends.numba_cpu.column_blocks import GROUP_ROWS, ColumnBlocks, stager
 from srigl_core.backends.numba_cpu.compiling import kernel
-from srigl_core.backends.numba_cpu.float_mode import honour_subnormals, restore_float_mode
+from srigl_core.backends.numba_cpu.connections import aligned_empty
 from srigl_core.backends.numba_cpu.processor import vector_bytes
 from srigl_core.backends.numba_cpu.scratch import scratch
 from srigl_core.backends.numba_cpu.simd import (
@@ -50,20 +49,21 @@ def value_gradient(
         All of one type, in C order.
     lanes, n_threads : int
     """
-    serial, parallel = _kernels(lanes, min(lanes, vector_bytes() // x.itemsize))
+    stage_grads, sum_products = _launchers(lanes, min(lanes, vector_bytes() // x.itemsize))
+    n_tiles = -(-len(x) // lanes)
+    grads = aligned_empty(n_tiles * lanes * grad.shape[1], grad.dtype)
+    stage_grads(n_tiles, n_threads, (grad, grads))
+    sums = aligned_empty(out.size, out.dtype)
     layout = (blocks.block, blocks.positions, blocks.offsets, blocks.rows, blocks.counts)
-    arrays = (*layout, blocks.visits, grad, x, out)
-    if n_threads == 1:
-        serial.code(blocks.types, arrays)(*arrays)
-    else:
-        parallel.code(blocks.types, (n_threads, *arrays))(n_threads, *arrays)
+    sum_products(len(blocks.rows), n_threads, (*layout, blocks.visits, grads, x, sums, out))
 
 
 @functools.cache
-def _kernels(lanes: int, part: int) -> tuple[Direct, Direct]:
-    """Return the kernel for tiles of `lanes` batch rows, and its parallel twin.
+def _launchers(lanes: int, part: int) -> tuple[Launcher, Launcher]:
+    """Return the kernel that stages tiles of gradients of `lanes` batch rows, and that of the sums.
 
-    Products are added up to vectors of `part` lanes, a register of the machine.
+    The first one's items are tiles, the second one's blocks of columns. Products are added up to
+    vectors of `part` lanes, a register of the machine.
     """
     width = np.uint64(lanes)
     u = np.uint64
@@ -104,91 +104,30 @@ def _kernels(lanes: int, part: int) -> tuple[Direct, Direct]:
                 at += u(1)
 
     @kernel()
-    def run(
-        first, last, block, positions, offsets, rows, counts, visits, grads, x, n_in, sums, out
-    ):
-        n_rows = rows.shape[1]
-        n_tiles = (x.size // n_in + lanes - 1) // lanes
-        tile = scratch(min(block, n_in) * lanes, x)
+    def run(first, last, block, positions, offsets, rows, counts, visits, grads, x, sums, out):
+        n_in, line, result = x.shape[1], flat(x), flat(out)
+        n_groups, n_rows = visits.shape[1] - 1, rows.shape[1]
+        n_tiles = (x.shape[0] + lanes - 1) // lanes
+        tile = scratch(min(block, n_in) * lanes, line)
         for b in range(first, last):
             begin, end = b * block, min((b + 1) * block, n_in)
             for t in range(n_tiles):
-                stage_tile(x, n_in, t, begin, end, tile)
-                for group in range(visits.shape[1] - 1):
+                stage_tile(line, n_in, t, begin, end, tile)
+                for group in range(n_groups):
                     low, high = group * GROUP_ROWS, min((group + 1) * GROUP_ROWS, n_rows)
-                    visit(
-                        offsets,
-                        u(visits[b, group]),
-                        rows[b, low:high],
-                        counts[b, low:high],
-                        tile,
-                        grads,
-                        u((t * n_rows + low) * lanes),
-                        sums,
-                        t == 0,
-                    )
-            for at in range(visits[b, 0], visits[b, visits.shape[1] - 1]):
-                out[positions[at]] = sums[at]
+                    at, base = u(visits[b, group]), u((t * n_rows + low) * lanes)
+                    members, sizes = rows[b, low:high], counts[b, low:high]
+                    visit(offsets, at, members, sizes, tile, grads, base, sums, t == 0)
+            for place in range(visits[b, 0], visits[b, n_groups]):
+                result[positions[place]] = sums[place]
+        return True
 
     @kernel()
-    def stage_grads(first, last, grad, n_rows, grads):
+    def stage_grads(first, last, grad, grads):
+        n_rows, line = grad.shape[1], flat(grad)
         size = n_rows * lanes
         for t in range(first, last):
-            stage_tile(grad, n_rows, t, 0, n_rows, grads[t * size : (t + 1) * size])
+            stage_tile(line, n_rows, t, 0, n_rows, grads[t * size : (t + 1) * size])
+        return True
 
-    @kernel()
-    def serial(block, positions, offsets, rows, counts, visits, grad, x, out):
-        mode = honour_subnormals()
-        n_rows, n_in = grad.shape[1], x.shape[1]
-        n_tiles = (x.shape[0] + lanes - 1) // lanes
-        grads, sums = scratch(n_tiles * n_rows * lanes, x), scratch(positions.size, x)
-        stage_grads(0, n_tiles, flat(grad), n_rows, grads)
-        line, result = flat(x), flat(out)
-        run(
-            0,
-            rows.shape[0],
-            block,
-            positions,
-            offsets,
-            rows,
-            counts,
-            visits,
-            grads,
-            line,
-            n_in,
-            sums,
-            result,
-        )
-        restore_float_mode(mode)
-
-    @kernel(parallel=True)
-    def parallel(n, block, positions, offsets, rows, counts, visits, grad, x, out):
-        n_blocks, n_rows, n_in = rows.shape[0], grad.shape[1], x.shape[1]
-        n_tiles = (x.shape[0] + lanes - 1) // lanes
-        grads, sums = scratch(n_tiles * n_rows * lanes, x), scratch(positions.size, x)
-        wide, line, result = flat(grad), flat(x), flat(out)
-        for t in prange(n):
-            mode = honour_subnormals()
-            stage_grads(n_tiles * t // n, n_tiles * (t + 1) // n, wide, n_rows, grads)
-            restore_float_mode(mode)
-        for t in prange(n):
-            mode = honour_subnormals()
-            first, last = n_blocks * t // n, n_blocks * (t + 1) // n
-            run(
-                first,
-                last,
-                block,
-                positions,
-                offsets,
-                rows,
-                counts,
-                visits,
-                grads,
-                line,
-                n_in,
-                sums,
-                result,
-            )
-            restore_float_mode(mode)
-
-    return Direct(serial), Direct(parallel)
+    return Launcher(stage_grads), Launcher(run)
