@@ -11,10 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 from srigl_core.array_checks import as_float_array
 from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.contract import Backend, MatmulGradients
-from srigl_core.errors import ValueTypeError
 from srigl_core.mask_update import MaskUpdate, UpdateSettings, checked_update
-from srigl_core.plan import Plan, checked_threads
-from srigl_core.registry import get_backend
+from srigl_core.plan import Plan, check_condensed, checked_threads
+from srigl_core.registry import check_dtype, get_backend
 
 __all__ = ["condensed_matmul", "condensed_matmul_backward", "update_mask"]
 
@@ -186,19 +185,10 @@ def update_mask(
     chosen = get_backend(backend, operation="update_mask")
     threads = checked_threads(threads)
     for what, array in (("weight", weight), ("grad", grad)):
-        dtype = as_float_array(array, what).dtype.name
-        if dtype not in chosen.capabilities.value_dtypes:
-            raise ValueTypeError(
-                f"backend {chosen.name!r} does not take {what} of dtype {dtype}; it takes "
-                f"{', '.join(sorted(chosen.capabilities.value_dtypes))}"
-            )
+        check_dtype(chosen, what, as_float_array(array, what).dtype)
     return checked_update(chosen.update_mask, weight, grad, mask, settings, threads=threads)
 
 
 def _plan(weight: CondensedWeight, backend: Backend) -> Plan:
-    if not isinstance(weight, CondensedWeight):
-        raise ValueTypeError(
-            f"weight must be a CondensedWeight, got {type(weight).__name__}; make one with "
-            f"CondensedWeight.from_dense(weight, mask)"
-        )
+    check_condensed(weight)
     return weight.plan(backend)

@@ -13,13 +13,13 @@ from srigl_core.contract import ACTIVATIONS, Backend, MatmulGradients, PreparedW
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.float_mode import honour_subnormals
 from srigl_core.recommendation import dense_nanoseconds
-from srigl_core.registry import get_backend
+from srigl_core.registry import check_dtype, get_backend
 from srigl_core.value_types import result_dtype, round_to
 
 if TYPE_CHECKING:
     from srigl_core.condensed_weight import CondensedWeight
 
-__all__ = ["Plan", "checked_threads", "prepare"]
+__all__ = ["Plan", "check_condensed", "checked_threads", "prepare"]
 
 _BATCHES_DESCRIBED = (1, 64, 256)
 _GRADIENTS = ("x", "values", "bias")
@@ -57,21 +57,10 @@ def prepare(
     >>> plan(np.ones((3, 6), np.float32)).shape
     (3, 4)
     """
-    if not (hasattr(weight, "indices") and hasattr(weight, "active")):
-        raise ValueTypeError(
-            f"weight must be a CondensedWeight, got {type(weight).__name__}; make one with "
-            f"CondensedWeight.from_dense(weight, mask)"
-        )
+    check_condensed(weight)
     chosen = get_backend(backend, operation="condensed_matmul")
-    for kind, dtype, able in (
-        ("values", weight.dtype, chosen.capabilities.value_dtypes),
-        ("indices", weight.indices.dtype, chosen.capabilities.index_dtypes),
-    ):
-        if dtype.name not in able:
-            raise ValueTypeError(
-                f"backend {chosen.name!r} does not take {kind} of dtype {dtype.name}; it takes "
-                f"{', '.join(sorted(able))}"
-            )
+    check_dtype(chosen, "values", weight.dtype)
+    check_dtype(chosen, "indices", weight.indices.dtype)
     return Plan(weight, chosen, chosen.prepare(weight), checked_threads(threads))
 
 
@@ -304,12 +293,7 @@ class Plan:
         return f"Plan({self.weight!r}, {facts})"
 
     def _result_dtype(self, array: NDArray[Any], what: str) -> np.dtype[Any]:
-        able = self.backend.capabilities.value_dtypes
-        if array.dtype.name not in able:
-            raise ValueTypeError(
-                f"backend {self.backend.name!r} does not take {what} of dtype {array.dtype.name}; "
-                f"it takes {', '.join(sorted(able))}"
-            )
+        check_dtype(self.backend, what, array.dtype)
         return result_dtype(array.dtype, self.weight.dtype)
 
     def _gradient_arrays(
@@ -353,6 +337,22 @@ class Plan:
 
 def _not_quick(*arguments: object) -> None:
     """Stand in for a backend that has no `quick_matmul`."""
+
+
+def check_condensed(weight: object) -> None:
+    """Check that `weight` is a condensed weight.
+
+    Raises
+    ------
+    ValueTypeError
+        If it is anything else, a dense or CSR weight for example.
+    """
+    # Not by its class: its module imports this one.
+    if not (hasattr(weight, "indices") and hasattr(weight, "active")):
+        raise ValueTypeError(
+            f"weight must be a CondensedWeight, got {type(weight).__name__}; make one with "
+            f"CondensedWeight.from_dense(weight, mask)"
+        )
 
 
 def checked_threads(threads: int | None) -> int | None:

@@ -1,15 +1,21 @@
-"""Find backends by entry point; nothing is imported before it is asked for."""
+"""Find backends by entry point, and refuse what one does not offer.
+
+Nothing is imported before it is asked for.
+"""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from typing import Any
+
+import numpy as np
 
 from srigl_core.contract import Backend, Capabilities
 from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
 
-__all__ = ["BackendStatus", "get_backend", "list_backends"]
+__all__ = ["BackendStatus", "check_dtype", "get_backend", "list_backends"]
 
 ENTRY_POINT_GROUP = "srigl_core.backends"
 
@@ -102,6 +108,31 @@ def get_backend(backend: str | Backend | None = None, *, operation: str | None =
             f"backend {found.name!r} does not offer {operation}; use one of: {', '.join(able)}"
         )
     return found
+
+
+def check_dtype(backend: Backend, what: str, dtype: np.dtype[Any]) -> None:
+    """Check that `backend` takes `what` of that dtype.
+
+    Parameters
+    ----------
+    backend : Backend
+    what : str
+        Its name, for the error message.
+    dtype : numpy.dtype
+        A value type, or that of indices.
+
+    Raises
+    ------
+    ValueTypeError
+        If it does not.
+    """
+    able = backend.capabilities
+    taken = able.index_dtypes if dtype.kind == "u" else able.value_dtypes
+    if dtype.name not in taken:
+        raise ValueTypeError(
+            f"backend {backend.name!r} does not take {what} of dtype {dtype.name}; it takes "
+            f"{', '.join(sorted(taken))}"
+        )
 
 
 @functools.cache

@@ -17,7 +17,13 @@ from srigl_core.benchmarks import contenders as contender_modules
 from srigl_core.benchmarks import limits, readme
 from srigl_core.benchmarks.caches import Flush, cache_sizes
 from srigl_core.benchmarks.cases import HEADLINE, Case, Layer, avx2_cases, chosen_cases, matching
-from srigl_core.benchmarks.cliffs import find_cliffs
+from srigl_core.benchmarks.cliffs import (
+    BATCHES,
+    MOST_REPEATS,
+    confirmed_times,
+    find_cliffs,
+    measure_cliffs,
+)
 from srigl_core.benchmarks.contenders import load_contenders
 from srigl_core.benchmarks.goals import GOALS, verdicts
 from srigl_core.benchmarks.pools import check_threads, environment, rest
@@ -386,25 +392,83 @@ def test_the_least_time_is_that_of_the_scarcest_resource():
 # Cliffs
 
 
+def smooth(batch):
+    return 10.0 + batch
+
+
+class FakeTimes:
+    """A measuring function: of an odd batch one time after the other, then all are smooth."""
+
+    def __init__(self, odd):
+        self.odd = {batch: iter(times) for batch, times in odd.items()}
+        self.measured = []
+
+    def __call__(self, batches):
+        self.measured.append(sorted(batches))
+        return {batch: next(self.odd.get(batch, iter(())), smooth(batch)) for batch in batches}
+
+
 def test_smooth_times_have_no_cliff():
-    assert find_cliffs({batch: 10 + batch for batch in range(1, 161)}) == []
+    assert find_cliffs({batch: smooth(batch) for batch in BATCHES}) == []
 
 
 def test_a_jump_is_a_cliff():
-    times = {batch: 10 + batch for batch in range(1, 161)}
+    times = {batch: smooth(batch) for batch in BATCHES}
     times[63] = 120
     (found,) = find_cliffs(times)
-    assert found.startswith("batch 63 takes 1.62 times as long as 64")
-    steps = {batch: float(128 * -(-batch // 128)) for batch in range(1, 161)}
-    assert any(
-        line.startswith("a row of batch 128 takes 0.56 times") for line in find_cliffs(steps)
-    )
+    assert str(found) == "batch 63 takes 1.62 times as long as 64"
+    steps = {batch: float(128 * -(-batch // 128)) for batch in BATCHES}
+    words = [str(cliff) for cliff in find_cliffs(steps)]
+    assert "a row of batch 128 takes 0.56 times as long as one of 144" in words
 
 
 def test_a_batch_may_take_a_tenth_longer_than_a_larger_one():
     assert find_cliffs({20: 110.0, 36: 100.0}) == []
     assert find_cliffs({20: 110.1, 36: 100.0})
     assert find_cliffs({20: 110.1, 37: 100.0}) == []
+
+
+def test_smooth_times_are_measured_once():
+    measure = FakeTimes({})
+    times, repeats = confirmed_times(measure)
+    assert times == {batch: smooth(batch) for batch in BATCHES}
+    assert repeats == 0
+    assert measure.measured == [list(BATCHES)]
+
+
+@pytest.mark.parametrize(("odd", "pair"), [(63, [63, 64]), (160, [144, 160])], ids=["whole", "row"])
+def test_a_batch_that_is_slow_once_is_no_cliff(odd, pair):
+    measure = FakeTimes({odd: [300.0]})
+    times, repeats = confirmed_times(measure)
+    assert times == {batch: smooth(batch) for batch in BATCHES}
+    assert repeats == 1
+    assert measure.measured == [list(BATCHES), pair]
+
+
+def test_a_batch_that_is_slow_each_time_stays_a_cliff_of_its_least_time():
+    measure = FakeTimes({20: [90.0], 63: [120.0, 119.0, 130.0, 125.0]})
+    times, repeats = confirmed_times(measure)
+    assert [str(cliff) for cliff in find_cliffs(times)] == [
+        "batch 63 takes 1.61 times as long as 64"
+    ]
+    assert repeats == MOST_REPEATS
+    assert measure.measured[1:] == [[20, 21, 63, 64], *[[63, 64]] * (MOST_REPEATS - 1)]
+
+
+def test_the_result_says_how_often_suspects_were_measured_again(monkeypatch):
+    measure = FakeTimes({7: [300.0] * 9, 99: [300.0] * 2})
+
+    def timings(runs, *, seconds):
+        times = measure([int(name) for name in runs])
+        return {str(batch): SimpleNamespace(median=1e-6 * time) for batch, time in times.items()}
+
+    calls = {"interleaved": timings, "product": lambda name: lambda problem: lambda batch: list}
+    for name, call in calls.items():
+        monkeypatch.setattr(f"srigl_core.benchmarks.cliffs.{name}", call)
+    result = json.loads(json.dumps(measure_cliffs(1)))
+    assert result["repeats"] == len(measure.measured) - 1 == MOST_REPEATS
+    assert result["found"] == ["batch 7 takes 16.67 times as long as 8"]
+    assert result["median_us"][99 - 1] == smooth(99)
 
 
 # What is made of a result

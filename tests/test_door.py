@@ -757,8 +757,16 @@ def test_dtypes_a_backend_does_not_take_are_refused():
     with pytest.raises(ValueTypeError, match="'fake' does not take grad of dtype float16"):
         condensed_matmul_backward(X[:, :4].astype("f2"), X, weight_of(), backend=single)
     wide = CondensedWeight(np.ones((1, 1), np.float32), [[0]], [0], (1, 65537))
-    with pytest.raises(ValueTypeError, match="'fake' does not take indices of dtype uint32"):
+    with pytest.raises(
+        ValueTypeError, match="'fake' does not take indices of dtype uint32; it takes uint16"
+    ):
         prepare(wide, backend=single)
+    arrays = {"weight": X, "grad": X}
+    for name in arrays:
+        wider = arrays | {name: X.astype(np.float64)}
+        message = f"'fake' does not take {name} of dtype float64; it takes float32"
+        with pytest.raises(ValueTypeError, match=message):
+            update_mask(**wider, mask=X > 0, nnz_budget=6, drop_fraction=0.3, backend=single)
 
 
 @pytest.fixture
