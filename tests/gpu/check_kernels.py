@@ -1,0 +1,220 @@
+"""Check the GPU kernels: every law, and exact results at awkward shapes.
+
+    python check_kernels.py [--examples N] [--setting NAME ...] [--kernels FOLDER]   # on the CPU
+    python check_kernels.py --device [--examples N]                    # on a CUDA device, by CuPy
+
+Prints one JSON object: what failed, how many examples were tried, and the variants launched. Under
+the sanitizers (`host_device.run_sanitized`) memory errors end the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from host_device import KernelError
+from simulated import KERNELS, SETTINGS, simulated_backend
+from through_host import ThroughHost
+
+from srigl_core import CondensedWeight, prepare, update_mask
+from srigl_core.backends.cupy_gpu import condensed_matmul
+from srigl_core.backends.cupy_gpu.conversions import converted
+from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
+from srigl_core.backends.cupy_gpu.mask_update import count_not_finite
+from srigl_core.testing.laws import LAWS, verify
+from srigl_core.value_types import VALUE_TYPES, round_to, value_dtype
+
+SHAPES = [  # n_in, n_active, fan_in, batch
+    *((100, 20, 60, batch) for batch in (1, 2, 4, 8)),
+    (1, 1, 1, 1),
+    (5, 9, 5, 3),
+    (33, 70, 4, 8),
+    (33, 1, 33, 9),
+    (100, 70, 7, 33),
+    (17, 300, 9, 20),
+    (40, 33, 1, 70),
+]
+BATCH_OF_FAR_INPUTS = 3
+LAYERS = [(1, 1), (5, 600), (300, 7), (20, 257)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Check, and print what came of it."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--examples", type=int, default=10)
+    parser.add_argument("--setting", nargs="*", default=list(SETTINGS))
+    parser.add_argument("--kernels", type=Path, default=KERNELS)
+    parser.add_argument("--one-by-one", action="store_true")
+    parser.add_argument("--device", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.device:
+        from srigl_core.backends.cupy_gpu.backend import CupyBackend
+
+        failures, examples = _tried("device", ThroughHost(CupyBackend()), options.examples)
+        print(json.dumps({"failures": failures, "examples": examples}))
+        return
+    failures = []
+    launched: set[Any] = set()
+    examples = 0
+    for name in options.setting:
+        device = {"folder": options.kernels, "one_by_one": options.one_by_one}
+        with simulated_backend(SETTINGS[name], **device) as backend:
+            failed, count = _tried(name, backend, options.examples)
+            failures += failed
+            examples += count
+            launched |= backend.device.launched
+    names = sorted(f"{variant.file} {variant.name}" for variant in launched)
+    print(json.dumps({"failures": failures, "examples": examples, "launched": names}))
+
+
+def _tried(where: str, backend: Any, examples: int) -> tuple[list[str], int]:
+    """Return what failed, and how many examples were tried."""
+    found = list(_checks(backend, examples))
+    return [f"{where}: {what}" for what, _ in found if what], sum(count for _, count in found)
+
+
+def _checks(backend: GpuBackend, examples: int) -> Iterator[tuple[str, int]]:
+    """Yield what failed, "" if nothing, and how many examples were tried."""
+    for check in CHECKS:
+        try:
+            yield from check(backend)
+        except KernelError as error:
+            yield f"{check.__name__}: {error}", 1
+    for result in verify(backend, laws=LAWS, max_examples=examples) if examples else ():
+        failed = result.status == "failed"
+        yield f"{result.law.name}: {result.detail}" if failed else "", result.examples
+
+
+def _problems() -> Iterator[tuple[np.random.Generator, CondensedWeight, Any, Any]]:
+    """Yield small integers, whose products are exact in each type."""
+    for number, ((n_in, n_active, fan_in, batch), name) in enumerate(
+        (shape, name) for shape in SHAPES for name in VALUE_TYPES
+    ):
+        rng, dtype = np.random.default_rng(number), value_dtype(name)
+        n_out = n_active + number % 3
+        weight = CondensedWeight.random((n_out, n_in), fan_in=fan_in, n_active=n_active, rng=rng)
+        values = rng.integers(-2, 3, weight.values.shape).astype(dtype)
+        weight = CondensedWeight(values, weight.indices, weight.active, weight.shape)
+        yield rng, weight, rng.integers(-2, 3, (batch, n_in)).astype(dtype), dtype
+
+
+def _exact_products(backend: GpuBackend) -> Iterator[tuple[str, int]]:
+    for rng, weight, x, dtype in _problems():
+        bias = rng.integers(-2, 3, weight.shape[0]).astype(dtype)
+        expected = x.astype(float) @ weight.to_dense().astype(float).T + bias.astype(float)
+        plan = prepare(weight, backend=backend)
+        for compact in (False, True):
+            got = plan(x, bias, compact=compact).astype(float)
+            wanted = expected[:, weight.active] if compact else expected
+            yield _difference(f"product of {weight}, {len(x)} rows", got, wanted), 1
+        got = plan(x, bias, activation="relu").astype(float)
+        yield _difference(f"relu of {weight}, {len(x)} rows", got, np.maximum(expected, 0)), 1
+
+
+def _exact_gradients(backend: GpuBackend) -> Iterator[tuple[str, int]]:
+    for rng, weight, x, dtype in _problems():
+        grad = rng.integers(-2, 3, (len(x), weight.shape[0])).astype(dtype)
+        got = prepare(weight, backend=backend).backward(grad, x)
+        wide = grad.astype(float)
+        dense = wide.T @ x.astype(float)
+        columns = weight.indices.astype(np.int64)
+        expected = {
+            "x": wide @ weight.to_dense().astype(float),
+            "values": np.take_along_axis(dense[weight.active], columns, axis=1),
+            "bias": wide.sum(axis=0),
+        }
+        for name, wanted in expected.items():
+            what = f"gradient of {name} of {weight}, {len(x)} rows"
+            yield _difference(what, getattr(got, name).astype(float), wanted), 1
+
+
+def _exact_updates(backend: GpuBackend) -> Iterator[tuple[str, int]]:
+    """Many ties, and rows longer and shorter than a block."""
+    for number, (shape, name) in enumerate((s, n) for s in LAYERS for n in VALUE_TYPES):
+        rng, dtype = np.random.default_rng(number), value_dtype(name)
+        mask = rng.random(shape) < 0.3
+        weight = rng.integers(-3, 4, shape).astype(dtype)
+        grad = rng.integers(-3, 4, shape).astype(dtype)
+        settings: dict[str, Any] = {
+            "nnz_budget": max(shape[0], int(0.3 * mask.size)),
+            "drop_fraction": (0.3, 0.05, 1.0)[number % 3],
+            "gamma_sal": (0.3, 0.95)[number // 2 % 2],
+            "saliency_scope": ("inactive", "all")[number % 2],
+        }
+        got = update_mask(weight, grad, mask, backend=backend, **settings)
+        expected = update_mask(weight, grad, mask, backend="reference", **settings)
+        what = f"update of {shape} {name}"
+        yield _difference(f"mask, {what}", got.mask, expected.mask), 1
+        yield _difference(f"weight, {what}", got.weight, expected.weight), 1
+
+
+def _not_finite(backend: GpuBackend) -> Iterator[tuple[str, int]]:
+    for number, name in enumerate(VALUE_TYPES):
+        rng = np.random.default_rng(number)
+        array = rng.choice([1.0, -0.0, np.inf, -np.inf, np.nan], (7, 60)).astype(value_dtype(name))
+        mask = rng.random(array.shape) < 0.5
+        wrong = ~np.isfinite(array.astype(np.float64))
+        for given, expected in ((None, wrong.sum()), (mask, (wrong & mask).sum())):
+            upload = backend.device.upload
+            on_device = None if given is None else upload(given)
+            got = count_not_finite(backend.device, upload(array), on_device)
+            yield "" if got == expected else f"{got} not finite instead of {expected}", 1
+
+
+def _conversions(backend: GpuBackend) -> Iterator[tuple[str, int]]:
+    """Every type to every type, rounded once: also numbers halfway between two, and tiny ones."""
+    rng = np.random.default_rng(0)
+    numbers = rng.standard_normal(500) * 2.0 ** rng.integers(-160, 140, 500)
+    halfway = 1 + rng.integers(0, 1 << 11, 500) * 2.0**-11 + rng.choice([0, 2.0**-40], 500)
+    wide = np.concatenate([numbers, halfway, [0.0, -0.0, np.inf, -np.inf, np.nan]])
+    for source, target in product(VALUE_TYPES, VALUE_TYPES):
+        array = round_to(wide, value_dtype(source))
+        exact = array if source in ("float32", "float64") else array.astype(np.float32)
+        expected = round_to(exact, value_dtype(target))
+        device = backend.device
+        got = device.download(converted(device, device.upload(array), value_dtype(target)))
+        same = (got == expected) | (np.isnan(got) & np.isnan(expected))
+        yield "" if same.all() else f"{source} to {target}: {(~same).sum()} wrong", 1
+
+
+def _far_inputs(backend: GpuBackend) -> Iterator[tuple[str, int]]:
+    """More inputs than 32 bits can address, of which a few are looked at; the rest is no memory."""
+    if condensed_matmul.MOST_STREAM_ROWS < BATCH_OF_FAR_INPUTS:
+        return
+    n_in = 1 << 30
+    x = np.frombuffer(mmap.mmap(-1, 2 * BATCH_OF_FAR_INPUTS * n_in), np.float16).reshape(-1, n_in)
+    indices = np.array([[0, 5], [5, n_in - 1]], np.uint32)
+    x[:, [0, 5, n_in - 1]] = np.arange(1, 10).reshape(3, 3)
+    weight = CondensedWeight(np.array([[1, 2], [3, 4]], np.float16), indices, [0, 1], (2, n_in))
+    got = prepare(weight, backend=backend)(x).astype(float)
+    columns = np.arange(1, 10).reshape(3, 3)
+    expected = np.stack(
+        [columns[:, 0] + 2 * columns[:, 1], 3 * columns[:, 1] + 4 * columns[:, 2]], axis=1
+    )
+    yield _difference("product of far inputs", got, expected), 1
+
+
+CHECKS = (
+    *(_exact_products, _exact_gradients, _exact_updates),
+    *(_conversions, _not_finite, _far_inputs),
+)
+
+
+def _difference(what: str, got: Any, expected: Any) -> str:
+    if got.shape != expected.shape:
+        return f"{what}: shape {got.shape} instead of {expected.shape}"
+    places = np.argwhere(~(got == expected))
+    if not places.size:
+        return ""
+    first = tuple(int(i) for i in places[0])
+    return f"{what}: {len(places)} wrong, first {first}: {got[first]} instead of {expected[first]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,494 @@
+"""Compile every GPU kernel variant, on a machine without a GPU, and read what it needs.
+
+NVRTC, which CuPy calls on the user's machine, needs no driver. Each `.cu` file is compiled for each
+architecture with all its variants in one program. The gate fails where
+
+- a file does not compile, or holds a kernel that no variant names, or a variant comes out as none;
+- registers are spilled to memory;
+- subnormal float32 numbers are flushed to zero, which the semantics forbid.
+
+    python tests/gpu/compile_gate.py --arch 75 80 90 100 120 --table docs/gpu_kernels.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import struct
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+__all__ = [
+    "OPTIONS",
+    "GateError",
+    "KernelReport",
+    "MissingCompilerError",
+    "Variant",
+    "as_markdown",
+    "compile_gate",
+    "compiler_version",
+    "flushes",
+    "missing_compiler",
+    "spills",
+]
+
+# The module with `variants()`; the .cu files lie beside it. It must import without CuPy or a GPU.
+BACKEND = "srigl_core.backends.cupy_gpu.variants"
+
+# What the backend gives NVRTC, and CuPy adds to it, less the folders of headers.
+OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
+
+INSTALL = (
+    "pip install cuda-bindings nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl "
+    "nvidia-cuda-crt"
+)
+
+_ENTRY = re.compile(r"Compiling entry function '([^']+)' for 'sm_\w+'")
+_FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_SHARED = re.compile(r"(\d+) bytes smem")
+# Approximations such as ex2.approx.ftz stand in the library's exact functions, whatever the mode.
+_FLUSHING = re.compile(r"^\s*\{?\s*(?:@!?%\w+\s+)?(?!\S*\.approx)[\w.]+\.ftz\b", re.MULTILINE)
+_BLOCK = re.compile(r"\.(entry|func)\b")
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_ATTRIBUTE = re.compile(r"__\w+__\s*\((?:[^()]|\([^()]*\))*\)")
+_KERNEL = re.compile(r"__global__\s[\w\s:]*?(\w+)\s*\(")
+
+
+class Variant(Protocol):
+    """One kernel: a `.cu` file's name, and a C++ name expression such as "product<float, 4>"."""
+
+    @property
+    def file(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+
+class GateError(RuntimeError):
+    """A kernel does not compile, or other kernels were compiled than the variants name."""
+
+
+class MissingCompilerError(ImportError):
+    """NVRTC or its headers are not installed."""
+
+
+class KernelReport(NamedTuple):
+    """What one variant needs on one architecture.
+
+    Attributes
+    ----------
+    variant : Variant
+    architecture : int
+        90 for sm_90.
+    registers : int
+        For each thread.
+    shared_bytes : int
+        Static shared memory; what is asked for at launch is not in it.
+    stack_bytes, spill_stores, spill_loads : int
+        Bytes for each thread, of the kernel and of the functions that it calls.
+    binary_bytes : int
+        Size of the machine code.
+    flushing : int
+        Number of PTX instructions that flush subnormal float32 numbers to zero.
+    """
+
+    variant: Variant
+    architecture: int
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spill_stores: int
+    spill_loads: int
+    binary_bytes: int
+    flushing: int
+
+
+class _Program(NamedTuple):
+    """One call of the compiler: the variants of one file, for one architecture."""
+
+    path: Path
+    variants: tuple[Variant, ...]
+    architecture: int
+    options: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.path.name} for sm_{self.architecture}"
+
+
+def compile_gate(
+    folder: Path,
+    variants: Iterable[Variant],
+    architectures: Sequence[int],
+    *,
+    options: Sequence[str] = OPTIONS,
+    jobs: int = 1,
+) -> list[KernelReport]:
+    """Compile the variants, and nothing else, for every architecture.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds the `.cu` files and the headers that they include.
+    variants : iterable of Variant
+        Every kernel in the folder, once each.
+    architectures : sequence of int
+        Such as 75 and 90.
+    options : sequence of str
+        Options for NVRTC besides the architecture and the folders of headers.
+    jobs : int
+        Number of programs compiled at a time; NVRTC is as quick in threads as in processes.
+
+    Returns
+    -------
+    list of KernelReport
+        One for each variant and architecture, also of kernels that spill.
+
+    Raises
+    ------
+    MissingCompilerError
+        If NVRTC or its headers are not installed; says how to install them.
+    GateError
+        If the kernels compiled are not exactly the variants, or one does not compile; holds the
+        compiler's log, for all programs that failed.
+    """
+    variants = list(variants)
+    if not variants or not architectures:
+        raise GateError(f"nothing to compile: {len(variants)} variants, for {architectures}")
+    _check_architectures(architectures)
+    options = [*options, *(f"-I{include}" for include in (folder, *_header_folders()))]
+    _check_sources(folder, variants)
+    programs = _programs(folder, variants, architectures, options)
+    with ThreadPoolExecutor(jobs) as executor:
+        results = list(executor.map(_attempt, programs))
+    if failures := [result for result in results if isinstance(result, GateError)]:
+        raise GateError("\n\n".join(str(failure) for failure in failures))
+    return [report for result in results if isinstance(result, list) for report in result]
+
+
+def spills(reports: Iterable[KernelReport]) -> list[KernelReport]:
+    """Return the kernels that keep registers in memory."""
+    return [report for report in reports if report.spill_stores or report.spill_loads]
+
+
+def flushes(reports: Iterable[KernelReport]) -> list[KernelReport]:
+    """Return the kernels that flush subnormal numbers to zero."""
+    return [report for report in reports if report.flushing]
+
+
+def as_markdown(reports: Iterable[KernelReport]) -> str:
+    """Return a table: a row a variant, and for each architecture its registers / shared bytes.
+
+    Stack and spilled bytes stand behind, where there are any.
+    """
+    rows: dict[tuple[str, str], dict[int, str]] = {}
+    for report in reports:
+        row = rows.setdefault((report.variant.file, report.variant.name), {})
+        row[report.architecture] = _cell(report)
+    architectures = sorted({architecture for row in rows.values() for architecture in row})
+    lines = [
+        ["file", "kernel", *(f"sm_{architecture}" for architecture in architectures)],
+        ["---", "---", *("--:" for _ in architectures)],
+        *(
+            [f"`{file}`", f"`{name}`", *(row.get(a, "") for a in architectures)]
+            for (file, name), row in sorted(rows.items())
+        ),
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def compiler_version() -> str:
+    """Return NVRTC's version, such as "13.0"."""
+    return ".".join(str(number) for number in _call(_nvrtc().nvrtcVersion()))
+
+
+def missing_compiler() -> str | None:
+    """Return why nothing can be compiled here and what to install, or None."""
+    try:
+        compiler_version()
+        _header_folders()
+    except MissingCompilerError as error:
+        return str(error)
+    return None
+
+
+def _cell(report: KernelReport) -> str:
+    cell = f"{report.registers} / {report.shared_bytes}"
+    if report.stack_bytes:
+        cell += f", stack {report.stack_bytes}"
+    if spilled := report.spill_stores + report.spill_loads:
+        cell += f", spilled {spilled}"
+    return cell
+
+
+# --- which kernels ---------------------------------------------------------------------------
+
+
+def _check_sources(folder: Path, variants: Sequence[Variant]) -> None:
+    """Refuse kernels that the compiler would pass over in silence: templates nobody instantiates.
+
+    A kernel that a macro writes is not seen here.
+    """
+    kernels = [(variant.file, variant.name) for variant in variants]
+    if twice := [kernel for kernel, count in Counter(kernels).items() if count > 1]:
+        raise GateError(f"variants given twice: {twice}")
+    files = {file for file, _ in kernels}
+    present = {path.name for path in folder.glob("*.cu")}
+    if files != present:
+        raise GateError(
+            f"the variants are in files {sorted(files)}, but {folder} holds {sorted(present)}; "
+            "each .cu file needs a variant, and each variant a file"
+        )
+    for file in sorted(files):
+        named = {_function(name) for where, name in kernels if where == file}
+        if unnamed := _kernels_in((folder / file).read_text()) - named:
+            raise GateError(f"{file}: no variant names the kernels {sorted(unnamed)}")
+
+
+def _function(name: str) -> str:
+    """Return the function of a name expression: "f" of "deep::f<float>"."""
+    return name.partition("<")[0].rpartition("::")[2].strip()
+
+
+def _kernels_in(source: str) -> set[str]:
+    return set(_KERNEL.findall(_ATTRIBUTE.sub(" ", _COMMENT.sub(" ", source))))
+
+
+def _check_architectures(architectures: Sequence[int]) -> None:
+    supported = _call(_nvrtc().nvrtcGetSupportedArchs())
+    if unknown := sorted(set(architectures) - set(supported)):
+        raise GateError(
+            f"NVRTC {compiler_version()} does not compile for {unknown}, but for {supported}"
+        )
+
+
+def _check_kernels(program: _Program, symbols: Sequence[str], compiled: set[str]) -> None:
+    """Refuse other kernels than the variants' own; `symbols` are their lowered names."""
+    counts = Counter(symbols)
+    named = [
+        (variant.name, symbol) for variant, symbol in zip(program.variants, symbols, strict=True)
+    ]
+    if same := [name for name, symbol in named if counts[symbol] > 1]:
+        raise GateError(f"{program}: the variants {same} are one kernel")
+    if missing := [name for name, symbol in named if symbol not in compiled]:
+        raise GateError(f"{program}: the variants {missing} were not compiled as kernels")
+    if extra := compiled - counts.keys():
+        raise GateError(f"{program}: no variant names the kernels {sorted(extra)}")
+
+
+# --- compiling -------------------------------------------------------------------------------
+
+
+def _nvrtc() -> Any:
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()  # loads the library, a package of its own
+    except (ImportError, RuntimeError) as error:
+        raise MissingCompilerError(f"NVRTC cannot be loaded: {error}; {INSTALL}") from error
+    return nvrtc
+
+
+def _header_folders() -> list[str]:
+    """Return the folders of cuda_fp16.h and of the C++ headers, found the way CuPy does."""
+    try:
+        from cuda.pathfinder import find_nvidia_header_directory
+    except ImportError as error:
+        raise MissingCompilerError(f"no CUDA headers: {error}; {INSTALL}") from error
+    folders = {name: find_nvidia_header_directory(name) for name in ("cudart", "cccl")}
+    if missing := [name for name, folder in folders.items() if folder is None]:
+        raise MissingCompilerError(f"no CUDA headers of {missing}; {INSTALL}")
+    return [str(folder) for folder in folders.values()]
+
+
+def _programs(
+    folder: Path,
+    variants: Sequence[Variant],
+    architectures: Sequence[int],
+    options: Sequence[str],
+) -> list[_Program]:
+    by_file: dict[str, list[Variant]] = {}
+    for variant in variants:
+        by_file.setdefault(variant.file, []).append(variant)
+    return [
+        _Program(folder / file, tuple(by_file[file]), architecture, tuple(options))
+        for file in by_file
+        for architecture in architectures
+    ]
+
+
+def _attempt(program: _Program) -> list[KernelReport] | GateError:
+    """Return the error, so that one run shows those of all programs."""
+    try:
+        return _compile(program)
+    except GateError as error:
+        return error
+
+
+def _compile(program: _Program) -> list[KernelReport]:
+    nvrtc = _nvrtc()
+    source, names = program.path.read_bytes(), [v.name.encode() for v in program.variants]
+    handle = _call(nvrtc.nvrtcCreateProgram(source, program.path.name.encode(), 0, [], []))
+    try:
+        for name in names:
+            _call(nvrtc.nvrtcAddNameExpression(handle, name))
+        log = _run_compiler(handle, program)
+        symbols = [_call(nvrtc.nvrtcGetLoweredName(handle, name)).decode() for name in names]
+        cubin = _output(handle, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+        ptx = _output(handle, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
+    finally:
+        _call(nvrtc.nvrtcDestroyProgram(handle))
+    return _reports(program, symbols, log, cubin, ptx.decode())
+
+
+def _run_compiler(handle: Any, program: _Program) -> str:
+    """Compile and return the log, which says what each kernel needs."""
+    nvrtc = _nvrtc()
+    architecture = f"--gpu-architecture=sm_{program.architecture}"
+    options = [o.encode() for o in (*program.options, architecture, "--ptxas-options=-v")]
+    (status,) = nvrtc.nvrtcCompileProgram(handle, len(options), options)
+    log = _output(handle, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
+    text = log.decode(errors="replace").strip("\0 \n")
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise GateError(f"{program} does not compile: {status.name}\n{text}")
+    return text
+
+
+def _call(result: tuple[Any, ...]) -> Any:
+    """Return what a function of NVRTC returned, without its status."""
+    status, *values = result
+    if status != _nvrtc().nvrtcResult.NVRTC_SUCCESS:
+        raise GateError(status.name)
+    return values[0] if len(values) == 1 else values
+
+
+def _output(handle: Any, size: Callable[..., Any], fill: Callable[..., Any]) -> bytes:
+    content = bytearray(_call(size(handle)))
+    _call(fill(handle, content))
+    return bytes(content)
+
+
+# --- reading what came out -------------------------------------------------------------------
+
+
+def _reports(
+    program: _Program, symbols: Sequence[str], log: str, cubin: bytes, ptx: str
+) -> list[KernelReport]:
+    _, *entries = _ENTRY.split(log)
+    needs = dict(zip(entries[::2], entries[1::2], strict=True))
+    _check_kernels(program, symbols, set(needs))
+    code, flushing = _code_bytes(cubin), _flushing(ptx)
+    return [
+        KernelReport(
+            variant,
+            program.architecture,
+            *_resources(needs[symbol]),
+            code[symbol],
+            flushing[symbol],
+        )
+        for variant, symbol in zip(program.variants, symbols, strict=True)
+    ]
+
+
+def _resources(log: str) -> tuple[int, int, int, int, int]:
+    """Return registers, shared memory, stack, spill stores and loads, from one kernel's log.
+
+    Functions that it calls follow it there, with frames of their own.
+    """
+    registers, shared, frames = _REGISTERS.search(log), _SHARED.search(log), _FRAME.findall(log)
+    if registers is None or not frames:
+        raise GateError(f"cannot read the compiler's log:\n{log}")
+    stack, stores, loads = (sum(map(int, column)) for column in zip(*frames, strict=True))
+    return int(registers[1]), int(shared[1]) if shared else 0, stack, stores, loads
+
+
+def _code_bytes(cubin: bytes) -> dict[str, int]:
+    """Return the size of each kernel's code, which is a section `.text.NAME` of an ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    entry_size, count, names_index = struct.unpack_from("<HHH", cubin, 58)
+    sections = [
+        struct.unpack_from("<IIQQQQ", cubin, table + number * entry_size) for number in range(count)
+    ]
+    names_at = sections[names_index][4]
+    sizes = {}
+    for name_at, *_, size in sections:
+        start = names_at + name_at
+        name = cubin[start : cubin.index(b"\0", start)].decode()
+        if name.startswith(".text."):
+            sizes[name.removeprefix(".text.")] = size
+    return sizes
+
+
+def _flushing(ptx: str) -> dict[str, int]:
+    """Count the flushing instructions of each kernel; those of a function count for every one."""
+    _, *blocks = _BLOCK.split(ptx)
+    kernels: dict[str, int] = {}
+    in_functions = 0
+    for kind, body in zip(blocks[::2], blocks[1::2], strict=True):
+        found = len(_FLUSHING.findall(body))
+        if kind == "entry":
+            kernels[body.split("(", 1)[0].strip()] = found
+        else:
+            in_functions += found
+    return {name: found + in_functions for name, found in kernels.items()}
+
+
+# --- command line ----------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the gate on the backend's kernels; return 0 if they pass."""
+    options = _parser().parse_args(arguments)
+    backend = importlib.import_module(BACKEND)
+    folder = Path(str(backend.__file__)).parent
+    start = time.perf_counter()
+    try:
+        reports = compile_gate(folder, backend.variants(), options.arch, jobs=options.jobs)
+    except (GateError, MissingCompilerError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if options.table:
+        options.table.write_text(_document(reports))
+    print(
+        f"NVRTC {compiler_version()}: {len(reports)} kernels, "
+        f"{len(reports) // len(options.arch)} variants for {len(options.arch)} architectures, "
+        f"at most {max(report.registers for report in reports)} registers, "
+        f"in {time.perf_counter() - start:.0f} s"
+    )
+    return _complain("spill registers", spills(reports)) | _complain(
+        "flush subnormal numbers to zero", flushes(reports)
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", required=True, help="such as: 75 90")
+    parser.add_argument("--table", type=Path, help="Markdown file to write")
+    parser.add_argument("--jobs", type=int, default=2, help="programs compiled at a time")
+    return parser
+
+
+def _complain(what: str, reports: Sequence[KernelReport]) -> int:
+    if reports:
+        print(f"{len(reports)} kernels {what}:\n{as_markdown(reports)}", file=sys.stderr)
+    return int(bool(reports))
+
+
+def _document(reports: Sequence[KernelReport]) -> str:
+    return (
+        "# What the GPU kernels need\n\n"
+        "Registers for each thread / bytes of static shared memory, and the stack where there is "
+        f"one; compiled by NVRTC {compiler_version()}.\n"
+        "`tests/gpu/compile_gate.py` writes this table.\n\n"
+        f"{as_markdown(reports)}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Wrong GPU kernels, each a plausible slip away from the right one: the checks must catch them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["MUTANTS", "Mutant"]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A replacement in one file.
+
+    Parameters
+    ----------
+    name : str
+    file, right, wrong : str
+    settings : tuple of str
+        Those of `simulated.SETTINGS` whose exact checks are to show it.
+    needs_sanitizer : bool
+        Whether it touches memory that is not its own, rather than gives a wrong result.
+    """
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    settings: tuple[str, ...] = ("four lanes",)
+    needs_sanitizer: bool = False
+
+
+TILE, STREAM, VALUES, MASK = (
+    "tile_product.cu",
+    "stream_product.cu",
+    "value_gradient.cu",
+    "mask_update.cu",
+)
+
+MUTANTS = (
+    Mutant(
+        "tile is read before it is staged",
+        TILE,
+        "        __syncthreads();  // the tile is there\n",
+        "",
+    ),
+    Mutant(
+        "tile is overwritten while it is read",
+        TILE,
+        "        if (n_segments > 1) __syncthreads();",
+        "       ",
+    ),
+    Mutant(
+        "segments overlap",
+        TILE,
+        "static_cast<long long>(segment) * tile_rows;",
+        "static_cast<long long>(segment) * (tile_rows - 1);",
+    ),
+    Mutant("sums of the segment before", TILE, "segment) * (groups + 1) + group", "0) + group"),
+    Mutant(
+        "last chunk lost", TILE, "chunk < stop; ++chunk", "chunk + 1 < stop; ++chunk", ("one lane",)
+    ),
+    Mutant(
+        "activation before the bias",
+        TILE,
+        "activated(sums[j] + offset, activation), out_type",
+        "activated(sums[j], activation) + offset, out_type",
+    ),
+    Mutant(
+        "compact result at the neuron's own column",
+        TILE,
+        "compact ? neuron : column",
+        "column",
+        needs_sanitizer=True,
+    ),
+    Mutant(
+        "result behind the last row",
+        TILE,
+        "      if (b < batch)\n",
+        "",
+        needs_sanitizer=True,
+    ),
+    Mutant(
+        "input behind the last row",
+        "batch_tile.cuh",
+        "b < batch ?",
+        "b <= batch ?",
+        needs_sanitizer=True,
+    ),
+    Mutant(
+        "no row of zeros for the padding",
+        "batch_tile.cuh",
+        "if (threadIdx.x < Lanes)",
+        "if (false)",
+    ),
+    Mutant(
+        "quads not exchanged as the host packs them",
+        "batch_tile.cuh",
+        "(row / rows_a_wavefront) % Lanes",
+        "0",
+    ),
+    Mutant(
+        "lanes of a row swapped",
+        "batch_tile.cuh",
+        "place_of_row<Lanes>(row) ^ lane",
+        "place_of_row<Lanes>(row) ^ (Lanes - 1 - lane)",
+    ),
+    Mutant(
+        "inputs read before they are staged",
+        STREAM,
+        "    __syncthreads();\n",
+        "",
+        ("streamed",),
+    ),
+    Mutant(
+        "padding reads an input",
+        STREAM,
+        "else if (c < n_in)",
+        "else",
+        ("streamed in place",),
+        needs_sanitizer=True,
+    ),
+    Mutant(
+        "sums of half the lanes",
+        STREAM,
+        "distance > 0; distance /= 2",
+        "distance > 1; distance /= 2",
+        ("streamed",),
+    ),
+    Mutant(
+        "last neurons lost",
+        STREAM,
+        "(n_neurons + stride - 1) / stride",
+        "n_neurons / stride",
+        ("streamed",),
+    ),
+    Mutant(
+        "address of 32 bits",
+        STREAM,
+        "widened(__ldg(x + b * n_in + c))",
+        "widened(__ldg(x + b * static_cast<int>(n_in) + static_cast<int>(c)))",
+        ("streamed in place",),
+        needs_sanitizer=True,
+    ),
+    Mutant(
+        "gradients' tile is overwritten while it is read",
+        VALUES,
+        "    if (step > 0) __syncthreads();  // all warps are done with the tile before\n",
+        "",
+        ("eight lanes",),
+    ),
+    Mutant(
+        "sums exchanged with the wrong lane",
+        VALUES,
+        "odd ? even_sum : odd_sum",
+        "odd ? odd_sum : even_sum",
+    ),
+    Mutant("tile before forgotten", VALUES, "sum : mine[at] + sum", "sum : sum", ("whole inputs",)),
+    Mutant("first split alone", VALUES, "s < splits", "s < 1"),
+    Mutant("one tie too many", MASK, "seen + before < ties[row]", "seen + before <= ties[row]"),
+    Mutant("ties from the end", MASK, "1u << lane) - 1", "2u << lane) - 1"),
+    Mutant(
+        "digits of others counted",
+        MASK,
+        "size >> (shift + kDigitBits) != so_far) continue;",
+        "false) continue;",
+    ),
+    Mutant("ties shared anew in each chunk", MASK, "    missing -= sums[kThreads - 1];\n", ""),
+    Mutant("sign counts", MASK, "static_cast<U>(~U(0)) >> 1", "static_cast<U>(~U(0))"),
+    Mutant("zeros of survivors kept", MASK, "active && survives && nonzero", "active && survives"),
+    Mutant(
+        "full rows keep the smallest",
+        MASK,
+        "(size > last || (is_tie && before <",
+        "(size < last || (is_tie && before <",
+    ),
+    Mutant(
+        "votes read before they are cast",
+        MASK,
+        "  if (lane == 0) warp_ties[warp] = __popc(votes);\n  __syncthreads();\n",
+        "  if (lane == 0) warp_ties[warp] = __popc(votes);\n",
+    ),
+    Mutant(
+        "grown weight keeps what it was",
+        MASK,
+        "before ? bits[i] : grown_init",
+        "bits[i]",
+    ),
+)

@@ -1,0 +1,153 @@
+"""The GPU backend on a simulated device: its host code as it is, its kernels on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from host_device import (
+    HostKernel,
+    HostModule,
+    Order,
+    is_sanitized,
+    run_in_order,
+    tight,
+    tight_empty,
+)
+
+from srigl_core.backends import cupy_gpu
+from srigl_core.backends.cupy_gpu import condensed_matmul
+from srigl_core.backends.cupy_gpu.device import DeviceProperties
+from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
+from srigl_core.backends.cupy_gpu.variants import Variant, variants
+from srigl_core.contract import Capabilities
+
+MOST_COPIED_BYTES = 1 << 30
+
+__all__ = ["KERNELS", "SETTINGS", "Setting", "SimulatedDevice", "simulated_backend"]
+
+KERNELS = Path(str(cupy_gpu.__file__)).parent
+
+
+@dataclass
+class SimulatedDevice:
+    """A device whose arrays are NumPy's, each in memory of just its size.
+
+    Parameters
+    ----------
+    properties : DeviceProperties
+    folder : Path
+        Holds the ``.cu`` files.
+    one_by_one : bool
+        Whether to build a kernel when it is first launched, not all of its file.
+    """
+
+    properties: DeviceProperties
+    folder: Path = KERNELS
+    one_by_one: bool = False
+    launched: set[Variant] = field(default_factory=set)
+    _kernels: dict[Variant, HostKernel] = field(default_factory=dict)
+
+    def number(self) -> int:
+        """Return the only device's."""
+        return 0
+
+    def launch(
+        self,
+        variant: Variant,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        shared_bytes: int = 0,
+    ) -> None:
+        """Run a kernel."""
+        if variant not in self._kernels:
+            self._build(variant)
+        kernel = self._kernels[variant]
+        kernel.max_dynamic_shared_size_bytes = shared_bytes
+        kernel(grid, block, arguments, shared_mem=shared_bytes)
+        self.launched.add(variant)
+
+    def _build(self, wanted: Variant) -> None:
+        whole = [variant for variant in variants() if variant.file == wanted.file]
+        names = [wanted.name] if self.one_by_one else [variant.name for variant in whole]
+        module = HostModule(self.folder, wanted.file, names, sanitize=is_sanitized())
+        for name in names:
+            self._kernels[Variant(wanted.file, name)] = module.kernel(name)
+
+    def empty(self, shape: Any, dtype: Any) -> Any:
+        """Return an array that holds what is no number."""
+        return tight_empty(shape, dtype)
+
+    def zeros(self, shape: Any, dtype: Any) -> Any:
+        """Return an array of zeros."""
+        return tight(np.zeros(shape, dtype))
+
+    def upload(self, array: Any) -> Any:
+        """Return a copy in memory of its own."""
+        return tight(np.ascontiguousarray(array))
+
+    def download(self, array: Any) -> Any:
+        """Return a copy."""
+        return np.array(array)
+
+    def contiguous(self, array: Any) -> Any:
+        """Return a copy in memory of its own: a kernel's input ends where it ends."""
+        array = np.ascontiguousarray(array)
+        return array if array.nbytes > MOST_COPIED_BYTES else tight(array)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A device, and what its plans may choose.
+
+    Parameters
+    ----------
+    shared_bytes : int
+        Few, so that small inputs are cut into segments.
+    lanes : tuple of int
+        To a neuron.
+    stream_rows : int
+        Rows up to which the weight is streamed.
+    processors : int
+    order : Order
+        Of threads and blocks.
+    """
+
+    shared_bytes: int
+    lanes: tuple[int, ...] = (1, 2, 4, 8)
+    stream_rows: int = 0
+    processors: int = 3
+    order: Order = field(default_factory=Order)
+
+
+SETTINGS = {
+    "one lane": Setting(288, (1,)),
+    "two lanes": Setting(512, (2,), order=Order("reverse", "reverse")),
+    "four lanes": Setting(1024, (4,), processors=132, order=Order(1)),
+    "eight lanes": Setting(2048, (8,), processors=1, order=Order(2, "reverse")),
+    "whole inputs": Setting(48 << 10, order=Order(3)),
+    "streamed": Setting(48 << 10, stream_rows=8, order=Order(4)),
+    "streamed in place": Setting(160, (1, 4), stream_rows=8, processors=1, order=Order("reverse")),
+}
+
+
+@contextmanager
+def simulated_backend(setting: Setting, **device: Any) -> Iterator[GpuBackend]:
+    """Give the backend on a simulated device; `device` are options of `SimulatedDevice`."""
+    properties = DeviceProperties(
+        "simulated", setting.processors, setting.shared_bytes, 4 * setting.shared_bytes
+    )
+    backend = GpuBackend(SimulatedDevice(properties, **device), "simulated", Capabilities())
+    with (
+        mock.patch.object(condensed_matmul, "TILE_LANES", setting.lanes),
+        mock.patch.object(condensed_matmul, "MOST_STREAM_ROWS", setting.stream_rows),
+        mock.patch.object(condensed_matmul, "MOST_BATCH_SPLITS", 2),  # several tiles to a block
+        run_in_order(setting.order),
+    ):
+        yield backend
