@@ -7,9 +7,11 @@ A backend never validates: everything it is handed has passed the public door (`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core.value_types import VALUE_TYPES
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ACTIVATIONS",
     "OPERATIONS",
+    "ArrayKind",
     "Backend",
     "Capabilities",
     "MatmulGradients",
@@ -76,6 +79,75 @@ class MatmulGradients:
     x: NDArray[Any] | None = field(default=None)
     values: NDArray[Any] | None = field(default=None)
     bias: NDArray[Any] | None = field(default=None)
+
+
+class ArrayKind(Protocol):
+    """What the public door does with a backend's arrays, where these are not NumPy's.
+
+    An array has NumPy's `shape`, `ndim`, `size`, `dtype`, `reshape` and assignment.
+    """
+
+    def computing(self, like: object) -> AbstractContextManager[None]:
+        """Return a context to check and compute in, for a call with `like`."""
+        ...
+
+    def as_float_array(self, array: object, what: str) -> Any:
+        """Return `array` as one of the backend's, of a value type, without a copy.
+
+        Raises
+        ------
+        ValueTypeError
+            If it is none, lives on another device, or holds other numbers; says `what` it is.
+        """
+        ...
+
+    def as_mask(self, mask: object, shape: tuple[int, ...]) -> Any:
+        """Return `mask` as one of the backend's arrays, of bool.
+
+        Raises
+        ------
+        ValueTypeError
+            If it is none, or holds no booleans.
+        SriglError
+            If it has another shape.
+        """
+        ...
+
+    def contiguous(self, array: Any) -> Any:
+        """Return an array in C order, itself if it is."""
+        ...
+
+    def count_not_finite(self, array: Any, mask: Any | None = None) -> int:
+        """Return how many numbers, of those where `mask` is True, are NaN or infinite."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """Return a new array."""
+        ...
+
+    def as_out(self, out: object, shape: tuple[int, ...], inputs: dict[str, Any]) -> Any:
+        """Return `out` as one of the backend's arrays, of the same memory.
+
+        Raises
+        ------
+        ValueTypeError
+            If it is no array of a value type that can be written in place.
+        SriglError
+            If its shape differs, or it shares memory with one of `inputs`.
+        """
+        ...
+
+    def round_to(self, array: Any, dtype: np.dtype[Any]) -> Any:
+        """Return `array` rounded once to `dtype`."""
+        ...
+
+    def share_memory(self, one: Any, other: Any) -> bool:
+        """Whether a view and its array are still of the same memory."""
+        ...
+
+    def given_back(self, array: Any, like: object) -> Any:
+        """Return a result in the kind of array that the caller's `like` is."""
+        ...
 
 
 class PreparedWeight(Protocol):
@@ -155,7 +227,8 @@ class Backend(Protocol):
 
     The entry point names a class (or any callable without arguments) that makes one. Making it, or
     importing its module, raises `BackendUnavailableError` where it cannot run, saying what is
-    missing and what to install.
+    missing and what to install. One whose arrays are not NumPy's has an attribute ``arrays``, an
+    `ArrayKind`.
     """
 
     name: str

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from srigl_core.array_checks import as_float_array
 from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.contract import Backend, MatmulGradients
+from srigl_core.host_arrays import HOST_ARRAYS
 from srigl_core.mask_update import MaskUpdate, UpdateSettings, checked_update
 from srigl_core.plan import Plan, check_condensed, checked_threads
 from srigl_core.registry import check_dtype, get_backend
@@ -78,7 +78,8 @@ def condensed_matmul(
     >>> condensed_matmul(np.array([[1.0, 10.0, 100.0]]), weight, np.array([0.5, 0.25]))
     array([[20.5 ,  0.25]])
     """
-    plan = _plan(weight, get_backend(backend, operation="condensed_matmul"))
+    chosen = get_backend(backend, operation="condensed_matmul", device=_device_of(x))
+    plan = _plan(weight, chosen)
     return plan(x, bias, activation=activation, compact=compact, out=out, threads=threads)
 
 
@@ -128,7 +129,8 @@ def condensed_matmul_backward(
     SPEC 2, Backward: a NaN in `grad` at an ablated neuron, or in `x` at an unconnected column,
     reaches neither dx nor dvalues. Cost O(batch * n_active * k).
     """
-    plan = _plan(weight, get_backend(backend, operation="condensed_matmul_backward"))
+    chosen = get_backend(backend, operation="condensed_matmul_backward", device=_device_of(grad))
+    plan = _plan(weight, chosen)
     return plan.backward(grad, x, wrt=wrt, out=out, threads=threads)
 
 
@@ -182,13 +184,31 @@ def update_mask(
     settings = UpdateSettings(
         nnz_budget, drop_fraction, gamma_sal, min_salient, saliency_scope, grown_init
     )
-    chosen = get_backend(backend, operation="update_mask")
+    chosen = get_backend(backend, operation="update_mask", device=_device_of(weight))
     threads = checked_threads(threads)
+    arrays = getattr(chosen, "arrays", HOST_ARRAYS)
     for what, array in (("weight", weight), ("grad", grad)):
-        check_dtype(chosen, what, as_float_array(array, what).dtype)
-    return checked_update(chosen.update_mask, weight, grad, mask, settings, threads=threads)
+        check_dtype(chosen, what, arrays.as_float_array(array, what).dtype)
+    return checked_update(
+        chosen.update_mask, weight, grad, mask, settings, arrays=arrays, threads=threads
+    )
 
 
 def _plan(weight: CondensedWeight, backend: Backend) -> Plan:
     check_condensed(weight)
     return weight.plan(backend)
+
+
+def _device_of(array: object) -> str:
+    """Return where an array is, "cpu" or "cuda", by the protocols that it speaks."""
+    if type(array) is np.ndarray:
+        return "cpu"
+    if hasattr(array, "__cuda_array_interface__"):
+        return "cuda"
+    if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == _DLPACK_CUDA:
+        return "cuda"
+    return "cpu"
+
+
+_DLPACK_CUDA = 2
+"""DLPack's number for CUDA devices."""

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from srigl_core.array_checks import as_float_array, as_mask, check_integer, check_real
+from srigl_core.array_checks import check_integer, check_real
 from srigl_core.condensed_weight import flat_shape
+from srigl_core.contract import ArrayKind
 from srigl_core.errors import SriglError
-from srigl_core.float_mode import honour_subnormals
+from srigl_core.host_arrays import HOST_ARRAYS
 
 __all__ = [
     "SALIENCY_SCOPES",
@@ -151,6 +152,8 @@ def checked_update(
     grad: ArrayLike,
     mask: NDArray[np.bool_],
     settings: UpdateSettings,
+    *,
+    arrays: ArrayKind = HOST_ARRAYS,
     **options: Any,
 ) -> MaskUpdate:
     """Check the input, run `algorithm` on two axes, return its result in the weight's shape.
@@ -160,20 +163,22 @@ def checked_update(
     SriglError
         If a shape, a number or the budget does not fit; nothing is changed.
     """
-    w, g, m = check_update_arrays(weight, grad, mask)
-    settings.check_fits(w.shape)
-    with np.errstate(over="ignore"):
-        if np.isinf(w.dtype.type(settings.grown_init)):
-            raise SriglError(f"grown_init={settings.grown_init!r} is too large for {w.dtype}")
-    with honour_subnormals():
+    with arrays.computing(weight):
+        w, g, m = check_update_arrays(weight, grad, mask, arrays)
+        settings.check_fits(w.shape)
+        with np.errstate(over="ignore"):
+            if np.isinf(w.dtype.type(settings.grown_init)):
+                raise SriglError(f"grown_init={settings.grown_init!r} is too large for {w.dtype}")
         update = algorithm(w, g, m, settings, **options)
-    return replace(
-        update, mask=update.mask.reshape(mask.shape), weight=update.weight.reshape(mask.shape)
-    )
+        return replace(
+            update,
+            mask=arrays.given_back(update.mask.reshape(mask.shape), mask),
+            weight=arrays.given_back(update.weight.reshape(mask.shape), weight),
+        )
 
 
 def check_update_arrays(
-    weight: ArrayLike, grad: ArrayLike, mask: NDArray[np.bool_]
+    weight: ArrayLike, grad: ArrayLike, mask: NDArray[np.bool_], arrays: ArrayKind = HOST_ARRAYS
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
     """Return `weight`, `grad` and `mask` as C-ordered arrays of shape (n_out, n_in).
 
@@ -184,6 +189,8 @@ def check_update_arrays(
     grad : array, same shape
         Finite everywhere.
     mask : ndarray of bool, same shape
+    arrays : ArrayKind
+        Those of the backend.
 
     Raises
     ------
@@ -192,35 +199,23 @@ def check_update_arrays(
     ValueTypeError
         If a dtype is not of its kind.
     """
-    weight = as_float_array(weight, "weight")
-    grad = as_float_array(grad, "grad")
-    shape = flat_shape(weight.shape)
-    if grad.shape != weight.shape:
-        raise SriglError(f"grad has shape {grad.shape}, but its weight has {weight.shape}")
-    mask = as_mask(mask, weight.shape)
-    _refuse_not_finite("grad", ~_is_finite(grad))
-    _refuse_not_finite("weight at active positions", mask & ~_is_finite(weight))
+    w: Any = arrays.as_float_array(weight, "weight")
+    g: Any = arrays.as_float_array(grad, "grad")
+    shape = flat_shape(w.shape)
+    if g.shape != w.shape:
+        raise SriglError(f"grad has shape {g.shape}, but its weight has {w.shape}")
+    m: Any = arrays.as_mask(mask, w.shape)
+    for name, count in (
+        ("grad", arrays.count_not_finite(g)),
+        ("weight at active positions", arrays.count_not_finite(w, m)),
+    ):
+        if count:
+            raise SriglError(
+                f"{name} is not finite in {count} of {g.size} places (NaN or inf); skip this "
+                f"update, or find where the loss diverged. Nothing was changed"
+            )
     return (
-        np.ascontiguousarray(weight).reshape(shape),
-        np.ascontiguousarray(grad).reshape(shape),
-        np.ascontiguousarray(mask).reshape(shape),
+        arrays.contiguous(w).reshape(shape),
+        arrays.contiguous(g).reshape(shape),
+        arrays.contiguous(m).reshape(shape),
     )
-
-
-def _is_finite(array: NDArray[Any]) -> NDArray[np.bool_]:
-    finite: NDArray[np.bool_]
-    if array.itemsize == 2:  # not all exponent bits are set; NumPy would convert every number
-        infinity = np.array(np.inf, array.dtype).view(np.uint16)
-        finite = (array.view(np.uint16) & infinity) != infinity
-    else:
-        finite = np.isfinite(array)
-    return finite
-
-
-def _refuse_not_finite(name: str, wrong: NDArray[np.bool_]) -> None:
-    count = np.count_nonzero(wrong)
-    if count:
-        raise SriglError(
-            f"{name} is not finite in {count} of {wrong.size} places (NaN or inf); skip this "
-            f"update, or find where the loss diverged. Nothing was changed"
-        )

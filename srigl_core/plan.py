@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from srigl_core.array_checks import as_float_array, check_integer, check_out
-from srigl_core.contract import ACTIVATIONS, Backend, MatmulGradients, PreparedWeight
+from srigl_core.array_checks import check_integer
+from srigl_core.contract import (
+    ACTIVATIONS,
+    ArrayKind,
+    Backend,
+    MatmulGradients,
+    PreparedWeight,
+)
 from srigl_core.errors import SriglError, ValueTypeError
-from srigl_core.float_mode import honour_subnormals
+from srigl_core.host_arrays import HOST_ARRAYS
 from srigl_core.recommendation import dense_nanoseconds
 from srigl_core.registry import check_dtype, get_backend
-from srigl_core.value_types import result_dtype, round_to
+from srigl_core.value_types import result_dtype
 
 if TYPE_CHECKING:
     from srigl_core.condensed_weight import CondensedWeight
@@ -76,11 +82,12 @@ class Plan:
     threads : int or None
     """
 
-    __slots__ = ("_prepared", "_quick_matmul", "backend", "threads", "weight")
+    __slots__ = ("_arrays", "_prepared", "_quick_matmul", "backend", "threads", "weight")
 
     weight: CondensedWeight
     backend: Backend
     threads: int | None
+    _arrays: ArrayKind
     _prepared: PreparedWeight
     _quick_matmul: Callable[..., NDArray[Any] | None]
 
@@ -92,7 +99,8 @@ class Plan:
         threads: int | None,
     ) -> None:
         quick = getattr(prepared, "quick_matmul", _not_quick)
-        values = (prepared, quick, backend, threads, weight)
+        arrays = getattr(backend, "arrays", HOST_ARRAYS)
+        values = (arrays, prepared, quick, backend, threads, weight)
         for name, value in zip(self.__slots__, values, strict=True):
             object.__setattr__(self, name, value)
 
@@ -142,9 +150,21 @@ class Plan:
             quick = self._quick_matmul(x, bias, activation, compact, threads)
             if quick is not None:
                 return quick
-        weight = self.weight
+        with self._arrays.computing(x):
+            return self._multiply(x, bias, activation, compact, out, threads)
+
+    def _multiply(
+        self,
+        given: Any,
+        bias: Any | None,
+        activation: str | None,
+        compact: bool,
+        out: NDArray[Any] | None,
+        threads: int | None,
+    ) -> NDArray[Any]:
+        weight, arrays = self.weight, self._arrays
         n_out, n_in = weight.shape
-        x = as_float_array(x, "x")
+        x = arrays.as_float_array(given, "x")
         if x.ndim == 0 or x.shape[-1] != n_in:
             raise SriglError(
                 f"x has shape {x.shape}, but its last axis must be the weight's n_in={n_in} "
@@ -152,7 +172,7 @@ class Plan:
             )
         kind = self._result_dtype(x, "x")
         if bias is not None:
-            bias = as_float_array(bias, "bias")
+            bias = arrays.as_float_array(bias, "bias")
             if bias.shape != (n_out,):
                 raise SriglError(
                     f"bias has shape {bias.shape}, but needs one number for each of the n_out="
@@ -163,20 +183,19 @@ class Plan:
             raise SriglError(f"activation={activation!r} is unknown; use {', '.join(ACTIVATIONS)}")
         shape = (*x.shape[:-1], weight.n_active if compact else n_out)
         inputs = {"x": x} if bias is None else {"x": x, "bias": bias}
-        result = _result_array(out, shape, kind, inputs)
+        result = self._result_array(out, shape, kind, inputs)
         if result.size:
             flat = _rows(result)
-            with honour_subnormals():
-                self._prepared.matmul(
-                    _rows(x),
-                    None if bias is None else round_to(bias, kind),
-                    activation=activation,
-                    compact=compact,
-                    out=flat,
-                    threads=threads,
-                )
-            _copy_back(result, flat)
-        return result
+            self._prepared.matmul(
+                _rows(x),
+                None if bias is None else arrays.round_to(bias, kind),
+                activation=activation,
+                compact=compact,
+                out=flat,
+                threads=threads,
+            )
+            self._copy_back(result, flat)
+        return arrays.given_back(result, given) if out is None else out
 
     def backward(
         self,
@@ -202,12 +221,24 @@ class Plan:
         -------
         MatmulGradients
         """
-        weight = self.weight
-        n_out, n_in = weight.shape
         wanted = _checked_wrt(wrt)
         if "condensed_matmul_backward" not in self.backend.capabilities.operations:
             get_backend(self.backend, operation="condensed_matmul_backward")
-        grad = as_float_array(grad, "grad")
+        threads = self.threads if threads is None else checked_threads(threads)
+        with self._arrays.computing(grad):
+            return self._gradients(grad, x, wanted, out, threads)
+
+    def _gradients(
+        self,
+        given: Any,
+        x: Any | None,
+        wanted: tuple[str, ...],
+        out: MatmulGradients | None,
+        threads: int | None,
+    ) -> MatmulGradients:
+        weight, arrays = self.weight, self._arrays
+        n_out, n_in = weight.shape
+        grad = arrays.as_float_array(given, "grad")
         if grad.ndim == 0 or grad.shape[-1] != n_out:
             raise SriglError(
                 f"grad has shape {grad.shape}, but its last axis must be the weight's "
@@ -217,7 +248,7 @@ class Plan:
         if "values" in wanted:
             if x is None:
                 raise SriglError("the gradient of the values needs x, the forward pass's input")
-            x = inputs["x"] = as_float_array(x, "x")
+            x = inputs["x"] = arrays.as_float_array(x, "x")
             if x.shape != (*grad.shape[:-1], n_in):
                 raise SriglError(
                     f"x has shape {x.shape}, but grad of shape {grad.shape} and a weight "
@@ -226,21 +257,22 @@ class Plan:
         else:
             x = None
         results = self._gradient_arrays(wanted, grad, x, out, inputs)
-        threads = self.threads if threads is None else checked_threads(threads)
         if grad.size:
             flats = {n: _rows(array) if n == "x" else array for n, array in results.items()}
-            with honour_subnormals():
-                self._prepared.backward(
-                    _rows(grad),
-                    None if x is None else _rows(x),
-                    out=MatmulGradients(**flats),
-                    threads=threads,
-                )
+            self._prepared.backward(
+                _rows(grad),
+                None if x is None else _rows(x),
+                out=MatmulGradients(**flats),
+                threads=threads,
+            )
             for name, flat in flats.items():
-                _copy_back(results[name], flat)
+                self._copy_back(results[name], flat)
         else:
             for array in results.values():
                 array[...] = 0
+        for name, array in results.items():
+            asked = None if out is None else getattr(out, name)
+            results[name] = arrays.given_back(array, given) if asked is None else asked
         return MatmulGradients(**results)
 
     def with_values(self, values: ArrayLike) -> Plan:
@@ -330,9 +362,24 @@ class Plan:
         others = dict(inputs)
         for name in wanted:
             given = None if out is None else getattr(out, name)
-            results[name] = _result_array(given, shapes[name], kinds[name], others)
+            results[name] = self._result_array(given, shapes[name], kinds[name], others)
             others[f"the gradient of {name}"] = results[name]
         return results
+
+    def _result_array(
+        self,
+        out: object,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        inputs: dict[str, NDArray[Any]],
+    ) -> Any:
+        if out is None:
+            return self._arrays.empty(shape, dtype)
+        return self._arrays.as_out(out, shape, inputs)
+
+    def _copy_back(self, array: NDArray[Any], flat: NDArray[Any]) -> None:
+        if not self._arrays.share_memory(array, flat):
+            array[...] = flat.reshape(array.shape)
 
 
 def _not_quick(*arguments: object) -> None:
@@ -378,23 +425,6 @@ def _checked_wrt(wrt: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(wanted))
 
 
-def _result_array(
-    out: NDArray[Any] | None,
-    shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    inputs: dict[str, NDArray[Any]],
-) -> NDArray[Any]:
-    if out is None:
-        return np.empty(shape, dtype)
-    check_out(out, shape, inputs)
-    return out
-
-
 def _rows(array: NDArray[Any]) -> NDArray[Any]:
     """Return `array` with its leading axes as one: a view, or a copy where strides forbid one."""
     return array.reshape(-1, array.shape[-1])
-
-
-def _copy_back(array: NDArray[Any], flat: NDArray[Any]) -> None:
-    if not np.may_share_memory(array, flat):
-        array[...] = flat.reshape(array.shape)

@@ -65,17 +65,21 @@ def list_backends() -> list[BackendStatus]:
     )
 
 
-def get_backend(backend: str | Backend | None = None, *, operation: str | None = None) -> Backend:
+def get_backend(
+    backend: str | Backend | None = None, *, operation: str | None = None, device: str = "cpu"
+) -> Backend:
     """Return the backend asked for, or the preferred one that can run here.
 
     Parameters
     ----------
     backend : str, Backend or None
-        A registered name, an object that implements `Backend`, or None for the available CPU
-        backend of highest priority.
+        A registered name, an object that implements `Backend`, or None for the available backend
+        of highest priority on `device`.
     operation : str or None
         What it has to offer, one of `srigl_core.contract.OPERATIONS`; None, nothing in
         particular.
+    device : {"cpu", "cuda"}
+        Where the arrays are; looked at only where no backend is named.
 
     Returns
     -------
@@ -91,7 +95,7 @@ def get_backend(backend: str | Backend | None = None, *, operation: str | None =
         If `backend` is neither a name nor a backend.
     """
     if backend is None:
-        return _preferred(operation or "condensed_matmul")
+        return _preferred(operation or "condensed_matmul", device)
     found = _load(backend) if isinstance(backend, str) else backend
     if isinstance(found, type) or not isinstance(found, Backend):
         raise ValueTypeError(
@@ -136,11 +140,16 @@ def check_dtype(backend: Backend, what: str, dtype: np.dtype[Any]) -> None:
 
 
 @functools.cache
-def _preferred(operation: str) -> Backend:
+def _preferred(operation: str, device: str) -> Backend:
     for status in list_backends():
         able = status.capabilities
-        if able and able.device == "cpu" and operation in able.operations:
+        if able and able.device == device and operation in able.operations:
             return _load(status.name)
+    if device != "cpu":
+        reasons = "; ".join(s.reason for s in list_backends() if not s.available) or "none is known"
+        raise BackendUnavailableError(
+            f"the arrays are on a {device} device, and no backend for one can run here: {reasons}"
+        )
     raise BackendUnavailableError(
         f"no backend that offers {operation} is installed; is srigl-core itself installed? "
         f"A source folder on the path has no entry points: pip install srigl-core"

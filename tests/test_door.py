@@ -20,8 +20,11 @@ from srigl_core import (
     get_backend,
     list_backends,
     prepare,
+    registry,
     update_mask,
 )
+from srigl_core.host_arrays import HostArrays
+from srigl_core.registry import BackendStatus
 
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = (np.dtype(np.float16), bfloat16, np.dtype(np.float32), np.dtype(np.float64))
@@ -692,10 +695,110 @@ def test_registered_backends_are_listed_preferred_first():
 def test_the_preferred_backend_is_used_where_none_is_named():
     for operation in ("condensed_matmul", "condensed_matmul_backward", "update_mask"):
         able = [
-            s for s in list_backends() if s.available and operation in s.capabilities.operations
+            s
+            for s in list_backends()
+            if s.available
+            and operation in s.capabilities.operations
+            and s.capabilities.device == "cpu"
         ]
         assert get_backend(operation=operation).name == able[0].name
         assert get_backend(None, operation=operation) is get_backend(able[0].name)
+
+
+class OnCuda:
+    """What tells of an array on a CUDA device, and no more."""
+
+    def __dlpack__(self, **options):
+        raise BufferError("this array is on a CUDA device")
+
+    def __dlpack_device__(self):
+        return (2, 0)
+
+
+def test_an_array_on_a_cuda_device_gets_a_backend_for_one(monkeypatch):
+    for_cuda = FakeBackend(device="cuda", priority=-1)
+    weight, there = weight_of(), OnCuda()
+    known = [*list_backends(), BackendStatus("fake", True, "", for_cuda.capabilities)]
+    with monkeypatch.context() as patched:
+        patched.setattr(registry, "list_backends", lambda: known)
+        patched.setattr(registry, "_load", {"fake": for_cuda}.get)
+        registry._preferred.cache_clear()
+        assert get_backend(device="cuda") is for_cuda
+        with pytest.raises(ValueTypeError, match="x of type OnCuda"):
+            condensed_matmul(there, weight)  # it takes NumPy's arrays, in truth
+        assert for_cuda.n_prepared == 1
+    registry._preferred.cache_clear()
+
+
+@pytest.mark.skipif(
+    any(s.available and s.capabilities.device == "cuda" for s in list_backends()),
+    reason="there is a backend for CUDA devices",
+)
+def test_an_array_on_a_cuda_device_is_never_copied_to_the_cpu():
+    there, weight = OnCuda(), weight_of()
+    for call in (
+        lambda: condensed_matmul(there, weight),
+        lambda: condensed_matmul_backward(there, X, weight),
+        lambda: update_mask(there, X, X > 0, nnz_budget=6, drop_fraction=0.3),
+    ):
+        with pytest.raises(BackendUnavailableError, match=r"on a cuda device.*srigl-core\[cupy\]"):
+            call()
+    with pytest.raises(ValueTypeError, match="x of type OnCuda cannot be read without a copy"):
+        condensed_matmul(there, weight, backend="reference")
+
+
+class Boxed:
+    """An array of a kind that NumPy cannot read."""
+
+    def __init__(self, content):
+        self.content = content
+        self.shape = content.shape
+
+
+class BoxedArrays(HostArrays):
+    def as_float_array(self, array, what):
+        if not isinstance(array, Boxed):
+            raise ValueTypeError(f"{what} is in no box")
+        return super().as_float_array(array.content, what)
+
+    def as_mask(self, mask, shape):
+        return super().as_mask(mask.content, shape)
+
+    def as_out(self, out, shape, inputs):
+        return super().as_out(out.content, shape, inputs)
+
+    def given_back(self, array, like):
+        assert isinstance(like, Boxed)
+        return Boxed(array)
+
+
+def test_a_backend_with_arrays_of_its_own_gives_them_back():
+    backend = FakeBackend()
+    backend.arrays = BoxedArrays()
+    weight, bias = weight_of(), np.arange(4, dtype=np.float32)
+    expected = condensed_matmul(X, weight, bias, backend="reference")
+    plan = prepare(weight, backend=backend)
+    result = plan(Boxed(X), Boxed(bias))
+    np.testing.assert_array_equal(result.content, expected)
+    out = Boxed(np.empty_like(expected))
+    assert plan(Boxed(X), Boxed(bias), out=out) is out
+    np.testing.assert_array_equal(out.content, expected)
+    with pytest.raises(ValueTypeError, match="bias is in no box"):
+        plan(Boxed(X), bias)
+
+    grad = X[:, :4]
+    wanted = condensed_matmul_backward(grad, X, weight, backend="reference")
+    got = plan.backward(
+        Boxed(grad), Boxed(X), out=MatmulGradients(x=Boxed(np.empty_like(wanted.x)))
+    )
+    for name in ("x", "values", "bias"):
+        np.testing.assert_array_equal(getattr(got, name).content, getattr(wanted, name))
+
+    options = {"nnz_budget": 6, "drop_fraction": 0.3}
+    wanted = update_mask(X, -X, X > 0, backend="reference", **options)
+    got = update_mask(Boxed(X), Boxed(-X), Boxed(X > 0), backend=backend, **options)
+    np.testing.assert_array_equal(got.mask.content, wanted.mask)
+    np.testing.assert_array_equal(got.weight.content, wanted.weight)
 
 
 def test_an_unknown_backend_is_refused_with_those_there_are():
