@@ -1,7 +1,7 @@
 # make demo, make test: set up .venv with Python 3.11 or newer, then run.
 # PYTHON=path/to/python: use an interpreter that is set up already; nothing is installed.
 
-.PHONY: help demo test check clean
+.PHONY: help demo test check gpu gpu-compile clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # An interpreter with a plain install must not find the checkout's folders first.
@@ -21,6 +21,8 @@ help:
 	@echo "make demo    train on handwritten digits, measure inference"
 	@echo "make test    run the test suite"
 	@echo "make check   run what CI runs"
+	@echo "make gpu     check the GPU kernels on a CUDA device"
+	@echo "make gpu-compile   compile the GPU kernels for all architectures, without a GPU"
 	@echo "make clean   remove .venv and build outputs"
 
 demo: $(demo-ready)
@@ -31,6 +33,12 @@ test: $(test-ready)
 
 check:
 	.ci/run
+
+gpu: $(test-ready)
+	PYTHONPATH=tests/gpu $(python) tests/gpu/check_kernels.py --device --examples 200
+
+gpu-compile: $(test-ready)
+	$(python) tests/gpu/compile_gate.py --arch 75 80 90 100 120 --table docs/gpu_kernels.md
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -1,0 +1,1 @@
+"""CUDA kernels, launched through CuPy."""

@@ -1,0 +1,138 @@
+"""What the public door does with CUDA arrays: CuPy's, and what others lend by DLPack.
+
+Nothing is imported that the caller has not imported: a tensor's module is in ``sys.modules``.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import cupy
+import numpy as np
+
+from srigl_core.backends.cupy_gpu.conversions import converted
+from srigl_core.backends.cupy_gpu.cupy_device import CupyDevice
+from srigl_core.backends.cupy_gpu.mask_update import count_not_finite
+from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.value_types import value_dtype
+
+__all__ = ["CudaArrays"]
+
+
+class CudaArrays:
+    """Arrays on the current CUDA device: `srigl_core.contract.ArrayKind` of this backend."""
+
+    def __init__(self, device: CupyDevice) -> None:
+        self._device = device
+
+    def computing(self, like: object) -> AbstractContextManager[Any]:
+        """Return a context with the stream that is current where `like` comes from."""
+        if _library_of(like) != "torch":
+            return nullcontext()
+        torch, tensor = sys.modules["torch"], cast(Any, like)
+        number = torch.cuda.current_stream(tensor.device).cuda_stream
+        # Stream 0 is the legacy one, which is torch's default.
+        stream: AbstractContextManager[Any] = (
+            cupy.cuda.ExternalStream(number) if number else cupy.cuda.Stream.null
+        )
+        return stream
+
+    def as_float_array(self, array: object, what: str) -> Any:
+        """Return `array` as a CuPy array of a value type, of the same memory."""
+        found = self._borrowed(array, what)
+        value_dtype(found.dtype, f"{what} of dtype")
+        return found
+
+    def as_mask(self, mask: object, shape: tuple[int, ...]) -> Any:
+        """Return `mask` as a CuPy array of bool."""
+        found = self._borrowed(mask, "mask")
+        if found.dtype != np.bool_:
+            raise ValueTypeError(
+                f"mask must be an array of bool, got {found.dtype}; pass mask != 0"
+            )
+        if found.shape != shape:
+            raise SriglError(f"mask has shape {found.shape}, but must have {shape}")
+        return found
+
+    def contiguous(self, array: Any) -> Any:
+        """Return an array in C order, itself if it is."""
+        return self._device.contiguous(array)
+
+    def count_not_finite(self, array: Any, mask: Any | None = None) -> int:
+        """Return how many numbers, of those where `mask` is True, are NaN or infinite."""
+        return count_not_finite(self._device, array, mask)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """Return a new array, of CuPy's pool."""
+        return cupy.empty(shape, dtype)
+
+    def as_out(self, out: object, shape: tuple[int, ...], inputs: dict[str, Any]) -> Any:
+        """Return `out` as a CuPy array of the same memory."""
+        found = self.as_float_array(out, "out")
+        if found.shape != shape:
+            raise SriglError(f"out has shape {found.shape}, but the result has {shape}")
+        for name, array in inputs.items():
+            if cupy.may_share_memory(found, array):
+                raise SriglError(
+                    f"out shares memory with {name}, which must not be written; copy one"
+                )
+        return found
+
+    def round_to(self, array: Any, dtype: np.dtype[Any]) -> Any:
+        """Return `array` rounded once to `dtype`."""
+        return converted(self._device, array, dtype)
+
+    def share_memory(self, one: Any, other: Any) -> bool:
+        """Whether a view and its array are still of the same memory."""
+        return bool(cupy.may_share_memory(one, other))
+
+    def given_back(self, array: Any, like: object) -> Any:
+        """Return a result in the kind of array that `like` is: CuPy's, torch's or JAX's."""
+        library = _library_of(like)
+        if library == "torch":
+            torch = sys.modules["torch"]
+            if array.dtype.name != "bfloat16":
+                return torch.from_dlpack(array)
+            return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
+        if library in ("jax", "jaxlib"):
+            return sys.modules["jax"].dlpack.from_dlpack(array)
+        return array
+
+    def _borrowed(self, array: object, what: str) -> Any:
+        """Return `array` as one of CuPy's, of the same memory, on the current device."""
+        found = array if isinstance(array, cupy.ndarray) else _from_protocol(array, what)
+        current = cupy.cuda.runtime.getDevice()
+        if found.device.id != current:
+            raise ValueTypeError(
+                f"{what} is on CUDA device {found.device.id}, but device {current} is current; "
+                f"call within `with cupy.cuda.Device({found.device.id}):`, or copy it"
+            )
+        return found
+
+
+def _from_protocol(array: Any, what: str) -> Any:
+    if _library_of(array) == "torch":
+        array = array.detach()
+        torch = sys.modules["torch"]
+        if array.is_cuda and array.dtype == torch.bfloat16:
+            import ml_dtypes
+
+            return cupy.from_dlpack(array.view(torch.int16)).view(ml_dtypes.bfloat16)
+    if hasattr(array, "__cuda_array_interface__"):
+        return cupy.asarray(array)
+    if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == _KDL_CUDA:
+        return cupy.from_dlpack(array)
+    raise ValueTypeError(
+        f"{what} of type {type(array).__name__} is not on a CUDA device, where backend 'cupy' "
+        f"takes arrays; pass cupy.asarray({what}), or name a CPU backend"
+    )
+
+
+_KDL_CUDA = 2
+"""DLPack's number for CUDA devices."""
+
+
+def _library_of(array: object) -> str:
+    return type(array).__module__.partition(".")[0]

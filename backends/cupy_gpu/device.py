@@ -1,0 +1,95 @@
+"""What the host code needs of a device, so that the same code drives one that is simulated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import DTypeLike, NDArray
+
+from srigl_core.backends.cupy_gpu.variants import Variant
+
+__all__ = ["Device", "DeviceProperties", "fitting_blocks"]
+
+
+@dataclass(frozen=True)
+class DeviceProperties:
+    """What a plan depends on.
+
+    Parameters
+    ----------
+    name : str
+    processors : int
+        Multiprocessors.
+    block_shared_bytes : int
+        Shared memory that a block can have at most, having opted in.
+    processor_shared_bytes : int
+        That of a multiprocessor.
+    """
+
+    name: str
+    processors: int
+    block_shared_bytes: int
+    processor_shared_bytes: int
+
+
+class Device(Protocol):
+    """A CUDA device, or what stands in for one; its arrays behave as NumPy's do."""
+
+    @property
+    def properties(self) -> DeviceProperties:
+        """Return the properties of the current device."""
+        ...
+
+    def number(self) -> int:
+        """Return which of the devices is current."""
+        ...
+
+    def launch(
+        self,
+        variant: Variant,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        shared_bytes: int = 0,
+    ) -> None:
+        """Run a kernel on the current stream.
+
+        Parameters
+        ----------
+        variant : Variant
+        grid, block : tuple of int
+        arguments : tuple
+            Contiguous arrays, and NumPy scalars of the parameters' types.
+        shared_bytes : int
+            Dynamic shared memory.
+        """
+        ...
+
+    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Any:
+        """Return an uninitialised array."""
+        ...
+
+    def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Any:
+        """Return an array of zeros."""
+        ...
+
+    def upload(self, array: NDArray[Any]) -> Any:
+        """Return a copy of a host array on the device."""
+        ...
+
+    def download(self, array: Any) -> NDArray[Any]:
+        """Return a copy of a device array on the host, once it has been computed."""
+        ...
+
+    def contiguous(self, array: Any) -> Any:
+        """Return the array in C order, itself if it is."""
+        ...
+
+
+def fitting_blocks(properties: DeviceProperties, shared_bytes: int, threads: int) -> int:
+    """Return how many blocks run on the device at once."""
+    per_processor = min(
+        2048 // threads, properties.processor_shared_bytes // max(1, shared_bytes + 1024)
+    )
+    return properties.processors * max(1, per_processor)

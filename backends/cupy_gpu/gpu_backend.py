@@ -1,0 +1,46 @@
+"""The GPU kernels as the contract sees them, on any device: CuPy's, or one that is simulated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from srigl_core.backends.cupy_gpu import mask_update
+from srigl_core.backends.cupy_gpu.condensed_matmul import GpuPrepared
+from srigl_core.backends.cupy_gpu.device import Device
+from srigl_core.condensed_weight import CondensedWeight
+from srigl_core.contract import Capabilities
+from srigl_core.mask_update import MaskUpdate, UpdateSettings
+
+__all__ = ["GpuBackend"]
+
+
+class GpuBackend:
+    """CUDA kernels on a device.
+
+    Parameters
+    ----------
+    device : Device
+    name : str
+    capabilities : Capabilities
+    """
+
+    def __init__(self, device: Device, name: str, capabilities: Capabilities) -> None:
+        self.device = device
+        self.name = name
+        self.capabilities = capabilities
+
+    def prepare(self, weight: CondensedWeight) -> GpuPrepared:
+        """Return `weight` in this backend's layout."""
+        return GpuPrepared(weight, self.device)
+
+    def update_mask(
+        self,
+        weight: Any,
+        grad: Any,
+        mask: Any,
+        settings: UpdateSettings,
+        *,
+        threads: int | None,
+    ) -> MaskUpdate:
+        """Return the update of SPEC 4; `threads` means nothing here."""
+        return mask_update.srigl_update(weight, grad, mask, settings, device=self.device)

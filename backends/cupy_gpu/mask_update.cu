@@ -1,0 +1,320 @@
+// The mask update of a layer (SPEC 4), on the bits of its numbers.
+//
+// The magnitudes of floats are ordered as their bits without the sign, so that one kernel serves
+// all types of a size. A selection finds the smallest magnitude that is chosen, eight bits at a
+// time: `count_digits` counts the next digit of those candidates that agree with all digits so far,
+// `choose_digit` takes the one that the last chosen candidate has. What equals that magnitude in
+// the end is taken in index order: `count_ties` counts it in each row, `share_ties` tells each row
+// how many are its, and `mark_largest` marks. Rows are selected from by a block each.
+//
+// Nothing waits for the host. Counting is by integer atomics, whose order does not matter.
+//   bits       (n_out, n_in)  weights or gradients
+//   mask       (n_out, n_in)  bool
+//   marks      (n_out, n_in)  uint8, bits of `Mark`
+//   survives   (n_out)        bool
+//   selection  {magnitude so far, how many candidates are still to be chosen}
+// Blocks of 256 threads, rows in a grid-stride loop.
+
+enum Mark { kByMagnitude = 1, kByGradient = 2, kKept = 4, kGrown = 8 };
+
+enum Candidates { kActive, kInactive, kAll, kSurviving };
+
+constexpr int kThreads = 256, kDigits = 256, kDigitBits = 8;
+using Wide = unsigned long long;
+using Byte = unsigned char;
+
+template <class U>
+__device__ __forceinline__ U magnitude(U bits) {
+  return static_cast<U>(bits & static_cast<U>(static_cast<U>(~U(0)) >> 1));
+}
+
+__device__ __forceinline__ bool is_candidate(int candidates, bool active, bool survives,
+                                             bool nonzero) {
+  switch (candidates) {
+    case kActive:
+      return active;
+    case kInactive:
+      return !active;
+    case kAll:
+      return true;
+    default:
+      return active && survives && nonzero;
+  }
+}
+
+// totals += {active weights, those of them that are not zero}.
+template <class U>
+__global__ void __launch_bounds__(kThreads, 4)
+    count_weights(const U* __restrict__ bits, const Byte* __restrict__ mask, long long n,
+                  Wide* totals) {
+  const long long stride = static_cast<long long>(gridDim.x) * kThreads;
+  Wide active = 0, nonzero = 0;
+  for (long long start = static_cast<long long>(blockIdx.x) * kThreads; start < n;
+       start += stride) {
+    const long long i = start + threadIdx.x;
+    const bool counts = i < n && mask[i];
+    active += __syncthreads_count(counts);
+    nonzero += __syncthreads_count(counts && magnitude(bits[i]) != 0);
+  }
+  if (threadIdx.x > 0) return;
+  atomicAdd(totals, active);
+  atomicAdd(totals + 1, nonzero);
+}
+
+// total += numbers with all bits of `infinity`, where the mask is true, or everywhere.
+template <class U>
+__global__ void __launch_bounds__(kThreads, 4)
+    count_not_finite(const U* __restrict__ bits, const Byte* __restrict__ mask, int masked,
+                     long long n, U infinity, Wide* total) {
+  const long long stride = static_cast<long long>(gridDim.x) * kThreads;
+  Wide count = 0;
+  for (long long start = static_cast<long long>(blockIdx.x) * kThreads; start < n;
+       start += stride) {
+    const long long i = start + threadIdx.x;
+    count += __syncthreads_count(i < n && (bits[i] & infinity) == infinity && (!masked || mask[i]));
+  }
+  if (threadIdx.x == 0) atomicAdd(total, count);
+}
+
+// histogram += how often each digit is the next one. Bits above `shift` + 8 are those so far.
+template <class U>
+__global__ void __launch_bounds__(kThreads, 4)
+    count_digits(const U* __restrict__ bits, const Byte* __restrict__ mask,
+                 const Byte* __restrict__ survives, long long n_out, long long n_in, int candidates,
+                 int shift, const Wide* __restrict__ selection, Wide* histogram) {
+  __shared__ unsigned int counts[kDigits];
+  constexpr int width = 8 * static_cast<int>(sizeof(U));
+  const Wide so_far = selection[0];
+  counts[threadIdx.x] = 0;
+  __syncthreads();
+  for (long long row = blockIdx.x; row < n_out; row += gridDim.x) {
+    for (long long i = row * n_in + threadIdx.x; i < (row + 1) * n_in; i += kThreads) {
+      const Wide size = magnitude(bits[i]);
+      if (!is_candidate(candidates, mask[i], survives[row], size != 0)) continue;
+      if (shift + kDigitBits < width && size >> (shift + kDigitBits) != so_far) continue;
+      atomicAdd(counts + (size >> shift & (kDigits - 1)), 1u);
+    }
+  }
+  __syncthreads();
+  const unsigned int count = counts[threadIdx.x];
+  if (count) atomicAdd(histogram + threadIdx.x, static_cast<Wide>(count));
+}
+
+// The digit of the last of the `missing` largest, and how many of that digit are among them: to be
+// called by all threads of the block, each with the count of its digit.
+__device__ __forceinline__ void choose(Wide count, Wide missing, Wide* sums, Wide* digit,
+                                       Wide* left) {
+  const int mine = threadIdx.x;
+  sums[mine] = count;
+  __syncthreads();
+  // Each sums up all digits from its own to the largest.
+  for (int distance = 1; distance < kDigits; distance *= 2) {
+    const Wide further = mine + distance < kDigits ? sums[mine + distance] : 0;
+    __syncthreads();
+    sums[mine] += further;
+    __syncthreads();
+  }
+  // No more than there are; and of none, the largest magnitude that is none's.
+  if (missing > sums[0]) missing = sums[0];
+  const Wide above = sums[mine] - count;
+  if (missing == 0 ? mine == kDigits - 1 : above < missing && missing <= sums[mine]) {
+    *digit = mine;
+    *left = missing == 0 ? 0 : missing - above;
+  }
+  __syncthreads();
+}
+
+// One block: the selection takes the histogram's digit; the histogram is made ready for the next.
+__global__ void __launch_bounds__(kThreads, 4) choose_digit(Wide* histogram, Wide* selection) {
+  __shared__ Wide sums[kDigits], digit, left;
+  choose(histogram[threadIdx.x], selection[1], sums, &digit, &left);
+  histogram[threadIdx.x] = 0;
+  if (threadIdx.x > 0) return;
+  selection[0] = selection[0] << kDigitBits | digit;
+  selection[1] = left;
+}
+
+// ties[row] = how many candidates have the selection's magnitude.
+template <class U>
+__global__ void __launch_bounds__(kThreads, 4)
+    count_ties(const U* __restrict__ bits, const Byte* __restrict__ mask,
+               const Byte* __restrict__ survives, long long n_out, long long n_in, int candidates,
+               const Wide* __restrict__ selection, long long* ties) {
+  const Wide last = selection[0];
+  for (long long row = blockIdx.x; row < n_out; row += gridDim.x) {
+    long long count = 0;
+    for (long long start = 0; start < n_in; start += kThreads) {
+      const long long column = start + threadIdx.x, i = row * n_in + column;
+      bool is_tie = false;
+      if (column < n_in) {
+        const Wide size = magnitude(bits[i]);
+        is_tie = size == last && is_candidate(candidates, mask[i], survives[row], size != 0);
+      }
+      count += __syncthreads_count(is_tie);
+    }
+    if (threadIdx.x == 0) ties[row] = count;
+  }
+}
+
+// One block: ties[row] = how many of its ties a row may take, the first rows first.
+__global__ void __launch_bounds__(kThreads, 4)
+    share_ties(long long* ties, long long n_out, const Wide* __restrict__ selection) {
+  __shared__ long long sums[kThreads];
+  long long missing = static_cast<long long>(selection[1]);
+  for (long long start = 0; start < n_out; start += kThreads) {
+    const long long row = start + threadIdx.x, mine = row < n_out ? ties[row] : 0;
+    sums[threadIdx.x] = mine;
+    __syncthreads();
+    for (int distance = 1; distance < kThreads; distance *= 2) {
+      const long long before =
+          static_cast<int>(threadIdx.x) >= distance ? sums[threadIdx.x - distance] : 0;
+      __syncthreads();
+      sums[threadIdx.x] += before;
+      __syncthreads();
+    }
+    const long long left = missing - (sums[threadIdx.x] - mine);
+    if (row < n_out) ties[row] = left < 0 ? 0 : left < mine ? left : mine;
+    missing -= sums[kThreads - 1];
+    if (missing < 0) missing = 0;
+    __syncthreads();
+  }
+}
+
+// How many threads of the block before this one have a tie, and how many there are in all.
+__device__ __forceinline__ int ties_before(bool is_tie, int* warp_ties, int* all) {
+  const unsigned int votes = __ballot_sync(0xffffffffu, is_tie);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (lane == 0) warp_ties[warp] = __popc(votes);
+  __syncthreads();
+  int before = __popc(votes & ((1u << lane) - 1)), total = 0;
+  for (int i = 0; i < kThreads / 32; ++i) {
+    if (i < warp) before += warp_ties[i];
+    total += warp_ties[i];
+  }
+  __syncthreads();
+  *all = total;
+  return before;
+}
+
+// marks |= mark where a candidate is chosen; counts[row] = how many are.
+template <class U>
+__global__ void __launch_bounds__(kThreads, 4)
+    mark_largest(const U* __restrict__ bits, const Byte* __restrict__ mask,
+                 const Byte* __restrict__ survives, long long n_out, long long n_in, int candidates,
+                 const Wide* __restrict__ selection, const long long* __restrict__ ties, int mark,
+                 Byte* marks, long long* counts) {
+  __shared__ int warp_ties[kThreads / 32];
+  const Wide last = selection[0];
+  for (long long row = blockIdx.x; row < n_out; row += gridDim.x) {
+    long long count = 0, seen = 0;
+    for (long long start = 0; start < n_in; start += kThreads) {
+      const long long column = start + threadIdx.x, i = row * n_in + column;
+      Wide size = 0;
+      bool counts_here = false;
+      if (column < n_in) {
+        size = magnitude(bits[i]);
+        counts_here = is_candidate(candidates, mask[i], survives[row], size != 0);
+      }
+      const bool is_tie = counts_here && size == last;
+      int all;
+      const int before = ties_before(is_tie, warp_ties, &all);
+      const bool chosen = counts_here && (size > last || (is_tie && seen + before < ties[row]));
+      seen += all;
+      if (chosen) marks[i] = static_cast<Byte>(marks[i] | mark);
+      count += __syncthreads_count(chosen);
+    }
+    if (threadIdx.x == 0) counts[row] = count;
+  }
+}
+
+// counts[row] = positions with any of these marks.
+__global__ void __launch_bounds__(kThreads, 4)
+    count_marks(const Byte* __restrict__ marks, long long n_out, long long n_in, int which,
+                long long* counts) {
+  for (long long row = blockIdx.x; row < n_out; row += gridDim.x) {
+    long long count = 0;
+    for (long long start = 0; start < n_in; start += kThreads) {
+      const long long column = start + threadIdx.x;
+      count += __syncthreads_count(column < n_in && (marks[row * n_in + column] & which));
+    }
+    if (threadIdx.x == 0) counts[row] = count;
+  }
+}
+
+// In each row that survives, by a block: with `grows` mark what is grown until the row has
+// `fan_in`, among all that is not kept; without, keep no more than the `fan_in` largest kept.
+template <class U>
+__global__ void __launch_bounds__(kThreads, 4)
+    fill_rows(const U* __restrict__ bits, const Byte* __restrict__ survives, long long n_out,
+              long long n_in, long long fan_in, int grows, const long long* __restrict__ kept,
+              Byte* marks) {
+  __shared__ Wide sums[kDigits], digit, left;
+  __shared__ unsigned int counts[kDigits];
+  __shared__ int warp_ties[kThreads / 32];
+  constexpr int width = 8 * static_cast<int>(sizeof(U));
+  for (long long row = blockIdx.x; row < n_out; row += gridDim.x) {
+    if (!survives[row] || (!grows && kept[row] <= fan_in)) continue;
+    const long long has = kept[row] < fan_in ? kept[row] : fan_in;
+    Wide last = 0, missing = static_cast<Wide>(grows ? fan_in - has : fan_in);
+    for (int shift = width - kDigitBits; shift >= 0; shift -= kDigitBits) {
+      counts[threadIdx.x] = 0;
+      __syncthreads();
+      for (long long i = row * n_in + threadIdx.x; i < (row + 1) * n_in; i += kThreads) {
+        if (((marks[i] & kKept) != 0) == (grows != 0)) continue;
+        const Wide size = magnitude(bits[i]);
+        if (shift + kDigitBits < width && size >> (shift + kDigitBits) != last) continue;
+        atomicAdd(counts + (size >> shift & (kDigits - 1)), 1u);
+      }
+      __syncthreads();
+      choose(counts[threadIdx.x], missing, sums, &digit, &left);
+      last = last << kDigitBits | digit;
+      missing = left;
+      __syncthreads();
+    }
+    long long seen = 0;
+    for (long long start = 0; start < n_in; start += kThreads) {
+      const long long column = start + threadIdx.x, i = row * n_in + column;
+      const bool counts_here =
+          column < n_in && ((marks[i] & kKept) != 0) != (grows != 0);
+      const Wide size = counts_here ? magnitude(bits[i]) : 0;
+      const bool is_tie = counts_here && size == last;
+      int all;
+      const long long before = seen + ties_before(is_tie, warp_ties, &all);
+      const bool chosen =
+          counts_here && (size > last || (is_tie && before < static_cast<long long>(missing)));
+      seen += all;
+      if (grows && chosen) marks[i] = static_cast<Byte>(marks[i] | kGrown);
+      if (!grows && counts_here && !chosen) marks[i] = static_cast<Byte>(marks[i] & ~kKept);
+    }
+    __syncthreads();
+  }
+}
+
+// The new mask and weight; totals += {active before and not after, after and not before}.
+template <class U>
+__global__ void __launch_bounds__(kThreads, 4)
+    remap_weight(const U* __restrict__ bits, const Byte* __restrict__ mask,
+                 const Byte* __restrict__ marks, long long n_out, long long n_in, U grown_init,
+                 Byte* new_mask, U* new_bits, Byte* was_active, Wide* totals) {
+  Wide pruned = 0, grown = 0;
+  for (long long row = blockIdx.x; row < n_out; row += gridDim.x) {
+    bool active = false;
+    for (long long start = 0; start < n_in; start += kThreads) {
+      const long long column = start + threadIdx.x, i = row * n_in + column;
+      bool before = false, after = false;
+      if (column < n_in) {
+        before = mask[i];
+        after = marks[i] & (kKept | kGrown);
+        new_mask[i] = after;
+        new_bits[i] = !after ? U(0) : before ? bits[i] : grown_init;
+      }
+      pruned += __syncthreads_count(before && !after);
+      grown += __syncthreads_count(after && !before);
+      active |= __syncthreads_or(before) != 0;
+    }
+    if (threadIdx.x == 0) was_active[row] = active;
+  }
+  if (threadIdx.x > 0) return;
+  atomicAdd(totals, pruned);
+  atomicAdd(totals + 1, grown);
+}

@@ -1,0 +1,179 @@
+"""Connections packed for tiles of the batch in shared memory (`batch_tile.cuh`).
+
+A neuron has `lanes` lanes of a warp, a group is the 32 / lanes neurons of a warp, and a chunk is
+four connections of each of them. Neurons of a group end together: constant fan-in makes that so
+but for what is left of four; where inputs are cut into segments, and for the gradient of x, the
+shorter ones are padded with places of the tile's row of zeros.
+
+A wavefront of shared memory serves eight lanes, one quad of 16 bytes in each of eight banks. Fewer
+than eight lanes to a neuron means several neurons to a wavefront: each neuron's connections are
+ordered so that its neighbours' inputs, at the same step, mostly lie in other banks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_core.backends.cupy_gpu.device import Device
+
+__all__ = ["Tiles", "pack_tiles", "rows_of_tile"]
+
+MOST_PLACES = 1 << 16
+"""A place is 16 bits."""
+
+CHUNK = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """The packing of a mask, on the device.
+
+    Parameters
+    ----------
+    lanes : int
+        To a neuron.
+    tile_rows, n_segments : int
+        Inputs in a tile, and how many tiles hold all.
+    groups : int
+        Groups of neurons that have connections.
+    n_neurons : int
+        Neurons, those without connections included, which are the last.
+    places : device array of uint16, (chunks, 32 / lanes, 4)
+    starts : device array of int64, (n_segments, groups + 1)
+    columns : device array of int32, (n_neurons,)
+        The result's column of each.
+    positions : device array of int64, (chunks * 32 / lanes * 4,)
+        Where each value lies in the condensed ones, -1 for padding.
+    padding : float
+        Values stored for each connection.
+    """
+
+    lanes: int
+    tile_rows: int
+    n_segments: int
+    groups: int
+    n_neurons: int
+    places: Any
+    starts: Any
+    columns: Any
+    positions: Any
+    padding: float
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of the tile."""
+        return 16 * self.lanes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the tile, its row of zeros included."""
+        return (self.tile_rows + 1) * self.row_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what depends on the mask."""
+        arrays = (self.places, self.starts, self.columns, self.positions)
+        return sum(int(array.nbytes) for array in arrays)
+
+
+def rows_of_tile(n_inputs: int, lanes: int, shared_bytes: int) -> tuple[int, int]:
+    """Return how many inputs a tile holds, and how many tiles hold all."""
+    most = min(shared_bytes // (16 * lanes), MOST_PLACES // lanes) - 1
+    n_segments = -(-n_inputs // most)
+    return -(-n_inputs // n_segments), n_segments
+
+
+def pack_tiles(
+    device: Device,
+    inputs: NDArray[Any],
+    degrees: NDArray[np.int64],
+    entries: NDArray[Any],
+    columns: NDArray[np.int64],
+    *,
+    n_inputs: int,
+    lanes: int,
+    shared_bytes: int,
+) -> Tiles:
+    """Pack the connections of neurons, or of inputs for the gradient of x.
+
+    Parameters
+    ----------
+    device : Device
+    inputs : ndarray of int, (nnz,)
+        The input of each connection, neuron by neuron.
+    degrees : ndarray of int64, (n_rows,)
+        Connections of each neuron.
+    entries : ndarray of int, (nnz,)
+        Where each connection's value lies in the condensed ones.
+    columns : ndarray of int64, (n_neurons,)
+        The result's column of each neuron; those from `n_rows` on have no connections.
+    n_inputs, lanes, shared_bytes : int
+
+    Returns
+    -------
+    Tiles
+    """
+    tile_rows, n_segments = rows_of_tile(n_inputs, lanes, shared_bytes)
+    members, classes = 32 // lanes, 8 // lanes
+    by_degree = np.argsort(-degrees, kind="stable")
+    rank = np.empty_like(by_degree)
+    rank[by_degree] = np.arange(rank.size)
+    n_connected = int(np.count_nonzero(degrees))
+    groups = -(-n_connected // members)
+
+    inputs = inputs.astype(np.int64)
+    segment, row = np.divmod(inputs, tile_rows)
+    lists = segment * (groups * members) + np.repeat(rank, degrees)
+    order, nth = _ordered(lists, row, classes, members)
+    lists, row = lists[order], row[order]
+    lengths = np.bincount(lists, minlength=n_segments * groups * members)
+    longest = lengths.reshape(n_segments, groups, members).max(axis=2)
+    chunks = -(-longest // CHUNK)
+    ends = np.cumsum(chunks).reshape(chunks.shape)
+    starts = np.hstack([ends - chunks, ends[:, -1:]])
+    first = (ends - chunks).ravel()[lists // members]
+    at = ((first + nth // CHUNK) * members + lists % members) * CHUNK + nth % CHUNK
+    size = int(ends[-1, -1]) * members * CHUNK
+    places = np.full(size, tile_rows * lanes, np.uint16)
+    places[at] = row * lanes + row // classes % lanes
+    positions = np.full(size, -1, np.int64)
+    positions[at] = entries[order]
+    columns = np.concatenate([columns[: rank.size][by_degree], columns[rank.size :]])
+    return Tiles(
+        lanes=lanes,
+        tile_rows=tile_rows,
+        n_segments=n_segments,
+        groups=groups,
+        n_neurons=columns.size,
+        places=device.upload(places),
+        starts=device.upload(starts),
+        columns=device.upload(columns.astype(np.int32)),
+        positions=device.upload(positions),
+        padding=size / max(1, inputs.size),
+    )
+
+
+def _ordered(
+    lists: NDArray[np.int64], row: NDArray[np.int64], classes: int, members: int
+) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+    """Return the connections list by list, and the number of each in its list.
+
+    At step j a neuron is to take an input of bank ``(j + its number) % classes``, while it has any.
+    """
+    bank = row % classes
+    order = np.argsort(lists * classes + bank, kind="stable")
+    turn = _numbered((lists * classes + bank)[order]) * classes
+    wanted = turn + (bank[order] - lists[order] % members) % classes
+    order = order[np.lexsort((wanted, lists[order]))]
+    return order, _numbered(lists[order])
+
+
+def _numbered(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return how many equal keys come before each; the keys are sorted."""
+    new = np.concatenate([[True], keys[1:] != keys[:-1]])
+    begins = np.flatnonzero(new)
+    return np.arange(keys.size) - np.repeat(begins, np.diff(np.append(begins, keys.size)))

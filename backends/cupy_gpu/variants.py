@@ -1,0 +1,78 @@
+"""The kernels that a plan can choose, each a file and the C++ name of one instance in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+__all__ = ["CUDA_TYPES", "Variant", "variants"]
+
+CUDA_TYPES = {
+    "float16": "__half",
+    "bfloat16": "__nv_bfloat16",
+    "float32": "float",
+    "float64": "double",
+}
+"""What CUDA calls the value types; their order is that of `OutputType` in numbers.cuh."""
+
+TILE_LANES = (1, 2, 4, 8)
+STREAM_ROWS = (1, 2, 4, 8)
+BIT_TYPES = {2: "unsigned short", 4: "unsigned int", 8: "unsigned long long"}
+"""The bits of a weight, by its bytes: all that the order of magnitudes needs."""
+
+OF_BITS = (
+    *("count_weights", "count_not_finite", "count_digits", "count_ties"),
+    *("mark_largest", "fill_rows", "remap_weight"),
+)
+OF_NO_BITS = ("choose_digit", "share_ties", "count_marks")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel.
+
+    Parameters
+    ----------
+    file : str
+        The ``.cu`` file, beside this module.
+    name : str
+        A C++ name expression.
+    """
+
+    file: str
+    name: str
+
+
+def variants() -> tuple[Variant, ...]:
+    """Return all kernels; nothing else is ever compiled."""
+    types = CUDA_TYPES.values()
+    found = [
+        *(tile_product(t, lanes) for t, lanes in product(CUDA_TYPES, TILE_LANES)),
+        *(
+            stream_product(t, rows, staged=staged)
+            for t, rows, staged in product(CUDA_TYPES, STREAM_ROWS, (True, False))
+        ),
+        *(Variant("value_gradient.cu", f"sum_products<{name}>") for name in types),
+        *(Variant("value_gradient.cu", f"add_splits<{name}>") for name in ("float", "double")),
+        *(
+            Variant("arrays.cu", f"{kernel}<{name}>")
+            for kernel, name in product(("convert", "arrange", "sum_columns"), types)
+        ),
+        *(
+            Variant("mask_update.cu", f"{kernel}<{bits}>")
+            for kernel, bits in product(OF_BITS, BIT_TYPES.values())
+        ),
+        *(Variant("mask_update.cu", kernel) for kernel in OF_NO_BITS),
+    ]
+    return tuple(found)
+
+
+def tile_product(dtype: str, lanes: int) -> Variant:
+    """Return the batched product of `dtype` with `lanes` lanes to a neuron."""
+    return Variant("tile_product.cu", f"tile_product<{CUDA_TYPES[dtype]}, {lanes}>")
+
+
+def stream_product(dtype: str, rows: int, *, staged: bool) -> Variant:
+    """Return the product of up to `rows` rows, with the inputs in shared memory or not."""
+    source = "Staged" if staged else "InPlace"
+    return Variant("stream_product.cu", f"stream_product<{CUDA_TYPES[dtype]}, {rows}, {source}>")
