@@ -9,11 +9,10 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
-import cupy
 import numpy as np
 
 from srigl_core.backends.cupy_gpu.conversions import converted
-from srigl_core.backends.cupy_gpu.cupy_device import CupyDevice
+from srigl_core.backends.cupy_gpu.cupy_device import CupyDevice, cupy
 from srigl_core.backends.cupy_gpu.mask_update import count_not_finite
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.value_types import value_dtype

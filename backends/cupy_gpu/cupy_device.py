@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
         f"pip install 'srigl-core[cupy]' for CUDA 13, 'srigl-core[cupy12]' for CUDA 12"
     ) from error
 
-__all__ = ["CupyDevice", "check_device", "runtime_info"]
+__all__ = ["CupyDevice", "check_device", "cupy", "runtime_info"]
 
 FOLDER = Path(__file__).parent
 OPTIONS = ("--std=c++17",)
