@@ -10,13 +10,13 @@ from pathlib import Path
 import compile_gate
 import host_device
 import pytest
-from kernel_mutants import MUTANTS
+from kernel_mutants import CHECKS, MUTANTS
 from simulated import KERNELS, SETTINGS
 
 from srigl_core.backends.cupy_gpu.variants import variants
 
-CHECKS = Path(__file__).with_name("gpu") / "check_kernels.py"
-ITS_MODULES = {"PYTHONPATH": str(CHECKS.parent)}
+SCRIPT = Path(__file__).with_name("gpu") / "check_kernels.py"
+ITS_MODULES = {"PYTHONPATH": str(SCRIPT.parent)}
 
 needs_compiler = pytest.mark.skipif(
     host_device.unavailable() is not None, reason=str(host_device.unavailable())
@@ -35,7 +35,7 @@ def test_every_kernel_obeys_every_law_on_the_cpu():
     with ThreadPoolExecutor(2) as pool:
         runs = [
             pool.submit(
-                host_device.run_sanitized, [str(CHECKS), "--setting", name], env=ITS_MODULES
+                host_device.run_sanitized, [str(SCRIPT), "--setting", name], env=ITS_MODULES
             )
             for name in SETTINGS
         ]
@@ -70,8 +70,8 @@ def test_a_wrong_kernel_is_caught(mutant, tmp_path):
             assert source.count(mutant.right) >= 1, f"{mutant.right!r} is not in {file.name}"
             source = source.replace(mutant.right, mutant.wrong, 1)
         (tmp_path / file.name).write_text(source)
-    options = [str(CHECKS), "--kernels", str(tmp_path), "--one-by-one"]
-    options += ["--examples", "0", "--setting", *mutant.settings]
+    options = [str(SCRIPT), "--kernels", str(tmp_path), "--one-by-one"]
+    options += ["--examples", "0", "--setting", *mutant.settings, "--only", *CHECKS[mutant.file]]
     if mutant.needs_sanitizer:
         done = host_device.run_sanitized(options, env=ITS_MODULES)
         assert done.returncode != 0, done.stdout

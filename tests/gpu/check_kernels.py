@@ -1,6 +1,6 @@
 """Check the GPU kernels: every law, and exact results at awkward shapes.
 
-    python check_kernels.py [--examples N] [--setting NAME ...] [--kernels FOLDER]   # on the CPU
+    python check_kernels.py [--examples N] [--setting NAME ...] [--only NAME ...]    # on the CPU
     python check_kernels.py --device [--examples N]                    # on a CUDA device, by CuPy
 
 Prints one JSON object: what failed, how many examples were tried, and the variants launched. Under
@@ -50,13 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--examples", type=int, default=10)
     parser.add_argument("--setting", nargs="*", default=list(SETTINGS))
     parser.add_argument("--kernels", type=Path, default=KERNELS)
+    parser.add_argument("--only", nargs="*", help="exact checks to make, by what they are of")
     parser.add_argument("--one-by-one", action="store_true")
     parser.add_argument("--device", action="store_true")
     options = parser.parse_args(arguments)
     if options.device:
         from srigl_core.backends.cupy_gpu.backend import CupyBackend
 
-        failures, examples = _tried("device", ThroughHost(CupyBackend()), options.examples)
+        backend = ThroughHost(CupyBackend())
+        failures, examples = _tried("device", backend, options.examples, options.only)
         print(json.dumps({"failures": failures, "examples": examples}))
         return
     failures = []
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.setting:
         device = {"folder": options.kernels, "one_by_one": options.one_by_one}
         with simulated_backend(SETTINGS[name], **device) as backend:
-            failed, count = _tried(name, backend, options.examples)
+            failed, count = _tried(name, backend, options.examples, options.only)
             failures += failed
             examples += count
             launched |= backend.device.launched
@@ -73,15 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps({"failures": failures, "examples": examples, "launched": names}))
 
 
-def _tried(where: str, backend: Any, examples: int) -> tuple[list[str], int]:
+def _tried(
+    where: str, backend: Any, examples: int, only: list[str] | None
+) -> tuple[list[str], int]:
     """Return what failed, and how many examples were tried."""
-    found = list(_checks(backend, examples))
+    found = list(_checks(backend, examples, only))
     return [f"{where}: {what}" for what, _ in found if what], sum(count for _, count in found)
 
 
-def _checks(backend: GpuBackend, examples: int) -> Iterator[tuple[str, int]]:
+def _checks(
+    backend: GpuBackend, examples: int, only: list[str] | None
+) -> Iterator[tuple[str, int]]:
     """Yield what failed, "" if nothing, and how many examples were tried."""
-    for check in CHECKS:
+    for check in [CHECKS[name] for name in only or CHECKS]:
         try:
             yield from check(backend)
         except KernelError as error:
@@ -200,10 +206,14 @@ def _far_inputs(backend: GpuBackend) -> Iterator[tuple[str, int]]:
     yield _difference("product of far inputs", got, expected), 1
 
 
-CHECKS = (
-    *(_exact_products, _exact_gradients, _exact_updates),
-    *(_conversions, _not_finite, _far_inputs),
-)
+CHECKS = {
+    "products": _exact_products,
+    "gradients": _exact_gradients,
+    "updates": _exact_updates,
+    "conversions": _conversions,
+    "not finite": _not_finite,
+    "far inputs": _far_inputs,
+}
 
 
 def _difference(what: str, got: Any, expected: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["MUTANTS", "Mutant"]
+__all__ = ["CHECKS", "MUTANTS", "Mutant"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Mutant:
     name : str
     file, right, wrong : str
     settings : tuple of str
-        Those of `simulated.SETTINGS` whose exact checks are to show it.
+        Those of `simulated.SETTINGS` in which they are to.
     needs_sanitizer : bool
         Whether it touches memory that is not its own, rather than gives a wrong result.
     """
@@ -35,6 +35,15 @@ TILE, STREAM, VALUES, MASK = (
     "value_gradient.cu",
     "mask_update.cu",
 )
+
+CHECKS = {
+    TILE: ("products",),
+    "batch_tile.cuh": ("products",),
+    STREAM: ("products", "far inputs"),
+    VALUES: ("gradients",),
+    MASK: ("updates",),
+}
+"""The exact checks that show what is wrong in a file."""
 
 MUTANTS = (
     Mutant(
