@@ -21,7 +21,7 @@ help:
 	@echo "make demo    train on handwritten digits, measure inference"
 	@echo "make test    run the test suite"
 	@echo "make check   run what CI runs"
-	@echo "make gpu     check the GPU kernels on a CUDA device"
+	@echo "make gpu     check and measure the GPU kernels on a CUDA device"
 	@echo "make gpu-compile   compile the GPU kernels for all architectures, without a GPU"
 	@echo "make clean   remove .venv and build outputs"
 
@@ -35,7 +35,7 @@ check:
 	.ci/run
 
 gpu: $(test-ready)
-	PYTHONPATH=tests/gpu $(python) tests/gpu/check_kernels.py --device --examples 200
+	$(python) tests/gpu/on_device.py
 
 gpu-compile: $(test-ready)
 	$(python) tests/gpu/compile_gate.py --arch 75 80 90 100 120 --table docs/gpu_kernels.md

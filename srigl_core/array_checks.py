@@ -18,7 +18,26 @@ __all__ = [
     "check_lengths",
     "check_out",
     "check_real",
+    "check_workspace",
+    "is_on_cuda",
+    "overlaps_itself",
 ]
+
+_DLPACK_CUDA = 2, 13
+"""DLPack's numbers for memory of CUDA devices: their own, and managed."""
+
+_WORKSPACE_ALIGNMENT = 16
+"""Bytes; kernels load as many at a time."""
+
+
+def is_on_cuda(array: object) -> bool:
+    """Return whether an array is on a CUDA device, by the protocols that it speaks."""
+    if type(array) is np.ndarray:
+        return False
+    # First, since PyTorch refuses the other one for a tensor that requires a gradient.
+    if hasattr(array, "__dlpack_device__"):
+        return bool(array.__dlpack_device__()[0] in _DLPACK_CUDA)
+    return hasattr(array, "__cuda_array_interface__")
 
 
 def as_float_array(array: object, what: str) -> NDArray[Any]:
@@ -171,13 +190,43 @@ def check_out(out: object, shape: tuple[int, ...], inputs: dict[str, NDArray[Any
         raise SriglError(f"out has shape {out.shape}, but the result has {shape}")
     if not out.flags.writeable:
         raise SriglError("out is read-only; pass a writeable array")
-    if out.size and _overlaps_itself(out):
+    if out.size and overlaps_itself(out):
         raise SriglError(
             f"out of strides {out.strides} has elements that share memory; pass an array of its own"
         )
     for name, array in inputs.items():
         if np.may_share_memory(out, array) and _share_memory(out, array):
             raise SriglError(f"out shares memory with {name}, which must not be written; copy one")
+
+
+def check_workspace(workspace: Any, address: int) -> None:
+    """Check that an array, NumPy's or a device's, is bytes that kernels can use as they like.
+
+    Parameters
+    ----------
+    workspace : array
+    address : int
+        Of its first byte.
+
+    Raises
+    ------
+    ValueTypeError
+        If it holds anything but bytes.
+    SriglError
+        If it is not one run of bytes, or begins at an odd address.
+    """
+    if workspace.dtype != np.uint8:
+        raise ValueTypeError(f"workspace must be an array of uint8, got {workspace.dtype}")
+    if workspace.ndim != 1 or not workspace.flags.c_contiguous:
+        raise SriglError(
+            f"workspace has shape {workspace.shape} and strides {workspace.strides}, but must be "
+            f"one run of bytes: one axis, contiguous"
+        )
+    if address % _WORKSPACE_ALIGNMENT:
+        raise SriglError(
+            f"workspace begins {address % _WORKSPACE_ALIGNMENT} bytes after a multiple of "
+            f"{_WORKSPACE_ALIGNMENT}, where it must begin; do not slice off its first bytes"
+        )
 
 
 def _share_memory(out: NDArray[Any], array: NDArray[Any]) -> bool:
@@ -187,7 +236,8 @@ def _share_memory(out: NDArray[Any], array: NDArray[Any]) -> bool:
         return True
 
 
-def _overlaps_itself(array: NDArray[Any]) -> bool:
+def overlaps_itself(array: Any) -> bool:
+    """Return whether several elements of an array, NumPy's or a device's, may share memory."""
     reach = array.itemsize
     for stride, length in sorted(
         (abs(stride), length)

@@ -137,6 +137,22 @@ class ArrayKind(Protocol):
         """
         ...
 
+    def as_workspace(self, workspace: object, others: dict[str, Any]) -> Any:
+        """Return `workspace` as one of the backend's arrays, of the same memory.
+
+        Raises
+        ------
+        ValueTypeError
+            If it is no array of uint8 that can be written in place.
+        SriglError
+            If it is not contiguous, or shares memory with one of `others`.
+        """
+        ...
+
+    def assign(self, target: Any, source: Any) -> None:
+        """Copy `source`, an array of the same type and size or 0, to `target`."""
+        ...
+
     def round_to(self, array: Any, dtype: np.dtype[Any]) -> Any:
         """Return `array` rounded once to `dtype`."""
         ...
@@ -157,6 +173,10 @@ class PreparedWeight(Protocol):
     before anything is checked but `threads`. It returns the new result, or None to have the
     arguments checked and `matmul` called; it must not raise, and must honour subnormals itself.
     And it may have ``nanoseconds(batch)``, an estimate of what a product takes with one thread.
+
+    One that has a method ``workspace_bytes(batch, dtype)`` also takes ``workspace``, bytes that the
+    caller lends for the time of a call, in `matmul` and `backward`; None where none are lent. The
+    method says how many suffice for inputs of that type in C order.
     """
 
     def describe(self) -> Mapping[str, object]:

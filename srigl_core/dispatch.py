@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from srigl_core.array_checks import is_on_cuda
 from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.contract import Backend, MatmulGradients
 from srigl_core.host_arrays import HOST_ARRAYS
@@ -186,12 +187,14 @@ def update_mask(
     )
     chosen = get_backend(backend, operation="update_mask", device=_device_of(weight))
     threads = checked_threads(threads)
+
+    def algorithm(weight: Any, grad: Any, *others: Any, **options: Any) -> MaskUpdate:
+        check_dtype(chosen, "weight", weight.dtype)
+        check_dtype(chosen, "grad", grad.dtype)
+        return chosen.update_mask(weight, grad, *others, **options)
+
     arrays = getattr(chosen, "arrays", HOST_ARRAYS)
-    for what, array in (("weight", weight), ("grad", grad)):
-        check_dtype(chosen, what, arrays.as_float_array(array, what).dtype)
-    return checked_update(
-        chosen.update_mask, weight, grad, mask, settings, arrays=arrays, threads=threads
-    )
+    return checked_update(algorithm, weight, grad, mask, settings, arrays=arrays, threads=threads)
 
 
 def _plan(weight: CondensedWeight, backend: Backend) -> Plan:
@@ -200,15 +203,4 @@ def _plan(weight: CondensedWeight, backend: Backend) -> Plan:
 
 
 def _device_of(array: object) -> str:
-    """Return where an array is, "cpu" or "cuda", by the protocols that it speaks."""
-    if type(array) is np.ndarray:
-        return "cpu"
-    if hasattr(array, "__cuda_array_interface__"):
-        return "cuda"
-    if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == _DLPACK_CUDA:
-        return "cuda"
-    return "cpu"
-
-
-_DLPACK_CUDA = 2
-"""DLPack's number for CUDA devices."""
+    return "cuda" if is_on_cuda(array) else "cpu"

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.array_checks import as_float_array, as_mask, check_out
+from srigl_core.array_checks import as_float_array, as_mask, check_out, check_workspace
+from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.float_mode import honour_subnormals
 from srigl_core.value_types import round_to
 
@@ -49,6 +50,24 @@ class HostArrays:
         """Return `out`, once it is checked."""
         check_out(out, shape, inputs)
         return np.asarray(out)
+
+    def as_workspace(self, workspace: object, others: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
+        """Return `workspace`, once it is checked."""
+        if type(workspace) is not np.ndarray:
+            raise ValueTypeError(
+                f"workspace must be a NumPy array of uint8, got {type(workspace).__name__}"
+            )
+        check_workspace(workspace, workspace.ctypes.data)
+        if not workspace.flags.writeable:
+            raise SriglError("workspace is read-only; pass a writeable array")
+        for name, array in others.items():
+            if np.may_share_memory(workspace, array):
+                raise SriglError(f"workspace shares memory with {name}; pass one of its own")
+        return workspace
+
+    def assign(self, target: NDArray[Any], source: NDArray[Any] | int) -> None:
+        """Copy `source` to `target`."""
+        target[...] = source
 
     def round_to(self, array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return `array` rounded once to `dtype`."""

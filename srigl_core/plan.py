@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from srigl_core.array_checks import check_integer
 from srigl_core.contract import (
@@ -20,7 +20,7 @@ from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.host_arrays import HOST_ARRAYS
 from srigl_core.recommendation import dense_nanoseconds
 from srigl_core.registry import check_dtype, get_backend
-from srigl_core.value_types import result_dtype
+from srigl_core.value_types import result_dtype, value_dtype
 
 if TYPE_CHECKING:
     from srigl_core.condensed_weight import CondensedWeight
@@ -128,6 +128,7 @@ class Plan:
         compact: bool = False,
         out: NDArray[Any] | None = None,
         threads: int | None = None,
+        workspace: NDArray[np.uint8] | None = None,
     ) -> NDArray[Any]:
         """Return the product; arguments and errors are those of `srigl_core.condensed_matmul`.
 
@@ -140,18 +141,20 @@ class Plan:
         out : ndarray, (..., n_out) or (..., n_active), or None
         threads : int or None
             Overrides the plan's.
+        workspace : array of uint8, (at least `workspace_bytes`,), or None
+            Memory for the time of the call, of a backend on a GPU; None takes it from a pool.
 
         Returns
         -------
         ndarray, (..., n_out), or (..., n_active) if `compact`
         """
         threads = self.threads if threads is None else checked_threads(threads)
-        if out is None:
+        if out is None and workspace is None:
             quick = self._quick_matmul(x, bias, activation, compact, threads)
             if quick is not None:
                 return quick
         with self._arrays.computing(x):
-            return self._multiply(x, bias, activation, compact, out, threads)
+            return self._multiply(x, bias, activation, compact, out, threads, workspace)
 
     def _multiply(
         self,
@@ -161,6 +164,7 @@ class Plan:
         compact: bool,
         out: NDArray[Any] | None,
         threads: int | None,
+        workspace: Any | None,
     ) -> NDArray[Any]:
         weight, arrays = self.weight, self._arrays
         n_out, n_in = weight.shape
@@ -184,6 +188,7 @@ class Plan:
         shape = (*x.shape[:-1], weight.n_active if compact else n_out)
         inputs = {"x": x} if bias is None else {"x": x, "bias": bias}
         result = self._result_array(out, shape, kind, inputs)
+        lent = self._lent(workspace, {**inputs, "out": result})
         if result.size:
             flat = _rows(result)
             self._prepared.matmul(
@@ -193,6 +198,7 @@ class Plan:
                 compact=compact,
                 out=flat,
                 threads=threads,
+                **lent,
             )
             self._copy_back(result, flat)
         return arrays.given_back(result, given) if out is None else out
@@ -205,6 +211,7 @@ class Plan:
         wrt: Iterable[str] = _GRADIENTS,
         out: MatmulGradients | None = None,
         threads: int | None = None,
+        workspace: NDArray[np.uint8] | None = None,
     ) -> MatmulGradients:
         """Return the gradients; arguments and errors: `srigl_core.condensed_matmul_backward`.
 
@@ -216,6 +223,8 @@ class Plan:
         out : MatmulGradients or None
         threads : int or None
             Overrides the plan's.
+        workspace : array of uint8, (at least `workspace_bytes`,), or None
+            As in a product.
 
         Returns
         -------
@@ -226,7 +235,7 @@ class Plan:
             get_backend(self.backend, operation="condensed_matmul_backward")
         threads = self.threads if threads is None else checked_threads(threads)
         with self._arrays.computing(grad):
-            return self._gradients(grad, x, wanted, out, threads)
+            return self._gradients(grad, x, wanted, out, threads, workspace)
 
     def _gradients(
         self,
@@ -235,6 +244,7 @@ class Plan:
         wanted: tuple[str, ...],
         out: MatmulGradients | None,
         threads: int | None,
+        workspace: Any | None,
     ) -> MatmulGradients:
         weight, arrays = self.weight, self._arrays
         n_out, n_in = weight.shape
@@ -257,6 +267,7 @@ class Plan:
         else:
             x = None
         results = self._gradient_arrays(wanted, grad, x, out, inputs)
+        lent = self._lent(workspace, inputs | {f"out.{name}": a for name, a in results.items()})
         if grad.size:
             flats = {n: _rows(array) if n == "x" else array for n, array in results.items()}
             self._prepared.backward(
@@ -264,16 +275,37 @@ class Plan:
                 None if x is None else _rows(x),
                 out=MatmulGradients(**flats),
                 threads=threads,
+                **lent,
             )
             for name, flat in flats.items():
                 self._copy_back(results[name], flat)
         else:
             for array in results.values():
-                array[...] = 0
+                arrays.assign(array, 0)
         for name, array in results.items():
             asked = None if out is None else getattr(out, name)
             results[name] = arrays.given_back(array, given) if asked is None else asked
         return MatmulGradients(**results)
+
+    def workspace_bytes(self, batch: int, dtype: DTypeLike | None = None) -> int:
+        """Return how many bytes of `workspace` suffice for a call with inputs in C order.
+
+        Parameters
+        ----------
+        batch : int
+            Rows of x, at most.
+        dtype : dtype or None
+            Of x, the gradient and the results; None is the weight's.
+
+        Returns
+        -------
+        int
+            0 for a backend that takes no workspace.
+        """
+        count = getattr(self._prepared, "workspace_bytes", None)
+        batch = check_integer(batch, "batch", least=0)
+        kind = value_dtype(self.weight.dtype if dtype is None else dtype, "dtype")
+        return 0 if count is None or not batch else int(count(batch, kind))
 
     def with_values(self, values: ArrayLike) -> Plan:
         """Return a plan for other values on the same connections, sharing the packed indices.
@@ -379,7 +411,15 @@ class Plan:
 
     def _copy_back(self, array: NDArray[Any], flat: NDArray[Any]) -> None:
         if not self._arrays.share_memory(array, flat):
-            array[...] = flat.reshape(array.shape)
+            self._arrays.assign(array, flat.reshape(array.shape))
+
+    def _lent(self, workspace: Any | None, others: dict[str, Any]) -> dict[str, Any]:
+        """Return what the kernels are told of the caller's workspace."""
+        if workspace is None:
+            return {}
+        if not hasattr(self._prepared, "workspace_bytes"):
+            raise SriglError(f"backend {self.backend.name!r} takes no workspace; leave it out")
+        return {"workspace": self._arrays.as_workspace(workspace, others)}
 
 
 def _not_quick(*arguments: object) -> None:

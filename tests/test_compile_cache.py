@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import srigl_core
 import srigl_core.backends
 import srigl_core.reference
+from srigl_core import cache_folder
 
 HELPER = """
 from srigl_core.backends.numba_cpu.compiling import kernel
@@ -422,7 +423,7 @@ def test_a_folder_asked_for_may_be_below_the_home(places, monkeypatch, tmp_path)
 
 def test_of_old_generations_the_latest_used_are_left(places):
     root = places.user / "srigl-core"
-    most = places.rules.GENERATIONS_KEPT
+    most = cache_folder.GENERATIONS_KEPT
     old = [root / f"kernels-{number:016x}" for number in range(most + 3)]
     for age, folder in enumerate(old):
         folder.mkdir(parents=True, mode=0o700)

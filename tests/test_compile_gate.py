@@ -9,8 +9,10 @@ import compile_gate as gate
 import pytest
 from compile_gate import GateError, KernelReport, MissingCompilerError, compile_gate
 
+from srigl_core.backends.cupy_gpu.variants import COMPILER_OPTIONS
+
 REASON = gate.missing_compiler()
-RAW_MODULE = (*gate.OPTIONS, "-ftz=true")  # what CuPy's own class would compile with
+RAW_MODULE = (*COMPILER_OPTIONS, "-ftz=true")  # what CuPy's own class would compile with
 
 
 class Variant(NamedTuple):
@@ -170,7 +172,7 @@ def test_an_option_that_limits_registers_makes_a_kernel_spill(folder):
     here = folder(spilling=SPILLING.replace("__launch_bounds__(1024, 2)", ""))
     variants = [Variant("spilling.cu", "reverse<96>")]
     assert gate.spills(compile_gate(here, variants, [90])) == []
-    tight = compile_gate(here, variants, [90], options=(*gate.OPTIONS, "--maxrregcount=64"))
+    tight = compile_gate(here, variants, [90], options=(*COMPILER_OPTIONS, "--maxrregcount=64"))
     assert gate.spills(tight) == tight
 
 

@@ -4,24 +4,27 @@ Which kernel a product uses depends on the batch, and on the device:
 
 - up to eight rows: `stream_product.cu`, which reads the weight once;
 - beyond, and for the gradient of x by the connections the other way round: `tile_product.cu`,
-  whose lanes and grid are those that a model of the device says are quickest;
+  whose lanes and grid are those of `tile_launch`;
 - `value_gradient.cu` for the gradient of the values.
 
-Layouts are made when first used, once for a mask, on the host; other values on the same mask are
-put in order by one kernel. No kernel uses atomics: the same bits each time.
+Other values on the same mask are put in a layout's order by one kernel. No kernel uses atomics: the
+same bits each time. A call asks for all its memory first (`scratch`), and launches then.
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from srigl_core.backends.cupy_gpu.conversions import converted, launch_over, output_type
+from srigl_core.backends.cupy_gpu.conversions import THREADS, convert, launch_over, output_type
 from srigl_core.backends.cupy_gpu.device import Device, fitting_blocks
-from srigl_core.backends.cupy_gpu.tiles import Tiles, pack_tiles, rows_of_tile
+from srigl_core.backends.cupy_gpu.layouts import Layouts
+from srigl_core.backends.cupy_gpu.scratch import Scratch
+from srigl_core.backends.cupy_gpu.tile_launch import MOST_WARPS, TileLaunch, best_tile_launch
+from srigl_core.backends.cupy_gpu.tiles import rows_of_tile
 from srigl_core.backends.cupy_gpu.variants import (
     CUDA_TYPES,
     STREAM_ROWS,
@@ -33,163 +36,36 @@ from srigl_core.backends.cupy_gpu.variants import (
 from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.contract import ACTIVATIONS, MatmulGradients
 from srigl_core.errors import SriglError
-from srigl_core.value_types import accumulator_dtype, value_dtype
+from srigl_core.value_types import accumulator_dtype
 
 __all__ = ["GpuPrepared"]
 
 MOST_STREAM_ROWS = STREAM_ROWS[-1]
-PACK = 8
-"""Connections that a lane of the stream product takes at a time."""
-
-STREAM_THREADS = 256
-MOST_WARPS = 32
-MOST_SPLITS = 65_535
 GRADIENT_LANES = 4
 MOST_BATCH_SPLITS = 16
+MOST_SEGMENT_BLOCKS = 65_535
+"""Of a grid's third axis."""
 
-SHARED_BYTES_A_CYCLE = 128
-"""What a multiprocessor reads from its shared memory."""
+_NO_ACTIVATION = 0, False
+_DESCRIBED_BATCH = 256
 
-STAGED_BYTES_A_CYCLE = 24
-"""What it gets from the second-level cache while all the others do the same."""
-
-BLOCK_CYCLES = 1_500
-"""About what a block takes to start, and to write its results."""
-
-CONFLICTS = {8: 1.0, 4: 1.05, 2: 1.25, 1: 1.6}
-"""Wavefronts for each that would do, by the lanes of a neuron: what ordering leaves."""
-
-
-@dataclass(frozen=True)
-class TileLaunch:
-    """How a batched product runs.
-
-    Parameters
-    ----------
-    lanes : int
-        To a neuron.
-    tiles, splits : int
-        The grid: of the batch, and of the neurons.
-    warps : int
-        Of a block.
-    """
-
-    lanes: int
-    tiles: int
-    splits: int
-    warps: int
-
-
-class _Layouts:
-    """What depends on the mask only, and is shared by all values on it."""
-
-    def __init__(self, weight: CondensedWeight, device: Device) -> None:
-        self.device = device
-        self.shape, self.fan_in, self.nnz = weight.shape, weight.fan_in, weight.nnz
-        self._indices, self._active = weight.indices, weight.active
-        ablated = np.setdiff1d(np.arange(self.shape[0]), weight.active, assume_unique=True)
-        self._columns = np.concatenate([weight.active, ablated])
-        self.n_active = weight.n_active
-        self._made: dict[Any, Any] = {}
-
-    def tiles(self, lanes: int, *, of_columns: bool = False) -> Tiles:
-        """Return the packing for `lanes` lanes to a neuron, or to an input."""
-        key = ("tiles", lanes, of_columns)
-        made: Tiles | None = self._made.get(key)
-        if made is None:
-            pack = self._pack_columns if of_columns else self._pack_neurons
-            made = self._made.setdefault(key, pack(lanes))
-        return made
-
-    def _pack_neurons(self, lanes: int) -> Tiles:
-        return pack_tiles(
-            self.device,
-            self._indices.ravel(),
-            np.full(self.n_active, self.fan_in),
-            np.arange(self.nnz),
-            self._columns,
-            n_inputs=self.shape[1],
-            lanes=lanes,
-            shared_bytes=self.device.properties.block_shared_bytes,
-        )
-
-    def _pack_columns(self, lanes: int) -> Tiles:
-        inputs = self._indices.ravel()
-        entries = np.argsort(inputs, kind="stable")
-        return pack_tiles(
-            self.device,
-            self._active[entries // self.fan_in],
-            np.bincount(inputs, minlength=self.shape[1]),
-            entries,
-            np.arange(self.shape[1]),
-            n_inputs=self.shape[0],
-            lanes=lanes,
-            shared_bytes=self.device.properties.block_shared_bytes,
-        )
-
-    def stream(self, *, staged: bool) -> Stream:
-        """Return the packing for the stream product."""
-        key = ("stream", staged)
-        made: Stream | None = self._made.get(key)
-        if made is None:
-            made = self._made.setdefault(key, self._pack_stream(staged))
-        return made
-
-    def _pack_stream(self, staged: bool) -> Stream:
-        padded = -(-self.fan_in // PACK) * PACK
-        indices = np.full(
-            (self.n_active, padded), self.shape[1], np.uint16 if staged else np.uint32
-        )
-        indices[:, : self.fan_in] = self._indices
-        positions = np.full((self.n_active, padded), -1, np.int64)
-        positions[:, : self.fan_in] = np.arange(self.nnz).reshape(self.n_active, -1)
-        return Stream(
-            padded // PACK,
-            self.device.upload(indices),
-            self.device.upload(self._columns.astype(np.int32)),
-            self.device.upload(positions.ravel()),
-        )
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layout.nbytes for layout in self._made.values())
-
-
-@dataclass(frozen=True, eq=False)
-class Stream:
-    """The packing for the stream product, on the device.
-
-    Parameters
-    ----------
-    packs : int
-        Of a neuron, each of eight connections.
-    indices : device array of uint16 or uint32, (n_active, 8 * packs)
-    columns : device array of int32, (n_out,)
-    positions : device array of int64, (n_active * 8 * packs,)
-    """
-
-    packs: int
-    indices: Any
-    columns: Any
-    positions: Any
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what depends on the mask."""
-        return sum(int(array.nbytes) for array in (self.indices, self.columns, self.positions))
+_Launch = Callable[[], None]
+_Epilogue = tuple[int, bool]
+"""The number of the activation, and whether ablated neurons are left out."""
 
 
 class GpuPrepared:
     """A condensed weight in this backend's layouts."""
 
     def __init__(
-        self, weight: CondensedWeight, device: Device, layouts: _Layouts | None = None
+        self, weight: CondensedWeight, device: Device, layouts: Layouts | None = None
     ) -> None:
         self.weight = weight
         self._device = device
         self._home = device.number()
-        self._layouts = layouts or _Layouts(weight, device)
+        self._layouts = layouts or Layouts(weight, device)
         self._values = device.upload(np.ascontiguousarray(weight.values).ravel())
+        device.finish()
         self._arranged: dict[Any, Any] = {}
         self._zeros: dict[Any, Any] = {}
 
@@ -199,18 +75,18 @@ class GpuPrepared:
 
     def describe(self) -> dict[str, object]:
         """Return kernels, layout and bytes beside the weight's own."""
-        name = self.weight.dtype.name
-        launch = self._tile_launch(256, name)
+        launch = self._tile_launch(_DESCRIBED_BATCH, self.weight.dtype)
         tile_rows, n_segments = self._tile_shape(launch.lanes)
+        kept = (self._values, *self._arranged.values(), *self._zeros.values())
         return {
             "kernel": f"stream up to batch {MOST_STREAM_ROWS}, tiles beyond",
-            "at batch 256": (
+            f"at batch {_DESCRIBED_BATCH}": (
                 f"{launch.tiles} x {launch.splits} blocks of {launch.warps} warps, "
                 f"{launch.lanes} lanes to a neuron, {n_segments} tiles of {tile_rows} inputs"
             ),
             "layout": "condensed",
             "device": self._device.properties.name,
-            "bytes": self._layouts.nbytes + sum(int(a.nbytes) for a in self._arranged.values()),
+            "bytes": self._layouts.nbytes + sum(int(array.nbytes) for array in kept),
         }
 
     def matmul(
@@ -222,20 +98,44 @@ class GpuPrepared:
         compact: bool,
         out: Any,
         threads: int | None,
+        workspace: Any | None = None,
     ) -> None:
         """Write the product to `out`; `threads` means nothing here."""
         self._check_home()
-        kind = _common(x, self.weight)
-        x = converted(self._device, x, kind)
-        bias = self._bias(bias, kind)
-        result = out if out.flags.c_contiguous else self._device.empty(out.shape, out.dtype)
-        epilogue = (ACTIVATIONS.index(activation), compact)
-        if len(x) <= MOST_STREAM_ROWS:
-            self._stream(x, bias, result, epilogue, kind)
-        else:
-            self._tile(x, bias, result, epilogue, kind)
-        if result is not out:
-            out[...] = result
+        scratch = Scratch(self._device, workspace)
+        epilogue = ACTIVATIONS.index(activation), compact
+        launch = self._product(x, bias, out, epilogue, scratch)
+        scratch.fill()
+        launch()
+
+    def backward(
+        self,
+        grad: Any,
+        x: Any | None,
+        *,
+        out: MatmulGradients,
+        threads: int | None,
+        workspace: Any | None = None,
+    ) -> None:
+        """Write the gradients to `out`; `threads` means nothing here."""
+        self._check_home()
+        scratch = Scratch(self._device, workspace)
+        launches = self._gradients(grad, x, out, scratch)
+        scratch.fill()
+        for launch in launches:
+            launch()
+
+    def workspace_bytes(self, batch: int, dtype: np.dtype[Any]) -> int:
+        """Return what a product or its gradients need at most, for arrays of `dtype` in C order."""
+        n_out, n_in = self.weight.shape
+        x, grad = _outline((batch, n_in), dtype), _outline((batch, n_out), dtype)
+        bias = _outline((n_out,), _wider(dtype, self.weight.dtype))
+        gradients = MatmulGradients(x, _outline(self.weight.values.shape, dtype), bias)
+        nothing = self._device.empty((0,), np.uint8)
+        forward, backward = (Scratch(self._device, nothing) for _ in range(2))
+        self._product(x, bias, grad, _NO_ACTIVATION, forward)
+        self._gradients(grad, x, gradients, backward)
+        return max(forward.nbytes, backward.nbytes)
 
     def _check_home(self) -> None:
         current = self._device.number()
@@ -245,27 +145,129 @@ class GpuPrepared:
                 f"current; prepare a plan there"
             )
 
+    def _product(
+        self, x: Any, bias: Any | None, out: Any, epilogue: _Epilogue, scratch: Scratch
+    ) -> _Launch:
+        kind = _wider(x.dtype, self.weight.dtype)
+        sums = accumulator_dtype(kind)
+        x = scratch.converted(x, kind)
+        if bias is None:
+            bias = self._nought(self.weight.shape[0], sums)
+        else:
+            bias = scratch.converted(bias, sums)
+        multiply = self._stream if out.shape[0] <= MOST_STREAM_ROWS else self._tile
+        return self._written(out, scratch, lambda result: multiply(x, bias, result, epilogue, kind))
+
+    def _gradients(
+        self, grad: Any, x: Any | None, out: MatmulGradients, scratch: Scratch
+    ) -> list[_Launch]:
+        launches = []
+        if out.x is not None:
+            launches.append(self._input_gradient(grad, out.x, scratch))
+        if out.values is not None and x is not None:
+            launches.append(self._value_gradient(grad, x, out.values, scratch))
+        if out.bias is not None:
+            launches.append(self._bias_gradient(grad, out.bias, scratch))
+        return launches
+
+    def _input_gradient(self, grad: Any, out: Any, scratch: Scratch) -> _Launch:
+        kind = _wider(grad.dtype, self.weight.dtype)
+        bias = self._nought(self.weight.shape[1], accumulator_dtype(kind))
+        grad = scratch.converted(grad, kind)
+
+        def launch(result: Any) -> None:
+            self._tile(grad, bias, result, _NO_ACTIVATION, kind, of_columns=True)
+
+        return self._written(out, scratch, launch)
+
+    def _value_gradient(self, grad: Any, x: Any, out: Any, scratch: Scratch) -> _Launch:
+        kind = _wider(_wider(grad.dtype, x.dtype), self.weight.dtype)
+        sums = accumulator_dtype(kind)
+        tiles = self._layouts.tiles(GRADIENT_LANES)
+        n_values = int(tiles.positions.size)
+        batch_tiles = -(-x.shape[0] // (GRADIENT_LANES * (16 // kind.itemsize)))
+        splits = min(batch_tiles, MOST_BATCH_SPLITS)
+        grad, x = scratch.converted(grad, kind), scratch.converted(x, kind)
+        partial = scratch.empty((splits, n_values), sums)
+
+        def launch(result: Any) -> None:
+            blocks_wanted = 2 * self._device.properties.processors
+            parts = min(tiles.groups, max(1, blocks_wanted // (splits * tiles.n_segments)))
+            warps = min(MOST_WARPS, -(-tiles.groups // parts))
+            self._device.launch(
+                Variant("value_gradient.cu", f"sum_products<{CUDA_TYPES[kind.name]}>"),
+                (splits, parts, min(tiles.n_segments, MOST_SEGMENT_BLOCKS)),
+                (32 * warps,),
+                (
+                    x,
+                    np.int64(len(x)),
+                    np.int64(x.shape[1]),
+                    grad,
+                    np.int64(grad.shape[1]),
+                    tiles.places,
+                    tiles.starts,
+                    tiles.columns,
+                    partial,
+                    np.int64(n_values),
+                    np.int32(tiles.n_segments),
+                    np.int32(tiles.tile_rows),
+                    np.int32(tiles.groups),
+                    np.int32(self.weight.n_active),
+                ),
+                tiles.shared_bytes,
+            )
+            add = Variant("value_gradient.cu", f"add_splits<{CUDA_TYPES[sums.name]}>")
+            n, n_splits = np.int64(n_values), np.int32(splits)
+            arguments = (partial, tiles.positions, n, n_splits, result, output_type(result.dtype))
+            launch_over(self._device, add, n_values, arguments)
+
+        return self._written(out, scratch, launch)
+
+    def _bias_gradient(self, grad: Any, out: Any, scratch: Scratch) -> _Launch:
+        grad = scratch.converted(grad, grad.dtype)
+
+        def launch(result: Any) -> None:
+            batch, n_out = grad.shape
+            self._device.launch(
+                Variant("arrays.cu", f"sum_columns<{CUDA_TYPES[grad.dtype.name]}>"),
+                (-(-n_out // 32),),
+                (32, 8),
+                (grad, result, np.int64(batch), np.int64(n_out), output_type(result.dtype)),
+            )
+
+        return self._written(out, scratch, launch)
+
+    def _written(self, out: Any, scratch: Scratch, launch: Callable[[Any], None]) -> _Launch:
+        """Return what launches kernels that write to `out`, by way of an array in C order."""
+        result = scratch.writable(out)
+
+        def launch_all() -> None:
+            launch(result)
+            if result is not out:
+                convert(self._device, result, out)
+
+        return launch_all
+
     def _stream(
-        self, x: Any, bias: Any, out: Any, epilogue: tuple[int, bool], kind: np.dtype[Any]
+        self, x: Any, bias: Any, out: Any, epilogue: _Epilogue, kind: np.dtype[Any]
     ) -> None:
-        properties, layouts = self._device.properties, self._layouts
+        properties = self._device.properties
         batch, n_in = x.shape
         rows = next(rows for rows in STREAM_ROWS if batch <= rows)
         shared_bytes = (n_in + 1) * rows * kind.itemsize
         staged = shared_bytes <= properties.block_shared_bytes and n_in < 1 << 16
         shared_bytes *= staged
-        stream = layouts.stream(staged=staged)
+        stream = self._layouts.stream(staged=staged)
         activation, compact = epilogue
-        n_neurons = layouts.n_active if compact else self.weight.shape[0]
+        n_neurons = out.shape[1]
         lanes = _stream_lanes(stream.packs, n_neurons, properties.processors)
         blocks = min(
-            -(-n_neurons * lanes // STREAM_THREADS),
-            fitting_blocks(properties, shared_bytes, STREAM_THREADS),
+            -(-n_neurons * lanes // THREADS), fitting_blocks(properties, shared_bytes, THREADS)
         )
         self._device.launch(
             stream_product(kind.name, rows, staged=staged),
             (blocks,),
-            (STREAM_THREADS,),
+            (THREADS,),
             (
                 x,
                 np.int32(batch),
@@ -276,12 +278,12 @@ class GpuPrepared:
                 stream.columns,
                 bias,
                 out,
-                np.int64(out.shape[1]),
+                np.int64(n_neurons),
                 output_type(out.dtype),
                 np.int32(activation),
                 np.int32(compact),
                 np.int32(lanes),
-                np.int64(layouts.n_active),
+                np.int64(self.weight.n_active),
                 np.int64(n_neurons),
             ),
             shared_bytes,
@@ -292,13 +294,14 @@ class GpuPrepared:
         x: Any,
         bias: Any,
         out: Any,
-        epilogue: tuple[int, bool],
+        epilogue: _Epilogue,
         kind: np.dtype[Any],
         *,
         of_columns: bool = False,
     ) -> None:
         activation, compact = epilogue
-        launch = self._tile_launch(len(x), kind.name, of_columns=of_columns)
+        batch, n_neurons = out.shape
+        launch = self._tile_launch(batch, kind, of_columns=of_columns)
         tiles = self._layouts.tiles(launch.lanes, of_columns=of_columns)
         self._device.launch(
             tile_product(kind.name, launch.lanes),
@@ -306,7 +309,7 @@ class GpuPrepared:
             (32 * launch.warps,),
             (
                 x,
-                np.int64(len(x)),
+                np.int64(batch),
                 np.int64(x.shape[1]),
                 self._arrange(tiles.positions, kind),
                 tiles.places,
@@ -314,14 +317,14 @@ class GpuPrepared:
                 tiles.columns,
                 bias,
                 out,
-                np.int64(out.shape[1]),
+                np.int64(n_neurons),
                 output_type(out.dtype),
                 np.int32(activation),
                 np.int32(compact),
                 np.int32(tiles.n_segments),
                 np.int32(tiles.tile_rows),
                 np.int32(tiles.groups),
-                np.int32(out.shape[1]),
+                np.int32(n_neurons),
             ),
             tiles.shared_bytes,
         )
@@ -330,135 +333,45 @@ class GpuPrepared:
         n_inputs = self.weight.shape[0 if of_columns else 1]
         return rows_of_tile(n_inputs, lanes, self._device.properties.block_shared_bytes)
 
-    def _tile_launch(self, batch: int, dtype: str, *, of_columns: bool = False) -> TileLaunch:
-        n_neurons = self.weight.shape[1 if of_columns else 0]
-        options = []
-        for lanes in TILE_LANES:
-            tile_rows, n_segments = self._tile_shape(lanes, of_columns=of_columns)
-            options.append((lanes, tile_rows, n_segments))
+    def _tile_launch(
+        self, batch: int, dtype: np.dtype[Any], *, of_columns: bool = False
+    ) -> TileLaunch:
+        properties = self._device.properties
         return best_tile_launch(
             batch,
-            n_neurons,
+            self.weight.shape[1 if of_columns else 0],
             self.weight.nnz,
-            16 // value_dtype(dtype).itemsize,
-            tuple(options),
-            self._device.properties.processors,
-            self._device.properties.processor_shared_bytes,
+            16 // dtype.itemsize,
+            tuple((n, *self._tile_shape(n, of_columns=of_columns)) for n in TILE_LANES),
+            properties.processors,
+            properties.processor_shared_bytes,
         )
-
-    def backward(
-        self, grad: Any, x: Any | None, *, out: MatmulGradients, threads: int | None
-    ) -> None:
-        """Write the gradients to `out`; `threads` means nothing here."""
-        self._check_home()
-        if out.x is not None:
-            self._input_gradient(grad, out.x)
-        if out.values is not None and x is not None:
-            self._value_gradient(grad, x, out.values)
-        if out.bias is not None:
-            self._bias_gradient(grad, out.bias)
-
-    def _input_gradient(self, grad: Any, out: Any) -> None:
-        kind = _common(grad, self.weight)
-        result = out if out.flags.c_contiguous else self._device.empty(out.shape, out.dtype)
-        bias = self._nought(out.shape[1], accumulator_dtype(kind))
-        grad = converted(self._device, grad, kind)
-        self._tile(grad, bias, result, (0, False), kind, of_columns=True)
-        if result is not out:
-            out[...] = result
-
-    def _value_gradient(self, grad: Any, x: Any, out: Any) -> None:
-        kind = _wider(_wider(grad.dtype, x.dtype), self.weight.dtype)
-        grad, x = converted(self._device, grad, kind), converted(self._device, x, kind)
-        sums = accumulator_dtype(kind)
-        tiles = self._layouts.tiles(GRADIENT_LANES)
-        n_values = int(tiles.positions.size)
-        batch_tiles = -(-len(x) // (GRADIENT_LANES * (16 // kind.itemsize)))
-        splits = min(batch_tiles, MOST_BATCH_SPLITS)
-        processors = self._device.properties.processors
-        parts = min(tiles.groups, max(1, 2 * processors // (splits * tiles.n_segments)))
-        warps = min(MOST_WARPS, -(-tiles.groups // parts))
-        partial = self._device.empty((splits, n_values), sums)
-        self._device.launch(
-            Variant("value_gradient.cu", f"sum_products<{CUDA_TYPES[kind.name]}>"),
-            (splits, parts, min(tiles.n_segments, MOST_SPLITS)),
-            (32 * warps,),
-            (
-                x,
-                np.int64(len(x)),
-                np.int64(x.shape[1]),
-                grad,
-                np.int64(grad.shape[1]),
-                tiles.places,
-                tiles.starts,
-                tiles.columns,
-                partial,
-                np.int64(n_values),
-                np.int32(tiles.n_segments),
-                np.int32(tiles.tile_rows),
-                np.int32(tiles.groups),
-                np.int32(self._layouts.n_active),
-            ),
-            tiles.shared_bytes,
-        )
-        result = out if out.flags.c_contiguous else self._device.empty(out.shape, out.dtype)
-        launch_over(
-            self._device,
-            Variant("value_gradient.cu", f"add_splits<{CUDA_TYPES[sums.name]}>"),
-            n_values,
-            (
-                partial,
-                tiles.positions,
-                np.int64(n_values),
-                np.int32(splits),
-                result,
-                output_type(out.dtype),
-            ),
-        )
-        if result is not out:
-            out[...] = result
-
-    def _bias_gradient(self, grad: Any, out: Any) -> None:
-        grad = self._device.contiguous(grad)
-        result = out if out.flags.c_contiguous else self._device.empty(out.shape, out.dtype)
-        batch, n_out = grad.shape
-        self._device.launch(
-            Variant("arrays.cu", f"sum_columns<{CUDA_TYPES[grad.dtype.name]}>"),
-            (-(-n_out // 32),),
-            (32, 8),
-            (grad, result, np.int64(batch), np.int64(n_out), output_type(out.dtype)),
-        )
-        if result is not out:
-            out[...] = result
 
     def _arrange(self, positions: Any, kind: np.dtype[Any]) -> Any:
         """Return the values in a layout's order, as numbers of `kind`."""
         key = (id(positions), kind.name)
-        values = self._arranged.get(key)
-        if values is None:
+        if key not in self._arranged:
             values = self._device.empty(positions.size, kind)
             variant = Variant("arrays.cu", f"arrange<{CUDA_TYPES[self.weight.dtype.name]}>")
             n = np.int64(positions.size)
             arguments = (self._values, positions, values, n, output_type(kind))
             launch_over(self._device, variant, positions.size, arguments)
+            self._device.finish()
             self._arranged[key] = values
-        return values
-
-    def _bias(self, bias: Any | None, kind: np.dtype[Any]) -> Any:
-        sums = accumulator_dtype(kind)
-        if bias is None:
-            return self._nought(self.weight.shape[0], sums)
-        return converted(self._device, bias, sums)
+        return self._arranged[key]
 
     def _nought(self, size: int, kind: np.dtype[Any]) -> Any:
         key = (size, kind.name)
         if key not in self._zeros:
-            self._zeros[key] = self._device.zeros(size, kind)
+            zeros = self._device.zeros(size, kind)
+            self._device.finish()
+            self._zeros[key] = zeros
         return self._zeros[key]
 
 
-def _common(x: Any, weight: CondensedWeight) -> np.dtype[Any]:
-    return _wider(x.dtype, weight.dtype)
+def _outline(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """Return what tells of an array in C order, without its memory."""
+    return SimpleNamespace(shape=shape, dtype=dtype, flags=SimpleNamespace(c_contiguous=True))
 
 
 def _wider(one: np.dtype[Any], other: np.dtype[Any]) -> np.dtype[Any]:
@@ -479,57 +392,3 @@ def _stream_lanes(packs: int, n_neurons: int, processors: int) -> int:
         return wasted * idle
 
     return min((1, 2, 4, 8, 16, 32), key=cost)
-
-
-@functools.lru_cache(maxsize=256)
-def best_tile_launch(
-    batch: int,
-    n_neurons: int,
-    nnz: int,
-    size: int,
-    options: tuple[tuple[int, int, int], ...],
-    processors: int,
-    processor_shared_bytes: int,
-) -> TileLaunch:
-    """Return the launch that a model of the device says is quickest.
-
-    Parameters
-    ----------
-    batch, n_neurons, nnz : int
-    size : int
-        Batch rows of a lane: numbers in 16 bytes.
-    options : tuple
-        For each choice of lanes: lanes, inputs in a tile, tiles for all inputs.
-    processors, processor_shared_bytes : int
-
-    Notes
-    -----
-    A block stages its tile of x, and reads 16 bytes of it a lane for each connection of its
-    neurons; multiprocessors take blocks in turns.
-    """
-    best = None
-    for lanes, tile_rows, n_segments in options:
-        tiles = -(-batch // (lanes * size))
-        row_bytes = 16 * lanes
-        shared_bytes = (tile_rows + 1) * row_bytes
-        resident = max(1, processor_shared_bytes // (shared_bytes + 1024))
-        groups = -(-n_neurons * lanes // 32)
-        for splits in _split_counts(groups):
-            per_split = -(-groups // splits)
-            passes = -(-per_split // MOST_WARPS) if n_segments > 1 else 1
-            staged = passes * n_segments * tile_rows * row_bytes / STAGED_BYTES_A_CYCLE
-            read = nnz / splits * row_bytes * CONFLICTS[lanes] / SHARED_BYTES_A_CYCLE
-            rounds = -(-tiles * splits // (processors * resident))
-            cycles = rounds * resident * (staged + read + BLOCK_CYCLES / resident)
-            cycles = max(cycles, staged + read + BLOCK_CYCLES)
-            warps = min(MOST_WARPS, max(4, per_split))
-            if best is None or cycles < best[0]:
-                best = cycles, TileLaunch(lanes, tiles, splits, warps)
-    assert best is not None
-    return best[1]
-
-
-def _split_counts(groups: int) -> list[int]:
-    most = min(groups, MOST_SPLITS)
-    counts = {min(most, round(2 ** (i / 2))) for i in range(32)}
-    return sorted(counts)

@@ -9,7 +9,7 @@ import numpy as np
 from srigl_core.backends.cupy_gpu.device import Device
 from srigl_core.backends.cupy_gpu.variants import CUDA_TYPES, Variant
 
-__all__ = ["THREADS", "converted", "launch_over", "output_type"]
+__all__ = ["BLOCKS_A_PROCESSOR", "THREADS", "convert", "converted", "launch_over", "output_type"]
 
 THREADS = 256
 BLOCKS_A_PROCESSOR = 8
@@ -26,13 +26,25 @@ def launch_over(device: Device, variant: Variant, size: int, arguments: tuple[An
     device.launch(variant, (max(1, blocks),), (THREADS,), arguments)
 
 
+def convert(device: Device, source: Any, target: Any) -> None:
+    """Write the numbers of `source` to `target`, of the same shape and in C order.
+
+    `source` is in C order too, unless both are of one type.
+    """
+    if source.dtype == target.dtype:
+        bits = f"u{target.dtype.itemsize}"
+        target.view(bits)[...] = source.view(bits)
+        return
+    variant = Variant("arrays.cu", f"convert<{CUDA_TYPES[source.dtype.name]}>")
+    arguments = (source, target, np.int64(source.size), output_type(target.dtype))
+    launch_over(device, variant, source.size, arguments)
+
+
 def converted(device: Device, array: Any, dtype: np.dtype[Any]) -> Any:
     """Return a contiguous array of `dtype`; `array` itself if it is one."""
     array = device.contiguous(array)
     if array.dtype == dtype:
         return array
     result = device.empty(array.shape, dtype)
-    variant = Variant("arrays.cu", f"convert<{CUDA_TYPES[array.dtype.name]}>")
-    arguments = (array, result, np.int64(array.size), output_type(dtype))
-    launch_over(device, variant, array.size, arguments)
+    convert(device, array, result)
     return result

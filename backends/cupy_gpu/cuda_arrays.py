@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from srigl_core.array_checks import check_workspace, is_on_cuda, overlaps_itself
 from srigl_core.backends.cupy_gpu.conversions import converted
 from srigl_core.backends.cupy_gpu.cupy_device import CupyDevice, cupy
 from srigl_core.backends.cupy_gpu.mask_update import count_not_finite
@@ -18,6 +19,8 @@ from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.value_types import value_dtype
 
 __all__ = ["CudaArrays"]
+
+_JAX = ("jax", "jaxlib")
 
 
 class CudaArrays:
@@ -28,7 +31,7 @@ class CudaArrays:
 
     def computing(self, like: object) -> AbstractContextManager[Any]:
         """Return a context with the stream that is current where `like` comes from."""
-        if _library_of(like) != "torch":
+        if _library_of(like) != "torch" or not is_on_cuda(like):
             return nullcontext()
         torch, tensor = sys.modules["torch"], cast(Any, like)
         number = torch.cuda.current_stream(tensor.device).cuda_stream
@@ -65,19 +68,40 @@ class CudaArrays:
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """Return a new array, of CuPy's pool."""
-        return cupy.empty(shape, dtype)
+        return self._device.empty(shape, dtype)
 
     def as_out(self, out: object, shape: tuple[int, ...], inputs: dict[str, Any]) -> Any:
         """Return `out` as a CuPy array of the same memory."""
+        self._check_writable(out, "out")
         found = self.as_float_array(out, "out")
         if found.shape != shape:
             raise SriglError(f"out has shape {found.shape}, but the result has {shape}")
+        if found.size and overlaps_itself(found):
+            raise SriglError(
+                f"out of strides {found.strides} has elements that share memory; pass an array of "
+                f"its own"
+            )
         for name, array in inputs.items():
             if cupy.may_share_memory(found, array):
                 raise SriglError(
                     f"out shares memory with {name}, which must not be written; copy one"
                 )
         return found
+
+    def as_workspace(self, workspace: object, others: dict[str, Any]) -> Any:
+        """Return `workspace` as a CuPy array of the same memory."""
+        self._check_writable(workspace, "workspace")
+        found = self._borrowed(workspace, "workspace")
+        check_workspace(found, found.data.ptr)
+        for name, array in others.items():
+            if cupy.may_share_memory(found, array):
+                raise SriglError(f"workspace shares memory with {name}; pass one of its own")
+        return found
+
+    def assign(self, target: Any, source: Any) -> None:
+        """Copy `source`, an array of the same type or 0, to `target`, by the bits."""
+        bits = f"u{target.dtype.itemsize}"
+        target.view(bits)[...] = source if isinstance(source, int) else source.view(bits)
 
     def round_to(self, array: Any, dtype: np.dtype[Any]) -> Any:
         """Return `array` rounded once to `dtype`."""
@@ -95,9 +119,20 @@ class CudaArrays:
             if array.dtype.name != "bfloat16":
                 return torch.from_dlpack(array)
             return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
-        if library in ("jax", "jaxlib"):
+        if library in _JAX:
             return sys.modules["jax"].dlpack.from_dlpack(array)
         return array
+
+    def _check_writable(self, array: Any, what: str) -> None:
+        library = _library_of(array)
+        if library in ("cupy", "torch"):
+            return
+        interface = getattr(array, "__cuda_array_interface__", None)
+        if library in _JAX or (interface is not None and interface["data"][1]):
+            raise ValueTypeError(
+                f"{what} of type {type(array).__name__} cannot be written; pass a CuPy array or a "
+                f"PyTorch tensor"
+            )
 
     def _borrowed(self, array: object, what: str) -> Any:
         """Return `array` as one of CuPy's, of the same memory, on the current device."""
@@ -112,25 +147,23 @@ class CudaArrays:
 
 
 def _from_protocol(array: Any, what: str) -> Any:
+    if not is_on_cuda(array):
+        raise ValueTypeError(
+            f"{what} of type {type(array).__name__} is not on a CUDA device, where backend 'cupy' "
+            f"takes arrays; pass cupy.asarray({what}), or name a CPU backend"
+        )
     if _library_of(array) == "torch":
-        array = array.detach()
+        array = array.detach()  # what requires a gradient lends no memory
         torch = sys.modules["torch"]
-        if array.is_cuda and array.dtype == torch.bfloat16:
-            import ml_dtypes
-
-            return cupy.from_dlpack(array.view(torch.int16)).view(ml_dtypes.bfloat16)
-    if hasattr(array, "__cuda_array_interface__"):
-        return cupy.asarray(array)
-    if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == _KDL_CUDA:
-        return cupy.from_dlpack(array)
-    raise ValueTypeError(
-        f"{what} of type {type(array).__name__} is not on a CUDA device, where backend 'cupy' "
-        f"takes arrays; pass cupy.asarray({what}), or name a CPU backend"
-    )
-
-
-_KDL_CUDA = 2
-"""DLPack's number for CUDA devices."""
+        if array.dtype == torch.bfloat16:
+            return cupy.from_dlpack(array.view(torch.int16)).view(value_dtype("bfloat16"))
+    try:
+        return cupy.from_dlpack(array) if hasattr(array, "__dlpack__") else cupy.asarray(array)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueTypeError(
+            f"{what} of type {type(array).__name__} cannot be read without a copy ({error}); pass "
+            f"a CuPy array"
+        ) from error
 
 
 def _library_of(array: object) -> str:

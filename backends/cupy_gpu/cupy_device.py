@@ -1,8 +1,9 @@
 """The current CUDA device, through CuPy.
 
 Kernels are compiled by CuPy's NVRTC, but not by ``RawModule``, which makes them flush subnormal
-numbers to zero (SPEC 2 forbids it) and whose disk cache does not know the headers. What is
-compiled is kept in CuPy's folder, under a name that holds all that it depends on.
+numbers to zero (SPEC 2 forbids it) and whose disk cache does not know the headers.
+
+bfloat16 is no type of CuPy's in all its versions: arrays are made and copied as the bits.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import json
 import os
 import secrets
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from srigl_core.backends.cupy_gpu.device import DeviceProperties
-from srigl_core.backends.cupy_gpu.variants import Variant
+from srigl_core.backends.cupy_gpu.variants import COMPILER_OPTIONS, Variant
+from srigl_core.cache_folder import find_cache, generation_of
 from srigl_core.errors import BackendUnavailableError
 
 try:
@@ -31,10 +33,9 @@ except ModuleNotFoundError as error:
         f"pip install 'srigl-core[cupy]' for CUDA 13, 'srigl-core[cupy12]' for CUDA 12"
     ) from error
 
-__all__ = ["CupyDevice", "check_device", "cupy", "runtime_info"]
+__all__ = ["CupyDevice", "check_device", "compiled", "cupy", "runtime_info"]
 
 FOLDER = Path(__file__).parent
-OPTIONS = ("--std=c++17",)
 
 _MOST_STATIC_SHARED_BYTES = 48 << 10
 
@@ -80,24 +81,65 @@ class CupyDevice:
 
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Any:
         """Return an uninitialised array, of CuPy's pool."""
-        return cupy.empty(shape, dtype)
+        dtype = np.dtype(dtype)
+        return cupy.empty(shape, _bits(dtype)).view(dtype)
 
     def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Any:
         """Return an array of zeros."""
-        return cupy.zeros(shape, dtype)
+        dtype = np.dtype(dtype)
+        return cupy.zeros(shape, _bits(dtype)).view(dtype)
 
     def upload(self, array: NDArray[Any]) -> Any:
         """Return a copy of a host array on the device."""
-        return cupy.asarray(array)
+        return cupy.asarray(array.view(_bits(array.dtype))).view(array.dtype)
 
     def download(self, array: Any) -> NDArray[Any]:
         """Return a copy of a device array on the host; waits for the current stream."""
-        copied: NDArray[Any] = cupy.asnumpy(array)
-        return copied
+        copied: NDArray[Any] = cupy.asnumpy(array.view(_bits(array.dtype)))
+        return copied.view(array.dtype)
 
     def contiguous(self, array: Any) -> Any:
         """Return the array in C order, itself if it is."""
-        return cupy.ascontiguousarray(array)
+        return cupy.ascontiguousarray(array.view(_bits(array.dtype))).view(array.dtype)
+
+    def finish(self) -> None:
+        """Wait for the current stream: what it made can then be read on any other."""
+        cupy.cuda.get_current_stream().synchronize()
+
+
+def compiled(variant: Variant, architecture: str) -> tuple[bytes, str]:
+    """Return a kernel's code and its symbol; needs no device.
+
+    Parameters
+    ----------
+    variant : Variant
+    architecture : str
+        Such as "90"; one that is newer than the compiler gets code for the driver to finish.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If NVRTC cannot compile it, for want of headers for example; says what NVRTC said.
+    """
+    nvrtc = cupy.cuda.nvrtc
+    program = nvrtc.createProgram((FOLDER / variant.file).read_text(), variant.file, (), ())
+    newest = max(nvrtc.getSupportedArchs())
+    is_known = int(architecture) <= newest
+    target = f"-arch=sm_{architecture}" if is_known else f"-arch=compute_{newest}"
+    try:
+        nvrtc.addNameExpression(program, variant.name)
+        options = (*COMPILER_OPTIONS, target, f"-I{FOLDER}", *_cuda_headers())
+        nvrtc.compileProgram(program, options)
+        code: bytes = nvrtc.getCUBIN(program) if is_known else nvrtc.getPTX(program)
+        return code, nvrtc.getLoweredName(program, variant.name)
+    except nvrtc.NVRTCError as error:
+        raise BackendUnavailableError(
+            f"NVRTC could not compile {variant.name} of {variant.file} ({error}); CUDA's headers "
+            f"come with: pip install 'cupy-cuda13x[ctk]', or cupy-cuda12x[ctk] for CUDA 12. It "
+            f"said:\n{nvrtc.getProgramLog(program)}"
+        ) from error
+    finally:
+        nvrtc.destroyProgram(program)
 
 
 def runtime_info() -> dict[str, object]:
@@ -108,6 +150,7 @@ def runtime_info() -> dict[str, object]:
         "device": _properties(runtime.getDevice()).name,
         "driver": runtime.driverGetVersion(),
         "CUDA runtime": runtime.runtimeGetVersion(),
+        "cache directory": _found_cache()[1],
     }
 
 
@@ -125,32 +168,46 @@ def _properties(device: int) -> DeviceProperties:
 @functools.cache
 def _kernel(device: int, variant: Variant) -> Any:
     """Return a kernel for a device, which is the current one."""
-    major, minor = cupy.cuda.nvrtc.getVersion()
     architecture = cupy.cuda.Device(device).compute_capability
-    made_of = (_sources(), OPTIONS, major, minor, architecture, variant.file, variant.name)
-    name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
-    folder = _cache_folder()
-    compiled, symbol = folder / f"{name}.cubin", folder / f"{name}.json"
-    if not (compiled.exists() and symbol.exists()):
-        binary, symbols = cupy.cuda.compiler.compile_using_nvrtc(
-            (FOLDER / variant.file).read_text(),
-            (*OPTIONS, f"-I{FOLDER}", *_cuda_headers()),
-            architecture,
-            variant.file,
-            name_expressions=(variant.name,),
-        )
-        _write(compiled, binary)
-        _write(symbol, json.dumps(symbols[variant.name]).encode())
-    return cupy.RawModule(path=str(compiled)).get_function(json.loads(symbol.read_text()))
+    name = hashlib.sha256(repr((variant.file, variant.name, architecture)).encode()).hexdigest()[
+        :32
+    ]
+    folder, _ = _found_cache()
+    if folder is None or not (folder / f"{name}.json").exists():
+        code, symbol = compiled(variant, architecture)
+        if folder is None or not _write(folder, name, code, symbol):
+            folder = Path(_own_folder().name)
+            _write(folder, name, code, symbol)
+    symbol = json.loads((folder / f"{name}.json").read_text())
+    return cupy.RawModule(path=str(folder / f"{name}.cubin")).get_function(symbol)
 
 
 @functools.cache
-def _sources() -> str:
-    """Return a hash of all kernels and headers: which one includes which is not asked."""
-    digest = hashlib.sha256()
-    for file in sorted([*FOLDER.glob("*.cu"), *FOLDER.glob("*.cuh")]):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
+def _found_cache() -> tuple[Path | None, str]:
+    sources = (file for file in FOLDER.iterdir() if file.suffix in (".cu", ".cuh"))
+    tools = (COMPILER_OPTIONS, cupy.cuda.nvrtc.getVersion())
+    return find_cache(generation_of(sources, tools), os.environ.get("CUPY_CACHE_DIR", ""))
+
+
+@functools.cache
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder of this process, for where nothing can be kept: a module is a file."""
+    return tempfile.TemporaryDirectory(prefix="srigl-core-")
+
+
+def _write(folder: Path, name: str, code: bytes, symbol: str) -> bool:
+    """Write what was compiled, the symbol last: others may be reading. Return whether it could."""
+    try:
+        for file, content in (
+            (f"{name}.cubin", code),
+            (f"{name}.json", json.dumps(symbol).encode()),
+        ):
+            unfinished = folder / f"{file}.{secrets.token_hex(8)}"
+            unfinished.write_bytes(content)
+            unfinished.replace(folder / file)
+    except OSError:
+        return False
+    return True
 
 
 def _cuda_headers() -> tuple[str, ...]:
@@ -159,20 +216,6 @@ def _cuda_headers() -> tuple[str, ...]:
     return () if path is None else (f"-I{os.path.join(path, 'include')}",)
 
 
-@functools.cache
-def _cache_folder() -> Path:
-    """Return CuPy's folder for what is compiled, or one for this process alone."""
-    asked = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
-    folder = Path(asked, "srigl_core")
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    return Path(tempfile.mkdtemp(prefix="srigl_core"))
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Write a file whole: another process may be reading it."""
-    unfinished = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
-    unfinished.write_bytes(data)
-    unfinished.replace(file)
+def _bits(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return a type of CuPy's of the same size: that of the bits, unless it is NumPy's own."""
+    return dtype if dtype.isbuiltin == 1 else np.dtype(f"u{dtype.itemsize}")

@@ -86,6 +86,10 @@ class Device(Protocol):
         """Return the array in C order, itself if it is."""
         ...
 
+    def finish(self) -> None:
+        """Wait for the current stream: what it made can then be read on any other."""
+        ...
+
 
 def fitting_blocks(properties: DeviceProperties, shared_bytes: int, threads: int) -> int:
     """Return how many blocks run on the device at once."""

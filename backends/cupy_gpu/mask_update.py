@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.backends.cupy_gpu.conversions import launch_over
+from srigl_core.backends.cupy_gpu.conversions import BLOCKS_A_PROCESSOR, THREADS, launch_over
 from srigl_core.backends.cupy_gpu.device import Device
 from srigl_core.backends.cupy_gpu.variants import BIT_TYPES, Variant
 from srigl_core.mask_update import MaskUpdate, UpdateSettings
@@ -20,8 +20,6 @@ from srigl_core.reference.mask_update import ablation_threshold, keep_and_prune,
 
 __all__ = ["count_not_finite", "srigl_update"]
 
-THREADS = 256
-BLOCKS_A_PROCESSOR = 8
 DIGIT_BITS = 8
 
 BY_MAGNITUDE, BY_GRADIENT, KEPT = 1, 2, 4

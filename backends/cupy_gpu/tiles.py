@@ -40,28 +40,22 @@ class Tiles:
         Inputs in a tile, and how many tiles hold all.
     groups : int
         Groups of neurons that have connections.
-    n_neurons : int
-        Neurons, those without connections included, which are the last.
     places : device array of uint16, (chunks, 32 / lanes, 4)
     starts : device array of int64, (n_segments, groups + 1)
     columns : device array of int32, (n_neurons,)
-        The result's column of each.
+        The result's column of each neuron; those without connections are the last.
     positions : device array of int64, (chunks * 32 / lanes * 4,)
         Where each value lies in the condensed ones, -1 for padding.
-    padding : float
-        Values stored for each connection.
     """
 
     lanes: int
     tile_rows: int
     n_segments: int
     groups: int
-    n_neurons: int
     places: Any
     starts: Any
     columns: Any
     positions: Any
-    padding: float
 
     @property
     def row_bytes(self) -> int:
@@ -148,12 +142,10 @@ def pack_tiles(
         tile_rows=tile_rows,
         n_segments=n_segments,
         groups=groups,
-        n_neurons=columns.size,
         places=device.upload(places),
         starts=device.upload(starts),
         columns=device.upload(columns.astype(np.int32)),
         positions=device.upload(positions),
-        padding=size / max(1, inputs.size),
     )
 
 

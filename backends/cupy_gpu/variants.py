@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
-__all__ = ["CUDA_TYPES", "Variant", "variants"]
+__all__ = ["COMPILER_OPTIONS", "CUDA_TYPES", "Variant", "variants"]
+
+COMPILER_OPTIONS = ("--std=c++17",)
+"""What NVRTC gets beside the architecture and the headers' folders."""
 
 CUDA_TYPES = {
     "float16": "__half",

@@ -12,21 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import mmap
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from host_device import KernelError
+from host_device import KernelError, tight_empty
 from simulated import KERNELS, SETTINGS, simulated_backend
 from through_host import ThroughHost
 
-from srigl_core import CondensedWeight, prepare, update_mask
+from srigl_core import CondensedWeight, get_backend, prepare, update_mask
 from srigl_core.backends.cupy_gpu import condensed_matmul
 from srigl_core.backends.cupy_gpu.conversions import converted
 from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
 from srigl_core.backends.cupy_gpu.mask_update import count_not_finite
+from srigl_core.errors import SriglError
 from srigl_core.testing.laws import LAWS, verify
 from srigl_core.value_types import VALUE_TYPES, round_to, value_dtype
 
@@ -53,14 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", help="exact checks to make, by what they are of")
     parser.add_argument("--one-by-one", action="store_true")
     parser.add_argument("--device", action="store_true")
+    parser.add_argument(
+        "--without-pool", action="store_true", help="each array in memory of its own, to be watched"
+    )
     options = parser.parse_args(arguments)
     if options.device:
-        from srigl_core.backends.cupy_gpu.backend import CupyBackend
-
-        backend = ThroughHost(CupyBackend())
-        failures, examples = _tried("device", backend, options.examples, options.only)
-        print(json.dumps({"failures": failures, "examples": examples}))
-        return
+        sys.exit(_check_device(options))
     failures = []
     launched: set[Any] = set()
     examples = 0
@@ -73,6 +73,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             launched |= backend.device.launched
     names = sorted(f"{variant.file} {variant.name}" for variant in launched)
     print(json.dumps({"failures": failures, "examples": examples, "launched": names}))
+
+
+def _check_device(options: argparse.Namespace) -> int:
+    """Check on the CUDA device; return the exit code."""
+    try:
+        backend = ThroughHost(get_backend("cupy"))
+    except SriglError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.without_pool:
+        import cupy
+
+        cupy.cuda.set_allocator(None)
+    failures, examples = _tried("device", backend, options.examples, options.only)
+    print(json.dumps({"failures": failures, "examples": examples}))
+    return int(bool(failures))
 
 
 def _tried(
@@ -160,6 +176,40 @@ def _exact_updates(backend: GpuBackend) -> Iterator[tuple[str, int]]:
         yield _difference(f"weight, {what}", got.weight, expected.weight), 1
 
 
+def _lent_memory(backend: GpuBackend) -> Iterator[tuple[str, int]]:
+    """In the caller's memory results are the same, and no other is taken; too little is refused."""
+    if isinstance(backend, ThroughHost):
+        return
+    for number, (batch, name) in enumerate(product((3, 40), VALUE_TYPES)):
+        rng, dtype = np.random.default_rng(number), value_dtype(name)
+        weight = CondensedWeight.random((9, 21), fan_in=5, n_active=7, rng=rng)
+        x, grad = (rng.integers(-2, 3, (batch, n)).astype(dtype) for n in (21, 9))
+        bias = rng.integers(-2, 3, 9).astype(np.float16)
+        plan = prepare(weight, backend=backend)
+        calls: dict[str, Callable[..., list[Any]]] = {
+            "product": lambda x, g, memory, p=plan, b=bias: [p(x, b, workspace=memory)],
+            "gradients": lambda x, g, memory, p=plan: list(
+                vars(p.backward(g, x, workspace=memory)).values()
+            ),
+        }
+        size = plan.workspace_bytes(batch, dtype)
+        strided = np.repeat(x, 2, axis=1)[:, ::2], np.repeat(grad, 2, axis=0)[::2]
+        for what, call in calls.items():
+            expected = call(x, grad, None)
+            for arrays, lent in (((x, grad), size), (strided, 3 * size + 10_000)):
+                made = backend.device.n_made
+                results = call(*arrays, tight_empty(lent, np.uint8))
+                yield ("" if backend.device.n_made == made else f"{what} took memory of its own"), 1
+                for got, wanted in zip(results, expected, strict=True):
+                    yield _difference(f"{what} in lent memory, {name}", got, wanted), 1
+            try:
+                call(*strided, tight_empty(16, np.uint8))
+            except SriglError as error:
+                yield "" if "workspace has 16 bytes" in str(error) else str(error), 1
+            else:
+                yield f"{what}: a workspace of 16 bytes sufficed", 1
+
+
 def _not_finite(backend: GpuBackend) -> Iterator[tuple[str, int]]:
     for number, name in enumerate(VALUE_TYPES):
         rng = np.random.default_rng(number)
@@ -211,6 +261,7 @@ CHECKS = {
     "gradients": _exact_gradients,
     "updates": _exact_updates,
     "conversions": _conversions,
+    "lent memory": _lent_memory,
     "not finite": _not_finite,
     "far inputs": _far_inputs,
 }

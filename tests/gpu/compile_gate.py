@@ -24,8 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from srigl_core.backends.cupy_gpu.variants import COMPILER_OPTIONS
+
 __all__ = [
-    "OPTIONS",
     "GateError",
     "KernelReport",
     "MissingCompilerError",
@@ -40,9 +41,6 @@ __all__ = [
 
 # The module with `variants()`; the .cu files lie beside it. It must import without CuPy or a GPU.
 BACKEND = "srigl_core.backends.cupy_gpu.variants"
-
-# What the backend gives NVRTC, and CuPy adds to it, less the folders of headers.
-OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 
 INSTALL = (
     "pip install cuda-bindings nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl "
@@ -127,7 +125,7 @@ def compile_gate(
     variants: Iterable[Variant],
     architectures: Sequence[int],
     *,
-    options: Sequence[str] = OPTIONS,
+    options: Sequence[str] = COMPILER_OPTIONS,
     jobs: int = 1,
 ) -> list[KernelReport]:
     """Compile the variants, and nothing else, for every architecture.

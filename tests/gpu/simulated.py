@@ -26,6 +26,7 @@ from srigl_core.backends.cupy_gpu.device import DeviceProperties
 from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
 from srigl_core.backends.cupy_gpu.variants import Variant, variants
 from srigl_core.contract import Capabilities
+from srigl_core.host_arrays import HostArrays
 
 MOST_COPIED_BYTES = 1 << 30
 
@@ -51,6 +52,7 @@ class SimulatedDevice:
     folder: Path = KERNELS
     one_by_one: bool = False
     launched: set[Variant] = field(default_factory=set)
+    n_made: int = 0
     _kernels: dict[Variant, HostKernel] = field(default_factory=dict)
 
     def number(self) -> int:
@@ -82,14 +84,17 @@ class SimulatedDevice:
 
     def empty(self, shape: Any, dtype: Any) -> Any:
         """Return an array that holds what is no number."""
+        self.n_made += 1
         return tight_empty(shape, dtype)
 
     def zeros(self, shape: Any, dtype: Any) -> Any:
         """Return an array of zeros."""
+        self.n_made += 1
         return tight(np.zeros(shape, dtype))
 
     def upload(self, array: Any) -> Any:
         """Return a copy in memory of its own."""
+        self.n_made += 1
         return tight(np.ascontiguousarray(array))
 
     def download(self, array: Any) -> Any:
@@ -97,9 +102,21 @@ class SimulatedDevice:
         return np.array(array)
 
     def contiguous(self, array: Any) -> Any:
-        """Return a copy in memory of its own: a kernel's input ends where it ends."""
-        array = np.ascontiguousarray(array)
-        return array if array.nbytes > MOST_COPIED_BYTES else tight(array)
+        """Return the array in C order."""
+        return np.ascontiguousarray(array)
+
+    def finish(self) -> None:
+        """Do nothing: a kernel has run when its launch returns."""
+
+
+class TightArrays(HostArrays):
+    """NumPy's arrays, each in memory of its own: a kernel's input ends where it ends."""
+
+    def as_float_array(self, array: object, what: str) -> Any:
+        """Return a copy of an array in C order."""
+        found = super().as_float_array(array, what)
+        can_be_copied = found.flags.c_contiguous and found.nbytes <= MOST_COPIED_BYTES
+        return tight(found) if can_be_copied else found
 
 
 @dataclass(frozen=True)
@@ -144,6 +161,7 @@ def simulated_backend(setting: Setting, **device: Any) -> Iterator[GpuBackend]:
         "simulated", setting.processors, setting.shared_bytes, 4 * setting.shared_bytes
     )
     backend = GpuBackend(SimulatedDevice(properties, **device), "simulated", Capabilities())
+    backend.arrays = TightArrays()
     with (
         mock.patch.object(condensed_matmul, "TILE_LANES", setting.lanes),
         mock.patch.object(condensed_matmul, "MOST_STREAM_ROWS", setting.stream_rows),

@@ -1,0 +1,110 @@
+"""Real CuPy arrays without a device: their memory is the host's, and kernels run on the CPU.
+
+What CuPy itself would do on a device is not to be had: copies are made here, and nothing that
+CuPy would launch a kernel for works.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import cupy
+import numpy as np
+from cupy.cuda import memory
+from simulated import SimulatedDevice
+
+from srigl_core import dispatch
+from srigl_core.backends.cupy_gpu.cuda_arrays import CudaArrays
+from srigl_core.backends.cupy_gpu.cupy_device import CupyDevice
+from srigl_core.backends.cupy_gpu.device import DeviceProperties
+from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
+from srigl_core.contract import Capabilities
+
+__all__ = ["HostedDevice", "hosted_backend", "seen"]
+
+ALIGNMENT = 256
+
+
+def seen(array: Any) -> Any:
+    """Return a NumPy array of a CuPy array's memory, which is the host's."""
+    dtype = np.dtype(array.dtype)
+    if not array.size:
+        return np.empty(array.shape, dtype)
+    interface = {
+        "shape": array.shape,
+        "strides": array.strides,
+        "typestr": np.dtype(f"u{dtype.itemsize}").str,
+        "data": (array.data.ptr, False),
+        "version": 3,
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=interface)).view(dtype)
+
+
+class HostedDevice(CupyDevice):
+    """A device whose CuPy arrays lie in the host's memory, which a simulated one computes on."""
+
+    properties = DeviceProperties("hosted", 3, 48 << 10, 192 << 10)
+
+    def __init__(self) -> None:
+        self._simulated = SimulatedDevice(self.properties)
+
+    def number(self) -> int:
+        """Return the only device's."""
+        return 0
+
+    def launch(self, variant: Any, grid: Any, block: Any, arguments: Any, shared: int = 0) -> None:
+        """Run a kernel on the CPU."""
+        hosted = tuple(seen(a) if isinstance(a, cupy.ndarray) else a for a in arguments)
+        self._simulated.launch(variant, grid, block, hosted, shared)
+
+    def zeros(self, shape: Any, dtype: Any) -> Any:
+        """Return an array of zeros."""
+        made = self.empty(shape, dtype)
+        seen(made)[...] = 0
+        return made
+
+    def upload(self, array: Any) -> Any:
+        """Return a CuPy array of the same numbers."""
+        made = self.empty(array.shape, array.dtype)
+        seen(made)[...] = array
+        return made
+
+    def download(self, array: Any) -> Any:
+        """Return a NumPy array of the same numbers."""
+        return seen(array).copy()
+
+    def contiguous(self, array: Any) -> Any:
+        """Return the array in C order, itself if it is."""
+        return array if array.flags.c_contiguous else self.upload(seen(array))
+
+    def finish(self) -> None:
+        """Do nothing: a kernel has run when its launch returns."""
+
+
+@contextmanager
+def hosted_backend() -> Iterator[GpuBackend]:
+    """Give the CuPy backend on such a device, as far as it is not the device's own."""
+    device = HostedDevice()
+    backend = GpuBackend(device, "cupy", Capabilities(device="cuda"))
+    backend.arrays = CudaArrays(device)
+    before = cupy.cuda.get_allocator()
+    cupy.cuda.set_allocator(_hosted)
+    with (
+        mock.patch.object(cupy.cuda.runtime, "getDevice", return_value=0),
+        mock.patch.object(dispatch, "_device_of", return_value="cuda"),
+    ):
+        try:
+            yield backend
+        finally:
+            cupy.cuda.set_allocator(before)
+
+
+def _hosted(size: int) -> Any:
+    block = np.empty(size + ALIGNMENT, np.uint8)
+    start = math.ceil(block.ctypes.data / ALIGNMENT) * ALIGNMENT
+    return memory.MemoryPointer(memory.UnownedMemory(start, size, block, 0), 0)
