@@ -7,6 +7,7 @@ checked two-dimensional arrays. For checked arguments of any shape call
 
 from srigl_core.reference.baselines import update_rigl, update_set, update_static
 from srigl_core.reference.condensed_matmul import dense_gradient
+from srigl_core.reference.condensed_update import update_condensed
 from srigl_core.reference.distributions import LayerBudget, erk, nnz_budget, uniform
 from srigl_core.reference.explain import UpdateExplanation, explain_update
 from srigl_core.reference.init import random_mask, random_unstructured_mask, sparse_init
@@ -26,6 +27,7 @@ __all__ = [
     "remap_state",
     "sparse_init",
     "uniform",
+    "update_condensed",
     "update_mask",
     "update_rigl",
     "update_set",

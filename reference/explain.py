@@ -130,7 +130,7 @@ def explain_update(
         nnz_budget, drop_fraction, gamma_sal, min_salient, saliency_scope, grown_init
     )
     w, g, m = check_update_arrays(weight, grad, mask)
-    settings.check_fits(w.shape)
+    settings.check_fits(w.shape, w.dtype)
     got = as_mask(new_mask, mask.shape, "new_mask").reshape(w.shape)
     with honour_subnormals():
         return _explained(Problem(w, g, m, settings), got)

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from srigl_core.array_checks import check_integer, check_real
-from srigl_core.condensed_weight import flat_shape
+from srigl_core.condensed_weight import CondensedWeight, flat_shape
 from srigl_core.contract import ArrayKind
 from srigl_core.errors import SriglError
 from srigl_core.host_arrays import HOST_ARRAYS
 
 __all__ = [
     "SALIENCY_SCOPES",
+    "CondensedUpdate",
     "MaskUpdate",
     "UpdateSettings",
     "check_update_arrays",
@@ -92,13 +93,29 @@ class UpdateSettings:
             )
         object.__setattr__(self, "grown_init", check_real(self.grown_init, "grown_init"))
 
-    def check_fits(self, shape: tuple[int, int]) -> None:
-        """Raise SriglError if the budget exceeds a layer of `shape`, (n_out, n_in)."""
+    def check_fits(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+        """Check that the settings are possible for a layer.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            (n_out, n_in).
+        dtype : numpy.dtype
+            Of its weight.
+
+        Raises
+        ------
+        SriglError
+            If the budget exceeds the layer, or `grown_init` overflows its dtype.
+        """
         if self.nnz_budget > shape[0] * shape[1]:
             raise SriglError(
                 f"nnz_budget={self.nnz_budget} exceeds the {shape[0] * shape[1]} weights of a "
                 f"layer of shape {shape}; it must be in 1..{shape[0] * shape[1]}"
             )
+        with np.errstate(over="ignore"):
+            if np.isinf(dtype.type(self.grown_init)):
+                raise SriglError(f"grown_init={self.grown_init!r} is too large for {dtype}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +163,58 @@ class MaskUpdate:
         return len(self.mask) - self.ablated.size
 
 
+@dataclass(frozen=True, eq=False)
+class CondensedUpdate:
+    """The result of a mask update of a condensed layer.
+
+    Parameters
+    ----------
+    weight : CondensedWeight
+        The values that stay, and `grown_init` at newly active positions.
+    source : ndarray of int64, (n_active, k)
+        Where each value was among the old ones, flat; -1 where it is newly active.
+    ablated, revived, fan_in, n_pruned, n_grown, threshold, salient_counts
+        As in `MaskUpdate`.
+    """
+
+    weight: CondensedWeight
+    source: NDArray[np.int64]
+    ablated: NDArray[np.int64]
+    revived: NDArray[np.int64]
+    fan_in: int
+    n_pruned: int
+    n_grown: int
+    threshold: int
+    salient_counts: NDArray[np.int64]
+
+    @property
+    def nnz(self) -> int:
+        """Number of active weights."""
+        return self.weight.nnz
+
+    @property
+    def n_active(self) -> int:
+        """Number of active neurons."""
+        return self.weight.n_active
+
+    def remap(self, state: NDArray[Any]) -> NDArray[Any]:
+        """Return optimiser state of the old values for the new ones (SPEC 4.8).
+
+        Parameters
+        ----------
+        state : ndarray, (old n_active, old k) or flat
+
+        Returns
+        -------
+        ndarray, (n_active, k)
+            New; zero where a weight is newly active.
+        """
+        remapped: NDArray[Any] = np.where(
+            self.source < 0, state.dtype.type(0), state.reshape(-1)[self.source]
+        )
+        return remapped
+
+
 def checked_update(
     algorithm: Callable[..., MaskUpdate],
     weight: ArrayLike,
@@ -165,10 +234,7 @@ def checked_update(
     """
     with arrays.computing(weight):
         w, g, m = check_update_arrays(weight, grad, mask, arrays)
-        settings.check_fits(w.shape)
-        with np.errstate(over="ignore"):
-            if np.isinf(w.dtype.type(settings.grown_init)):
-                raise SriglError(f"grown_init={settings.grown_init!r} is too large for {w.dtype}")
+        settings.check_fits(w.shape, w.dtype)
         update = algorithm(w, g, m, settings, **options)
         return replace(
             update,
