@@ -6,6 +6,8 @@ point when they are first needed.
 """
 
 from srigl_core.condensed_file import load_condensed, save_condensed
+from srigl_core.condensed_mask import CondensedMask
+from srigl_core.condensed_trainer import CondensedTrainer
 from srigl_core.condensed_weight import CondensedWeight, MemoryReport
 from srigl_core.contract import Backend, Capabilities, MatmulGradients, PreparedWeight
 from srigl_core.dispatch import condensed_matmul, condensed_matmul_backward, update_mask
@@ -19,7 +21,8 @@ from srigl_core.mask_update import MaskUpdate, UpdateSettings
 from srigl_core.plan import Plan, prepare
 from srigl_core.recommendation import Recommendation, recommend
 from srigl_core.registry import BackendStatus, get_backend, list_backends
-from srigl_core.trainer import LayerOptions, SparseTrainer
+from srigl_core.trainer import SparseTrainer
+from srigl_core.training_state import LayerOptions
 from srigl_core.warmup import warmup
 
 __all__ = [
@@ -27,6 +30,8 @@ __all__ = [
     "BackendStatus",
     "BackendUnavailableError",
     "Capabilities",
+    "CondensedMask",
+    "CondensedTrainer",
     "CondensedWeight",
     "FileFormatError",
     "LayerOptions",
