@@ -1,1 +1,1 @@
-"""Measurements of the CPU kernels beside what else one could use: ``srigl bench``."""
+"""Measurements of the kernels beside what else one could use: ``srigl bench``."""

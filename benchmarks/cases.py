@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from srigl_core import CondensedWeight, load_condensed
 from srigl_core.errors import SriglError
@@ -71,10 +72,11 @@ class Case:
     operation : {"forward", "backward", "update"}
     layer : Layer
     threads : int
+        0 on a GPU.
     batch : int
         0 for an update.
     cold : bool
-        Whether the weights come from memory, not from the caches.
+        Whether the weights, on a GPU the inputs too, come from memory, not from the caches.
     dtype : {"float32", "float64"}
     narrow : bool
         Whether ours is measured with 16-bit values too.
@@ -99,12 +101,28 @@ class Case:
             f"{self.layer.sparsity:.0%}",
             f"k={self.layer.fan_in}",
             *([f"batch={self.batch}"] if self.batch else []),
-            f"threads={self.threads}",
-            "cold" if self.cold else "hot",
+            *([f"threads={self.threads}"] if self.threads else []),
+            "cold" if self.cold else "hot" if self.threads else "warm",
             self.dtype,
             "random" if self.layer.mask == "random" else "learned",
+            *(["ablated"] if self.layer.n_active < self.layer.n_out else []),
             instructions,
         )
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the file says of a case on any machine."""
+        layer = self.layer
+        return {
+            "operation": self.operation,
+            "n_in": layer.n_in,
+            "n_out": layer.n_out,
+            "sparsity": layer.sparsity,
+            "fan_in": layer.fan_in,
+            "n_active": layer.n_active,
+            "mask": layer.mask,
+            "batch": self.batch,
+            "dtype": self.dtype,
+        }
 
 
 def chosen_cases(*, quick: bool, threads: Sequence[int], masks: Path | None) -> list[Case]:

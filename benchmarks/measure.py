@@ -6,14 +6,12 @@ because what else an interpreter has running would take part.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,10 @@ from srigl_core.benchmarks.contenders.contender import Bind
 from srigl_core.benchmarks.limits import Limits, least_seconds, measure_limits, needs
 from srigl_core.benchmarks.pools import relevant_environment, rest, thread_limit
 from srigl_core.benchmarks.problems import Problem, check
-from srigl_core.benchmarks.results import Row
-from srigl_core.benchmarks.timing import Cold, Hot, Timing, interleaved
-from srigl_core.cli.machine import package_versions
+from srigl_core.benchmarks.results import Row, microseconds
+from srigl_core.benchmarks.results import rounded as _rounded
+from srigl_core.benchmarks.timing import Cold, Hot, interleaved
+from srigl_core.benchmarks.versions import versions
 from srigl_core.errors import SriglError
 
 __all__ = ["Settings", "chosen", "measure"]
@@ -98,7 +97,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     return {
         "instructions": settings.instructions,
         "environment": relevant_environment(),
-        "versions": _versions(),
+        "versions": versions(*_OTHER_PACKAGES),
         "libraries": _libraries(),
         "absent": [dataclasses.asdict(library) for library in absent],
         "limits": [dataclasses.asdict(found) for found in limits.values()],
@@ -155,7 +154,7 @@ class _Session:
             "least_us": _rounded(seconds * _MICRO),
             "limited_by": resource,
             "contenders": {
-                name: {"family": families[name], **_microseconds(timing)}
+                name: {"family": families[name], **microseconds(timing)}
                 for name, timing in timings.items()
             },
         }
@@ -214,57 +213,17 @@ class _PreparedLayer:
 
 
 def _described(case: Case, instructions: str) -> dict[str, Any]:
-    layer = case.layer
     return {
-        "operation": case.operation,
-        "n_in": layer.n_in,
-        "n_out": layer.n_out,
-        "sparsity": layer.sparsity,
-        "fan_in": layer.fan_in,
-        "n_active": layer.n_active,
-        "mask": layer.mask,
-        "batch": case.batch,
+        **case.facts(),
         "threads": case.threads,
         "weights": "cold" if case.cold else "hot",
-        "dtype": case.dtype,
         "instructions": instructions,
     }
 
 
-def _microseconds(timing: Timing) -> dict[str, float]:
-    return {
-        "median_us": _rounded(timing.median * _MICRO),
-        "lower_us": _rounded(timing.lower * _MICRO),
-        "upper_us": _rounded(timing.upper * _MICRO),
-        "rounds": timing.rounds,
-        "calls": timing.calls,
-    }
-
-
-def _rounded(number: float) -> float:
-    """Return four digits."""
-    return float(f"{number:.4g}")
-
-
 def _line(case: Case, record: dict[str, Any]) -> str:
     """Return one line of progress: the case, our time, and how many times slower others are."""
-    row = Row(record)
-    if row.ours is None:
-        return f"{' '.join(case.words())}"
-    ratios = [
-        f"{ratio:.2f}x {family}"
-        for family in ("dense", "csr")
-        if (ratio := row.ratio(family)) is not None
-    ]
-    return f"{' '.join(case.words())}: {', '.join([f'{row.ours:.4g} us', *ratios])}"
-
-
-def _versions() -> dict[str, str]:
-    versions = package_versions()
-    for package in _OTHER_PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
+    return f"{' '.join(case.words())}: {Row(record).summary('dense', 'csr')}"
 
 
 def _libraries() -> list[dict[str, Any]]:

@@ -29,10 +29,10 @@ class WrongResultError(SriglError):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The inputs of one case."""
+    """The inputs of one case: NumPy's arrays, or on a GPU PyTorch's tensors, with 0 threads."""
 
-    x: Array
-    grad: Array
+    x: Any
+    grad: Any
     threads: int
 
 

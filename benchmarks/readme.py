@@ -61,7 +61,10 @@ def replaced(page: str, results: Results) -> str:
 
 def write_readme(results: Path, page: Path) -> None:
     """Put the figures of `results` into `page`."""
-    made = replaced(page.read_text(encoding="utf-8"), load_results(results))
+    loaded = load_results(results)
+    if loaded.benchmark != "cpu":
+        raise FileFormatError(f"{str(results)!r} is of a {loaded.benchmark}; run srigl bench cpu")
+    made = replaced(page.read_text(encoding="utf-8"), loaded)
     page.write_text(made, encoding="utf-8")
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from srigl_core.benchmarks.goals import verdicts
+from srigl_core.benchmarks.on_gpu import report as gpu_report
 from srigl_core.benchmarks.plot import save_plot
 from srigl_core.benchmarks.results import OURS, Results, Row
+from srigl_core.benchmarks.tables import number, table, time_cell
 
 __all__ = ["page", "write_report"]
 
@@ -51,7 +52,7 @@ weight and mask once. "Fewer neurons" is what removing whole neurons alone would
 
 
 def write_report(results: Results, folder: Path, name: str = "cpu") -> list[Path]:
-    """Write the page and the picture.
+    """Write the page, and of a CPU the picture.
 
     Parameters
     ----------
@@ -67,10 +68,13 @@ def write_report(results: Results, folder: Path, name: str = "cpu") -> list[Path
     Raises
     ------
     BackendUnavailableError
-        If matplotlib is not installed.
+        If matplotlib is not installed, and there is a picture.
     """
-    picture = save_plot(results, folder / f"{name}.png")
     written = folder / f"{name}.md"
+    if results.benchmark == "gpu":
+        written.write_text(gpu_report.page(results), encoding="utf-8")
+        return [written]
+    picture = save_plot(results, folder / f"{name}.png")
     written.write_text(page(results, picture.name), encoding="utf-8")
     return [written, picture]
 
@@ -128,7 +132,7 @@ def _machine(results: Results) -> str:
 def _goals(results: Results) -> str:
     words = {True: "yes", False: "**no**", None: "not measured"}
     rows = [(v.name, v.asked, v.reached, words[v.met]) for v in verdicts(results)]
-    return _table(("case", "goal", "reached", "met"), rows)
+    return table(("case", "goal", "reached", "met"), rows)
 
 
 def _limits(results: Results) -> str:
@@ -148,7 +152,7 @@ def _limits(results: Results) -> str:
                 )
             )
     head = ("instructions", "threads", "GFLOP/s", "10⁹ loads/s", "GB/s by working set")
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _size(size: int) -> str:
@@ -194,7 +198,7 @@ def _products(rows: Sequence[Row]) -> str:
         *("layer", "sparsity", "batch", "weights", "ours, µs", "best dense, µs", "vs dense"),
         *("best CSR, µs", "vs CSR", "of the limit"),
     )
-    return _table(head, [_product_cells(row) for row in rows])
+    return table(head, [_product_cells(row) for row in rows])
 
 
 def _product_cells(row: Row) -> tuple[str, ...]:
@@ -204,10 +208,10 @@ def _product_cells(row: Row) -> tuple[str, ...]:
     if row.n_active < row.n_out:
         layer += f", {row.n_out - row.n_active} ablated"
     weights = row.weights if row.dtype == "float32" else f"{row.weights}, {row.dtype}"
-    cells = [layer, f"{row.sparsity:.0%}", str(row.batch), weights, _time(row, OURS)]
+    cells = [layer, f"{row.sparsity:.0%}", str(row.batch), weights, time_cell(row, OURS)]
     for family in ("dense", "csr"):
         best, ratio = row.best(family), row.ratio(family)
-        cells.append("" if best is None else f"{_number(best[1])} {best[0]}")
+        cells.append("" if best is None else f"{number(best[1])} {best[0]}")
         cells.append("" if ratio is None else f"{ratio:.2f}x")
     fraction = "" if row.fraction is None else f"{row.fraction:.0%} {row.limited_by}"
     return (*cells, fraction)
@@ -216,7 +220,7 @@ def _product_cells(row: Row) -> tuple[str, ...]:
 def _updates(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.contenders))
     head = ("layer", "sparsity", *(f"{name}, ms" for name in names), "of the limit")
-    return _table(head, [_update_cells(row, names) for row in rows])
+    return table(head, [_update_cells(row, names) for row in rows])
 
 
 def _update_cells(row: Row, names: Sequence[str]) -> tuple[str, ...]:
@@ -239,10 +243,10 @@ def _contenders(results: Results) -> str:
         body = []
         for name in names:
             family = next(r.contenders[name]["family"] for r in rows if name in r.contenders)
-            times = [_time(row, name) for row in rows]
+            times = [time_cell(row, name) for row in rows]
             body.append((name, family, *times))
         head = ("contender", "family", *(f"batch {row.batch}" for row in rows))
-        tables.append(f"{threads} thread{'s' * (threads > 1)}, µs:\n\n{_table(head, body)}")
+        tables.append(f"{threads} thread{'s' * (threads > 1)}, µs:\n\n{table(head, body)}")
     return "\n\n".join(tables) or "Not measured."
 
 
@@ -256,23 +260,3 @@ def _cliffs(results: Results) -> str:
             places = "; ".join([*found[:_MOST_CLIFFS], *more]) or "none"
             lines.append(f"- {n} thread{'s' * (n > 1)}: {places}")
     return "\n".join(lines) or "Not measured."
-
-
-def _time(row: Row, contender: str) -> str:
-    time = row.time(contender)
-    if time is None:
-        return ""
-    lower, upper = row.spread(contender)
-    return f"{_number(time)} ({_number(lower)} to {_number(upper)})"
-
-
-def _number(number: float) -> str:
-    """Return three digits, or all before the point."""
-    if number >= 100:
-        return f"{number:,.0f}"
-    return f"{number:.1f}" if number >= 10 else f"{number:.2f}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [head, ["-"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -8,21 +8,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from srigl_core.benchmarks.timing import Timing
 from srigl_core.errors import FileFormatError
 
-__all__ = ["FORMAT", "OURS", "Results", "Row", "load_results", "save_results"]
+__all__ = [
+    "FORMAT",
+    "OURS",
+    "OURS_ON_GPU",
+    "Results",
+    "Row",
+    "load_results",
+    "microseconds",
+    "rounded",
+    "save_results",
+]
 
 FORMAT = 1
-OURS = "srigl numba"
+OURS, OURS_ON_GPU = "srigl numba", "srigl cupy"
+_OURS = {"cpu": OURS, "gpu": OURS_ON_GPU}
+_USUAL: dict[str, dict[str, Any]] = {
+    "cpu": {"weights": "hot", "dtype": "float32", "mask": "random", "instructions": "native"},
+    "gpu": {"l2": "warm", "mask": "random", "ablated": 0},
+}
 _EMPTY = 1 << 8
-_KEYS = ("machine", "processes", "settings", "started", "seconds")
+_MICRO = 1e6
+_KEYS = ("benchmark", "machine", "processes", "settings", "started", "seconds")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case and the times of its contenders, in microseconds."""
+    """One case and the times of its contenders, in microseconds.
+
+    Parameters
+    ----------
+    case : mapping
+        As in the file.
+    main : str
+        Which contender is ours.
+    """
 
     case: Mapping[str, Any]
+    main: str = OURS
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -43,7 +69,7 @@ class Row:
     @property
     def ours(self) -> float | None:
         """Our time, or None if it was not measured."""
-        return self.time(OURS)
+        return self.time(self.main)
 
     def time(self, contender: str) -> float | None:
         """Return a contender's median, or None if it did not take part."""
@@ -68,15 +94,35 @@ class Row:
         """Return the name and the time of the best of a family, or None if it has none here."""
         return next(iter(self.family(family).items()), None)
 
-    def ratio(self, family: str, contender: str = OURS) -> float | None:
-        """Return how many times as long as `contender` the best of a family takes."""
-        best, time = self.best(family), self.time(contender)
+    def ratio(self, family: str, contender: str | None = None) -> float | None:
+        """Return how many times as long as `contender`, or ours, the best of a family takes."""
+        best, time = self.best(family), self.time(contender or self.main)
         return None if best is None or time is None else best[1] / time
 
     @property
     def fraction(self) -> float | None:
         """The least time that the machine allows, as a share of ours."""
         return None if self.ours is None else float(self.case["least_us"]) / self.ours
+
+    def bandwidth(self, contender: str) -> float | None:
+        """Return the bytes a second that a contender moves, or None if that is not known."""
+        found = self.case["contenders"].get(contender, {})
+        return 1e6 * found["bytes"] / found["median_us"] if "bytes" in found else None
+
+    def share_of_floor(self, contender: str) -> tuple[float, str] | None:
+        """Return the least time there can be as a share of a contender's, and what sets it."""
+        found = self.case["contenders"].get(contender, {})
+        if "least_us" not in found:
+            return None
+        return found["least_us"] / found["median_us"], found["limited_by"]
+
+    def summary(self, *families: str) -> str:
+        """Return our time, and how many times as long the best of each family takes."""
+        if self.ours is None:
+            return "ours was not measured"
+        ratios = ((family, self.ratio(family)) for family in families)
+        said = [f"{ratio:.2f}x {family}" for family, ratio in ratios if ratio is not None]
+        return ", ".join([f"{self.ours:.4g} us", *said])
 
 
 @dataclass(frozen=True)
@@ -92,29 +138,40 @@ class Results:
     content: Mapping[str, Any]
 
     @property
+    def benchmark(self) -> str:
+        """Return "cpu" or "gpu"."""
+        return str(self.content["benchmark"])
+
+    @property
+    def ours(self) -> str:
+        """Which contender is ours."""
+        return _OURS[self.benchmark]
+
+    @property
     def rows(self) -> list[Row]:
         """Every case of every process."""
-        return [Row(case) for process in self.processes for case in process["cases"]]
+        return [Row(case, self.ours) for process in self.processes for case in process["cases"]]
 
     @property
     def processes(self) -> Sequence[Mapping[str, Any]]:
-        """One for each set of instructions."""
+        """One for each set of instructions; one alone on a GPU."""
         found: Sequence[Mapping[str, Any]] = self.content["processes"]
         return found
 
     @property
     def native(self) -> Mapping[str, Any]:
         """The process that was held to nothing."""
-        return next(p for p in self.processes if p["instructions"] == "native")
+        return next(p for p in self.processes if p["instructions"] != "avx2")
 
     def find(self, **wanted: Any) -> Iterator[Row]:
         """Yield the rows whose case has these values.
 
-        Where nothing else is asked for: hot weights, float32, a random mask, all instructions.
+        Where nothing else is asked for: hot weights, float32, a random mask, all instructions;
+        on a GPU a warm second-level cache, and no neuron ablated.
         """
-        usual = {"weights": "hot", "dtype": "float32", "mask": "random", "instructions": "native"}
+        case = {**_USUAL[self.benchmark], **wanted}
         for row in self.rows:
-            if all(row.case[name] == value for name, value in (usual | wanted).items()):
+            if all(row.case[name] == value for name, value in case.items()):
                 yield row
 
 
@@ -139,11 +196,16 @@ def load_results(path: Path) -> Results:
     missing = [key for key in _KEYS if key not in content]
     if missing:
         raise FileFormatError(f"{str(path)!r} lacks {', '.join(missing)}; run srigl bench cpu")
+    if content["benchmark"] not in _OURS:
+        raise FileFormatError(
+            f"{str(path)!r} holds a benchmark {content['benchmark']!r}, which is none of "
+            f"{', '.join(_OURS)}; run srigl bench cpu"
+        )
     return Results(content)
 
 
 def save_results(path: Path, results: Results) -> None:
-    """Write the results as JSON, one case to a line."""
+    """Write the results as JSON, one case to a line; a file that is there is replaced at once."""
     processes = [
         _braced("{}", [f"{json.dumps(key)}: {_lines(value)}" for key, value in process.items()])
         for process in results.processes
@@ -154,7 +216,25 @@ def save_results(path: Path, results: Results) -> None:
         if key != "processes"
     ]
     text = _braced("{}", [*members, f'"processes": {_braced("[]", processes)}'])
-    path.write_text(text + "\n", encoding="utf-8")
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def microseconds(timing: Timing) -> dict[str, float]:
+    """Return a timing as the file has it."""
+    return {
+        "median_us": rounded(timing.median * _MICRO),
+        "lower_us": rounded(timing.lower * _MICRO),
+        "upper_us": rounded(timing.upper * _MICRO),
+        "rounds": timing.rounds,
+        "calls": timing.calls,
+    }
+
+
+def rounded(number: float) -> float:
+    """Return four digits."""
+    return float(f"{number:.4g}")
 
 
 def _lines(value: Any) -> str:

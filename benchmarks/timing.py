@@ -5,11 +5,19 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["Cold", "Hot", "Timing", "interleaved"]
+__all__ = [
+    "Cold",
+    "Hot",
+    "Timing",
+    "interleaved",
+    "no_garbage_collection",
+    "quartiles",
+    "turn",
+]
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
@@ -125,11 +133,10 @@ def interleaved(
     expected = {name: _expected(run, rest, clock) for name, run in runs.items()}
     calls = {name: _calls(run, expected[name]) for name, run in runs.items()}
     medians: dict[str, list[float]] = {name: [] for name in names}
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for first in range(_MOST_ROUNDS):
             round_started = clock()
-            for i in range(len(names)):
-                name = names[(first + i) % len(names)]
+            for name in turn(names, first):
                 if first == 0 and expected[name] > _LONG_SECONDS:
                     medians[name].append(expected[name])
                     continue
@@ -162,12 +169,25 @@ def _seconds(call: Call, clock: Clock) -> float:
 
 
 def _timing(medians: list[float], calls: int) -> Timing:
-    lower, median, upper = statistics.quantiles(medians, n=4, method="inclusive")
+    lower, median, upper = quartiles(medians)
     return Timing(median, lower, upper, len(medians), calls)
 
 
+def turn(names: Sequence[str], number: int) -> list[str]:
+    """Return the order of a round; each begins with another name."""
+    first = number % len(names)
+    return [*names[first:], *names[:first]]
+
+
+def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Return the lower quartile, the median and the upper quartile of two numbers or more."""
+    lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+    return lower, median, upper
+
+
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
+    """Hold Python's collector back: it would run inside somebody's call."""
     enabled = gc.isenabled()
     gc.disable()
     try:

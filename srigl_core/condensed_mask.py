@@ -75,8 +75,8 @@ class CondensedMask:
     def digest(self) -> str:
         """Return a hash that two masks share if they are the same."""
         found = hashlib.sha256(repr((self.shape, self.indices.shape)).encode())
-        found.update(np.ascontiguousarray(self.active))
-        found.update(np.ascontiguousarray(self.indices))
+        found.update(self.active.tobytes())
+        found.update(self.indices.tobytes())
         return found.hexdigest()
 
     def same(self, other: CondensedMask | CondensedWeight) -> bool:

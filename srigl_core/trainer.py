@@ -330,8 +330,9 @@ class SparseTrainer(TrainingState):
             return update_rigl(
                 weight, grad, mask, drop_fraction=drop_fraction, grown_init=settings.grown_init
             )
-        settings = self._update_settings(name, step)
-        return update_mask(weight, grad, mask, **settings, backend=self._backend)
+        return update_mask(
+            weight, grad, mask, **self._update_settings(name, step), backend=self._backend
+        )
 
 
 def _row_counts(mask: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -108,6 +108,11 @@ class TrainingState:
         return uses_gradients and due is not None and due - coming < self._grad_window
 
     @property
+    def is_due(self) -> bool:
+        """Whether the coming step updates the masks."""
+        return self._schedule.is_due(self.step_count + 1)
+
+    @property
     def fan_in(self) -> dict[str, int | None]:
         """Fan-in of each layer's active neurons; None where it is not constant."""
         counts = {name: self._row_counts(name) for name in self.budgets}

@@ -20,7 +20,7 @@ from srigl_core.benchmarks.contenders.contender import (
 from srigl_core.benchmarks.contenders.scipy_csr import csr_matrix
 from srigl_core.benchmarks.problems import Batch, Problem
 
-__all__ = ["contenders"]
+__all__ = ["contenders", "csr_tensor", "updated_mask"]
 
 SHARE = 0.6
 """Of the neurons that are left where whole neurons are removed, and the rest is dense."""
@@ -103,21 +103,20 @@ def _onednn_packed(problem: Problem) -> Bind:
     return bind
 
 
-def _csr_tensor(matrix: Any) -> Any:
+def csr_tensor(matrix: Any, device: Any = "cpu") -> Any:
     """Return a SciPy matrix as PyTorch's; column numbers stay of 32 bits, a third faster."""
+    arrays = (matrix.indptr, matrix.indices, matrix.data)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         return torch.sparse_csr_tensor(
-            torch.from_numpy(matrix.indptr),
-            torch.from_numpy(matrix.indices),
-            torch.from_numpy(matrix.data),
+            *(torch.from_numpy(array).to(device) for array in arrays),
             size=matrix.shape,
             check_invariants=True,
         )
 
 
 def _csr(problem: Problem) -> Bind:
-    matrix, bias = _csr_tensor(csr_matrix(problem)), torch.from_numpy(problem.bias)
+    matrix, bias = csr_tensor(csr_matrix(problem.weight)), torch.from_numpy(problem.bias)
     column = bias[:, None]
 
     def bind(batch: Batch) -> Call:
@@ -173,8 +172,8 @@ def _onednn_gradients(problem: Problem) -> Bind:
 
 
 def _csr_gradients(problem: Problem) -> Bind:
-    matrix = csr_matrix(problem)
-    places, transposed = _csr_tensor(matrix), _csr_tensor(matrix.T.tocsr())
+    matrix = csr_matrix(problem.weight)
+    places, transposed = csr_tensor(matrix), csr_tensor(matrix.T.tocsr())
 
     def bind(batch: Batch) -> Call:
         x, grad = torch.from_numpy(batch.x), torch.from_numpy(batch.grad)
@@ -193,11 +192,14 @@ def _update(problem: Problem) -> Bind:
     weight, grad, mask = (torch.from_numpy(array) for array in problem.update_inputs)
     budget = problem.update_settings["nnz_budget"]
     share = problem.update_settings["drop_fraction"]
-    return lambda batch: lambda: _updated_mask(weight, grad, mask, budget, share)
+    return lambda batch: lambda: updated_mask(weight, grad, mask, budget, share)
 
 
-def _updated_mask(weight: Any, grad: Any, mask: Any, budget: int, share: float) -> Any:
-    """Take the steps of the update (SPEC 4) by top-k, ties as they come, the clamp left out."""
+def updated_mask(weight: Any, grad: Any, mask: Any, budget: int, share: float) -> Any:
+    """Take the steps of the update (SPEC 4) by top-k, ties as they come, the clamp left out.
+
+    Works on any device, and waits for it several times.
+    """
     n_weights = int(mask.sum())
     n_prune = int(n_weights * share)
     sizes, slopes = weight.abs(), grad.abs()
@@ -215,7 +217,7 @@ def _updated_mask(weight: Any, grad: Any, mask: Any, budget: int, share: float) 
         kept &= torch.zeros_like(kept).scatter_(1, heaviest, True)
     missing = fan_in - kept.sum(1, keepdim=True)
     order = torch.where(kept, -1.0, slopes).topk(int(missing.max()), dim=1)
-    grown = torch.arange(order.indices.shape[1]) < missing
+    grown = torch.arange(order.indices.shape[1], device=mask.device) < missing
     kept.scatter_(1, order.indices, (grown & survives[:, None]) | kept.gather(1, order.indices))
     return kept
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
+from srigl_core import CondensedWeight
 from srigl_core.benchmarks.cases import Case
 from srigl_core.benchmarks.contenders.contender import (
     Bind,
@@ -34,15 +35,15 @@ def contenders() -> list[Contender]:
     ]
 
 
-def csr_matrix(problem: Problem) -> Any:
+def csr_matrix(weight: CondensedWeight) -> Any:
     """Return the weight as CSR with numbers of 32 bits, which are enough, and half to read."""
-    found = problem.weight.to_csr()
+    found = weight.to_csr()
     row_starts, columns = (part.astype(np.int32) for part in (found.indptr, found.indices))
     return scipy.sparse.csr_array((found.data, columns, row_starts), shape=found.shape)
 
 
 def _product(problem: Problem) -> Bind:
-    matrix, bias = csr_matrix(problem), problem.bias
+    matrix, bias = csr_matrix(problem.weight), problem.bias
 
     def bind(batch: Batch) -> Call:
         if len(batch.x) == 1:
@@ -56,7 +57,7 @@ def _product(problem: Problem) -> Bind:
 def _gradients(problem: Problem) -> Bind:
     """SciPy has no product of two dense matrices at given places: all are computed, some taken."""
     weight = problem.weight
-    transposed = csr_matrix(problem).T.tocsr()
+    transposed = csr_matrix(weight).T.tocsr()
     rows, columns = weight.active[:, None], weight.indices.astype(np.intp)
 
     def bind(batch: Batch) -> Call:

@@ -1,4 +1,4 @@
-"""``srigl bench``: measure the CPU kernels beside the alternatives."""
+"""``srigl bench``: measure the kernels beside the alternatives."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from srigl_core.errors import SriglError
 
 __all__ = ["bench"]
 
-bench = typer.Typer(help="Measure the CPU kernels beside the alternatives.", no_args_is_help=True)
+bench = typer.Typer(help="Measure the kernels beside the alternatives.", no_args_is_help=True)
 
-_Results = Annotated[Path, typer.Argument(help="JSON that srigl bench cpu wrote.")]
+_Results = Annotated[Path, typer.Argument(help="JSON that srigl bench wrote.")]
 
 
 @bench.command()
@@ -70,8 +70,38 @@ def cpu(
 
 @bench.command()
 @one_line_errors
+def gpu(
+    quick: Annotated[bool, typer.Option("--quick", help="A few cases, in a minute.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for gpu.json and gpu.md.")] = Path(
+        "srigl-bench"
+    ),
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only cases with one of these words, such as forward, 3072-768, 90%, batch=8, "
+            "cold, ablated; comma means or, a second --only means and."
+        ),
+    ] = None,
+) -> None:
+    """Time the CUDA kernels against dense in all precisions, CSR and gathers."""
+    from srigl_core.benchmarks.gpu import GpuSettings, run_gpu, wrong_results
+    from srigl_core.benchmarks.results import load_results
+
+    written = run_gpu(GpuSettings(quick, tuple(only or ())), out)
+    _show_goals(written[0], measured_only=True)
+    wrong = wrong_results(load_results(written[0]))
+    for why in wrong:
+        make_console(stderr=True).print(f"wrong: {why}", markup=False, soft_wrap=True)
+    names = ", ".join(path.name for path in written)
+    make_console().print(f"In {out}: {names}", soft_wrap=True)
+    if wrong:
+        raise typer.Exit(1)
+
+
+@bench.command()
+@one_line_errors
 def report(results: _Results) -> None:
-    """Write the page and the picture again, beside the JSON."""
+    """Write the page, and of a CPU the picture, again, beside the JSON."""
     from srigl_core.benchmarks.report import write_report
     from srigl_core.benchmarks.results import load_results
 

@@ -1,0 +1,32 @@
+"""Pieces of a page: numbers, cells, tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from srigl_core.benchmarks.results import Row
+
+__all__ = ["number", "table", "time_cell"]
+
+
+def time_cell(row: Row, contender: str) -> str:
+    """Return a contender's median with the quartiles around it, or "" if it has none."""
+    time = row.time(contender)
+    if time is None:
+        return ""
+    lower, upper = row.spread(contender)
+    return f"{number(time)} ({number(lower)} to {number(upper)})"
+
+
+def number(value: float) -> str:
+    """Return three digits, or all before the point."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table in Markdown."""
+    lines = [head, ["-"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
