@@ -8,36 +8,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.interop import borrowed, library_of
 from srigl_core.value_types import value_dtype
 
 __all__ = [
     "as_float_array",
     "as_mask",
+    "as_out",
     "check_generator",
     "check_integer",
     "check_lengths",
-    "check_out",
     "check_real",
     "check_workspace",
-    "is_on_cuda",
     "overlaps_itself",
 ]
 
-_DLPACK_CUDA = 2, 13
-"""DLPack's numbers for memory of CUDA devices: their own, and managed."""
-
 _WORKSPACE_ALIGNMENT = 16
 """Bytes; kernels load as many at a time."""
-
-
-def is_on_cuda(array: object) -> bool:
-    """Return whether an array is on a CUDA device, by the protocols that it speaks."""
-    if type(array) is np.ndarray:
-        return False
-    # First, since PyTorch refuses the other one for a tensor that requires a gradient.
-    if hasattr(array, "__dlpack_device__"):
-        return bool(array.__dlpack_device__()[0] in _DLPACK_CUDA)
-    return hasattr(array, "__cuda_array_interface__")
 
 
 def as_float_array(array: object, what: str) -> NDArray[Any]:
@@ -46,8 +33,8 @@ def as_float_array(array: object, what: str) -> NDArray[Any]:
     Parameters
     ----------
     array : array
-        An ndarray, a memoryview, or an object with ``__array_interface__`` or a CPU
-        ``__dlpack__``.
+        NumPy's, PyTorch's, JAX's or TensorFlow's, a memoryview, or an object with
+        ``__array_interface__`` or ``__dlpack__``; in the host's memory.
     what : str
         Its name, for error messages.
 
@@ -58,28 +45,14 @@ def as_float_array(array: object, what: str) -> NDArray[Any]:
     """
     if isinstance(array, np.ma.MaskedArray):
         raise ValueTypeError(f"{what} is a masked array; pass its .filled(0), or its .data")
-    if not isinstance(array, np.ndarray):
-        array = _from_protocol(array, what)
-    array = np.asarray(array)  # numpy.matrix has products of its own
-    dtype = value_dtype(array.dtype, f"{what} of dtype")
-    return array if array.dtype == dtype else array.astype(dtype)
-
-
-def _from_protocol(array: object, what: str) -> NDArray[Any]:
-    try:
-        if isinstance(array, memoryview) or hasattr(array, "__array_interface__"):
-            return np.asarray(array)
-        if hasattr(array, "__dlpack__"):
-            return np.from_dlpack(array)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+    found = _on_host(array, what)
+    if found is None:
         raise ValueTypeError(
-            f"{what} of type {type(array).__name__} cannot be read without a copy ({error}); pass "
-            f"a NumPy array, for example what its .numpy() or numpy.asarray(...) gives"
-        ) from error
-    raise ValueTypeError(
-        f"{what} must be an array (NumPy, __array_interface__ or CPU DLPack), got "
-        f"{type(array).__name__}; convert it with numpy.asarray(..., dtype=numpy.float32)"
-    )
+            f"{what} must be an array (NumPy, __array_interface__ or CPU DLPack), got "
+            f"{type(array).__name__}; convert it with numpy.asarray(..., dtype=numpy.float32)"
+        )
+    dtype = value_dtype(found.dtype, f"{what} of dtype")
+    return found if found.dtype == dtype else found.astype(dtype)
 
 
 def as_mask(mask: object, shape: tuple[int, ...] | None, what: str = "mask") -> NDArray[np.bool_]:
@@ -92,14 +65,28 @@ def as_mask(mask: object, shape: tuple[int, ...] | None, what: str = "mask") -> 
     SriglError
         If it has another shape.
     """
-    if isinstance(mask, np.ma.MaskedArray) or not (
-        isinstance(mask, np.ndarray) and mask.dtype == np.bool_
-    ):
-        came = f"dtype {mask.dtype}" if isinstance(mask, np.ndarray) else type(mask).__name__
-        raise ValueTypeError(f"{what} must be a NumPy array of bool, got {came}; pass mask != 0")
-    if shape is not None and mask.shape != shape:
-        raise SriglError(f"{what} has shape {mask.shape}, but must have {shape}")
-    return np.asarray(mask)
+    found = None if isinstance(mask, np.ma.MaskedArray) else _on_host(mask, what)
+    if found is None or found.dtype != np.bool_:
+        came = type(mask).__name__ if found is None else f"dtype {found.dtype}"
+        raise ValueTypeError(f"{what} must be an array of bool, got {came}; pass mask != 0")
+    if shape is not None and found.shape != shape:
+        raise SriglError(f"{what} has shape {found.shape}, but must have {shape}")
+    return found
+
+
+def _on_host(array: object, what: str) -> NDArray[Any] | None:
+    """Return an array as one of NumPy's, of the same memory; None for what is no array."""
+    if isinstance(array, np.ndarray):
+        return np.asarray(array)  # numpy.matrix has products of its own
+    remedy = "a NumPy array, for example what its .numpy() or numpy.asarray(...) gives"
+    found: NDArray[Any] | None = borrowed(array, what, _read, remedy)
+    return found
+
+
+def _read(array: Any) -> NDArray[Any] | None:
+    if isinstance(array, np.ndarray | memoryview) or hasattr(array, "__array_interface__"):
+        return np.asarray(array)
+    return np.from_dlpack(array) if hasattr(array, "__dlpack__") else None
 
 
 def check_integer(value: object, what: str, *, least: int, most: int | None = None) -> int:
@@ -171,32 +158,37 @@ def check_real(value: object, what: str) -> float:
     return number
 
 
-def check_out(out: object, shape: tuple[int, ...], inputs: dict[str, NDArray[Any]]) -> None:
-    """Check that a result of `shape` can be written to `out` without touching an input.
+def as_out(out: object, shape: tuple[int, ...], inputs: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    """Return `out` as an ndarray of the same memory, to which a result of `shape` can be written.
 
     Raises
     ------
     ValueTypeError
-        If `out` is no ndarray of a value type.
+        If `out` is no array of a value type, or its library lets nobody write to it.
     SriglError
         If its shape differs, it is read-only, several of its elements share memory, or it shares
         memory with one of `inputs`.
     """
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
-        raise ValueTypeError(f"out must be a NumPy array, got {type(out).__name__}")
-    if value_dtype(out.dtype, "out of dtype") != out.dtype:
-        raise ValueTypeError(f"out of dtype {out.dtype.str!r} must be in native byte order")
-    if out.shape != shape:
-        raise SriglError(f"out has shape {out.shape}, but the result has {shape}")
-    if not out.flags.writeable:
+    if type(out) is not np.ndarray:
+        library_of(out).check_writable(out, "out")
+    found = None if isinstance(out, np.ma.MaskedArray) else _on_host(out, "out")
+    if found is None:
+        raise ValueTypeError(f"out must be an array, got {type(out).__name__}")
+    if value_dtype(found.dtype, "out of dtype") != found.dtype:
+        raise ValueTypeError(f"out of dtype {found.dtype.str!r} must be in native byte order")
+    if found.shape != shape:
+        raise SriglError(f"out has shape {found.shape}, but the result has {shape}")
+    if not found.flags.writeable:
         raise SriglError("out is read-only; pass a writeable array")
-    if out.size and overlaps_itself(out):
+    if found.size and overlaps_itself(found):
         raise SriglError(
-            f"out of strides {out.strides} has elements that share memory; pass an array of its own"
+            f"out of strides {found.strides} has elements that share memory; pass an array of its "
+            f"own"
         )
     for name, array in inputs.items():
-        if np.may_share_memory(out, array) and _share_memory(out, array):
+        if np.may_share_memory(found, array) and _share_memory(found, array):
             raise SriglError(f"out shares memory with {name}, which must not be written; copy one")
+    return found
 
 
 def check_workspace(workspace: Any, address: int) -> None:

@@ -84,7 +84,8 @@ class MatmulGradients:
 class ArrayKind(Protocol):
     """What the public door does with a backend's arrays, where these are not NumPy's.
 
-    An array has NumPy's `shape`, `ndim`, `size`, `dtype`, `reshape` and assignment.
+    An array has NumPy's `shape`, `ndim`, `size`, `dtype`, `reshape` and assignment. The caller's
+    may be of any library that `srigl_core.interop` knows.
     """
 
     def computing(self, like: object) -> AbstractContextManager[None]:
@@ -162,7 +163,7 @@ class ArrayKind(Protocol):
         ...
 
     def given_back(self, array: Any, like: object) -> Any:
-        """Return a result in the kind of array that the caller's `like` is."""
+        """Return a new result in the kind of array that the caller's `like` is."""
         ...
 
 

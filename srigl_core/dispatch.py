@@ -3,50 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
-from srigl_core.array_checks import is_on_cuda
 from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.contract import Backend, MatmulGradients
 from srigl_core.host_arrays import HOST_ARRAYS
+from srigl_core.interop import common_library, device_of
 from srigl_core.mask_update import MaskUpdate, UpdateSettings, checked_update
-from srigl_core.plan import Plan, check_condensed, checked_threads
+from srigl_core.plan import check_condensed, checked_threads
 from srigl_core.registry import check_dtype, get_backend
 
 __all__ = ["condensed_matmul", "condensed_matmul_backward", "update_mask"]
 
+Array = TypeVar("Array")
+
 
 def condensed_matmul(
-    x: ArrayLike,
+    x: Array,
     weight: CondensedWeight,
-    bias: ArrayLike | None = None,
+    bias: Any | None = None,
     *,
     activation: str | None = None,
     compact: bool = False,
-    out: NDArray[Any] | None = None,
+    out: Any | None = None,
     backend: str | Backend | None = None,
     threads: int | None = None,
-) -> NDArray[Any]:
+) -> Array:
     """Return ``act(x @ (W*M).T + bias)`` computed from the connected inputs only.
 
     Parameters
     ----------
     x : array, (..., n_in)
-        float16, bfloat16, float32 or float64; a NumPy array, or an object with
-        ``__array_interface__`` or a CPU ``__dlpack__``. Any strides; never written.
+        float16, bfloat16, float32 or float64, any strides; NumPy's, PyTorch's, JAX's, CuPy's or
+        TensorFlow's, or an object with ``__dlpack__``, ``__array_interface__`` or
+        ``__cuda_array_interface__``. Read where it lies, and never written.
     weight : CondensedWeight, (n_out, n_in)
     bias : array, (n_out,), or None
-        Cast to the result's dtype.
+        Of the same library and on the same device as `x`. Cast to the result's dtype.
     activation : {None, "none", "relu", "gelu", "gelu_tanh", "silu"}
         "gelu" is the erf form.
     compact : bool
         Return the columns of active neurons only, for inference. Otherwise an ablated neuron
         outputs ``act(bias)``.
-    out : ndarray, (..., n_out) or (..., n_active), or None
-        Where to write, of any value type; must not share memory with an input.
+    out : array, (..., n_out) or (..., n_active), or None
+        Where to write, of any value type; must not share memory with an input. Of the same library
+        as `x`, unless that lets nobody write, as JAX and TensorFlow do.
     backend : str, Backend or None
         As in `get_backend`.
     threads : int or None
@@ -54,15 +55,18 @@ def condensed_matmul(
 
     Returns
     -------
-    ndarray, (..., n_out), or (..., n_active) if `compact`
-        `out`, or a new array of dtype ``numpy.result_type(x, values)``.
+    array, (..., n_out), or (..., n_active) if `compact`
+        `out`, or a new array of dtype ``numpy.result_type(x, values)``, of the library and on the
+        device that `x` is of. It carries no gradient: autograd and tracing are for
+        `srigl_core.torch` and `srigl_core.jax`.
 
     Raises
     ------
     SriglError
         If a shape does not fit, `activation` is unknown, or `out` cannot be written.
     ValueTypeError
-        If a dtype is not supported, or float16 meets bfloat16.
+        If a dtype is not supported, float16 meets bfloat16, arrays are of several libraries or on
+        several devices, or one holds no numbers (tracers, fake and meta tensors).
     BackendUnavailableError
         If the backend asked for cannot run here.
 
@@ -79,14 +83,18 @@ def condensed_matmul(
     >>> condensed_matmul(np.array([[1.0, 10.0, 100.0]]), weight, np.array([0.5, 0.25]))
     array([[20.5 ,  0.25]])
     """
-    chosen = get_backend(backend, operation="condensed_matmul", device=_device_of(x))
-    plan = _plan(weight, chosen)
+    check_condensed(weight)
+    device = device_of(x)
+    if backend is None and device == "cpu":
+        plan = weight.plan()  # quicker than to look whether an object is a backend
+    else:
+        plan = weight.plan(get_backend(backend, operation="condensed_matmul", device=device))
     return plan(x, bias, activation=activation, compact=compact, out=out, threads=threads)
 
 
 def condensed_matmul_backward(
-    grad: ArrayLike,
-    x: ArrayLike | None,
+    grad: Any,
+    x: Any | None,
     weight: CondensedWeight,
     *,
     wrt: Iterable[str] = ("x", "values", "bias"),
@@ -113,8 +121,9 @@ def condensed_matmul_backward(
     Returns
     -------
     MatmulGradients
-        ``x`` of dtype ``result_type(grad, values)``; ``values`` and ``bias`` of the widest type
-        that takes part, float32 at least. None where not in `wrt`.
+        Of the library and on the device that `grad` is of. ``x`` of dtype
+        ``result_type(grad, values)``; ``values`` and ``bias`` of the widest type that takes part,
+        float32 at least. None where not in `wrt`.
 
     Raises
     ------
@@ -130,15 +139,15 @@ def condensed_matmul_backward(
     SPEC 2, Backward: a NaN in `grad` at an ablated neuron, or in `x` at an unconnected column,
     reaches neither dx nor dvalues. Cost O(batch * n_active * k).
     """
-    chosen = get_backend(backend, operation="condensed_matmul_backward", device=_device_of(grad))
-    plan = _plan(weight, chosen)
-    return plan.backward(grad, x, wrt=wrt, out=out, threads=threads)
+    check_condensed(weight)
+    chosen = get_backend(backend, operation="condensed_matmul_backward", device=device_of(grad))
+    return weight.plan(chosen).backward(grad, x, wrt=wrt, out=out, threads=threads)
 
 
 def update_mask(
-    weight: ArrayLike,
-    grad: ArrayLike,
-    mask: NDArray[np.bool_],
+    weight: Any,
+    grad: Any,
+    mask: Any,
     *,
     nnz_budget: int,
     drop_fraction: float,
@@ -157,7 +166,8 @@ def update_mask(
         The dense weight after the optimiser's step, of any value type.
     grad : array, same shape
         The dense gradient G of that step, the mean over the window.
-    mask : ndarray of bool, same shape
+    mask : array of bool, same shape
+        All three of one library and on one device.
     nnz_budget, drop_fraction, gamma_sal, min_salient, saliency_scope, grown_init
         As in `UpdateSettings`.
     backend : str, Backend or None
@@ -168,7 +178,8 @@ def update_mask(
     Returns
     -------
     MaskUpdate
-        New arrays, in the weight's shape.
+        New arrays, mask and weight in the weight's shape and of its library and device; what tells
+        of rows is NumPy's.
 
     Raises
     ------
@@ -185,8 +196,9 @@ def update_mask(
     settings = UpdateSettings(
         nnz_budget, drop_fraction, gamma_sal, min_salient, saliency_scope, grown_init
     )
-    chosen = get_backend(backend, operation="update_mask", device=_device_of(weight))
+    chosen = get_backend(backend, operation="update_mask", device=device_of(weight))
     threads = checked_threads(threads)
+    common_library({"weight": weight, "grad": grad, "mask": mask})
 
     def algorithm(weight: Any, grad: Any, *others: Any, **options: Any) -> MaskUpdate:
         check_dtype(chosen, "weight", weight.dtype)
@@ -195,12 +207,3 @@ def update_mask(
 
     arrays = getattr(chosen, "arrays", HOST_ARRAYS)
     return checked_update(algorithm, weight, grad, mask, settings, arrays=arrays, threads=threads)
-
-
-def _plan(weight: CondensedWeight, backend: Backend) -> Plan:
-    check_condensed(weight)
-    return weight.plan(backend)
-
-
-def _device_of(array: object) -> str:
-    return "cuda" if is_on_cuda(array) else "cpu"

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.array_checks import as_float_array, as_mask, check_out, check_workspace
+from srigl_core.array_checks import as_float_array, as_mask, as_out, check_workspace
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.float_mode import honour_subnormals
+from srigl_core.interop import library_of
 from srigl_core.value_types import round_to
 
 __all__ = ["HOST_ARRAYS", "HostArrays"]
+
+_ALIGNMENT, _MANY_BYTES = 64, 1 << 16
+"""JAX takes memory over that begins at such a multiple; a few bytes are sooner copied."""
 
 
 class HostArrays:
@@ -28,7 +33,7 @@ class HostArrays:
         return as_float_array(array, what)
 
     def as_mask(self, mask: object, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-        """Return `mask`, once it is checked."""
+        """Return `mask` as an ndarray of bool, once it is checked."""
         return as_mask(mask, shape)
 
     def contiguous(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -41,15 +46,18 @@ class HostArrays:
         return int(np.count_nonzero(wrong if mask is None else mask & wrong))
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Return a new array."""
-        return np.empty(shape, dtype)
+        """Return a new array; a large one is of memory that JAX can take over."""
+        size = math.prod(shape) * dtype.itemsize
+        if size < _MANY_BYTES:
+            return np.empty(shape, dtype)
+        memory = np.empty(size + _ALIGNMENT, np.uint8)
+        return np.ndarray(shape, dtype, memory, -memory.ctypes.data % _ALIGNMENT)
 
     def as_out(
         self, out: object, shape: tuple[int, ...], inputs: dict[str, NDArray[Any]]
     ) -> NDArray[Any]:
-        """Return `out`, once it is checked."""
-        check_out(out, shape, inputs)
-        return np.asarray(out)
+        """Return `out` as an ndarray of the same memory, once it is checked."""
+        return as_out(out, shape, inputs)
 
     def as_workspace(self, workspace: object, others: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
         """Return `workspace`, once it is checked."""
@@ -77,9 +85,9 @@ class HostArrays:
         """Whether a view and its array are still of the same memory."""
         return np.may_share_memory(one, other)
 
-    def given_back(self, array: NDArray[Any], like: object) -> object:
-        """Return a result in the caller's kind of array, which here is NumPy's."""
-        return array
+    def given_back(self, array: NDArray[Any], like: object) -> Any:
+        """Return a result in the kind of array that `like` is."""
+        return library_of(like).adopt(array, like)
 
 
 def _is_finite(array: NDArray[Any]) -> NDArray[np.bool_]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -18,6 +18,7 @@ from srigl_core.contract import (
 )
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.host_arrays import HOST_ARRAYS
+from srigl_core.interop import common_library, library_of
 from srigl_core.recommendation import dense_nanoseconds
 from srigl_core.registry import check_dtype, get_backend
 from srigl_core.value_types import result_dtype, value_dtype
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from srigl_core.condensed_weight import CondensedWeight
 
 __all__ = ["Plan", "check_condensed", "checked_threads", "prepare"]
+
+Array = TypeVar("Array")
 
 _BATCHES_DESCRIBED = (1, 64, 256)
 _GRADIENTS = ("x", "values", "bias")
@@ -82,14 +85,22 @@ class Plan:
     threads : int or None
     """
 
-    __slots__ = ("_arrays", "_prepared", "_quick_matmul", "backend", "threads", "weight")
+    __slots__ = (
+        "__weakref__",  # which jax.jit asks for before it calls
+        "_arrays",
+        "_prepared",
+        "_quick_matmul",
+        "backend",
+        "threads",
+        "weight",
+    )
 
     weight: CondensedWeight
     backend: Backend
     threads: int | None
     _arrays: ArrayKind
     _prepared: PreparedWeight
-    _quick_matmul: Callable[..., NDArray[Any] | None]
+    _quick_matmul: Callable[..., Any]
 
     def __init__(
         self,
@@ -101,7 +112,7 @@ class Plan:
         quick = getattr(prepared, "quick_matmul", _not_quick)
         arrays = getattr(backend, "arrays", HOST_ARRAYS)
         values = (arrays, prepared, quick, backend, threads, weight)
-        for name, value in zip(self.__slots__, values, strict=True):
+        for name, value in zip(self.__slots__[1:], values, strict=True):
             object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -121,15 +132,15 @@ class Plan:
 
     def __call__(
         self,
-        x: ArrayLike,
-        bias: ArrayLike | None = None,
+        x: Array,
+        bias: Any | None = None,
         *,
         activation: str | None = None,
         compact: bool = False,
-        out: NDArray[Any] | None = None,
+        out: Any | None = None,
         threads: int | None = None,
-        workspace: NDArray[np.uint8] | None = None,
-    ) -> NDArray[Any]:
+        workspace: Any | None = None,
+    ) -> Array:
         """Return the product; arguments and errors are those of `srigl_core.condensed_matmul`.
 
         Parameters
@@ -138,7 +149,7 @@ class Plan:
         bias : array, (n_out,), or None
         activation : {None, "none", "relu", "gelu", "gelu_tanh", "silu"}
         compact : bool
-        out : ndarray, (..., n_out) or (..., n_active), or None
+        out : array, (..., n_out) or (..., n_active), or None
         threads : int or None
             Overrides the plan's.
         workspace : array of uint8, (at least `workspace_bytes`,), or None
@@ -146,15 +157,33 @@ class Plan:
 
         Returns
         -------
-        ndarray, (..., n_out), or (..., n_active) if `compact`
+        array, (..., n_out), or (..., n_active) if `compact`
+            Of the kind that `x` is.
         """
         threads = self.threads if threads is None else checked_threads(threads)
         if out is None and workspace is None:
-            quick = self._quick_matmul(x, bias, activation, compact, threads)
+            quick: Array | None = self._quick_matmul(x, bias, activation, compact, threads)
+            if quick is None and type(x) is not np.ndarray:
+                quick = self._quick_lent(x, bias, activation, compact, threads)
             if quick is not None:
                 return quick
         with self._arrays.computing(x):
-            return self._multiply(x, bias, activation, compact, out, threads, workspace)
+            product: Array = self._multiply(x, bias, activation, compact, out, threads, workspace)
+            return product
+
+    def _quick_lent(self, x: Any, bias: Any | None, *options: Any) -> Any | None:
+        """Return the quick product of another library's arrays in its kind, or None."""
+        library = library_of(x)
+        lent = None if self._quick_matmul is _not_quick else library.lend_at_once(x)
+        if lent is None:
+            return None
+        if bias is not None:
+            is_alike = type(bias) is type(x) or library_of(bias) is library
+            bias = library.lend_at_once(bias) if is_alike else None
+            if bias is None:
+                return None
+        product = self._quick_matmul(lent, bias, *options)
+        return None if product is None else library.adopt(product, x)
 
     def _multiply(
         self,
@@ -162,12 +191,13 @@ class Plan:
         bias: Any | None,
         activation: str | None,
         compact: bool,
-        out: NDArray[Any] | None,
+        out: Any | None,
         threads: int | None,
         workspace: Any | None,
-    ) -> NDArray[Any]:
+    ) -> Any:
         weight, arrays = self.weight, self._arrays
         n_out, n_in = weight.shape
+        library = common_library({"x": given, "bias": bias, "out": out})
         x = arrays.as_float_array(given, "x")
         if x.ndim == 0 or x.shape[-1] != n_in:
             raise SriglError(
@@ -201,17 +231,20 @@ class Plan:
                 **lent,
             )
             self._copy_back(result, flat)
-        return arrays.given_back(result, given) if out is None else out
+        if out is None:
+            return arrays.given_back(result, given)
+        library.written(out)
+        return out
 
     def backward(
         self,
-        grad: ArrayLike,
-        x: ArrayLike | None = None,
+        grad: Any,
+        x: Any | None = None,
         *,
         wrt: Iterable[str] = _GRADIENTS,
         out: MatmulGradients | None = None,
         threads: int | None = None,
-        workspace: NDArray[np.uint8] | None = None,
+        workspace: Any | None = None,
     ) -> MatmulGradients:
         """Return the gradients; arguments and errors: `srigl_core.condensed_matmul_backward`.
 
@@ -229,8 +262,14 @@ class Plan:
         Returns
         -------
         MatmulGradients
+            Arrays of the kind that `grad` is.
         """
         wanted = _checked_wrt(wrt)
+        if out is not None and not isinstance(out, MatmulGradients):
+            raise ValueTypeError(
+                f"out must be a MatmulGradients, got {type(out).__name__}; for example "
+                f"out=MatmulGradients(x=array)"
+            )
         if "condensed_matmul_backward" not in self.backend.capabilities.operations:
             get_backend(self.backend, operation="condensed_matmul_backward")
         threads = self.threads if threads is None else checked_threads(threads)
@@ -248,6 +287,13 @@ class Plan:
     ) -> MatmulGradients:
         weight, arrays = self.weight, self._arrays
         n_out, n_in = weight.shape
+        outs: dict[str, Any] = dict.fromkeys(wanted)
+        if out is not None:
+            outs = {name: getattr(out, name) for name in wanted}
+        library = common_library(
+            {"grad": given, "x": x if "values" in wanted else None}
+            | {f"out.{name}": array for name, array in outs.items()}
+        )
         grad = arrays.as_float_array(given, "grad")
         if grad.ndim == 0 or grad.shape[-1] != n_out:
             raise SriglError(
@@ -266,7 +312,7 @@ class Plan:
                 )
         else:
             x = None
-        results = self._gradient_arrays(wanted, grad, x, out, inputs)
+        results = self._gradient_arrays(grad, x, outs, inputs)
         lent = self._lent(workspace, inputs | {f"out.{name}": a for name, a in results.items()})
         if grad.size:
             flats = {n: _rows(array) if n == "x" else array for n, array in results.items()}
@@ -283,9 +329,11 @@ class Plan:
             for array in results.values():
                 arrays.assign(array, 0)
         for name, array in results.items():
-            asked = None if out is None else getattr(out, name)
-            results[name] = arrays.given_back(array, given) if asked is None else asked
-        return MatmulGradients(**results)
+            if outs[name] is None:
+                outs[name] = arrays.given_back(array, given)
+            else:
+                library.written(outs[name])
+        return MatmulGradients(**outs)
 
     def workspace_bytes(self, batch: int, dtype: DTypeLike | None = None) -> int:
         """Return how many bytes of `workspace` suffice for a call with inputs in C order.
@@ -362,10 +410,9 @@ class Plan:
 
     def _gradient_arrays(
         self,
-        wanted: tuple[str, ...],
         grad: NDArray[Any],
         x: NDArray[Any] | None,
-        out: MatmulGradients | None,
+        outs: dict[str, Any],
         inputs: dict[str, NDArray[Any]],
     ) -> dict[str, NDArray[Any]]:
         product = self._result_dtype(grad, "grad")
@@ -385,16 +432,10 @@ class Plan:
             "values": self.weight.values.shape,
             "bias": (n_out,),
         }
-        if out is not None and not isinstance(out, MatmulGradients):
-            raise ValueTypeError(
-                f"out must be a MatmulGradients, got {type(out).__name__}; for example "
-                f"out=MatmulGradients(x=array)"
-            )
         results: dict[str, NDArray[Any]] = {}
         others = dict(inputs)
-        for name in wanted:
-            given = None if out is None else getattr(out, name)
-            results[name] = self._result_array(given, shapes[name], kinds[name], others)
+        for name, out in outs.items():
+            results[name] = self._result_array(out, shapes[name], kinds[name], others)
             others[f"the gradient of {name}"] = results[name]
         return results
 

@@ -147,7 +147,7 @@ def test_bad_input_is_an_error_and_changes_nothing(update):
     right = np.nan_to_num(weight)
     with pytest.raises(SriglError, match=r"mask has shape \(2, 3\), but must have \(2, 2\)"):
         update(right, np.ones((2, 3), bool))
-    with pytest.raises(ValueTypeError, match="mask must be a NumPy array of bool"):
+    with pytest.raises(ValueTypeError, match="mask must be an array of bool"):
         update(right, np.ones((2, 2)))
     with pytest.raises(ValueTypeError, match="weight of dtype 'int64'"):
         update(np.ones((2, 2), np.int64), np.ones((2, 2), bool))

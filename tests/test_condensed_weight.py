@@ -296,7 +296,7 @@ def test_a_mask_that_is_not_constant_fan_in_is_an_error_that_names_a_row():
 @pytest.mark.parametrize(
     ("weight", "mask", "error", "message"),
     [
-        (np.ones((2, 3)), np.ones((2, 3)), ValueTypeError, "mask must be a NumPy array of bool"),
+        (np.ones((2, 3)), np.ones((2, 3)), ValueTypeError, "mask must be an array of bool"),
         (np.ones((2, 3)), np.ones((2, 3), np.int8), ValueTypeError, "pass mask != 0"),
         (np.ones((2, 3)), [[True] * 3] * 2, ValueTypeError, "got list"),
         (np.ones((2, 3)), np.ones((3, 2), bool), SriglError, r"\(3, 2\), but must have"),

@@ -307,7 +307,7 @@ BAD_ARRAYS = [
     ("date", X.astype("m8[s]"), ValueTypeError, "{} of dtype 'timedelta64"),
     ("structure", np.zeros((2, 6), "f4,f4"), ValueTypeError, "{} of dtype 'void"),
     ("bytes", memoryview(b"123456"), ValueTypeError, "{} of dtype 'uint8'"),
-    ("elsewhere", TensorElsewhere(X), ValueTypeError, r"{} of type TensorElsewhere .* \.numpy"),
+    ("elsewhere", TensorElsewhere(X), ValueTypeError, r"{} of type TensorElsewhere"),
     ("masked", np.ma.masked_array(X, X > 1), ValueTypeError, r"{} is a masked array; .*filled"),
     ("sparse", scipy.sparse.csr_array(X), ValueTypeError, "{} must be an array .* csr_array"),
 ]
@@ -344,7 +344,7 @@ def test_an_update_refuses_what_is_no_array_of_numbers(update_backend, kind, arr
         update_mask(array, X, mask, **options)
     with pytest.raises(error, match=message.format("grad")):
         update_mask(X, array, mask, **options)
-    with pytest.raises(ValueTypeError, match="mask must be a NumPy array of bool"):
+    with pytest.raises(ValueTypeError, match=r"mask (must be an array of bool|of type TensorE)"):
         update_mask(X, X, array if kind != "bool" else [[True] * 6] * 2, **options)
 
 
@@ -408,9 +408,9 @@ BAD_OUTS = [
         "list",
         lambda s: [[0.0] * s[-1]] * s[0],
         ValueTypeError,
-        "out must be a NumPy array, got list",
+        "out must be an array, got list",
     ),
-    ("Tensor", lambda s: Tensor(np.zeros(s)), ValueTypeError, "out must be a NumPy array"),
+    ("read-only Tensor", lambda s: Tensor(read_only(s)), SriglError, "out is read-only"),
     ("short", lambda s: np.full((s[0] - 1, *s[1:]), SENTINEL), SriglError, "out has shape"),
     ("more axes", lambda s: np.full((1, *s), SENTINEL), SriglError, "out has shape"),
     ("transposed", lambda s: np.full((*s[::-1], 1), SENTINEL), SriglError, "out has shape"),

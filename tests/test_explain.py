@@ -422,5 +422,5 @@ def test_a_mask_of_another_shape_or_dtype_is_an_error():
     case = large_case()
     with pytest.raises(SriglError, match=r"new_mask has shape \(16, 29\)"):
         explain(case, np.zeros((16, 29), bool))
-    with pytest.raises(ValueTypeError, match="new_mask must be a NumPy array of bool"):
+    with pytest.raises(ValueTypeError, match="new_mask must be an array of bool"):
         explain(case, np.zeros((16, 30)))

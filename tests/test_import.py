@@ -24,6 +24,7 @@ HEAVY = (
     "cupy",
     "torch",
     "jax",
+    "tensorflow",
     "hypothesis",
     "pytest",
     "typer",
@@ -61,6 +62,7 @@ LOADED = f"import json, sys; print(json.dumps([m for m in {HEAVY!r} if m in sys.
         "from srigl_core import *",
         "from srigl_core.reference import *",
         "import srigl_core.condensed_file, srigl_core.trainer, srigl_core.testing",
+        "import srigl_core.interop",
     ],
 )
 def test_importing_loads_no_backend_and_no_framework(statement):

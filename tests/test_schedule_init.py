@@ -220,8 +220,8 @@ def test_kaiming_normal_in_float32_is_the_default():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([[True]],), ValueTypeError, "mask must be a NumPy array of bool, got list"),
-        ((np.ones((2, 2)),), ValueTypeError, "mask must be a NumPy array of bool, got dtype"),
+        (([[True]],), ValueTypeError, "mask must be an array of bool, got list"),
+        ((np.ones((2, 2)),), ValueTypeError, "mask must be an array of bool, got dtype"),
         ((np.ones(3, bool),), SriglError, r"shape \(3,\) has no neurons"),
         ((np.ones((2, 2), bool), "xavier"), SriglError, "init='xavier' is unknown; use one of"),
     ],

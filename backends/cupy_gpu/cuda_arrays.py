@@ -1,26 +1,21 @@
-"""What the public door does with CUDA arrays: CuPy's, and what others lend by DLPack.
-
-Nothing is imported that the caller has not imported: a tensor's module is in ``sys.modules``.
-"""
+"""What the public door does with CUDA arrays: CuPy's, and what others lend."""
 
 from __future__ import annotations
 
-import sys
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from srigl_core.array_checks import check_workspace, is_on_cuda, overlaps_itself
+from srigl_core.array_checks import check_workspace, overlaps_itself
 from srigl_core.backends.cupy_gpu.conversions import converted
 from srigl_core.backends.cupy_gpu.cupy_device import CupyDevice, cupy
 from srigl_core.backends.cupy_gpu.mask_update import count_not_finite
 from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.interop import borrowed, device_of, library_of
 from srigl_core.value_types import value_dtype
 
 __all__ = ["CudaArrays"]
-
-_JAX = ("jax", "jaxlib")
 
 
 class CudaArrays:
@@ -31,11 +26,10 @@ class CudaArrays:
 
     def computing(self, like: object) -> AbstractContextManager[Any]:
         """Return a context with the stream that is current where `like` comes from."""
-        if _library_of(like) != "torch" or not is_on_cuda(like):
+        number = library_of(like).stream(like)
+        if number is None:
             return nullcontext()
-        torch, tensor = sys.modules["torch"], cast(Any, like)
-        number = torch.cuda.current_stream(tensor.device).cuda_stream
-        # Stream 0 is the legacy one, which is torch's default.
+        # Stream 0 is the legacy one, PyTorch's default.
         stream: AbstractContextManager[Any] = (
             cupy.cuda.ExternalStream(number) if number else cupy.cuda.Stream.null
         )
@@ -72,7 +66,7 @@ class CudaArrays:
 
     def as_out(self, out: object, shape: tuple[int, ...], inputs: dict[str, Any]) -> Any:
         """Return `out` as a CuPy array of the same memory."""
-        self._check_writable(out, "out")
+        library_of(out).check_writable(out, "out")
         found = self.as_float_array(out, "out")
         if found.shape != shape:
             raise SriglError(f"out has shape {found.shape}, but the result has {shape}")
@@ -90,7 +84,7 @@ class CudaArrays:
 
     def as_workspace(self, workspace: object, others: dict[str, Any]) -> Any:
         """Return `workspace` as a CuPy array of the same memory."""
-        self._check_writable(workspace, "workspace")
+        library_of(workspace).check_writable(workspace, "workspace")
         found = self._borrowed(workspace, "workspace")
         check_workspace(found, found.data.ptr)
         for name, array in others.items():
@@ -112,31 +106,20 @@ class CudaArrays:
         return bool(cupy.may_share_memory(one, other))
 
     def given_back(self, array: Any, like: object) -> Any:
-        """Return a result in the kind of array that `like` is: CuPy's, torch's or JAX's."""
-        library = _library_of(like)
-        if library == "torch":
-            torch = sys.modules["torch"]
-            if array.dtype.name != "bfloat16":
-                return torch.from_dlpack(array)
-            return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
-        if library in _JAX:
-            return sys.modules["jax"].dlpack.from_dlpack(array)
-        return array
-
-    def _check_writable(self, array: Any, what: str) -> None:
-        library = _library_of(array)
-        if library in ("cupy", "torch"):
-            return
-        interface = getattr(array, "__cuda_array_interface__", None)
-        if library in _JAX or (interface is not None and interface["data"][1]):
-            raise ValueTypeError(
-                f"{what} of type {type(array).__name__} cannot be written; pass a CuPy array or a "
-                f"PyTorch tensor"
-            )
+        """Return a result in the kind of array that `like` is."""
+        return library_of(like).adopt(array, like)
 
     def _borrowed(self, array: object, what: str) -> Any:
         """Return `array` as one of CuPy's, of the same memory, on the current device."""
-        found = array if isinstance(array, cupy.ndarray) else _from_protocol(array, what)
+        if isinstance(array, cupy.ndarray):
+            found = array
+        elif device_of(array) == "cuda":
+            found = borrowed(array, what, _read, "a CuPy array")
+        else:
+            raise ValueTypeError(
+                f"{what} of type {type(array).__name__} is not on a CUDA device, where backend "
+                f"'cupy' takes arrays; pass cupy.asarray({what}), or name a CPU backend"
+            )
         current = cupy.cuda.runtime.getDevice()
         if found.device.id != current:
             raise ValueTypeError(
@@ -146,25 +129,5 @@ class CudaArrays:
         return found
 
 
-def _from_protocol(array: Any, what: str) -> Any:
-    if not is_on_cuda(array):
-        raise ValueTypeError(
-            f"{what} of type {type(array).__name__} is not on a CUDA device, where backend 'cupy' "
-            f"takes arrays; pass cupy.asarray({what}), or name a CPU backend"
-        )
-    if _library_of(array) == "torch":
-        array = array.detach()  # what requires a gradient lends no memory
-        torch = sys.modules["torch"]
-        if array.dtype == torch.bfloat16:
-            return cupy.from_dlpack(array.view(torch.int16)).view(value_dtype("bfloat16"))
-    try:
-        return cupy.from_dlpack(array) if hasattr(array, "__dlpack__") else cupy.asarray(array)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueTypeError(
-            f"{what} of type {type(array).__name__} cannot be read without a copy ({error}); pass "
-            f"a CuPy array"
-        ) from error
-
-
-def _library_of(array: object) -> str:
-    return type(array).__module__.partition(".")[0]
+def _read(array: Any) -> Any:
+    return cupy.from_dlpack(array) if hasattr(array, "__dlpack__") else cupy.asarray(array)
