@@ -22,7 +22,7 @@ from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
 from srigl_core.value_types import VALUE_TYPES, index_dtype, value_dtype
 
-__all__ = ["FORMAT_VERSION", "load_condensed", "save_condensed"]
+__all__ = ["FORMAT_VERSION", "load_condensed", "save_condensed", "write_whole"]
 
 FORMAT_VERSION = "1"
 
@@ -76,7 +76,7 @@ def save_condensed(
                 raise SriglError(f"safetensors keeps the name {key!r} for itself; rename the array")
             arrays[key] = array
     metadata = {_VERSION_KEY: FORMAT_VERSION, _LAYERS_KEY: json.dumps(layers)}
-    _write_whole(Path(path), save(arrays, metadata=metadata))
+    write_whole(Path(path), save(arrays, metadata=metadata))
 
 
 def load_condensed(path: str | os.PathLike[str]) -> dict[str, CondensedWeight | NDArray[Any]]:
@@ -145,7 +145,8 @@ def _plain_array(name: str, array: object) -> NDArray[Any]:
     return np.asarray(array, order="C")
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, or leave what is there as it is if that fails."""
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:

@@ -108,6 +108,11 @@ class TrainingState:
         return uses_gradients and due is not None and due - coming < self._grad_window
 
     @property
+    def sparse_layers(self) -> list[str]:
+        """Names of the layers that updates are of: all but those kept dense."""
+        return list(self._sparse(self.budgets))
+
+    @property
     def is_due(self) -> bool:
         """Whether the coming step updates the masks."""
         return self._schedule.is_due(self.step_count + 1)

@@ -1,0 +1,38 @@
+"""SRigL for PyTorch: layers that are condensed, and what trains a model with them or with masks."""
+
+from srigl_core.errors import BackendUnavailableError
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise BackendUnavailableError(
+        f'srigl_core.torch needs PyTorch ({error}); install it: pip install "srigl-core[torch]"'
+    ) from error
+
+from srigl_core.torch.conv import CondensedConv2d
+from srigl_core.torch.conversion import condense, to_csr, to_masked_dense
+from srigl_core.torch.folding import Folding, fold_ablated
+from srigl_core.torch.linear import CondensedLinear
+from srigl_core.torch.model_file import load_model, save_model
+from srigl_core.torch.model_report import LayerReport, ModelReport, report
+from srigl_core.torch.onnx_export import export_onnx
+from srigl_core.torch.released_checkpoint import load_released_checkpoint
+from srigl_core.torch.training import SRigL
+
+__all__ = [
+    "CondensedConv2d",
+    "CondensedLinear",
+    "Folding",
+    "LayerReport",
+    "ModelReport",
+    "SRigL",
+    "condense",
+    "export_onnx",
+    "fold_ablated",
+    "load_model",
+    "load_released_checkpoint",
+    "report",
+    "save_model",
+    "to_csr",
+    "to_masked_dense",
+]

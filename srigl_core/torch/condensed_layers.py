@@ -1,0 +1,278 @@
+"""Condensed training: no dense weight, and of the dense gradient one block of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from srigl_core.condensed_mask import CondensedMask
+from srigl_core.condensed_trainer import CondensedTrainer
+from srigl_core.errors import SriglError
+from srigl_core.mask_update import CondensedUpdate
+from srigl_core.reference.init import sparse_init
+from srigl_core.torch import capture
+from srigl_core.torch.conv import CondensedConv2d
+from srigl_core.torch.linear import CondensedLinear
+from srigl_core.torch.optimizer_state import remap_state, replace_parameter
+from srigl_core.torch.ranks import mean_of_ranks
+from srigl_core.torch.targets import Target
+from srigl_core.torch.tensors import as_numpy
+
+__all__ = ["CondensedLayers"]
+
+_Pairs = list[tuple[Any, Any]]
+
+
+class CondensedLayers:
+    """The sparse layers of a model, condensed.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    targets : dict of str to Target
+    optimizer : torch.optim.Optimizer
+    trainer : CondensedTrainer
+    group : torch.distributed process group, or None
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        targets: dict[str, Target],
+        optimizer: Any,
+        trainer: CondensedTrainer,
+        group: Any | None,
+    ) -> None:
+        self.trainer = trainer
+        self._model, self._optimizer, self._group = model, optimizer, group
+        self._targets = {name: targets[name] for name in trainer.connections}
+        for target in self._targets.values():
+            _check_can_be_condensed(target)
+        self._layers: dict[str, CondensedLinear] = {}
+        self._capturing: dict[str, capture.Captured] = {}
+        self._window: list[tuple[dict[str, _Pairs], float]] = []
+
+    def attach(self, init: str | None, rng: np.random.Generator) -> None:
+        """Put condensed layers in place of the dense ones, in the model and in the optimiser."""
+        modules = dict(self._model.named_modules())
+        made = {}
+        for name, target in self._targets.items():
+            mask = self.trainer.connections[name]
+            made[name] = _condensed(target, mask, self.trainer.budgets[name].nnz_budget, init, rng)
+        for name, module in made.items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(modules[owner], attribute, module)
+            layer = self._layers[name] = module.linear if _is_conv(module) else module
+            places = _places(self.trainer.connections[name])
+            replace_parameter(
+                self._optimizer,
+                self._targets[name].parameter,
+                layer.values,
+                partial(_gathered, places, layer.values),
+            )
+        self._capture_if_needed()
+
+    def mask(self, name: str) -> Any:
+        """Return a layer's mask, a new tensor of bool of the dense weight's shape."""
+        shape = self.trainer.budgets[name].shape
+        if name not in self._layers:
+            return torch.ones(shape, dtype=torch.bool)
+        return self._layers[name].mask.reshape(shape)
+
+    def digests(self) -> dict[str, str]:
+        """Return a hash of each mask."""
+        return {name: mask.digest() for name, mask in self.trainer.connections.items()}
+
+    def after_backward(self, loss_scale: float) -> None:
+        """End a step of the window, in which any number of backward passes was captured.
+
+        What was captured is scaled with the loss still.
+        """
+        self._check_in_place()
+        if self._capturing:
+            for name, pairs in self._capturing.items():
+                if not pairs:
+                    raise SriglError(
+                        f"layer {name!r} saw no backward pass; call after_backward after "
+                        f"loss.backward(), and exclude layers that take no part"
+                    )
+            step = {name: list(pairs) for name, pairs in self._capturing.items()}
+            self.discard_step()
+            self._window.append((step, loss_scale))
+
+    def step(self) -> Mapping[str, CondensedUpdate]:
+        """Update connections, values and optimiser state if it is due."""
+        self._check_in_place()
+        weights, gradients = {}, {}
+        if self.trainer.is_due:
+            if not self._window:
+                raise SriglError(
+                    "no gradient was kept for this step's update; call after_backward after each "
+                    "loss.backward() and before the optimizer's step"
+                )
+            weights = {name: layer.to_condensed() for name, layer in self._layers.items()}
+            gradients = {name: self._gradient_rows(name) for name in self._layers}
+        updates = self.trainer.step(weights, gradients)
+        for name, update in updates.items():
+            layer = self._layers[name]
+            layer.load_condensed_(update.weight)
+            remap_state(
+                self._optimizer,
+                layer.values,
+                partial(_remapped, update),
+            )
+        if updates:
+            self._window.clear()
+        self._capture_if_needed()
+        return updates
+
+    def discard_gradients(self) -> None:
+        """Forget the window's inputs and gradients."""
+        self._window.clear()
+        self.discard_step()
+
+    def discard_step(self) -> None:
+        """Forget what was captured since the last step."""
+        for pairs in self._capturing.values():
+            pairs.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the trainer's state and the window; all else is the model's and optimiser's."""
+        return {**self.trainer.state_dict(), "window": self._window}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a trainer's state; the layers are to have theirs from the model's."""
+        if "window" not in state:
+            raise SriglError("state is not a whole state_dict(): it lacks window")
+        before = self.trainer.state_dict()
+        self.trainer.load_state_dict(state)
+        for name, layer in self._layers.items():
+            if not self.trainer.connections[name].same(layer.to_condensed()):
+                self.trainer.load_state_dict(before)
+                raise SriglError(
+                    f"layer {name!r} has other connections than the state; load the model's "
+                    f"state_dict first, of the same step"
+                )
+        self._window = [
+            ({name: self._moved(name, pairs) for name, pairs in step.items()}, scale)
+            for step, scale in state["window"]
+        ]
+        self._capture_if_needed()
+
+    def detach(self) -> None:
+        """Keep nothing of what passes the layers any more."""
+        for layer in self._layers.values():
+            capture.stop(layer.indices)
+        self._capturing.clear()
+
+    def _capture_if_needed(self) -> None:
+        self.detach()
+        if self.trainer.needs_grad:
+            self._capturing = {n: capture.start(x.indices) for n, x in self._layers.items()}
+
+    def _moved(self, name: str, pairs: _Pairs) -> _Pairs:
+        device = self._layers[name].values.device
+        return [(x.to(device), grad.to(device)) for x, grad in pairs]
+
+    def _check_in_place(self) -> None:
+        for name, layer in self._layers.items():
+            try:
+                found = self._model.get_submodule(name)
+            except AttributeError:
+                found = None
+            if (found.linear if _is_conv(found) else found) is not layer:
+                raise SriglError(
+                    f"layer {name!r} is another one than SRigL attached; change the model first "
+                    f"and attach then"
+                )
+
+    def _gradient_rows(self, name: str) -> Callable[[int, int], NDArray[Any]]:
+        """Return what forms rows of the mean dense gradient, on all ranks together."""
+        steps = [
+            ([_flat(pair) for pair in step[name]], 1 / (scale * len(self._window)))
+            for step, scale in self._window
+        ]
+
+        def rows(start: int, stop: int) -> NDArray[Any]:
+            total = None
+            for pairs, factor in steps:
+                for x, grad in pairs:
+                    part = (grad[:, start:stop].t() @ x) * factor
+                    total = part if total is None else total.add_(part)
+            return as_numpy(mean_of_ranks(total, self._group))
+
+        return rows
+
+
+def _check_can_be_condensed(target: Target) -> None:
+    """Raise SriglError if a layer is no linear one or convolution of the plain kind."""
+    module, name = target.module, target.name
+    if type(module) not in (nn.Linear, nn.Conv2d) or target.attribute != "weight" or not name:
+        raise SriglError(
+            f"layer {name!r} ({type(module).__name__}, {target.attribute}) cannot be condensed, "
+            f"only nn.Linear and nn.Conv2d within a model can; exclude it, or use mode='masked'"
+        )
+    if type(module) is nn.Conv2d and module.groups != 1:
+        raise SriglError(
+            f"layer {name!r} has groups={module.groups}, and only groups=1 can be condensed; "
+            f"exclude it, or use mode='masked'"
+        )
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    if any(hooks):
+        raise SriglError(f"layer {name!r} has hooks, which would be lost; remove or exclude them")
+
+
+def _condensed(
+    target: Target, mask: CondensedMask, nnz_budget: int, init: str | None, rng: np.random.Generator
+) -> Any:
+    """Return the layer that takes a dense one's place; bias and all else are kept."""
+    module, dense = target.module, target.parameter.detach()
+    if init is not None:
+        drawn = sparse_init(mask.to_mask().reshape(target.shape), init, rng=rng, dtype=np.float64)
+        dense = torch.from_numpy(drawn).to(dense)
+    values = dense.reshape(mask.shape)[_places(mask)]
+    linear = CondensedLinear.from_condensed(
+        mask.with_values(as_numpy(values)), nnz_budget=nnz_budget
+    ).to(dense.device)
+    linear.bias = module.bias
+    linear.values.requires_grad_(target.parameter.requires_grad)
+    made = linear if type(module) is nn.Linear else CondensedConv2d.like(module, linear)
+    return made.train(module.training)
+
+
+def _places(mask: CondensedMask) -> tuple[Any, Any]:
+    """Return the rows and columns of a mask's connections, to index a dense tensor with."""
+    return torch.from_numpy(mask.active)[:, None], torch.from_numpy(mask.indices.astype(np.int64))
+
+
+def _gathered(places: tuple[Any, Any], like: Any, held: Any) -> Any:
+    """Return a dense layer's optimiser state at the connections, as long as the budget."""
+    flat = torch.zeros_like(like, dtype=held.dtype, requires_grad=False)
+    found = held.reshape(len(held), -1)[places].reshape(-1)
+    flat[: found.numel()] = found
+    return flat
+
+
+def _remapped(update: CondensedUpdate, held: Any) -> Any:
+    """Return optimiser state after an update, as long as the budget."""
+    source = torch.from_numpy(update.source.reshape(-1)).to(held.device)
+    flat = torch.zeros_like(held)
+    flat[: source.numel()] = torch.where(source < 0, 0, held[source.clamp(min=0)])
+    return flat
+
+
+def _is_conv(module: Any) -> bool:
+    return isinstance(module, CondensedConv2d)
+
+
+def _flat(pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Return an input and a gradient with two axes, in the type that sums are kept in."""
+    x, grad = (part.reshape(-1, part.shape[-1]) for part in pair)
+    kind = torch.float64 if torch.float64 in (x.dtype, grad.dtype) else torch.float32
+    return x.to(kind), grad.to(kind)

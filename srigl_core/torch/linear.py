@@ -1,0 +1,410 @@
+"""The condensed layer as a PyTorch module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from srigl_core.array_checks import check_generator, check_integer
+from srigl_core.condensed_mask import CondensedMask
+from srigl_core.condensed_weight import CondensedWeight
+from srigl_core.contract import ACTIVATIONS
+from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.reference.distributions import nnz_budget as budget_of
+from srigl_core.reference.init import sparse_init
+from srigl_core.torch.ops import condensed_inference, condensed_linear
+from srigl_core.torch.packing import condensed_weight
+from srigl_core.torch.tensors import as_numpy, from_numpy
+
+__all__ = ["CondensedLinear"]
+
+_MOST = 2**31 - 1
+"""What the indices, which PyTorch cannot index with as unsigned ones, can number."""
+
+_ACTIVATIONS = {
+    "none": lambda z: z,
+    "relu": nn.functional.relu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda z: nn.functional.gelu(z, approximate="tanh"),
+    "silu": nn.functional.silu,
+}
+
+
+class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
+    """A linear layer with a constant number of inputs at every active neuron, and no dense weight.
+
+    ``y = activation(x @ (W * M).T + bias)``, from the connected inputs only. It is trained as any
+    layer is, and has no dense gradient either; `srigl_core.torch.SRigL` moves its connections.
+    Every tensor keeps its shape whatever the mask, so that an optimiser's state, a compiled graph
+    and `DistributedDataParallel` outlive a mask update.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    nnz_budget : int or None
+        Weights to make room for, B. Give this, `sparsity` or `fan_in`.
+    sparsity : float or None
+        In [0, 1): the budget is that of `srigl_core.reference.nnz_budget`.
+    fan_in : int or None
+        The budget is as many for every neuron.
+    bias : bool
+    activation : str or None
+        One of `srigl_core.contract.ACTIVATIONS`. Where no gradient is asked for it is computed in
+        the product's kernel.
+    device : torch.device or None
+    dtype : torch.dtype or None
+        float16, bfloat16, float32 or float64.
+    rng : numpy.random.Generator, int or None
+        Draws connections and values, or seeds what does; None draws a seed from PyTorch's
+        generator.
+
+    Attributes
+    ----------
+    values : torch.nn.Parameter, (nnz_budget,)
+        The active weights row by row, ``n_active * fan_in`` of them; behind them zeros, whose
+        gradient is zero.
+    indices : torch.Tensor of int32, (nnz_budget,)
+        The values' column numbers, ascending within a row; zeros behind them.
+    active : torch.Tensor of int32, (out_features,)
+        The rows that are not ablated, ascending; behind them -1.
+    counts : torch.Tensor of int64, (2,)
+        n_active and the fan-in.
+    bias : torch.nn.Parameter, (out_features,), or None
+
+    Raises
+    ------
+    SriglError
+        If a number is out of range, or not exactly one of the budgets is given.
+
+    Notes
+    -----
+    SPEC 1 and 2. Initial values and bias are uniform within ``sqrt(1 / fan_in)`` (SPEC 5), which
+    is how `torch.nn.Linear` draws them, of the inputs that there are. What a backend makes of the
+    tensors is kept for as long as they are unchanged: what that means for writes through ``.data``
+    is said in `srigl_core.torch.packing`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> layer = CondensedLinear(16, 4, fan_in=3, rng=0)
+    >>> layer
+    CondensedLinear(in_features=16, out_features=4, fan_in=3, n_active=4, nnz_budget=12, bias=True)
+    >>> layer(torch.ones(2, 16)).shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        nnz_budget: int | None = None,
+        sparsity: float | None = None,
+        fan_in: int | None = None,
+        bias: bool = True,
+        activation: str | None = None,
+        device: Any | None = None,
+        dtype: Any | None = None,
+        rng: np.random.Generator | int | None = None,
+    ) -> None:
+        budget = _checked_budget(in_features, out_features, nnz_budget, sparsity, fan_in)
+        self._allocate((out_features, in_features), budget, bias, activation, device, dtype)
+        if not self.values.is_meta:
+            self.reset_parameters(rng)
+
+    def _allocate(
+        self,
+        shape: tuple[int, int],
+        nnz_budget: int,
+        bias: bool,
+        activation: str | None,
+        device: Any | None,
+        dtype: Any | None,
+    ) -> None:
+        if activation is not None and activation not in ACTIVATIONS:
+            raise SriglError(f"activation={activation!r} is unknown; use {', '.join(ACTIVATIONS)}")
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.activation = activation
+        self.values = nn.Parameter(torch.zeros(nnz_budget, device=device, dtype=dtype))
+        n_out = self.out_features
+        for name, length, kind in (
+            ("indices", nnz_budget, torch.int32),
+            ("active", n_out, torch.int32),
+            ("counts", 2, torch.int64),
+        ):
+            self.register_buffer(name, torch.zeros(length, dtype=kind, device=device))
+        numbers = torch.zeros(n_out, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if numbers is None else nn.Parameter(numbers))
+
+    def reset_parameters(self, rng: np.random.Generator | int | None = None) -> None:
+        """Draw connections, values and bias anew; all neurons are active then.
+
+        Parameters
+        ----------
+        rng : numpy.random.Generator, int or None
+            As the constructor's.
+        """
+        if rng is None:
+            rng = int(torch.randint(2**63 - 1, ()))
+        rng = check_generator(rng)
+        fan_in = check_integer(self.nnz_budget // self.out_features, "fan_in", least=1)
+        shape = (self.out_features, self.in_features)
+        mask = CondensedMask.drawn(shape, fan_in=fan_in, rng=rng)
+        kind = as_numpy(self.values[:0]).dtype
+        all_of_them = np.ones(mask.indices.shape, np.bool_)
+        drawn = sparse_init(all_of_them, "torch_default", rng=rng, dtype=kind)
+        self.load_condensed_(mask.with_values(drawn))
+        if self.bias is not None:
+            numbers = rng.uniform(-1, 1, self.out_features) / np.sqrt(fan_in)
+            with torch.no_grad():
+                self.bias.copy_(torch.from_numpy(numbers))
+
+    @classmethod
+    def from_condensed(
+        cls,
+        weight: CondensedWeight,
+        bias: Any | None = None,
+        *,
+        nnz_budget: int | None = None,
+        activation: str | None = None,
+        device: Any | None = None,
+    ) -> CondensedLinear:
+        """Return a layer with a condensed weight's connections and values.
+
+        Parameters
+        ----------
+        weight : CondensedWeight
+        bias : torch.Tensor or array, (n_out,), or None
+            Copied.
+        nnz_budget : int or None
+            Weights to make room for; None is as many as there are.
+        activation : str or None
+        device : torch.device or None
+
+        Raises
+        ------
+        SriglError
+            If `weight` has more than `nnz_budget` values, or `bias` another shape.
+        """
+        _check_condensed(weight)
+        n_out, n_in = weight.shape
+        budget = weight.nnz if nnz_budget is None else nnz_budget
+        budget = _checked_budget(n_in, n_out, budget, None, None, least=weight.nnz)
+        kind = from_numpy(weight.values[:0]).dtype
+        layer = cls.__new__(cls)
+        layer._allocate(weight.shape, budget, False, activation, device, kind)
+        layer.load_condensed_(weight)
+        if bias is not None:
+            numbers = bias.detach() if isinstance(bias, torch.Tensor) else from_numpy(bias)
+            if numbers.shape != (n_out,):
+                raise SriglError(f"bias has shape {tuple(numbers.shape)}, but must have {(n_out,)}")
+            layer.bias = nn.Parameter(numbers.to(device=layer.values.device, copy=True))
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls, linear: Any, mask: Any, *, nnz_budget: int | None = None
+    ) -> CondensedLinear:
+        """Return a layer with the weights of `linear` where `mask` is True.
+
+        Device, dtype, mode and what requires a gradient are kept; numbers are copied.
+
+        Parameters
+        ----------
+        linear : torch.nn.Linear
+        mask : torch.Tensor or ndarray of bool, (out_features, in_features)
+            Constant fan-in: every row has the same number of True, or none.
+        nnz_budget : int or None
+            Weights to make room for; None is as many as there are.
+
+        Raises
+        ------
+        SriglError
+            If `mask` is not constant fan-in; says which rows are not.
+        ValueTypeError
+            If `linear` is no linear layer, or `mask` not of bool.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise ValueTypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        mask = as_numpy(mask) if isinstance(mask, torch.Tensor) else mask
+        weight = CondensedWeight.from_dense(as_numpy(linear.weight), mask)
+        layer = cls.from_condensed(
+            weight, linear.bias, nnz_budget=nnz_budget, device=linear.weight.device
+        )
+        layer.values.requires_grad_(linear.weight.requires_grad)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(linear.bias.requires_grad)
+        layer.train(linear.training)
+        return layer
+
+    def to_linear(self) -> Any:
+        """Return a `torch.nn.Linear` with the masked dense weight; it has no activation.
+
+        Device, dtype, mode and what requires a gradient are kept; numbers are copied.
+        """
+        dense = self.values.new_zeros((self.out_features, self.in_features))
+        rows, columns, n_used = self._places()
+        dense[rows, columns] = self.values.detach()[:n_used].view(columns.shape)
+        linear = nn.Linear(*dense.shape[::-1], bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(dense, requires_grad=self.values.requires_grad)
+        if self.bias is not None:
+            copy = self.bias.detach().clone()
+            linear.bias = nn.Parameter(copy, requires_grad=self.bias.requires_grad)
+        return linear.train(self.training)
+
+    def to_condensed(self) -> CondensedWeight:
+        """Return connections and values, a copy in the host's memory."""
+        buffers = self.indices, self.active, self.counts
+        return condensed_weight(self.values, *buffers, self.in_features)
+
+    def load_condensed_(self, weight: CondensedWeight) -> None:
+        """Take over connections and values, in place: no tensor is replaced.
+
+        Parameters
+        ----------
+        weight : CondensedWeight, (out_features, in_features)
+            Rounded to the values' dtype.
+
+        Raises
+        ------
+        SriglError
+            If its shape differs, or it has more than `nnz_budget` values; nothing is changed.
+        """
+        _check_condensed(weight)
+        if weight.shape != (self.out_features, self.in_features) or weight.nnz > self.nnz_budget:
+            raise SriglError(
+                f"{weight!r} does not fit a layer of shape {(self.out_features, self.in_features)} "
+                f"with room for {self.nnz_budget} values; make one with from_condensed"
+            )
+        parts = (
+            (self.values, from_numpy(weight.values.reshape(-1)), 0),
+            (self.indices, torch.from_numpy(weight.indices.reshape(-1).astype(np.int32)), 0),
+            (self.active, torch.from_numpy(weight.active.astype(np.int32)), -1),
+            (self.counts, torch.tensor([weight.n_active, weight.fan_in]), 0),
+        )
+        with torch.no_grad():
+            for tensor, numbers, filler in parts:
+                tensor[: len(numbers)] = numbers.to(tensor)
+                tensor[len(numbers) :] = filler
+
+    @property
+    def nnz_budget(self) -> int:
+        """Number of weights that there is room for, B."""
+        return int(self.values.shape[0])
+
+    @property
+    def n_active(self) -> int:
+        """Number of neurons that are not ablated."""
+        return int(self.counts[0])
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs of each active neuron, k."""
+        return int(self.counts[1])
+
+    @property
+    def mask(self) -> Any:
+        """The mask, (out_features, in_features), a new tensor of bool."""
+        shape = (self.out_features, self.in_features)
+        mask = torch.zeros(shape, dtype=torch.bool, device=self.indices.device)
+        rows, columns, _ = self._places()
+        mask[rows, columns] = True
+        return mask
+
+    def _places(self) -> tuple[Any, Any, int]:
+        """Return the rows and columns of the connections, to index with, and their number."""
+        n_active, fan_in = self.counts.tolist()
+        rows = self.active[:n_active].long()[:, None]
+        columns = self.indices[: n_active * fan_in].long().view(n_active, fan_in)
+        return rows, columns, n_active * fan_in
+
+    def forward(self, x: Any) -> Any:
+        """Return the product with `x`, (..., in_features), as (..., out_features)."""
+        buffers = self._buffers  # an attribute that is a tensor takes long to find
+        tensors = (
+            x,
+            self.values,
+            buffers["indices"],
+            buffers["active"],
+            buffers["counts"],
+            self.bias,
+            self.in_features,
+        )
+        activation = self.activation or "none"
+        if torch.is_grad_enabled():
+            return _ACTIVATIONS[activation](condensed_linear(*tensors))
+        return condensed_inference(*tensors, activation)
+
+    def extra_repr(self) -> str:
+        """Return sizes, activation and whether there is a bias."""
+        facts: dict[str, object] = {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+        }
+        if not self.counts.is_meta:
+            facts |= {"fan_in": self.fan_in, "n_active": self.n_active}
+        facts |= {"nnz_budget": self.nnz_budget, "bias": self.bias is not None}
+        if self.activation is not None:
+            facts["activation"] = self.activation
+        return ", ".join(f"{name}={value}" for name, value in facts.items())
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        self._check_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _check_state(self, state: Any, prefix: str) -> None:
+        """Raise SriglError if loading `state` would leave the layer without a valid mask."""
+        own = {**self._parameters, **self._buffers}
+        coming: dict[str, Any] = {}
+        for name, tensor in own.items():
+            found = coming[name] = state.get(prefix + name, tensor)
+            if found is not None and tensor is not None and found.shape != tensor.shape:
+                raise SriglError(
+                    f"{prefix + name} of the state has shape {tuple(found.shape)}, but the layer's "
+                    f"has {tuple(tensor.shape)}; make the layer with the same features and "
+                    f"nnz_budget"
+                )
+        del coming["bias"]
+        if any(tensor.is_meta for tensor in coming.values()):
+            return
+        try:
+            condensed_weight(**coming, n_in=self.in_features)
+        except SriglError as error:
+            raise SriglError(f"the state has no valid mask, {prefix}{error}") from error
+
+
+def _check_condensed(weight: object) -> None:
+    if not isinstance(weight, CondensedWeight):
+        raise ValueTypeError(
+            f"weight must be a CondensedWeight, got {type(weight).__name__}; make one with "
+            f"CondensedWeight.from_dense(weight, mask), or use from_linear"
+        )
+
+
+def _checked_budget(
+    n_in: int,
+    n_out: int,
+    nnz_budget: int | None,
+    sparsity: float | None,
+    fan_in: int | None,
+    *,
+    least: int | None = None,
+) -> int:
+    """Return how many values to make room for; by default enough for every neuron."""
+    check_integer(n_in, "in_features", least=1, most=_MOST)
+    check_integer(n_out, "out_features", least=1, most=_MOST)
+    if (nnz_budget is not None) + (sparsity is not None) + (fan_in is not None) != 1:
+        raise SriglError(
+            f"nnz_budget={nnz_budget!r}, sparsity={sparsity!r} and fan_in={fan_in!r}: give "
+            f"exactly one of them"
+        )
+    if fan_in is not None:
+        return n_out * check_integer(fan_in, "fan_in", least=1, most=n_in)
+    if sparsity is not None:
+        nnz_budget = budget_of(n_in * n_out, sparsity)
+    least = n_out if least is None else least
+    return check_integer(nnz_budget, "nnz_budget", least=least, most=n_in * n_out)

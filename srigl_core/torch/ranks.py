@@ -1,0 +1,61 @@
+"""Data-parallel training: all ranks have the same masks, or learn which one has not."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from srigl_core.errors import SriglError
+
+__all__ = ["check_agreement", "mean_of_ranks", "n_ranks"]
+
+
+def n_ranks(group: Any | None) -> int:
+    """Return how many processes train together; 1 where torch.distributed is not in use."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return int(dist.get_world_size(group))
+
+
+def check_agreement(digest: Callable[[], dict[str, str]], group: Any | None) -> None:
+    """Compare the digests of all layers' masks with the other ranks', if there are others.
+
+    Eight bytes a layer are exchanged.
+
+    Raises
+    ------
+    SriglError
+        On every rank, if one differs from rank 0; names the ranks and the first such layer.
+    """
+    if n_ranks(group) == 1:
+        return
+    digests = digest()
+    numbers = [
+        int.from_bytes(hashlib.sha256(d.encode()).digest()[:8], "little", signed=True)
+        for d in digests.values()
+    ]
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+    everyones = [torch.empty_like(mine) for _ in range(n_ranks(group))]
+    dist.all_gather(everyones, mine, group=group)
+    wrong = [rank for rank, theirs in enumerate(everyones) if not torch.equal(theirs, everyones[0])]
+    if wrong:
+        first = int((everyones[wrong[0]] != everyones[0]).nonzero()[0, 0])
+        raise SriglError(
+            f"the masks of rank {', '.join(map(str, wrong))} differ from those of rank 0, first in "
+            f"layer {list(digests)[first]!r}; every rank needs the same weights, seed, settings "
+            f"and averaged gradients (is the model wrapped in DistributedDataParallel?)"
+        )
+
+
+def mean_of_ranks(block: Any, group: Any | None) -> Any:
+    """Return the mean of a tensor over all ranks, the same bits on each; may overwrite `block`."""
+    ranks = n_ranks(group)
+    if ranks > 1:
+        dist.all_reduce(block, group=group)
+        block /= ranks
+    return block

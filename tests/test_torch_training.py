@@ -1,0 +1,509 @@
+"""SRigL attached to PyTorch models: masked and condensed training are one algorithm."""
+
+import copy
+import io
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from srigl_core import LayerOptions, SriglError, ValueTypeError
+from srigl_core.reference import UpdateSchedule
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+
+from srigl_core.torch import CondensedConv2d, CondensedLinear, SRigL  # noqa: E402
+
+SCHEDULE = UpdateSchedule(t_end=1000, delta_t=3, alpha=0.5)
+OPTIONS = {"sparsity": 0.7, "schedule": SCHEDULE, "gamma_sal": 0.9, "seed": 1}
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.003, momentum=0.5),
+}
+
+
+def perceptron(dtype=torch.float64):
+    torch.manual_seed(0)
+    layers = [nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 5)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def convolutional(dtype=torch.float64):
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 16, 1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(16, 8, 3, stride=2, padding="valid", padding_mode="zeros"),
+        nn.Flatten(),
+        nn.Linear(32, 5),
+    ]
+    return nn.Sequential(*layers).to(dtype)
+
+
+INPUTS = {perceptron: (20,), convolutional: (3, 6, 6)}
+
+
+def batch(shape, step, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(16, *shape, generator=generator, dtype=dtype)
+    return x, torch.randint(0, 5, (16,), generator=generator)
+
+
+class Run:
+    """A model in training."""
+
+    def __init__(self, mode, *, make=perceptron, optimizer="momentum", parts=1, **options):
+        self.model, self.shape, self.parts = make(), INPUTS[make], parts
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self.srigl = SRigL(self.model, self.optimizer, mode=mode, **(OPTIONS | options))
+        self.n_steps = self.n_updates = 0
+
+    def go(self, steps):
+        for _ in range(steps):
+            self.n_steps += 1
+            self.optimizer.zero_grad()
+            x, y = batch(self.shape, self.n_steps)
+            for part in range(self.parts):
+                some = slice(part, None, self.parts)
+                loss = nn.functional.cross_entropy(self.model(x[some]), y[some])
+                (loss / self.parts).backward()
+            self.srigl.after_backward()
+            self.optimizer.step()
+            self.n_updates += bool(self.srigl.step())
+        return self
+
+    def masks(self):
+        return {name: self.srigl.mask(name) for name in self.srigl.trainer.budgets}
+
+    def weights(self):
+        """Return the dense weight of each layer, as a matrix."""
+        found = {}
+        for name in self.srigl.trainer.budgets:
+            layer = self.model.get_submodule(name)
+            layer = layer.linear if isinstance(layer, CondensedConv2d) else layer
+            dense = layer.to_linear() if isinstance(layer, CondensedLinear) else layer
+            found[name] = dense.weight.detach().flatten(1)
+        return found
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("make", [perceptron, convolutional])
+def test_masked_training_keeps_masks_weights_and_state_in_step(make, optimizer):
+    run = Run("masked", make=make, optimizer=optimizer)
+    seen = []
+    for _ in range(10):
+        run.go(1)
+        masks = run.masks()
+        seen.append(masks)
+        for name, mask in masks.items():
+            layer = run.model.get_submodule(name)
+            counts = mask.flatten(1).sum(1)
+            assert counts[counts > 0].unique().numel() == 1
+            assert not layer.weight[~mask].any()
+            assert not layer.weight.grad[~mask].any() or run.n_updates
+            for held in run.optimizer.state[layer.weight].values():
+                if torch.is_tensor(held) and held.shape == mask.shape:
+                    assert not held[~mask].any()
+    assert run.n_updates == 3
+    assert not same(seen[0], seen[-1])
+    assert same(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "Adam"])
+@pytest.mark.parametrize("make", [perceptron, convolutional])
+def test_condensed_and_masked_training_have_the_same_masks_for_20_updates(make, optimizer):
+    masked = Run("masked", make=make, optimizer=optimizer)
+    condensed = Run("condensed", make=make, optimizer=optimizer)
+    start = masked.masks()
+    assert same(start, condensed.masks())
+    for _ in range(20):
+        masked.go(3)
+        condensed.go(3)
+        assert same(masked.masks(), condensed.masks())
+    assert masked.n_updates == condensed.n_updates == 20
+    assert not same(masked.masks(), start)
+    assert any(n < len(start[name]) for name, n in condensed.srigl.trainer.n_active.items())
+    for name, weight in masked.weights().items():
+        torch.testing.assert_close(condensed.weights()[name], weight)
+    dense = sum(p.numel() for p in masked.model.parameters())
+    assert sum(p.numel() for p in condensed.model.parameters()) < 0.45 * dense
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"grad_window": 3},
+        {"parts": 4},
+        {"init": "kaiming_normal"},
+        {"saliency_scope": "all"},
+        {"gamma_sal": None, "min_salient": 2},
+        {"ablate_last": True},
+        {"distribution": "uniform"},
+        {"exclude": ["4"]},
+        {"include": ["2"], "sparsity": 0.9},
+        {"layers": {"0": LayerOptions(dense=True)}, "sparsity": 0.5},
+        {"grown_init": 0.01},
+    ],
+    ids=str,
+)
+def test_both_modes_agree_whatever_the_options(options):
+    masked, condensed = Run("masked", **options).go(12), Run("condensed", **options).go(12)
+    assert masked.n_updates == condensed.n_updates == 4
+    for name, mask in condensed.masks().items():
+        assert torch.equal(masked.srigl.mask(name), mask)
+    for name, weight in masked.weights().items():
+        torch.testing.assert_close(condensed.weights()[name], weight)
+
+
+@pytest.mark.parametrize("mode", ["masked", "condensed"])
+def test_a_scaled_loss_gives_the_same_masks_and_a_skipped_step_does_not_count(mode):
+    plain, scaled = Run(mode).go(9), Run(mode)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    skipped = 0
+    while scaled.n_steps - skipped < 9:
+        scaled.optimizer.zero_grad()
+        overflows = scaled.n_steps == 5 and not skipped
+        x, y = batch(scaled.shape, scaled.n_steps - skipped + 1)
+        loss = nn.functional.cross_entropy(scaled.model(x), y)
+        scaler.scale(loss * (float("inf") if overflows else 1)).backward()
+        scaler.unscale_(scaled.optimizer)
+        scaled.srigl.after_backward(scaler=scaler)
+        scaler.step(scaled.optimizer)
+        scaler.update()
+        scaled.n_updates += bool(scaled.srigl.step())
+        scaled.n_steps += 1
+        skipped += overflows
+    assert skipped == 1
+    assert scaled.srigl.trainer.step_count == 9
+    assert scaled.n_updates == plain.n_updates == 3
+    assert same(plain.masks(), scaled.masks())
+
+
+@pytest.mark.parametrize("cut", [4, 5, 6])
+@pytest.mark.parametrize("mode", ["masked", "condensed"])
+def test_resume_is_exact_also_in_the_middle_of_a_window(mode, cut):
+    whole = Run(mode, optimizer="Adam", grad_window=3).go(12)
+    first = Run(mode, optimizer="Adam", grad_window=3).go(cut)
+    file = io.BytesIO()
+    parts = {"model": first.model, "optimizer": first.optimizer, "srigl": first.srigl}
+    torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    second = Run(mode, optimizer="Adam", grad_window=3)
+    for name in ("model", "optimizer", "srigl"):
+        getattr(second, name).load_state_dict(states[name])
+    second.n_steps = cut
+    second.go(12 - cut)
+    assert same(second.masks(), whole.masks())
+    assert same(second.weights(), whole.weights())
+
+
+def test_a_state_of_another_run_is_refused():
+    masked, condensed = Run("masked").go(3), Run("condensed").go(3)
+    with pytest.raises(SriglError, match="not of an SRigL with mode='condensed', but of 'masked'"):
+        condensed.srigl.load_state_dict(masked.srigl.state_dict())
+    fresh = Run("condensed")
+    before = fresh.masks()
+    with pytest.raises(SriglError, match=r"layer '0' has other connections.*load the model's"):
+        fresh.srigl.load_state_dict(condensed.srigl.state_dict())
+    assert same(fresh.masks(), before)
+    assert fresh.srigl.trainer.step_count == 0
+    other = Run("condensed", sparsity=0.5)
+    with pytest.raises(SriglError, match="taken with other settings"):
+        other.srigl.load_state_dict(condensed.srigl.state_dict())
+
+
+def test_projections_of_attention_are_masked_by_name():
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(16, 4, batch_first=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names = ["in_proj_weight", "out_proj"]
+    srigl = SRigL(model, optimizer, include=names, **OPTIONS)
+    for step in range(6):
+        optimizer.zero_grad()
+        x = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(step))
+        model(x, x, x)[0].square().mean().backward()
+        srigl.after_backward()
+        optimizer.step()
+        srigl.step()
+    assert list(srigl.trainer.budgets) == names
+    assert not model.in_proj_weight[~srigl.mask("in_proj_weight")].any()
+    assert 0.65 < (model.in_proj_weight == 0).float().mean() < 0.9
+
+
+GEOMETRIES = [
+    {"kernel_size": 1},
+    {"kernel_size": 1, "stride": 2},
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": (3, 2), "padding": (2, 1), "stride": (2, 1), "dilation": (1, 2)},
+    {"kernel_size": (4, 3), "padding": "same"},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    {"kernel_size": 3, "padding": (1, 2), "padding_mode": "circular"},
+    {"kernel_size": 2, "padding": "valid", "bias": False},
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_a_condensed_convolution_is_the_masked_one(geometry):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, **geometry)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masked = copy.deepcopy(model)
+    SRigL(masked, torch.optim.SGD(masked.parameters(), lr=0.1), sparsity=0.5, schedule=9, seed=2)
+    SRigL(model, optimizer, sparsity=0.5, schedule=9, seed=2, mode="condensed")
+    assert isinstance(model[0], CondensedConv2d)
+    x = torch.randn(3, 4, 9, 8, dtype=torch.float64, requires_grad=True)
+    wanted, got = masked(x), model(x)
+    torch.testing.assert_close(got, wanted)
+    direction = torch.randn_like(wanted)
+    (dx,) = torch.autograd.grad(got, x, direction)
+    torch.testing.assert_close(dx, torch.autograd.grad(wanted, x, direction)[0])
+
+
+def test_a_convolution_says_what_input_it_takes():
+    linear = CondensedLinear(16, 3, fan_in=2)
+    conv = CondensedConv2d(linear, (2, 2))
+    with pytest.raises(SriglError, match=r"x has shape \(4, 9, 8\), but must be \(batch, 4,"):
+        conv(torch.zeros(4, 9, 8))
+    with pytest.raises(SriglError, match="9 places, which do not divide the layer's 16 inputs"):
+        CondensedConv2d(linear, (3, 3))
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    return model
+
+
+def parametrized():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+
+
+def hooked():
+    model = perceptron()
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+BAD = {
+    "unknown mode": (perceptron, {"mode": "sparse"}, "mode='sparse' is unknown"),
+    "unknown init": (perceptron, {"init": "xavier"}, "init='xavier' is unknown"),
+    "unknown layer": (perceptron, {"include": ["7"]}, "no layer or parameter '7'; it has 0, 2, 4"),
+    "unknown to leave out": (perceptron, {"exclude": ["head"]}, "no layer or parameter 'head'"),
+    "all left out": (perceptron, {"exclude": ["0", "2", "4"]}, "no layer is left"),
+    "bias": (perceptron, {"include": ["0.bias"]}, r"'0.bias' has a weight of shape \(32,\)"),
+    "too small": (perceptron, {"sparsity": 0.995}, r"layer '\d': nnz_budget=\d+ gives each"),
+    "sparsity": (perceptron, {"sparsity": 1.5}, "sparsity=1.5"),
+    "unstructured": (
+        perceptron,
+        {"mode": "condensed", "method": "rigl"},
+        "'rigl' has no constant fan-in",
+    ),
+    "shared": (tied, {}, "layer '0' shares its weight"),
+    "computed": (parametrized, {}, "layer '0' computes its weight"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(8)), {}, "layer '0' has no weight yet"),
+    "hooks": (hooked, {"mode": "condensed"}, "layer '0' has hooks"),
+    "groups": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)),
+        {"mode": "condensed", "sparsity": 0.5},
+        "layer '0' has groups=2",
+    ),
+    "three axes": (
+        lambda: nn.Sequential(nn.Conv1d(4, 4, 3)),
+        {"mode": "condensed", "sparsity": 0.5},
+        r"layer '0' \(Conv1d, weight\) cannot be condensed",
+    ),
+    "the model itself": (
+        lambda: nn.Linear(8, 8),
+        {"mode": "condensed"},
+        "only nn.Linear and nn.Conv2d within a model",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_cannot_be_attached_is_said_and_the_model_is_left_as_it_was(what):
+    make, options, message = BAD[what]
+    model = make()
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1)), *model.parameters()], lr=0.1)
+    modules, before = list(model.modules()), copy.deepcopy(model.state_dict())
+    with pytest.raises(SriglError, match=message):
+        SRigL(model, optimizer, **(OPTIONS | options))
+    assert list(model.modules()) == modules
+    for name, held in model.state_dict().items():
+        assert what == "lazy" or torch.equal(held, before[name])
+
+
+def test_an_optimizer_of_other_parameters_and_a_second_attachment_are_refused():
+    model = perceptron()
+    with pytest.raises(SriglError, match="layer '0': the optimizer does not hold its weight"):
+        SRigL(model, torch.optim.SGD(perceptron().parameters(), lr=0.1), **OPTIONS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueTypeError, match="got list"):
+        SRigL(model, [optimizer], **OPTIONS)
+    with pytest.raises(ValueTypeError, match=r"model must be a torch.nn.Module"):
+        SRigL("model", optimizer, **OPTIONS)
+    first = SRigL(model, optimizer, **OPTIONS)
+    with pytest.raises(SriglError, match="has an SRigL already"):
+        SRigL(model, optimizer, **OPTIONS)
+    first.detach()
+    SRigL(model, optimizer, **OPTIONS)
+
+
+@pytest.mark.parametrize("mode", ["masked", "condensed"])
+def test_a_model_that_changed_after_attaching_is_noticed(mode):
+    run = Run(mode)
+    run.model[2] = nn.Linear(32, 24).double()
+    with pytest.raises(SriglError, match="layer '2'"):
+        run.go(1)
+
+
+@pytest.mark.parametrize("mode", ["masked", "condensed"])
+def test_a_loop_that_forgets_a_call_is_told(mode):
+    run = Run(mode).go(2)
+    x, y = batch(run.shape, 3)
+    run.optimizer.zero_grad()
+    with pytest.raises(SriglError, match=r"layer '0'.*after loss.backward"):
+        run.srigl.after_backward()
+    nn.functional.cross_entropy(run.model(x), y).backward()
+    run.optimizer.step()
+    with pytest.raises(SriglError, match="gradient was"):
+        run.srigl.step()
+    assert run.srigl.trainer.step_count == 2
+
+
+@pytest.mark.parametrize("mode", ["masked", "condensed"])
+def test_between_windows_nothing_is_kept(mode):
+    run = Run(mode).go(1)
+    assert not run.srigl.trainer.needs_grad
+    window = run.srigl.state_dict()["window"]
+    assert len(window) == 0
+    assert run.srigl._layers.__dict__.get("_capturing", {}) == {}
+
+
+@pytest.mark.parametrize("mode", ["masked", "condensed"])
+def test_a_gradient_that_is_not_finite_changes_nothing(mode):
+    run = Run(mode).go(2)
+    before = run.masks()
+    x, y = batch(run.shape, 3)
+    run.optimizer.zero_grad()
+    nn.functional.cross_entropy(run.model(x * float("nan")), y).backward()
+    run.srigl.after_backward()
+    with pytest.raises(SriglError, match="layer '0': grad is not finite"):
+        run.srigl.step()
+    assert same(run.masks(), before)
+    run.srigl.discard_gradients()
+
+
+DISTRIBUTED = """
+import sys
+import torch, torch.distributed as dist, torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from srigl_core import SriglError
+from srigl_core.reference import UpdateSchedule
+from srigl_core.torch import SRigL
+
+def train(rank, world, group, mode, fault):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    seed = 1 + (fault == "seed" and rank == world - 1)
+    srigl = SRigL(
+        model, optimizer, mode=mode, sparsity=0.7, gamma_sal=0.9, seed=seed, process_group=group,
+        schedule=UpdateSchedule(t_end=1000, delta_t=3, alpha=0.5),
+    )
+    unwrapped = fault == "unwrapped"
+    wrapped = model if unwrapped else DistributedDataParallel(model, process_group=group)
+    for step in range(12):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 20, generator=generator, dtype=torch.float64)
+        y = torch.randint(0, 5, (8,), generator=generator)
+        optimizer.zero_grad()
+        mine = slice(rank, None, world)
+        nn.functional.cross_entropy(wrapped(x[mine]), y[mine]).backward()
+        srigl.after_backward()
+        optimizer.step()
+        srigl.step()
+    return torch.cat([srigl.mask(name).reshape(-1) for name in srigl.trainer.budgets])
+
+def work(rank, file, cases):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=4)
+    groups = {world: dist.new_group(list(range(world))) for world in (1, 2, 4)}
+    for case in cases:
+        world, mode, fault = case.split(",")
+        world = int(world)
+        if rank < world:
+            try:
+                masks = train(rank, world, groups[world], mode, fault)
+            except SriglError as error:
+                line = str(error)
+            else:
+                everyones = [None] * world
+                dist.all_gather_object(everyones, masks, group=groups[world])
+                same = all(torch.equal(masks, theirs) for theirs in everyones)
+                number = sum(2**i for i in masks.nonzero().flatten().tolist())
+                line = f"all the same: {same}, {number}"
+            if rank == 0:
+                print(line, flush=True)
+        dist.barrier()
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    mp.spawn(work, (sys.argv[1], sys.argv[2:]), nprocs=4)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_ranks_have_the_same_masks_and_one_that_differs_is_named(tmp_path):
+    script = tmp_path / "distributed.py"
+    script.write_text(DISTRIBUTED)
+    cases = [f"{world},{mode}," for mode in ("masked", "condensed") for world in (1, 2, 4)]
+    faults = ["2,masked,seed", "2,masked,unwrapped", "4,condensed,seed"]
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "ranks"), *cases, *faults],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(cases) + len(faults)
+    assert all(line.startswith("all the same: True") for line in lines[: len(cases)])
+    assert len(set(lines[: len(cases)])) == 1, "the number of ranks, or the mode, changed masks"
+    seed, unwrapped, of_four = lines[len(cases) :]
+    assert "the masks of rank 1 differ from those of rank 0, first in layer '0'" in seed
+    assert "the masks of rank 1 differ" in unwrapped
+    assert "the masks of rank 3 differ" in of_four
+
+
+def test_a_wrapped_model_is_refused():
+    model = perceptron()
+    wrapped = object.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = model
+    with pytest.raises(SriglError, match="attach SRigL to the model itself first"):
+        SRigL(wrapped, torch.optim.SGD(model.parameters(), lr=0.1), **OPTIONS)
+
+
+def test_the_report_names_every_layer():
+    report = Run("condensed").srigl.report()
+    assert [line.split()[0] for line in report.splitlines()[1:]] == ["0", "2", "4"]
+    assert np.isclose(Run("masked").srigl.trainer.sparsity, 0.7, atol=0.03)
