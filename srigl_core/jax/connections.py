@@ -1,0 +1,196 @@
+"""The connections of a layer as a pytree: what a jitted function takes beside the values."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from srigl_core.array_checks import as_mask
+from srigl_core.condensed_weight import CondensedWeight
+from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.interop import library_of
+
+__all__ = ["Connections", "from_condensed", "to_condensed"]
+
+_MOST_INPUTS = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Connections:
+    """Which inputs each active neuron has.
+
+    A pytree: a jitted function takes it as an argument, and is not compiled again for others of the
+    same shapes. Made by `from_condensed`, `from_mask` or `of`, outside of ``jit``; not to be
+    changed, since `key` says what is in it.
+
+    Parameters
+    ----------
+    indices : array of int32, (n_active, k)
+        Column numbers, ascending within a row.
+    active : array of int32, (n_active,)
+        Row numbers, ascending.
+    key : array of uint32, (4,)
+        A hash of these, by which what is packed from them is found again.
+    shape : tuple of int
+        Dense shape, (n_out, n_in).
+    """
+
+    indices: Any
+    active: Any
+    key: Any
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, indices: Any, active: Any, shape: tuple[int, int]) -> Connections:
+        """Return the connections that the arrays state, once they are checked.
+
+        Parameters
+        ----------
+        indices : array of integers, (n_active, k)
+            Strictly ascending within a row.
+        active : array of integers, (n_active,)
+            Strictly ascending.
+        shape : tuple of int
+            Dense shape, (n_out, n_in).
+
+        Raises
+        ------
+        SriglError
+            If shapes disagree, or a number is out of range or out of order.
+        ValueTypeError
+            If these are no arrays of integers, or tracers.
+        """
+        for name, array in (("indices", indices), ("active", active)):
+            library_of(array).check(array, name)
+        columns = np.asarray(indices)
+        values = np.zeros(columns.shape, np.float16)
+        return _connections(CondensedWeight(values, columns, np.asarray(active), shape))
+
+    @classmethod
+    def from_mask(cls, mask: Any) -> Connections:
+        """Return the connections of a constant fan-in mask.
+
+        Parameters
+        ----------
+        mask : array of bool, (n_out, ...)
+
+        Raises
+        ------
+        SriglError
+            If the rows do not all have the same number of True or none.
+        """
+        found = as_mask(mask, None)
+        return _connections(CondensedWeight.from_dense(found.astype(np.float16), found))
+
+    @property
+    def n_active(self) -> int:
+        """Number of active neurons."""
+        return int(self.active.shape[-1])
+
+    @property
+    def fan_in(self) -> int:
+        """Connections of each active neuron, k."""
+        return int(self.indices.shape[-1])
+
+    def to_mask(self) -> Any:
+        """Return the mask, an array of bool, (n_out, n_in); also within ``jit``."""
+        return self.scatter(jax.numpy.ones(self.indices.shape, bool))
+
+    def scatter(self, values: Any) -> Any:
+        """Return a dense array with `values` at the connections and 0 elsewhere.
+
+        Parameters
+        ----------
+        values : array, (n_active, k)
+            Of any dtype. Differentiable; also within ``jit``.
+
+        Returns
+        -------
+        array, (n_out, n_in)
+        """
+        dense = jax.numpy.zeros(self.shape, values.dtype)
+        return dense.at[self.active[:, None], self.indices].set(values)
+
+    def gather(self, dense: Any) -> Any:
+        """Return what a dense array has at the connections.
+
+        Parameters
+        ----------
+        dense : array, (n_out, ...)
+            Of as many elements as the dense weight. Differentiable; also within ``jit``.
+
+        Returns
+        -------
+        array, (n_active, k)
+        """
+        return dense.reshape(self.shape)[self.active[:, None], self.indices]
+
+    def __repr__(self) -> str:
+        return f"Connections({self.shape}, n_active={self.n_active}, fan_in={self.fan_in})"
+
+
+jax.tree_util.register_dataclass(
+    Connections, data_fields=["indices", "active", "key"], meta_fields=["shape"]
+)
+
+
+def from_condensed(weight: CondensedWeight) -> tuple[Any, Connections]:
+    """Return a condensed weight as JAX arrays: its values, and its connections.
+
+    Parameters
+    ----------
+    weight : CondensedWeight
+
+    Returns
+    -------
+    values : array, (n_active, k)
+        To be trained.
+    connections : Connections
+
+    Raises
+    ------
+    ValueTypeError
+        If the weight is float64 and JAX is not told to have that type.
+    """
+    values = jax.numpy.array(weight.values)
+    if values.dtype != weight.dtype:
+        raise ValueTypeError(
+            f"JAX would make {values.dtype} of a weight of {weight.dtype}; switch jax_enable_x64 "
+            f"on, or convert the weight"
+        )
+    return values, _connections(weight)
+
+
+def to_condensed(values: Any, connections: Connections) -> CondensedWeight:
+    """Return values and connections as a condensed weight; outside of ``jit``.
+
+    Parameters
+    ----------
+    values : array, (n_active, k)
+    connections : Connections
+
+    Returns
+    -------
+    CondensedWeight
+    """
+    library_of(values).check(values, "values")
+    indices, active = np.asarray(connections.indices), np.asarray(connections.active)
+    return CondensedWeight(np.asarray(values), indices, active, connections.shape)
+
+
+def _connections(weight: CondensedWeight) -> Connections:
+    if weight.shape[1] > _MOST_INPUTS:
+        raise SriglError(f"n_in={weight.shape[1]} is more than int32 can number, as JAX does")
+    packed = hashlib.blake2b(repr(weight.shape).encode(), digest_size=16)
+    for array in (weight.indices, weight.active):
+        packed.update(array.data)
+    return Connections(
+        jax.numpy.array(weight.indices.astype(np.int32)),
+        jax.numpy.array(weight.active.astype(np.int32)),
+        jax.numpy.array(np.frombuffer(packed.digest(), np.uint32)),
+        weight.shape,
+    )
