@@ -1,7 +1,7 @@
-# make demo, make test: set up .venv with Python 3.11 or newer, then run.
+# make demo, make test, make test-all: set up .venv with Python 3.11 or newer, then run.
 # PYTHON=path/to/python: use an interpreter that is set up already; nothing is installed.
 
-.PHONY: help demo test check gpu gpu-compile clean
+.PHONY: help demo test test-all check gpu gpu-compile clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # An interpreter with a plain install must not find the checkout's folders first.
@@ -11,15 +11,18 @@ ifdef PYTHON
   python := $(PYTHON)
   demo-ready :=
   test-ready :=
+  all-ready :=
 else
   python := .venv/bin/python
   demo-ready := .venv/demo-ready
   test-ready := .venv/test-ready
+  all-ready := .venv/all-ready
 endif
 
 help:
 	@echo "make demo    train on handwritten digits, measure inference"
-	@echo "make test    run the test suite"
+	@echo "make test    run the test suite; what needs a framework that is not installed is skipped"
+	@echo "make test-all   install PyTorch, JAX and ONNX for the CPU, and run all of it"
 	@echo "make check   run what CI runs"
 	@echo "make gpu     check and measure the GPU kernels on a CUDA device"
 	@echo "make gpu-compile   compile the GPU kernels for all architectures, without a GPU"
@@ -29,6 +32,9 @@ demo: $(demo-ready)
 	$(python) -m srigl_core.cli demo
 
 test: $(test-ready)
+	SRIGL_TEST_BACKENDS=reference,numba,scipy $(python) -m pytest --import-mode=importlib -n 2 --hypothesis-profile=ci
+
+test-all: $(all-ready)
 	SRIGL_TEST_BACKENDS=reference,numba,scipy $(python) -m pytest --import-mode=importlib -n 2 --hypothesis-profile=ci
 
 check:
@@ -51,6 +57,13 @@ clean:
 	done; \
 	echo "No Python 3.11 or newer was found; install one, or name one: make demo PYTHON=..." >&2; \
 	exit 1
+
+# PyTorch first and by itself, so that nothing else chooses its build. The one for the CPU is much
+# smaller; PyTorch's page says which index has it, and PIP_EXTRA_INDEX_URL names an index.
+.venv/all-ready: .venv/test-ready
+	.venv/bin/python -m pip install --quiet torch==2.13.0
+	.venv/bin/python -m pip install --quiet --editable ".[frameworks]"
+	@touch $@
 
 .venv/demo-ready: extras := demo
 .venv/test-ready: extras := demo,test

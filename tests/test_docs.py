@@ -30,6 +30,7 @@ from srigl_core.reference.ranking import largest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
+FRAMEWORK_EXAMPLES = sorted(ROOT.glob("examples/frameworks/*.py"))
 README = (ROOT / "README.md").read_text()
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text()
 DECISIONS = (ROOT / "docs" / "decisions.md").read_text()
@@ -61,6 +62,9 @@ def snippets(page):
 
 @pytest.mark.parametrize("name", WITH_DOCTESTS)
 def test_doctests_pass(name):
+    for framework in ("torch", "jax"):
+        if name.startswith(f"srigl_core.{framework}"):
+            pytest.importorskip(framework)
     outcome = doctest.testmod(importlib.import_module(name))
     assert outcome.attempted > 0
     assert outcome.failed == 0
@@ -86,17 +90,31 @@ def test_readme_starts_with_one_snippet_of_fifteen_lines():
 
 @pytest.mark.parametrize("script", named(EXAMPLES))
 def test_examples_run(script, tmp_path):
+    assert run_example(script, "-W", "error", folder=tmp_path).strip()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("script", named(FRAMEWORK_EXAMPLES))
+def test_examples_of_frameworks_run(script, tmp_path):
+    for framework in sorted(set(re.findall(r"^import (torch|jax)\b", script.read_text(), re.M))):
+        pytest.importorskip(framework)
+    takes_quick = "--quick" in script.read_text()
+    printed = run_example(script, folder=tmp_path, arguments=["--quick"] * takes_quick)
+    assert "┃" in printed
+
+
+def run_example(script, *options, folder, arguments=()):
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)],
-        cwd=tmp_path,
+        [sys.executable, *options, str(script), *arguments],
+        cwd=folder,
         env={**os.environ, "PYTHONSAFEPATH": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
-    assert not list(tmp_path.iterdir())
+    return done.stdout
 
 
 def test_readme_and_make_run_the_same_tests():
@@ -117,6 +135,7 @@ def test_no_page_or_script_holds_a_path_of_somebodys_machine():
     files = [
         *PAGES,
         *EXAMPLES,
+        *FRAMEWORK_EXAMPLES,
         *ROOT.glob("tests/*.py"),
         ROOT / "Makefile",
         ROOT / "pyproject.toml",

@@ -18,7 +18,6 @@ import numpy as np
 from cupy.cuda import memory
 from simulated import SimulatedDevice
 
-from srigl_core import dispatch
 from srigl_core.backends.cupy_gpu.cuda_arrays import CudaArrays
 from srigl_core.backends.cupy_gpu.cupy_device import CupyDevice
 from srigl_core.backends.cupy_gpu.device import DeviceProperties
@@ -94,10 +93,7 @@ def hosted_backend() -> Iterator[GpuBackend]:
     backend.arrays = CudaArrays(device)
     before = cupy.cuda.get_allocator()
     cupy.cuda.set_allocator(_hosted)
-    with (
-        mock.patch.object(cupy.cuda.runtime, "getDevice", return_value=0),
-        mock.patch.object(dispatch, "_device_of", return_value="cuda"),
-    ):
+    with mock.patch.object(cupy.cuda.runtime, "getDevice", return_value=0):
         try:
             yield backend
         finally:

@@ -1,0 +1,152 @@
+"""Train an MLP and a small ConvNet on digits by SRigL, masked and condensed: masks, time, memory.
+
+Each run has a process of its own, so that its memory can be told. `--quick` takes seconds.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+from srigl_core.demo.dataset import load_digits
+from srigl_core.reference import UpdateSchedule
+from srigl_core.torch import SRigL
+
+NETWORKS = {
+    "MLP": lambda: nn.Sequential(
+        nn.Linear(64, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10)
+    ),
+    "ConvNet": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(64, 128, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(2048, 10),
+    ),
+}
+MODES = ("dense", "masked", "condensed")
+BATCH, SPARSITY = 64, 0.9
+
+
+def train(network: str, mode: str, steps: int) -> dict[str, object]:
+    """Return what became of one run."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    digits = load_digits()
+    x, y = torch.from_numpy(digits.train_x), torch.from_numpy(digits.train_y)
+    model = NETWORKS[network]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    srigl = None
+    if mode != "dense":
+        srigl = SRigL(
+            model,
+            optimizer,
+            mode=mode,
+            sparsity=SPARSITY,
+            schedule=UpdateSchedule(t_end=int(0.75 * steps), delta_t=max(4, steps // 30)),
+            exclude=["1"] if network == "ConvNet" else [],
+            init="kaiming_normal",
+        )
+    draw = torch.Generator().manual_seed(0)
+    model(x[:BATCH]).sum().backward()  # compiles the kernels, if they are not in the cache
+    before = peak_bytes()
+    started = time.perf_counter()
+    for _ in range(steps):
+        some = torch.randint(len(x), (BATCH,), generator=draw)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[some]), y[some]).backward()
+        if srigl:
+            srigl.after_backward()
+        optimizer.step()
+        if srigl:
+            srigl.step()
+    seconds = time.perf_counter() - started
+    with torch.no_grad():
+        found = model(torch.from_numpy(digits.test_x)).argmax(1)
+    masks = [srigl.mask(name) for name in srigl.trainer.budgets] if srigl else []
+    return {
+        "accuracy": float((found == torch.from_numpy(digits.test_y)).double().mean()),
+        "milliseconds": 1e3 * seconds / steps,
+        "tensors": tensor_bytes(model, optimizer, masks if mode == "masked" else []),
+        "growth": peak_bytes() - before,
+        "connections": [mask.flatten().nonzero().flatten().tolist() for mask in masks],
+    }
+
+
+def shared(some: list[list[int]], others: list[list[int]]) -> str:
+    """Return how many connections are the same: rounding may decide near ties another way."""
+    same = sum(len(set(a) & set(b)) for a, b in zip(some, others, strict=True))
+    return f"{same / sum(map(len, some)):.2%}"
+
+
+def tensor_bytes(model, optimizer, masks) -> int:
+    """Return the bytes of weights, gradients, optimiser state, indices and masks."""
+    held = [*model.parameters(), *model.buffers(), *masks]
+    held += [parameter.grad for parameter in model.parameters()]
+    held += [part for state in optimizer.state.values() for part in state.values()]
+    return sum(part.nbytes for part in held if torch.is_tensor(part))
+
+
+def peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--quick", action="store_true", help="few steps")
+    parser.add_argument("--run", nargs=2, metavar=("NETWORK", "MODE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    steps = 12 if options.quick else options.steps
+    if options.run:
+        print(json.dumps(train(*options.run, steps)))
+        return
+    columns = (
+        "network",
+        "training",
+        "accuracy",
+        "ms a step",
+        "tensors",
+        "peak",
+        "same connections",
+    )
+    table = Table(*columns)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("training", total=len(NETWORKS) * len(MODES))
+        for network in NETWORKS:
+            masked: list[list[int]] = []
+            for mode in MODES:
+                command = [sys.executable, __file__, "--steps", str(steps), "--run", network, mode]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    sys.exit(done.stderr)
+                found = json.loads(done.stdout)
+                if mode == "masked":
+                    masked = found["connections"]
+                table.add_row(
+                    network,
+                    mode,
+                    f"{found['accuracy']:.1%}",
+                    f"{found['milliseconds']:.2f}",
+                    f"{found['tensors'] / 2**20:.1f} MiB",
+                    f"{found['growth'] / 2**20:+.0f} MiB",
+                    shared(masked, found["connections"]) if mode == "condensed" else "",
+                )
+                progress.advance(task)
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
