@@ -268,7 +268,8 @@ def test_vmap_over_x_is_one_call(way, monkeypatch):
     assert len(calls) == 5
     loss = lambda x: (condensed_linear(x, values, connections) ** 2).sum()  # noqa: E731
     assert_same_bits(jax.vmap(jax.grad(loss))(x), jax.grad(loss)(x))
-    assert len(calls) == 9
+    if jax.__version_info__ >= (0, 6):  # before, vmap maps whatever is kept for a gradient
+        assert len(calls) == 9
 
 
 def test_vmap_of_a_gradient_gives_one_for_each_example(x64, way):

@@ -764,6 +764,58 @@ def test_packings_are_made_once_for_a_mask_and_once_for_values(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_layer_uses_as_many_threads_as_pytorch(threads, monkeypatch):
+    layer = layer_of((300, 400), fan_in=100, n_active=290)
+    x = batch_of(layer, 256)
+    y = layer(x)
+    asked, before = [], torch.get_num_threads()
+    kind = type(packing.packing_of(*arguments(layer, x)[1:5], 400).prepared)
+    for name in ("matmul", "backward"):
+        call = getattr(kind, name)
+        monkeypatch.setattr(
+            kind,
+            name,
+            lambda self, *arrays, threads, call=call, **more: (
+                asked.append(threads) or call(self, *arrays, threads=threads, **more)
+            ),
+        )
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(layer(x), y)
+        layer(x).sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    assert asked == [threads] * 3
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_starting_the_kernels_threads_leaves_pytorch_its_own(way):
+    program = f"""
+import torch
+from srigl_core.torch import CondensedLinear, ops
+torch.set_num_threads(2)
+layer, x = CondensedLinear(400, 300, fan_in=100), torch.randn(256, 400)
+if {way == "forward"}:
+    layer(x)
+else:
+    buffers = layer.indices, layer.active, layer.counts
+    asked = True, True, True
+    with torch.no_grad():
+        ops.condensed_linear_backward(torch.ones(256, 300), x, layer.values, *buffers, 400, *asked)
+print(torch.get_num_threads())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"NUMBA_NUM_THREADS": "3"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout == "2\n", done.stderr
+
+
 def test_threads_share_a_layer():
     layer = layer_of((200, 300), fan_in=30, n_active=150, dtype=np.float32)
     x = batch_of(layer, 8)

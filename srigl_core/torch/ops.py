@@ -113,14 +113,19 @@ def _multiply(
     if y.numel():
         with _on_device_of(x):
             packing = packing_of(values, indices, active, counts, in_features)
-            _write_product(packing, x, bias, activation, y)
+            threads = torch.get_num_threads()
+            try:
+                _write_product(packing, x, bias, activation, y, threads)
+            finally:
+                _keep_threads(threads)
     return y
 
 
-def _write_product(packing: Packing, x: Any, bias: Any | None, activation: str, y: Any) -> None:
+def _write_product(
+    packing: Packing, x: Any, bias: Any | None, activation: str, y: Any, threads: int
+) -> None:
     rows, out = _rows(_lent(x, "x", packing)), _rows(_lent(y, "y", packing))
     offset = None if bias is None else _lent(bias, "bias", packing)
-    threads = torch.get_num_threads()
     if out.size <= _FEW and packing.quick_matmul is not None:
         found = packing.quick_matmul(rows, offset, activation, False, threads)
         if found is not None:
@@ -188,19 +193,22 @@ def _gradients(
         packing = packing_of(values, indices, active, counts, in_features)
         weight = packing.weight
         dvalues[weight.nnz :].zero_()
-        with packing.arrays.computing(grad):
-            packing.prepared.backward(
-                _rows(_lent(grad, "grad", packing)),
-                _rows(_lent(x, "x", packing)) if needs_values else None,
-                out=MatmulGradients(
-                    _rows(_lent(dx, "dx", packing)) if needs_x else None,
-                    _lent(dvalues[: weight.nnz].view(weight.values.shape), "dvalues", packing)
-                    if needs_values
-                    else None,
-                    _lent(dbias, "dbias", packing) if needs_bias else None,
-                ),
-                threads=torch.get_num_threads(),
-            )
+        out = MatmulGradients(
+            _rows(_lent(dx, "dx", packing)) if needs_x else None,
+            _lent(dvalues[: weight.nnz].view(weight.values.shape), "dvalues", packing)
+            if needs_values
+            else None,
+            _lent(dbias, "dbias", packing) if needs_bias else None,
+        )
+        rows = _rows(_lent(x, "x", packing)) if needs_values else None
+        threads = torch.get_num_threads()
+        try:
+            with packing.arrays.computing(grad):
+                packing.prepared.backward(
+                    _rows(_lent(grad, "grad", packing)), rows, out=out, threads=threads
+                )
+        finally:
+            _keep_threads(threads)
     return results
 
 
@@ -302,7 +310,7 @@ def _autocast(op: Any, device: str) -> Callable[..., Any]:
     return kernel
 
 
-# ---------------------------------------------------------------- arrays
+# ---------------------------------------------------------------- arrays and threads
 
 
 def _lent(tensor: Any, what: str, packing: Packing) -> Any:
@@ -315,6 +323,12 @@ def _lent(tensor: Any, what: str, packing: Packing) -> Any:
 def _rows(array: Any) -> Any:
     """Return an array with its leading axes as one."""
     return array if array.ndim == 2 else array.reshape(-1, array.shape[-1])
+
+
+def _keep_threads(threads: int) -> None:
+    """Give PyTorch its threads back: Numba's pool, if it is OpenMP's, leaves as many as it has."""
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def _on_device_of(tensor: Any) -> AbstractContextManager[Any]:
