@@ -319,7 +319,7 @@ def test_gradcheck_first_and_second_order(fan_in, bias):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
     layer = layer_of((5, 7), fan_in=2, n_active=3).to(dtype)
-    for lead in ((3,), (2, 2), (), (0,)):
+    for lead in ((3,), (2, 2), (), (0,)) if dtype is torch.float64 else ((3,),):
         x = batch_of(layer, *lead)
         for needs_x in (True, False):
             torch.library.opcheck(
@@ -1156,8 +1156,7 @@ def test_a_layer_without_memory_is_filled_by_a_state():
 
 
 LARGE = """
-import json, sys
-import numpy as np, torch
+import json, torch
 from srigl_core.torch import CondensedLinear
 
 def peak():
@@ -1175,35 +1174,32 @@ def train(n, fan_in, batch):
     layer.load_condensed_(layer.to_condensed())
     with torch.no_grad():
         layer(x)
-    if sys.argv[1] == "dense":
-        layer.mask
     return layer
 
 train(64, 4, 8)
 before = peak()
-train(16384, 16, 8)
-print(json.dumps(peak() - before))
+layer = train(16384, 16, 8)
+condensed = peak()
+layer.mask
+print(json.dumps([condensed - before, peak() - before]))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_nothing_of_the_dense_size_is_ever_allocated():
-    """Not even a mask of one byte a place: that would be 256 MiB."""
-
-    def grown(what):
-        done = subprocess.run(
-            [sys.executable, "-c", LARGE, what],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    assert grown("dense") > 16384**2, "the test would not see a dense mask"
-    assert grown("condensed") < 16384**2 / 4
+    """Not even a mask of one byte a place: that would be 256 MiB, and the test would see it."""
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    training, with_a_mask = json.loads(done.stdout)
+    assert training < 16384**2 / 4
+    assert with_a_mask > 16384**2
 
 
 def test_without_pytorch_the_error_says_what_to_install():

@@ -34,4 +34,5 @@ def record(indices: Any, x: Any, grad: Any) -> None:
     if _capturing:
         found = _capturing.get(indices.data_ptr())
         if found is not None:
-            found[1].append((x.detach(), grad.detach()))
+            # Copies: a compiled graph uses its buffers again.
+            found[1].append((x.detach().clone(), grad.detach().clone()))
