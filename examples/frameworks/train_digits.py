@@ -21,10 +21,10 @@ from srigl_core.reference import UpdateSchedule
 from srigl_core.torch import SRigL
 
 NETWORKS = {
-    "MLP": lambda: nn.Sequential(
-        nn.Linear(64, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10)
+    "MLP": lambda width: nn.Sequential(
+        nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
     ),
-    "ConvNet": lambda: nn.Sequential(
+    "ConvNet": lambda width: nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
         nn.Conv2d(1, 32, 3, padding=1),
         nn.ReLU(),
@@ -40,13 +40,13 @@ MODES = ("dense", "masked", "condensed")
 BATCH, SPARSITY = 64, 0.9
 
 
-def train(network: str, mode: str, steps: int) -> dict[str, object]:
+def train(network: str, mode: str, steps: int, width: int) -> dict[str, object]:
     """Return what became of one run."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     digits = load_digits()
     x, y = torch.from_numpy(digits.train_x), torch.from_numpy(digits.train_y)
-    model = NETWORKS[network]()
+    model = NETWORKS[network](width)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     srigl = None
     if mode != "dense":
@@ -109,9 +109,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few steps")
     parser.add_argument("--run", nargs=2, metavar=("NETWORK", "MODE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    steps = 12 if options.quick else options.steps
+    steps, width = (12, 256) if options.quick else (options.steps, 2048)
     if options.run:
-        print(json.dumps(train(*options.run, steps)))
+        print(json.dumps(train(*options.run, steps, width)))
         return
     columns = (
         "network",
@@ -128,7 +128,8 @@ def main() -> None:
         for network in NETWORKS:
             masked: list[list[int]] = []
             for mode in MODES:
-                command = [sys.executable, __file__, "--steps", str(steps), "--run", network, mode]
+                size = ["--quick"] if options.quick else ["--steps", str(steps)]
+                command = [sys.executable, __file__, *size, "--run", network, mode]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
                     sys.exit(done.stderr)
