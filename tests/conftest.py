@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,14 @@ BACKEND_ARGUMENTS = {
     "product_backend": ("condensed_matmul", "condensed_matmul_backward"),
     "update_backend": ("update_mask",),
 }
+
+
+@pytest.fixture(autouse=True)
+def gradients_as_usual():
+    """A benchmark switches PyTorch's gradients off, for its process: the next test wants them."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_grad_enabled(True)
 
 
 def pytest_configure(config):
