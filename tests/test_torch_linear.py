@@ -25,7 +25,7 @@ from srigl_core.testing.problems import SeededChooser, matmul_problem
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import library, nn  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
 from srigl_core.torch import CondensedLinear, packing  # noqa: E402
@@ -322,17 +322,15 @@ def test_opcheck(dtype):
     for lead in ((3,), (2, 2), (), (0,)) if dtype is torch.float64 else ((3,),):
         x = batch_of(layer, *lead)
         for needs_x in (True, False):
-            torch.library.opcheck(
-                condensed_linear, arguments(layer, x.clone().requires_grad_(needs_x))
-            )
+            library.opcheck(condensed_linear, arguments(layer, x.clone().requires_grad_(needs_x)))
     x, values, *mask, _, n_in = (
         part.detach() if isinstance(part, torch.Tensor) else part for part in arguments(layer, x)
     )
     x, grad = batch_of(layer, 3), torch.ones(3, 5, dtype=dtype)
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
-        torch.library.opcheck(condensed_linear_backward, (grad, x, values, *mask, n_in, *needs))
+        library.opcheck(condensed_linear_backward, (grad, x, values, *mask, n_in, *needs))
     for activation in ("none", "gelu"):
-        torch.library.opcheck(
+        library.opcheck(
             condensed_inference, (x, values, *mask, layer.bias.detach(), n_in, activation)
         )
 

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import library
 
 from srigl_core.contract import ACTIVATIONS, MatmulGradients
 from srigl_core.errors import SriglError, ValueTypeError
@@ -38,7 +39,7 @@ _ON_CPU = nullcontext()
 _HALVES = {torch.float16, torch.bfloat16}
 _FLOATS = {*_HALVES, torch.float32, torch.float64}
 
-_library = torch.library.Library("srigl_core", "DEF")
+_library = library.Library("srigl_core", "DEF")
 _library.define(
     f"condensed_linear(Tensor x, {_WEIGHT}, Tensor? bias, int in_features) -> Tensor", tags=_TAGS
 )
@@ -344,11 +345,11 @@ for _name, _kernel, _fake in (
 ):
     for _device in ("CPU", "CUDA"):
         _library.impl(_name, _kernel, _device)
-    torch.library.register_fake(f"srigl_core::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
+    library.register_fake(f"srigl_core::{_name}", _fake, lib=_library)
+library.register_autograd(
     "srigl_core::condensed_linear", _backward, setup_context=_keep_for_backward, lib=_library
 )
-torch.library.register_autograd(
+library.register_autograd(
     "srigl_core::condensed_linear_backward",
     _double_backward,
     setup_context=_keep_for_double_backward,
