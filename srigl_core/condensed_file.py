@@ -22,7 +22,7 @@ from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
 from srigl_core.value_types import VALUE_TYPES, index_dtype, value_dtype
 
-__all__ = ["FORMAT_VERSION", "load_condensed", "save_condensed", "write_whole"]
+__all__ = ["FORMAT_VERSION", "load_condensed", "read_whole", "save_condensed", "write_whole"]
 
 FORMAT_VERSION = "1"
 
@@ -98,18 +98,7 @@ def load_condensed(path: str | os.PathLike[str]) -> dict[str, CondensedWeight | 
     OSError
         If the file cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {os.fspath(path)!r}")
-    try:
-        with safe_open(os.fspath(path), framework="np") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise FileFormatError(
-            f"{os.fspath(path)!r} is not a whole safetensors file ({error}); save it again"
-        ) from error
+    arrays, metadata = read_whole(path, "np")
     try:
         return _tensors(arrays, _layers(metadata))
     except SriglError as error:
@@ -143,6 +132,32 @@ def _plain_array(name: str, array: object) -> NDArray[Any]:
             f"float, int or bool (view bfloat16 as uint16)"
         )
     return np.asarray(array, order="C")
+
+
+def read_whole(
+    path: str | os.PathLike[str], framework: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the tensors of a safetensors file, of a framework that it knows, and its metadata.
+
+    Raises
+    ------
+    FileFormatError
+        If it is no such file, or a part of one.
+    OSError
+        If it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {os.fspath(path)!r}")
+    try:
+        with safe_open(os.fspath(path), framework=framework) as file:
+            metadata = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise FileFormatError(
+            f"{os.fspath(path)!r} is not a whole safetensors file ({error}); save it again"
+        ) from error
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -208,7 +208,18 @@ class CondensedUpdate:
         -------
         ndarray, (n_active, k)
             New; zero where a weight is newly active.
+
+        Raises
+        ------
+        SriglError
+            If there is not one number for each old value.
         """
+        n_old = self.nnz - self.n_grown + self.n_pruned
+        if state.size != n_old:
+            raise SriglError(
+                f"state has shape {state.shape}, but needs one number for each of the {n_old} "
+                f"values before the update; pass what belongs to values (n_active, k)"
+            )
         remapped: NDArray[Any] = np.where(
             self.source < 0, state.dtype.type(0), state.reshape(-1)[self.source]
         )
@@ -234,12 +245,13 @@ def checked_update(
     """
     with arrays.computing(weight):
         w, g, m = check_update_arrays(weight, grad, mask, arrays)
+        shape = arrays.as_float_array(weight, "weight").shape
         settings.check_fits(w.shape, w.dtype)
         update = algorithm(w, g, m, settings, **options)
         return replace(
             update,
-            mask=arrays.given_back(update.mask.reshape(mask.shape), mask),
-            weight=arrays.given_back(update.weight.reshape(mask.shape), weight),
+            mask=arrays.given_back(update.mask.reshape(shape), mask),
+            weight=arrays.given_back(update.weight.reshape(shape), weight),
         )
 
 

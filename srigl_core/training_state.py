@@ -62,7 +62,7 @@ class TrainingState:
 
     Parameters
     ----------
-    shapes, sparsity, schedule, distribution, layers, ablate_last, seed, backend
+    shapes, sparsity, schedule, distribution, layers, ablate_last, seed
         As in `SparseTrainer`.
     method : str
     settings : UpdateSettings

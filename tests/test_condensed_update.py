@@ -66,6 +66,15 @@ def layer(n_out=40, n_in=30, fan_in=6):
     return weight, rng.standard_normal((n_out, n_in))
 
 
+def test_state_of_another_size_is_refused():
+    weight, grad = layer()
+    update = update_condensed(
+        weight, lambda a, b: grad[a:b], nnz_budget=weight.nnz, drop_fraction=0.3
+    )
+    with pytest.raises(SriglError, match=r"shape \(239,\), but needs .* each of the 240 values"):
+        update.remap(np.zeros(239))
+
+
 def test_the_same_blocks_are_asked_for_twice_in_order():
     weight, grad = layer()
     asked = []

@@ -1,10 +1,12 @@
 """SRigL attached to PyTorch models: masked and condensed training are one algorithm."""
 
 import copy
+import gc
 import io
 import os
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -105,6 +107,7 @@ def test_masked_training_keeps_masks_weights_and_state_in_step(make, optimizer):
     run = Run("masked", make=make, optimizer=optimizer)
     seen = []
     for _ in range(10):
+        before = run.masks()
         run.go(1)
         masks = run.masks()
         seen.append(masks)
@@ -113,7 +116,8 @@ def test_masked_training_keeps_masks_weights_and_state_in_step(make, optimizer):
             counts = mask.flatten(1).sum(1)
             assert counts[counts > 0].unique().numel() == 1
             assert not layer.weight[~mask].any()
-            assert not layer.weight.grad[~mask].any() or run.n_updates
+            assert layer.weight.grad.any()
+            assert not layer.weight.grad[~before[name]].any()
             for held in run.optimizer.state[layer.weight].values():
                 if torch.is_tensor(held) and held.shape == mask.shape:
                     assert not held[~mask].any()
@@ -304,7 +308,7 @@ BAD = {
     "unknown init": (perceptron, {"init": "xavier"}, "init='xavier' is unknown"),
     "unknown layer": (perceptron, {"include": ["7"]}, "no layer or parameter '7'; it has 0, 2, 4"),
     "unknown to leave out": (perceptron, {"exclude": ["head"]}, "no layer or parameter 'head'"),
-    "all left out": (perceptron, {"exclude": ["0", "2", "4"]}, "no layer is left"),
+    "all left out": (perceptron, {"exclude": ["0", "2", "4"]}, "no dense layer is left"),
     "bias": (perceptron, {"include": ["0.bias"]}, r"'0.bias' has a weight of shape \(32,\)"),
     "too small": (perceptron, {"sparsity": 0.995}, r"layer '\d': nnz_budget=\d+ gives each"),
     "sparsity": (perceptron, {"sparsity": 1.5}, "sparsity=1.5"),
@@ -358,10 +362,13 @@ def test_an_optimizer_of_other_parameters_and_a_second_attachment_are_refused():
     with pytest.raises(ValueTypeError, match=r"model must be a torch.nn.Module"):
         SRigL("model", optimizer, **OPTIONS)
     first = SRigL(model, optimizer, **OPTIONS)
-    with pytest.raises(SriglError, match="has an SRigL already"):
-        SRigL(model, optimizer, **OPTIONS)
+    for whole in (model, nn.Sequential(nn.ReLU(), model[:3])):
+        with pytest.raises(SriglError, match=r"layer '(1\.)?0' has an SRigL already"):
+            SRigL(whole, optimizer, **OPTIONS)
     first.detach()
-    SRigL(model, optimizer, **OPTIONS)
+    SRigL(model, optimizer, **(OPTIONS | {"mode": "condensed"})).detach()
+    with pytest.raises(SriglError, match="no dense layer is left"):
+        SRigL(model, optimizer, **OPTIONS)
 
 
 @pytest.mark.parametrize("mode", ["masked", "condensed"])
@@ -390,9 +397,45 @@ def test_a_loop_that_forgets_a_call_is_told(mode):
 def test_between_windows_nothing_is_kept(mode):
     run = Run(mode).go(1)
     assert not run.srigl.trainer.needs_grad
-    window = run.srigl.state_dict()["window"]
-    assert len(window) == 0
-    assert run.srigl._layers.__dict__.get("_capturing", {}) == {}
+    assert len(run.srigl.state_dict()["window"]) == 0
+    before = count_tensors()
+    run.n_steps = 0
+    x, y = batch(run.shape, 9)
+    for _ in range(3):
+        nn.functional.cross_entropy(run.model(x), y).backward()
+    assert count_tensors() <= before + 2
+
+
+@pytest.mark.parametrize("end", ["detached", "let go"])
+def test_after_an_srigl_nothing_is_kept(end):
+    """Also in a window, where inputs and gradients are."""
+    run = Run("condensed").go(2)
+    assert run.srigl.trainer.needs_grad
+    model, shape = run.model, run.shape
+    if end == "detached":
+        run.srigl.detach()
+    else:
+        del run
+    x, y = batch(shape, 9)
+    before = count_tensors()
+    for _ in range(3):
+        nn.functional.cross_entropy(model(x), y).backward()
+    assert count_tensors() <= before
+
+
+def test_condensed_training_keeps_no_dense_weight_alive():
+    model = perceptron()
+    weights = [weakref.ref(model[i].weight) for i in (0, 2, 4)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    srigl = SRigL(model, optimizer, **OPTIONS, mode="condensed")
+    gc.collect()
+    assert [weight() for weight in weights] == [None, None, None]
+    srigl.detach()
+
+
+def count_tensors():
+    gc.collect()
+    return sum(issubclass(type(held), torch.Tensor) for held in gc.get_objects())
 
 
 @pytest.mark.parametrize("mode", ["masked", "condensed"])

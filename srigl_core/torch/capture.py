@@ -6,27 +6,31 @@ these, a block of rows at a time.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
-__all__ = ["Captured", "record", "start", "stop"]
+__all__ = ["Captured", "record", "start"]
 
-Captured = list[tuple[Any, Any]]
-"""For each backward pass through a layer: its input, (..., n_in), and dL/dz, (..., n_out)."""
 
-_capturing: dict[int, tuple[Any, Captured]] = {}
-"""By the address of a layer's indices, which the layer keeps alive while it is here."""
+class Captured(list[tuple[Any, Any]]):
+    """For each backward pass through a layer: its input, (..., n_in), and dL/dz, (..., n_out)."""
+
+
+_capturing: weakref.WeakValueDictionary[int, Captured] = weakref.WeakValueDictionary()
+"""By the address of a layer's indices; who lets go of a list, captures no more."""
 
 
 def start(indices: Any) -> Captured:
-    """Begin to keep what passes a layer, and return the list that is filled."""
-    kept: Captured = []
-    _capturing[indices.data_ptr()] = (indices, kept)
+    """Return a list that is filled with what passes a layer, for as long as the list is held.
+
+    Parameters
+    ----------
+    indices : torch.Tensor
+        The layer's, to be held as long.
+    """
+    kept = Captured()
+    _capturing[indices.data_ptr()] = kept
     return kept
-
-
-def stop(indices: Any) -> None:
-    """Keep no more of that layer."""
-    _capturing.pop(indices.data_ptr(), None)
 
 
 def record(indices: Any, x: Any, grad: Any) -> None:
@@ -35,4 +39,4 @@ def record(indices: Any, x: Any, grad: Any) -> None:
         found = _capturing.get(indices.data_ptr())
         if found is not None:
             # Copies: a compiled graph uses its buffers again.
-            found[1].append((x.detach().clone(), grad.detach().clone()))
+            found.append((x.detach().clone(), grad.detach().clone()))

@@ -9,18 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from srigl_core.condensed_mask import CondensedMask
 from srigl_core.condensed_trainer import CondensedTrainer
+from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.errors import SriglError
 from srigl_core.mask_update import CondensedUpdate
 from srigl_core.reference.init import sparse_init
 from srigl_core.torch import capture
-from srigl_core.torch.conv import CondensedConv2d
 from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.optimizer_state import remap_state, replace_parameter
 from srigl_core.torch.ranks import mean_of_ranks
+from srigl_core.torch.replacement import (
+    check_can_be_condensed,
+    condensed_layer,
+    linear_of,
+    replace_modules,
+)
 from srigl_core.torch.targets import Target
 from srigl_core.torch.tensors import as_numpy
 
@@ -53,22 +58,21 @@ class CondensedLayers:
         self._model, self._optimizer, self._group = model, optimizer, group
         self._targets = {name: targets[name] for name in trainer.connections}
         for target in self._targets.values():
-            _check_can_be_condensed(target)
+            check_can_be_condensed(target)
         self._layers: dict[str, CondensedLinear] = {}
         self._capturing: dict[str, capture.Captured] = {}
         self._window: list[tuple[dict[str, _Pairs], float]] = []
 
     def attach(self, init: str | None, rng: np.random.Generator) -> None:
         """Put condensed layers in place of the dense ones, in the model and in the optimiser."""
-        modules = dict(self._model.named_modules())
         made = {}
         for name, target in self._targets.items():
             mask = self.trainer.connections[name]
-            made[name] = _condensed(target, mask, self.trainer.budgets[name].nnz_budget, init, rng)
+            weight = _initial_weight(target, mask, init, rng)
+            made[name] = condensed_layer(target, weight, self.trainer.budgets[name].nnz_budget)
+        replace_modules(self._model, made)
         for name, module in made.items():
-            owner, _, attribute = name.rpartition(".")
-            setattr(modules[owner], attribute, module)
-            layer = self._layers[name] = module.linear if _is_conv(module) else module
+            layer = self._layers[name] = linear_of(module)
             places = _places(self.trainer.connections[name])
             replace_parameter(
                 self._optimizer,
@@ -76,6 +80,7 @@ class CondensedLayers:
                 layer.values,
                 partial(_gathered, places, layer.values),
             )
+        self._targets.clear()  # with the dense weights
         self._capture_if_needed()
 
     def mask(self, name: str) -> Any:
@@ -167,9 +172,7 @@ class CondensedLayers:
 
     def detach(self) -> None:
         """Keep nothing of what passes the layers any more."""
-        for layer in self._layers.values():
-            capture.stop(layer.indices)
-        self._capturing.clear()
+        self._capturing = {}
 
     def _capture_if_needed(self) -> None:
         self.detach()
@@ -186,7 +189,7 @@ class CondensedLayers:
                 found = self._model.get_submodule(name)
             except AttributeError:
                 found = None
-            if (found.linear if _is_conv(found) else found) is not layer:
+            if linear_of(found) is not layer:
                 raise SriglError(
                     f"layer {name!r} is another one than SRigL attached; change the model first "
                     f"and attach then"
@@ -210,40 +213,15 @@ class CondensedLayers:
         return rows
 
 
-def _check_can_be_condensed(target: Target) -> None:
-    """Raise SriglError if a layer is no linear one or convolution of the plain kind."""
-    module, name = target.module, target.name
-    if type(module) not in (nn.Linear, nn.Conv2d) or target.attribute != "weight" or not name:
-        raise SriglError(
-            f"layer {name!r} ({type(module).__name__}, {target.attribute}) cannot be condensed, "
-            f"only nn.Linear and nn.Conv2d within a model can; exclude it, or use mode='masked'"
-        )
-    if type(module) is nn.Conv2d and module.groups != 1:
-        raise SriglError(
-            f"layer {name!r} has groups={module.groups}, and only groups=1 can be condensed; "
-            f"exclude it, or use mode='masked'"
-        )
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    if any(hooks):
-        raise SriglError(f"layer {name!r} has hooks, which would be lost; remove or exclude them")
-
-
-def _condensed(
-    target: Target, mask: CondensedMask, nnz_budget: int, init: str | None, rng: np.random.Generator
-) -> Any:
-    """Return the layer that takes a dense one's place; bias and all else are kept."""
-    module, dense = target.module, target.parameter.detach()
+def _initial_weight(
+    target: Target, mask: CondensedMask, init: str | None, rng: np.random.Generator
+) -> CondensedWeight:
+    """Return a dense layer's weights at the connections, drawn anew if asked to."""
+    dense = target.parameter.detach()
     if init is not None:
         drawn = sparse_init(mask.to_mask().reshape(target.shape), init, rng=rng, dtype=np.float64)
         dense = torch.from_numpy(drawn).to(dense)
-    values = dense.reshape(mask.shape)[_places(mask)]
-    linear = CondensedLinear.from_condensed(
-        mask.with_values(as_numpy(values)), nnz_budget=nnz_budget
-    ).to(dense.device)
-    linear.bias = module.bias
-    linear.values.requires_grad_(target.parameter.requires_grad)
-    made = linear if type(module) is nn.Linear else CondensedConv2d.like(module, linear)
-    return made.train(module.training)
+    return mask.with_values(as_numpy(dense.reshape(mask.shape)[_places(mask)]))
 
 
 def _places(mask: CondensedMask) -> tuple[Any, Any]:
@@ -265,10 +243,6 @@ def _remapped(update: CondensedUpdate, held: Any) -> Any:
     flat = torch.zeros_like(held)
     flat[: source.numel()] = torch.where(source < 0, 0, held[source.clamp(min=0)])
     return flat
-
-
-def _is_conv(module: Any) -> bool:
-    return isinstance(module, CondensedConv2d)
 
 
 def _flat(pair: tuple[Any, Any]) -> tuple[Any, Any]:

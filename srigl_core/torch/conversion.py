@@ -13,7 +13,13 @@ from torch import nn
 from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.torch.conv import CondensedConv2d
-from srigl_core.torch.linear import CondensedLinear
+from srigl_core.torch.replacement import (
+    check_can_be_condensed,
+    condensed_layer,
+    condensed_modules,
+    linear_of,
+    replace_modules,
+)
 from srigl_core.torch.targets import Target, find_targets
 from srigl_core.torch.tensors import as_numpy
 from srigl_core.torch.training import SRigL
@@ -21,15 +27,7 @@ from srigl_core.torch.training import SRigL
 if TYPE_CHECKING:
     import scipy.sparse
 
-__all__ = [
-    "condense",
-    "condensed_modules",
-    "has_hooks",
-    "linear_of",
-    "replace_modules",
-    "to_csr",
-    "to_masked_dense",
-]
+__all__ = ["condense", "to_csr", "to_masked_dense"]
 
 
 def condense(
@@ -145,59 +143,6 @@ def to_csr(model: Any) -> dict[str, scipy.sparse.csr_array]:
     return {name: linear_of(layer).to_condensed().to_csr() for name, layer in layers.items()}
 
 
-def condensed_modules(model: Any) -> dict[str, Any]:
-    """Return a model's condensed layers by name; one used in two places is there twice.
-
-    Raises
-    ------
-    ValueTypeError
-        If `model` is no module.
-    """
-    if not isinstance(model, nn.Module):
-        raise ValueTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    found: dict[str, Any] = {}
-    convolutions: set[int] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, CondensedConv2d):
-            convolutions.add(id(module.linear))
-            found[name] = module
-        elif isinstance(module, CondensedLinear) and id(module) not in convolutions:
-            found[name] = module
-    return found
-
-
-def linear_of(layer: CondensedLinear | CondensedConv2d) -> CondensedLinear:
-    """Return the product that a condensed layer is."""
-    return layer.linear if isinstance(layer, CondensedConv2d) else layer
-
-
-def replace_modules(model: Any, made: Mapping[str, Any]) -> None:
-    """Set submodules by name, all of them or none.
-
-    Raises
-    ------
-    SriglError
-        If one is the model itself, or has hooks, which would be lost.
-    """
-    owners = dict(model.named_modules(remove_duplicate=False))
-    for name in made:
-        if not name:
-            raise SriglError(
-                f"the model itself is a {type(model).__name__}, which has no place in a model to "
-                f"be replaced in; wrap it, as in nn.Sequential(model)"
-            )
-        if has_hooks(owners[name]):
-            raise SriglError(f"layer {name!r} has hooks, which would be lost; remove or exclude it")
-    for name, module in made.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(owners[owner], attribute, module)
-
-
-def has_hooks(module: Any) -> bool:
-    """Whether a module has hooks, which a layer in its place would not have."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks))
-
-
 def _by_name(masks: Mapping[str, Any] | SRigL) -> dict[str, Any]:
     if isinstance(masks, SRigL):
         return {name: masks.mask(name) for name in masks.trainer.budgets}
@@ -227,28 +172,14 @@ def _checked_mask(target: Target, mask: Any) -> NDArray[np.bool_]:
 
 def _condensed(target: Target, mask: NDArray[np.bool_], remedy: str) -> Any:
     """Return the condensed layer for a dense one."""
-    module, name = target.module, target.name
-    is_within = bool(target.owner) and target.attribute == "weight"
-    if type(module) not in (nn.Linear, nn.Conv2d) or not is_within:
-        raise SriglError(
-            f"layer {name!r} ({type(module).__name__}, {target.attribute}) cannot be condensed, "
-            f"only nn.Linear and nn.Conv2d within a model can; exclude it, or wrap the model in "
-            f"nn.Sequential"
-        )
-    if type(module) is nn.Conv2d and module.groups != 1:
-        raise SriglError(
-            f"layer {name!r} has groups={module.groups}, and only groups=1 can be condensed; "
-            f"exclude it"
-        )
+    check_can_be_condensed(target)
     try:
-        weight = CondensedWeight.from_dense(as_numpy(module.weight), mask)
+        weight = CondensedWeight.from_dense(as_numpy(target.parameter), mask)
     except SriglError as error:
-        raise type(error)(f"layer {name!r}: {error}{remedy}; or exclude the layer") from error
-    linear = CondensedLinear.from_condensed(weight, device=module.weight.device)
-    linear.bias = module.bias
-    linear.values.requires_grad_(module.weight.requires_grad)
-    made = linear if type(module) is nn.Linear else CondensedConv2d.like(module, linear)
-    return made.train(module.training)
+        raise type(error)(
+            f"layer {target.name!r}: {error}{remedy}; or exclude the layer"
+        ) from error
+    return condensed_layer(target, weight)
 
 
 def _dense(name: str, layer: Any) -> Any:

@@ -20,8 +20,8 @@ from torch import nn
 from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.torch.conv import CondensedConv2d
-from srigl_core.torch.conversion import has_hooks
-from srigl_core.torch.linear import CondensedLinear
+from srigl_core.torch.linear import ACTIVATION_FUNCTIONS, CondensedLinear
+from srigl_core.torch.replacement import has_hooks
 
 __all__ = ["Folding", "fold_ablated"]
 
@@ -34,12 +34,6 @@ _ELEMENTWISE = (
     nn.Sigmoid,
     nn.Tanh,
 )
-_ACTIVATIONS = {
-    "relu": nn.functional.relu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda z: nn.functional.gelu(z, approximate="tanh"),
-    "silu": nn.functional.silu,
-}
 
 
 @dataclass(frozen=True)
@@ -262,7 +256,7 @@ def _constants(
         constants = bias[torch.from_numpy(ablated).to(bias.device)]
         activation = getattr(layer, "activation", None)
         if activation not in (None, "none"):
-            constants = _ACTIVATIONS[activation](constants)
+            constants = ACTIVATION_FUNCTIONS[activation](constants)
         for place in between:
             constants = place.module(constants)
         numbers: NDArray[np.float64] = constants.double().cpu().numpy()

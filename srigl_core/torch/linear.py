@@ -19,12 +19,12 @@ from srigl_core.torch.ops import condensed_inference, condensed_linear
 from srigl_core.torch.packing import condensed_weight
 from srigl_core.torch.tensors import as_numpy, from_numpy
 
-__all__ = ["CondensedLinear"]
+__all__ = ["ACTIVATION_FUNCTIONS", "CondensedLinear"]
 
 _MOST = 2**31 - 1
 """What the indices, which PyTorch cannot index with as unsigned ones, can number."""
 
-_ACTIVATIONS = {
+ACTIVATION_FUNCTIONS = {
     "none": lambda z: z,
     "relu": nn.functional.relu,
     "gelu": nn.functional.gelu,
@@ -336,7 +336,7 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
         )
         activation = self.activation or "none"
         if torch.is_grad_enabled():
-            return _ACTIVATIONS[activation](condensed_linear(*tensors))
+            return ACTIVATION_FUNCTIONS[activation](condensed_linear(*tensors))
         return condensed_inference(*tensors, activation)
 
     def extra_repr(self) -> str:

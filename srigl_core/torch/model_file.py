@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from srigl_core.condensed_file import FORMAT_VERSION, write_whole
+from srigl_core.condensed_file import FORMAT_VERSION, read_whole, write_whole
 from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
 from srigl_core.torch.conv import CondensedConv2d
-from srigl_core.torch.conversion import condensed_modules, linear_of, replace_modules
 from srigl_core.torch.linear import CondensedLinear
+from srigl_core.torch.replacement import condensed_modules, linear_of, replace_modules
 from srigl_core.torch.tensors import as_numpy, from_numpy
 from srigl_core.value_types import VALUE_TYPES
 
@@ -234,18 +234,7 @@ def _read(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Return a file's tensors, and what its metadata says of layers and of modules."""
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {os.fspath(path)!r}")
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise FileFormatError(
-            f"{os.fspath(path)!r} is not a whole safetensors file ({error}); save it again"
-        ) from error
+    tensors, metadata = read_whole(path, "pt")
     if _MODULES_KEY not in metadata or metadata.get(_VERSION_KEY) != FORMAT_VERSION:
         raise FileFormatError(
             f"{os.fspath(path)!r} has format version {metadata.get(_VERSION_KEY)!r} and "

@@ -7,7 +7,7 @@ from typing import Any
 
 from srigl_core.contract import Backend
 from srigl_core.recommendation import dense_nanoseconds
-from srigl_core.torch.conversion import condensed_modules, linear_of
+from srigl_core.torch.replacement import condensed_modules, linear_of
 
 __all__ = ["BATCHES", "LayerReport", "ModelReport", "report"]
 

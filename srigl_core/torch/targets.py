@@ -91,7 +91,8 @@ def find_targets(
             found[target.name] = target
     if not found:
         raise SriglError(
-            "no layer is left to be sparse; name modules or parameters with include=[...]"
+            "no dense layer is left to be made sparse (a condensed one is already); name modules "
+            "or parameters with include=[...]"
         )
     order = {id(p): i for i, p in enumerate(model.parameters())}
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))

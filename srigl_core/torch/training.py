@@ -27,8 +27,10 @@ __all__ = ["MODES", "SRigL"]
 
 MODES = ("masked", "condensed")
 
-_attached: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Models with an SRigL."""
+_attached: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[str, SRigL]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Of each module the weights that have an SRigL, by what they are called there."""
 
 
 class SRigL:
@@ -127,8 +129,11 @@ ablate_last, seed, backend
                 "first, and wrap it then"
             )
         targets = find_targets(model, include, exclude)
-        if model in _attached:
-            raise SriglError("the model has an SRigL already; call its detach() first")
+        for name, target in targets.items():
+            if target.attribute in _attached.get(target.module, ()):
+                raise SriglError(
+                    f"layer {name!r} has an SRigL already; call that one's detach() first"
+                )
         check_optimizer(targets, optimizer)
         settings: dict[str, Any] = {
             "sparsity": sparsity,
@@ -157,11 +162,16 @@ ablate_last, seed, backend
                 )
             condensed = CondensedTrainer(shapes, **settings)
             self._layers = CondensedLayers(model, targets, optimizer, condensed, process_group)
-        self._optimizer, self._model = optimizer, weakref.ref(model)
+        self._optimizer = optimizer
         self._was_skipped = False
         check_agreement(self._layers.digests, process_group)
         self._layers.attach(init, np.random.default_rng([seed, 1]))
-        _attached.add(model)
+        # A dense module that a condensed layer replaced is not to be kept alive.
+        self._weights = [(weakref.ref(t.module), t.attribute) for t in targets.values()]
+        for target in targets.values():
+            _attached.setdefault(target.module, weakref.WeakValueDictionary())[target.attribute] = (
+                self
+            )
 
     @property
     def trainer(self) -> SparseTrainer | CondensedTrainer:
@@ -228,9 +238,10 @@ ablate_last, seed, backend
 
     def detach(self) -> None:
         """Let go of the model, which stays as it is, masked or condensed."""
-        model = self._model()
-        if model is not None:
-            _attached.discard(model)
+        for held, attribute in self._weights:
+            module = held()
+            if module is not None:
+                _attached[module].pop(attribute, None)
         self._layers.detach()
 
     def state_dict(self) -> dict[str, Any]:
@@ -265,7 +276,8 @@ ablate_last, seed, backend
         """Whether the optimiser will step, of all ranks that share the gradients."""
         groups = self._optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        finite = [torch.isfinite(gradient).all() for gradient in gradients]
+        return all(flag.item() for flag in finite)  # all of them asked for, then waited for
 
 
 def _as_tensors(state: Any) -> Any:
