@@ -21,6 +21,7 @@ import srigl_core
 from srigl_core.benchmarks.timing import Hot, interleaved
 from srigl_core.benchmarks.versions import versions
 from srigl_core.cli.machine import cpu_name, n_cores
+from srigl_core.registry import get_backend
 
 __all__ = ["calls", "main"]
 
@@ -32,8 +33,12 @@ def calls() -> dict[str, Callable[[], object]]:
     """Return a call for each way, by what it is called from."""
     weight = srigl_core.CondensedWeight.random((SIZE, SIZE), fan_in=1, rng=0)
     plan = srigl_core.prepare(weight, backend="numba", threads=1)
+    kernel = get_backend("numba").prepare(weight).quick_matmul  # type: ignore[attr-defined]
     x = np.ones((1, SIZE), np.float32)
-    found: dict[str, Callable[[], object]] = {"NumPy, plan": lambda: plan(x)}
+    found: dict[str, Callable[[], object]] = {
+        "the backend's own call": lambda: kernel(x, None, "none", False, 1),
+        "NumPy, plan": lambda: plan(x),
+    }
     if importlib.util.find_spec("torch"):
         found |= _torch_calls(weight, plan, x)
     if importlib.util.find_spec("jax"):

@@ -47,7 +47,7 @@ def main() -> None:
     names = [f"condensed {sparsity:.0%}" for sparsity in SPARSITIES]
     columns = ("channels", "window", "dense ms", *(f"{name} ms" for name in names))
     table = Table(*columns, *(f"faster at {sparsity:.0%}" for sparsity in SPARSITIES))
-    with torch.inference_mode(), Progress(console=Console(stderr=True)) as progress:
+    with torch.no_grad(), Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=len(LAYERS))
         for n_in, n_out, window in LAYERS:
             x = torch.randn(IMAGES, n_in, SIDE, SIDE)

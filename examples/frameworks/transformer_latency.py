@@ -110,7 +110,7 @@ def main() -> None:
         "condensed compiled ms",
     )
     table = Table(*columns, "faster than dense", "dense MiB", "condensed MiB")
-    with torch.inference_mode(), Progress(console=Console(stderr=True)) as progress:
+    with torch.no_grad(), Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=2 * len(made))
         for name, (make, inputs) in made.items():
             dense, sparse = make(nn.Linear).eval(), make(condensed).eval()

@@ -165,7 +165,10 @@ def packing_of(values: Any, indices: Any, active: Any, counts: Any, n_in: int) -
     """
     # Threads may pack at the same time: each has a packing of what it saw, and the last one stays.
     kept = _packings.get(id(indices))
-    same_mask = kept is not None and kept.seen_mask.is_still(indices, active, counts, n_in)
+    same_mask = kept is not None and (
+        kept.seen_mask.is_still(indices, active, counts, n_in)
+        or (indices.is_inference() and _holds_mask(kept.weight, indices, active, counts, n_in))
+    )
     if kept is not None and same_mask and kept.seen_values.is_still(values):
         return kept
     # Noted before the numbers are read, so that a write in between is found the next time.
@@ -223,6 +226,16 @@ def _prepare(
     check_dtype(backend, "values", weight.dtype)
     check_dtype(backend, "indices", weight.indices.dtype)
     return backend.prepare(weight), getattr(backend, "arrays", HOST_ARRAYS)
+
+
+def _holds_mask(weight: CondensedWeight, indices: Any, active: Any, counts: Any, n_in: int) -> bool:
+    """Whether tensors describe the connections of `weight`: that is sooner seen than packed."""
+    return (
+        weight.shape == (len(active), n_in)
+        and as_numpy(counts).tolist() == [weight.n_active, weight.fan_in]
+        and np.array_equal(as_numpy(active)[: weight.n_active], weight.active)
+        and np.array_equal(as_numpy(indices)[: weight.nnz], weight.indices.reshape(-1))
+    )
 
 
 def _same_connections(one: CondensedWeight, other: CondensedWeight) -> bool:
