@@ -4,7 +4,7 @@ import numpy as np
 
 import srigl_core
 from srigl_core.testing.bounds import first_violation
-from srigl_core.testing.laws import expected_product
+from srigl_core.testing.oracles import expected_product
 
 statuses = {status.name: status for status in srigl_core.list_backends()}
 assert statuses["reference"].available, statuses["reference"]

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 # Three, so that the pool's ranges are uneven, also on two cores; read when numba is imported.
 os.environ.setdefault("NUMBA_NUM_THREADS", "3")
 
-import numpy as np
 import pytest
 from hypothesis import settings
 
 from srigl_core import list_backends
+from srigl_core.testing import released_updates as released
 
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
@@ -80,34 +80,24 @@ def backend_names():
 
 @pytest.fixture(scope="session")
 def released_updates():
-    """The 80 updates of the released code, unpacked."""
-    with np.load(DATA / "srigl_released_updates.npz") as arrays:
-        cases = []
-        for case in json.loads(bytes(arrays["meta"])):
-            number, shape = case["case"], (case["n_out"], case["n_in"])
-            masks = {
-                name: np.unpackbits(arrays[f"{name}{number}"], count=shape[0] * shape[1])
-                .astype(bool)
-                .reshape(shape)
-                for name in ("m", "mask")
-            }
-            cases.append(
-                SimpleNamespace(
-                    **case,
-                    weight=arrays[f"w{number}"],
-                    grad=arrays[f"g{number}"],
-                    mask=masks["m"],
-                    new_mask=masks["mask"],
-                    new_weight=arrays[f"wn{number}"],
-                    settings={
-                        "nnz_budget": case["nnz_budget"],
-                        "drop_fraction": case["drop_fraction"],
-                        "gamma_sal": case["gamma_sal"],
-                        "saliency_scope": "all",
-                    },
-                )
-            )
-    return cases
+    """The 80 updates of the released code."""
+    return [
+        SimpleNamespace(
+            **update.recorded,
+            weight=update.weight,
+            grad=update.grad,
+            mask=update.mask,
+            new_mask=update.new_mask,
+            new_weight=update.new_weight,
+            settings={
+                "nnz_budget": update.settings.nnz_budget,
+                "drop_fraction": update.settings.drop_fraction,
+                "gamma_sal": update.settings.gamma_sal,
+                "saliency_scope": "all",
+            },
+        )
+        for update in released.released_updates()
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from srigl_core import get_backend
-from srigl_core.testing.laws import LAWS, NotApplicable, check
+from srigl_core.testing.kernel_capabilities import capabilities_of
+from srigl_core.testing.law import NotApplicable, check
+from srigl_core.testing.laws import LAWS
 from srigl_core.testing.strategies import problems
 
 
@@ -22,11 +24,12 @@ def pool_for_all_work():
 
 
 def assert_holds(law, backend, mode, data):
-    problem = data.draw(problems(law.build))
+    chosen = get_backend(backend, operation=law.operation)
+    problem = data.draw(problems(law.build, capabilities_of(chosen)))
     applicable = True
     with mode():
         try:
-            check(get_backend(backend, operation=law.operation), law, problem)
+            check(chosen, law, problem)
         except NotApplicable:
             applicable = False
     assume(applicable)

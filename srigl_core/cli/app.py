@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from srigl_core.cli.bench import bench
-from srigl_core.cli.output import make_console, one_line_errors
+from srigl_core.cli.output import find_modules_here, make_console, one_line_errors
 
 __all__ = ["app"]
 
@@ -42,20 +42,56 @@ def info(
 @app.command()
 @one_line_errors
 def verify(
-    backends: Annotated[
+    targets: Annotated[
         list[str] | None,
-        typer.Argument(metavar="BACKEND", help="All that can run here, if none is named."),
+        typer.Argument(
+            metavar="KERNEL",
+            help="A registered backend, or module:attribute, which may be a class or a function. "
+            "All backends that can run here, if none is named.",
+        ),
+    ] = None,
+    op: Annotated[
+        str | None,
+        typer.Option(help="Only the laws of this operation, which is what a function computes."),
     ] = None,
     max_examples: Annotated[int, typer.Option(min=1, help="Problems for each law.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Of the problems.")] = 0,
+    report: Annotated[Path | None, typer.Option(help="JSON to write all outcomes to.")] = None,
+    xfails: Annotated[
+        Path | None, typer.Option(help="Lines 'law: reason' of laws that are expected to fail.")
+    ] = None,
 ) -> None:
-    """Check that backends obey the laws of the condensed matmul and the mask update."""
-    from srigl_core.cli.verify import verify_backends
+    """Check that kernels obey the laws of the condensed matmul and the mask update."""
+    from srigl_core.cli.verify import read_xfails, verify_kernels
 
-    good = verify_backends(
-        backends or [], max_examples=max_examples, seed=seed, console=make_console()
+    find_modules_here()
+    good = verify_kernels(
+        targets or [],
+        op=op,
+        max_examples=max_examples,
+        seed=seed,
+        xfails={} if xfails is None else read_xfails(xfails),
+        report=report,
+        console=make_console(),
     )
     if not good:
+        raise typer.Exit(1)
+
+
+@app.command()
+@one_line_errors
+def check_trace(
+    trace: Annotated[Path, typer.Argument(help="What UpdateTrace.save wrote.")],
+) -> None:
+    """Check mask updates that were recorded in somebody's training against the definition."""
+    from srigl_core.testing import check_trace
+
+    verdicts, console = check_trace(trace), make_console()
+    wrong = [verdict for verdict in verdicts if not verdict]
+    for verdict in wrong:
+        console.print(str(verdict), markup=False, soft_wrap=True)
+    console.print(f"{len(verdicts)} updates, {len(wrong)} of them not the definition's")
+    if wrong:
         raise typer.Exit(1)
 
 

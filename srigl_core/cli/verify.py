@@ -1,61 +1,127 @@
-"""``srigl verify``: try the laws on backends, without pytest."""
+"""``srigl verify``: try the laws on kernels, without pytest."""
 
 from __future__ import annotations
 
+import faulthandler
+import json
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from srigl_core import Backend, SriglError, get_backend, list_backends
+from srigl_core import SriglError, list_backends
 
 if TYPE_CHECKING:
-    from srigl_core.testing.laws import LawResult
+    from rich.status import Status
 
-__all__ = ["verify_backends"]
+    from srigl_core.testing import Law, Report
 
-STATUSES = ("passed", "failed", "not applicable")
-_STYLES = {"passed": "green", "failed": "bold red", "not applicable": "dim"}
+__all__ = ["read_xfails", "verify_kernels"]
+
+_STYLES = {
+    "passed": "green",
+    "failed": "bold red",
+    "not applicable": "dim",
+    "expected failure": "yellow",
+    "unexpected pass": "bold yellow",
+}
 
 
-def verify_backends(
-    names: Sequence[str], *, max_examples: int, seed: int, console: Console
+def verify_kernels(
+    targets: Sequence[str],
+    *,
+    op: str | None,
+    max_examples: int,
+    seed: int,
+    xfails: dict[str, str],
+    report: Path | None,
+    console: Console,
 ) -> bool:
-    """Try every law on every backend named, and print what became of them.
+    """Try every law on every kernel named, and print what became of them.
 
     Parameters
     ----------
-    names : sequence of str
-        Backends; none means all that can run here.
+    targets : sequence of str
+        Registered backends, or ``module:attribute``; none means all backends that can run here.
+    op : str or None
+        Only the laws of this operation; what a function computes.
     max_examples : int
         Problems for each law.
     seed : int
         Of the problems.
+    xfails : dict of str to str
+        Laws that are expected to fail, and why.
+    report : Path or None
+        Where to write a list of all reports, as JSON.
     console : Console
 
     Returns
     -------
     bool
-        Whether every backend had a law checked, and no law failed.
+        Whether of every kernel a law was checked, and no law failed that was not expected to.
 
     Raises
     ------
     SriglError
-        If a name is unknown; `BackendUnavailableError` if one cannot run here. Nothing is tried.
+        If a name is unknown; `BackendUnavailableError` if a kernel cannot run here. Nothing is
+        tried.
     """
-    chosen = [get_backend(name) for name in names or _available()]
-    good = True
-    for backend in chosen:
-        results = _tried(backend, max_examples, seed, console)
-        console.print(_table(backend, results))
-        for result in results:
-            if result.status == "failed":
-                console.print(f"\n{result.law.name} failed:", style="bold red")
-                console.print(result.detail, markup=False, soft_wrap=True)
-        good &= _counted(backend, results, console)
-    return good
+    from srigl_core.testing import verify
+    from srigl_core.testing.targets import as_backend
+
+    names = targets or _available()
+    for name in names:
+        as_backend(name, op)
+    if (
+        sys.__stderr__ and not faulthandler.is_enabled()
+    ):  # a kernel that crashes takes this process with it
+        faulthandler.enable(sys.__stderr__)
+    reports: list[Report] = []
+    for name in names:
+        with console.status("") as status:
+
+            def progress(law: Law, status: Status = status, name: str = name) -> None:
+                status.update(f"{escape(name)}: {law.name}")
+
+            found = verify(
+                name,
+                op=op,
+                max_examples=max_examples,
+                seed=seed,
+                xfails=xfails,
+                progress=progress,
+            )
+        reports.append(found)
+        _show(found, console)
+    if report is not None:
+        content: list[dict[str, Any]] = [found.as_json() for found in reports]
+        report.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return all(found.ok for found in reports)
+
+
+def read_xfails(path: Path) -> dict[str, str]:
+    """Return the laws in a file of lines ``law: reason``; ``#`` begins a comment.
+
+    Raises
+    ------
+    SriglError
+        If a line says something else.
+    OSError
+        If it cannot be read.
+    """
+    found = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        said = line.partition("#")[0].strip()
+        law, colon, reason = (part.strip() for part in said.partition(":"))
+        if said and not (law and colon and reason):
+            raise SriglError(f"{path}, line {number}: {line!r} is not 'law: reason'")
+        if said:
+            found[law] = reason
+    return found
 
 
 def _available() -> list[str]:
@@ -65,38 +131,17 @@ def _available() -> list[str]:
     return names
 
 
-def _tried(backend: Backend, max_examples: int, seed: int, console: Console) -> list[LawResult]:
-    from srigl_core.testing import laws
-
-    results = []
-    with console.status("") as status:
-        for law in laws.LAWS:
-            status.update(f"{backend.name}: {escape(law.name)}")
-            results += laws.verify(backend, laws=[law], max_examples=max_examples, seed=seed)
-    return results
-
-
-def _table(backend: Backend, results: Sequence[LawResult]) -> Table:
-    title = f"backend {backend.name}"
+def _show(report: Report, console: Console) -> None:
+    title = f"backend {escape(report.kernel)}"
     table = Table("law", "outcome", title=title, title_justify="left", box=None)
     table.add_column("examples", justify="right")
-    for result in results:
-        style = _STYLES[result.status]
-        outcome = f"[{style}]{result.status}[/]"
-        if result.status == "not applicable" and result.detail:
+    for result in report.results:
+        outcome = f"[{_STYLES[result.status]}]{result.status}[/]"
+        if result.detail:
             outcome += f"[dim]: {escape(result.detail)}[/]"
         table.add_row(escape(result.law.name), outcome, f"{result.examples:,}")
-    return table
-
-
-def _counted(backend: Backend, results: Sequence[LawResult], console: Console) -> bool:
-    """Print the counts; return whether something was checked and nothing failed."""
-    counts = {status: sum(r.status == status for r in results) for status in STATUSES}
-    n_run = counts["passed"] + counts["failed"]
-    tally = ", ".join(f"{count} {status}" for status, count in counts.items())
-    examples = sum(result.examples for result in results)
-    console.print(f"\n{backend.name}: {n_run} checks run on {examples:,} examples: {tally}")
-    if not n_run:
-        console.print(f"{backend.name}: nothing was checked", style="bold red")
-    console.print()
-    return n_run > 0 and not counts["failed"]
+    console.print(table)
+    for failure in report.failures_shown():
+        console.print(f"\n{failure}", style="red", markup=False, soft_wrap=True)
+    style = None if report.n_run else "bold red"
+    console.print(f"\n{report.summary}\n", style=style, markup=False, soft_wrap=True)

@@ -1,1 +1,58 @@
-"""Laws that every backend obeys, and the problems they are tried on."""
+"""Property-test kernels: the laws that every backend obeys, and the problems they are tried on.
+
+`check_kernel` tries a bare function, `verify` a backend, `BackendConformance` does it within
+pytest, ``srigl verify`` in the shell. Strategies are in `srigl_core.testing.strategies`; trying
+needs the extra ``test``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from srigl_core.condensed_weight import CondensedWeight
+from srigl_core.mask_update import UpdateSettings
+from srigl_core.testing.function_backend import FunctionBackend
+from srigl_core.testing.kernel_capabilities import KernelCapabilities
+from srigl_core.testing.law import Law, LawViolation, NotApplicable
+from srigl_core.testing.laws import LAWS
+from srigl_core.testing.problems import MatmulProblem, UpdateProblem, array_of
+from srigl_core.testing.report import ConformanceError, Failure, LawResult, Report
+from srigl_core.testing.update_trace import UpdateTrace, check_trace
+from srigl_core.testing.verification import check_kernel, check_law, verify
+from srigl_core.value_types import value_dtype
+
+if TYPE_CHECKING:
+    from srigl_core.testing.conformance import BackendConformance
+
+__all__ = [
+    "LAWS",
+    "BackendConformance",
+    "CondensedWeight",
+    "ConformanceError",
+    "Failure",
+    "FunctionBackend",
+    "KernelCapabilities",
+    "Law",
+    "LawResult",
+    "LawViolation",
+    "MatmulProblem",
+    "NotApplicable",
+    "Report",
+    "UpdateProblem",
+    "UpdateSettings",
+    "UpdateTrace",
+    "array_of",
+    "check_kernel",
+    "check_law",
+    "check_trace",
+    "value_dtype",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "BackendConformance":  # imported when asked for: it needs pytest
+        from srigl_core.testing.conformance import BackendConformance
+
+        return BackendConformance
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

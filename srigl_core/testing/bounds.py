@@ -126,7 +126,8 @@ def first_violation(got: NDArray[Any], outcome: Outcome) -> tuple[tuple[int, ...
     if allowed.all():
         return None
     where = tuple(int(i) for i in np.argwhere(~allowed)[0])
-    return where, (
-        f"at {where}: expected {expected[where]!r}, got {result[where]!r}, which differs by "
-        f"{abs(result[where] - expected[where]):.3g} where the bound is {bound[where]:.3g}"
-    )
+    due, given = float(expected[where]), float(result[where])
+    said = f"at {where}: expected {due!r}, got {given!r}"
+    if finite[where]:
+        said += f", which differs by {abs(given - due):.3g} where the bound is {bound[where]:.3g}"
+    return where, said

@@ -1,14 +1,15 @@
 """Problems that can tell a right kernel from a wrong one, built from a source of choices.
 
-The choices come from a seeded generator (`SeededChooser`), or from Hypothesis
-(`srigl_core.testing.strategies`), which then shrinks a failure by making each choice smaller: the
-first option of every list is the simplest.
+The choices come from Hypothesis (`srigl_core.testing.strategies`), which shrinks a failure by
+making each choice smaller: the first option of every list is the simplest. Or from a seeded
+generator (`SeededChooser`), or they are those of an earlier problem (`RecordedChoices`). What a
+kernel does not take on is not chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -18,14 +19,26 @@ from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.mask_update import UpdateSettings
 from srigl_core.testing.bounds import float_limits
+from srigl_core.testing.kernel_capabilities import KernelCapabilities
 from srigl_core.value_types import result_dtype, value_dtype
 
 __all__ = [
+    "BATCHES",
+    "EVERYTHING",
+    "LAYOUTS",
+    "MAGNITUDES",
+    "UPDATE_MAGNITUDES",
     "Chooser",
     "MatmulProblem",
+    "RecordedChoices",
     "SeededChooser",
     "UpdateProblem",
+    "any_mask",
+    "array_of",
+    "laid_out",
     "matmul_problem",
+    "random_numbers",
+    "special_numbers",
     "update_problem",
 ]
 
@@ -34,6 +47,7 @@ Option = TypeVar("Option")
 SIZES = (1, 2, 3, 5, 8, 17, 33, 40)
 BATCHES = ((1,), (2,), (), (3,), (7,), (8,), (9,), (2, 3), (16,), (17,), (32,), (33,), (0,))
 MAGNITUDES = ("integers", "normal", "zeros", "cancelling", "subnormal", "huge", "spread")
+UPDATE_MAGNITUDES = ("integers", "normal", "zeros", "subnormal", "spread", "close")
 LAYOUTS = ("C", "F", "reversed", "every second", "shared rows", "offset by a byte")
 DTYPE_PAIRS = (
     ("float32", "float32"),
@@ -49,6 +63,8 @@ DTYPE_PAIRS = (
     ("float64", "bfloat16"),
     ("float16", "float64"),
 )
+UPDATE_DTYPES = ("float32", "float64", "float16", "bfloat16")
+EVERYTHING = KernelCapabilities()
 WIDE = 70_000  # more columns than uint16 can number
 LARGE_PRODUCT = (130, 129, 33)  # n_out, n_in, batch: enough work for threads to be worth it
 LARGE_LAYER = (401, 399)
@@ -94,28 +110,33 @@ class SeededChooser:
         return np.random.default_rng(self.integer(0, 2**32 - 1))
 
 
-class _Described:
-    """Print arrays by shape and dtype, and small ones in full."""
+class RecordedChoices:
+    """Choices made before, made again.
 
-    def __repr__(self) -> str:
-        shown = []
-        for part in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, part.name)
-            if isinstance(value, np.ndarray):
-                content = value.tolist() if value.size <= 12 else "..."
-                value = f"array({content}, {value.dtype}, shape={value.shape})"
-            elif isinstance(value, CondensedWeight) and value.nnz <= 12:
-                value = (
-                    f"CondensedWeight(values={value.values.tolist()}, "
-                    f"indices={value.indices.tolist()}, active={value.active.tolist()}, "
-                    f"shape={value.shape}, dtype={value.dtype})"
-                )
-            shown.append(f"    {part.name}={value}")
-        return f"{type(self).__name__}(\n" + ",\n".join(shown) + ",\n)"
+    Parameters
+    ----------
+    numbers : sequence of int
+        An integer as it was, an option by its place, a generator by its seed.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._left = iter(numbers)
+
+    def integer(self, least: int, most: int) -> int:
+        """Return an integer within ``least..most``."""
+        return min(max(next(self._left), least), most)
+
+    def pick(self, options: Sequence[Option]) -> Option:
+        """Return one of `options`."""
+        return options[self.integer(0, len(options) - 1)]
+
+    def generator(self) -> np.random.Generator:
+        """Return a generator for the bulk of the numbers."""
+        return np.random.default_rng(next(self._left))
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class MatmulProblem(_Described):
+@dataclass(frozen=True, eq=False)
+class MatmulProblem:
     """A product and its gradients.
 
     Parameters
@@ -128,8 +149,8 @@ class MatmulProblem(_Described):
     activation : str
     out_dtype : numpy.dtype
         A type to write results in.
-    out_layout : str
-        One of `LAYOUTS`.
+    out_layout, layout : str
+        Those of `LAYOUTS` that results are written in, and that `x` and `grad` have.
     """
 
     weight: CondensedWeight
@@ -139,6 +160,7 @@ class MatmulProblem(_Described):
     activation: str
     out_dtype: np.dtype[Any]
     out_layout: str
+    layout: str
 
     @property
     def result_dtype(self) -> np.dtype[Any]:
@@ -146,8 +168,8 @@ class MatmulProblem(_Described):
         return result_dtype(self.x.dtype, self.weight.dtype)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class UpdateProblem(_Described):
+@dataclass(frozen=True, eq=False)
+class UpdateProblem:
     """A mask update.
 
     Parameters
@@ -163,70 +185,88 @@ class UpdateProblem(_Described):
     settings: UpdateSettings
 
 
-def matmul_problem(choose: Chooser) -> MatmulProblem:
+def matmul_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> MatmulProblem:
     """Build a product: any shape, dtype, magnitude and memory layout, all numbers finite."""
-    x_name, values_name = choose.pick(DTYPE_PAIRS)
+    taken = [pair for pair in DTYPE_PAIRS if able.value_dtypes.issuperset(pair)]
+    x_name, values_name = choose.pick(taken)
     x_dtype, values_dtype = value_dtype(x_name), value_dtype(values_name)
     lead = choose.pick(BATCHES)
     n_out, n_in = choose.pick(SIZES), choose.pick(SIZES)
-    unusual = choose.pick(("no",) * 14 + ("wide", "large"))
+    usual = ("no",) * 14 + ("large",) if "uint16" in able.index_dtypes else ()
+    unusual = choose.pick((*usual, "wide") if "uint32" in able.index_dtypes else usual)
     if unusual == "wide":
         n_in, lead = WIDE, lead[:1] and (min(lead[0], 9),)
     if unusual == "large":
         n_out, n_in, lead = (*LARGE_PRODUCT[:2], LARGE_PRODUCT[2:])
     fan_in = choose.pick((1, n_in, max(1, n_in // 2), min(n_in, 7)))
     fan_in = LARGE_PRODUCT[1] // 2 if unusual == "large" else min(fan_in, 40)
-    n_active = choose.pick((n_out, 1, max(1, n_out // 2), max(1, n_out - 1)))
-    magnitude, layout = choose.pick(MAGNITUDES), choose.pick(LAYOUTS)
-    bias_dtype = choose.pick((None, x_dtype, np.dtype(np.float32), np.dtype(np.float64)))
-    activation = choose.pick(ACTIVATIONS)
-    out_dtype = value_dtype(choose.pick(("float32", "float64", "float16", "bfloat16")))
-    out_layout = choose.pick(LAYOUTS[:4])
+    few = (n_out, 1, max(1, n_out // 2), max(1, n_out - 1))
+    n_active = choose.pick(few) if able.ablation else n_out
+    magnitude = choose.pick(MAGNITUDES)
+    layout = choose.pick(LAYOUTS) if able.strides else "C"
+    bias_dtypes = (None, x_dtype, np.dtype(np.float32), np.dtype(np.float64))
+    bias_dtype = choose.pick(bias_dtypes) if able.bias else None
+    activation = choose.pick([name for name in ACTIVATIONS if name in able.activations])
+    out_dtype = result_dtype(x_dtype, values_dtype)
+    if able.out:
+        out_dtype = value_dtype(choose.pick(("float32", "float64", "float16", "bfloat16")))
+    out_layout = choose.pick(LAYOUTS[:4]) if able.strides else "C"
     rng = choose.generator()
     pattern = CondensedWeight.random(
         (n_out, n_in), fan_in=fan_in, n_active=n_active, dtype=values_dtype, rng=rng
     )
-    weight = pattern.with_values(_numbers(rng, pattern.values.shape, values_dtype, magnitude))
+    weight = pattern.with_values(random_numbers(rng, pattern.values.shape, values_dtype, magnitude))
     x = _cancelling(rng, weight) if magnitude == "cancelling" else None
     x_shape = (*lead, n_in)
     if x is None or not lead:
-        x_rows = _numbers(rng, x_shape, x_dtype, magnitude)
+        x_rows = random_numbers(rng, x_shape, x_dtype, magnitude)
     else:
-        x_rows = _numbers(rng, x_shape, x_dtype, "normal")
+        x_rows = random_numbers(rng, x_shape, x_dtype, "normal")
         x_rows[..., :] = np.where(rng.random(x_shape) < 0.5, x, x_rows).astype(x_dtype)
-    bias = None if bias_dtype is None else _numbers(rng, (n_out,), bias_dtype, "normal")
+    bias = None if bias_dtype is None else random_numbers(rng, (n_out,), bias_dtype, "normal")
     return MatmulProblem(
         weight,
         laid_out(x_rows, layout),
-        laid_out(_numbers(rng, (*lead, n_out), x_dtype, magnitude), layout),
+        laid_out(random_numbers(rng, (*lead, n_out), x_dtype, magnitude), layout),
         bias,
         activation,
         out_dtype,
         out_layout,
+        layout,
     )
 
 
-def update_problem(choose: Chooser) -> UpdateProblem:
+def update_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> UpdateProblem:
     """Build a mask update: tie-rich or distinct numbers, any mask, any setting that works."""
-    dtype = value_dtype(choose.pick(("float32", "float64", "float16", "bfloat16")))
+    dtype = value_dtype(choose.pick([name for name in UPDATE_DTYPES if name in able.value_dtypes]))
     n_out, n_in = choose.pick(SIZES), choose.pick(SIZES)
     if choose.pick((False,) * 15 + (True,)):
         n_out, n_in = LARGE_LAYER
-    numbers = choose.pick(("integers", "normal", "zeros", "subnormal", "spread", "close"))
+    magnitude = choose.pick(UPDATE_MAGNITUDES)
     constant_fan_in = choose.pick((True, False))
     nnz_budget = choose.integer(n_out, n_out * n_in)
     drop_fraction = choose.pick((0.3, 0.0, 1.0, 0.05, 0.5, 0.9))
-    gamma_sal = choose.pick((0.3, None, 1.0, 0.9, 0.01, 0.6))
-    min_salient = choose.integer(0, n_in) if gamma_sal is None and choose.integer(0, 1) else None
-    scope = choose.pick(("inactive", "all"))
-    grown_init = choose.pick((0.0, 0.5))
+    taken = able.settings
+    gamma_sal = choose.pick((0.3, None, 1.0, 0.9, 0.01, 0.6)) if "gamma_sal" in taken else None
+    counted = gamma_sal is None and "min_salient" in taken and choose.integer(0, 1)
+    min_salient = choose.integer(0, n_in) if counted else None
+    scope = choose.pick(("inactive", "all")) if "saliency_scope" in taken else "inactive"
+    grown_init = choose.pick((0.0, 0.5)) if "grown_init" in taken else 0.0
     rng = choose.generator()
-    weight = _numbers(rng, (n_out, n_in), dtype, numbers)
-    grad = _numbers(rng, (n_out, n_in), dtype, numbers)
-    mask = _mask(rng, (n_out, n_in), constant_fan_in=constant_fan_in)
+    weight = random_numbers(rng, (n_out, n_in), dtype, magnitude)
+    grad = random_numbers(rng, (n_out, n_in), dtype, magnitude)
+    mask = any_mask(rng, (n_out, n_in), constant_fan_in=constant_fan_in)
     weight[~mask & (rng.random(mask.shape) < 0.5)] = 0
     settings = UpdateSettings(nnz_budget, drop_fraction, gamma_sal, min_salient, scope, grown_init)
     return UpdateProblem(weight, grad, mask, settings)
+
+
+def array_of(
+    numbers: Any, dtype: str, layout: str = "C", shape: tuple[int, ...] | None = None
+) -> NDArray[Any]:
+    """Return an array of bool or of a value type, by name, in a memory layout of `LAYOUTS`."""
+    array = np.array(numbers, bool if dtype == "bool" else value_dtype(dtype))
+    return laid_out(array if shape is None else array.reshape(shape), layout)
 
 
 def laid_out(array: NDArray[Any], layout: str) -> NDArray[Any]:
@@ -249,9 +289,10 @@ def laid_out(array: NDArray[Any], layout: str) -> NDArray[Any]:
     return np.ascontiguousarray(array)
 
 
-def _mask(
+def any_mask(
     rng: np.random.Generator, shape: tuple[int, int], *, constant_fan_in: bool
 ) -> NDArray[np.bool_]:
+    """Return a mask: of any constant fan-in and ablation, or of rows that differ."""
     n_out, n_in = shape
     if not constant_fan_in:
         return rng.random(shape) < rng.random()
@@ -264,9 +305,10 @@ def _mask(
     return weight.to_mask()
 
 
-def _numbers(
+def random_numbers(
     rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any], magnitude: str
 ) -> NDArray[Any]:
+    """Return finite numbers, of one of `MAGNITUDES` or `UPDATE_MAGNITUDES`."""
     limits = float_limits(dtype)
     numbers: NDArray[Any]
     if magnitude == "integers":
@@ -298,3 +340,8 @@ def _cancelling(rng: np.random.Generator, weight: CondensedWeight) -> NDArray[np
             ratio = values[left] / values[right]
             x[weight.indices[0, right]] = -x[weight.indices[0, left]] * ratio * (1 + 2.0**-20)
     return x
+
+
+def special_numbers(shape: tuple[int, ...], seed: int) -> NDArray[np.float64]:
+    """Return NaN and infinities."""
+    return np.random.default_rng(seed).choice([np.nan, np.inf, -np.inf], shape)

@@ -1,58 +1,149 @@
-"""The problems of `srigl_core.testing.problems` as Hypothesis strategies (extra ``test``)."""
+"""Hypothesis strategies for what kernels are tried on (extra ``test``).
+
+All shrink to one neuron of one connection. With `KernelCapabilities` they leave out what a kernel
+does not take on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from srigl_core.condensed_weight import CondensedWeight
+from srigl_core.testing.kernel_capabilities import KernelCapabilities
 from srigl_core.testing.problems import (
+    BATCHES,
+    EVERYTHING,
+    LAYOUTS,
+    MAGNITUDES,
+    UPDATE_MAGNITUDES,
     Chooser,
     MatmulProblem,
     UpdateProblem,
+    any_mask,
+    laid_out,
     matmul_problem,
+    random_numbers,
     update_problem,
 )
+from srigl_core.value_types import value_dtype
 
-__all__ = ["matmul_problems", "problems", "update_problems"]
+__all__ = [
+    "DrawnChooser",
+    "condensed_weights",
+    "gradients",
+    "inputs",
+    "masks",
+    "matmul_problems",
+    "problems",
+    "update_problems",
+    "value_dtypes",
+]
 
 Option = TypeVar("Option")
 Problem = TypeVar("Problem")
 
 
-class _DrawnChooser:
-    """Choices drawn by Hypothesis."""
+class DrawnChooser:
+    """Choices drawn by Hypothesis, and noted, so that `RecordedChoices` can make them again.
 
-    def __init__(self, draw: st.DrawFn) -> None:
-        self._draw = draw
+    Parameters
+    ----------
+    draw : callable
+        What a composite strategy is given.
+
+    Attributes
+    ----------
+    made : list of int
+    """
+
+    def __init__(self, draw: Callable[[Any], Any]) -> None:
+        self._draw, self.made = draw, list[int]()
 
     def integer(self, least: int, most: int) -> int:
-        return self._draw(st.integers(least, most))
+        """Return an integer within ``least..most``."""
+        chosen: int = self._draw(st.integers(least, most))
+        self.made.append(chosen)
+        return chosen
 
     def pick(self, options: Sequence[Option]) -> Option:
-        return self._draw(st.sampled_from(options))
+        """Return one of `options`."""
+        return options[self.integer(0, len(options) - 1)]
 
     def generator(self) -> np.random.Generator:
-        return np.random.default_rng(self._draw(st.integers(0, 2**32 - 1)))
+        """Return a generator for the bulk of the numbers."""
+        return np.random.default_rng(self.integer(0, 2**32 - 1))
 
 
-def problems(build: Callable[[Chooser], Problem]) -> st.SearchStrategy[Problem]:
+def problems(
+    build: Callable[[Chooser, KernelCapabilities], Problem], able: KernelCapabilities = EVERYTHING
+) -> st.SearchStrategy[Problem]:
     """Return the strategy of the problems that `build` makes of a chooser."""
 
     @st.composite
     def drawn(draw: st.DrawFn) -> Problem:
-        return build(_DrawnChooser(draw))
+        return build(DrawnChooser(draw), able)
 
     return drawn()
 
 
-def matmul_problems() -> st.SearchStrategy[MatmulProblem]:
+def matmul_problems(able: KernelCapabilities = EVERYTHING) -> st.SearchStrategy[MatmulProblem]:
     """Return products and gradients: shapes, dtypes, magnitudes and memory layouts of all kinds."""
-    return problems(matmul_problem)
+    return problems(matmul_problem, able)
 
 
-def update_problems() -> st.SearchStrategy[UpdateProblem]:
+def update_problems(able: KernelCapabilities = EVERYTHING) -> st.SearchStrategy[UpdateProblem]:
     """Return mask updates: tie-rich and distinct numbers, constant fan-in masks and others."""
-    return problems(update_problem)
+    return problems(update_problem, able)
+
+
+def value_dtypes(able: KernelCapabilities = EVERYTHING) -> st.SearchStrategy[np.dtype[Any]]:
+    """Return the value types, float32 first."""
+    order = ("float32", "float64", "float16", "bfloat16")
+    return st.sampled_from([value_dtype(name) for name in order if name in able.value_dtypes])
+
+
+def condensed_weights(
+    able: KernelCapabilities = EVERYTHING,
+) -> st.SearchStrategy[CondensedWeight]:
+    """Return weights: a single neuron and many, k = 1 and k = n_in, ablation, both index types."""
+    return matmul_problems(able).map(lambda problem: problem.weight)
+
+
+@st.composite
+def inputs(
+    draw: st.DrawFn, weight: CondensedWeight, able: KernelCapabilities = EVERYTHING
+) -> NDArray[Any]:
+    """Return inputs of a weight, (..., n_in), of any strides, batches and magnitudes.
+
+    Zeros of both signs, subnormal and huge numbers are among them, and NaN and infinity.
+    """
+    dtype = draw(value_dtypes(able).filter(lambda kind: _combine(kind, weight.dtype)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shape = (*draw(st.sampled_from(BATCHES)), weight.shape[1])
+    x = random_numbers(rng, shape, dtype, draw(st.sampled_from(MAGNITUDES)))
+    if draw(st.booleans()):
+        x[rng.random(shape) < 0.1] = draw(st.sampled_from((np.nan, np.inf, -np.inf)))
+    return laid_out(x, draw(st.sampled_from(LAYOUTS)) if able.strides else "C")
+
+
+@st.composite
+def masks(draw: st.DrawFn, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return masks of a shape, (n_out, n_in): of constant fan-in, with ablation, and others."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return any_mask(rng, shape, constant_fan_in=draw(st.sampled_from((True, False))))
+
+
+@st.composite
+def gradients(draw: st.DrawFn, shape: tuple[int, int], dtype: str = "float32") -> NDArray[Any]:
+    """Return dense gradients of a shape, (n_out, n_in): many of them with ties and zeros."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return random_numbers(rng, shape, value_dtype(dtype), draw(st.sampled_from(UPDATE_MAGNITUDES)))
+
+
+def _combine(one: np.dtype[Any], other: np.dtype[Any]) -> bool:
+    return {one.name, other.name} != {"float16", "bfloat16"}

@@ -1,0 +1,78 @@
+"""The laws as a pytest class to inherit from (extra ``test``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pytest
+
+from srigl_core.testing.law import Law
+from srigl_core.testing.laws import LAWS
+from srigl_core.testing.report import LawResult
+from srigl_core.testing.verification import verify
+
+__all__ = ["BackendConformance", "report_to_pytest"]
+
+
+class BackendConformance:
+    """Every law as a test of a backend.
+
+    ::
+
+        class TestMine(BackendConformance):
+            backend = MyBackend
+
+    Attributes
+    ----------
+    backend : str, Backend, class or function
+        As in `srigl_core.testing.targets.as_backend`; a function as ``staticmethod(kernel)``.
+    op : str or None
+        Only the laws of this operation; of a function, what it computes.
+    max_examples, seed : int
+        As in `srigl_core.testing.verify`.
+    xfails : mapping of str to str
+        Laws that are expected to fail, and why.
+    """
+
+    backend: ClassVar[Any] = None
+    op: ClassVar[str | None] = None
+    max_examples: ClassVar[int] = 100
+    seed: ClassVar[int] = 0
+    xfails: ClassVar[Mapping[str, str]] = {}
+
+    @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+    def test_law(self, law: Law) -> None:
+        """The backend obeys a law."""
+        if self.op not in (None, law.operation):
+            pytest.skip(f"only {self.op} is under test")
+        report = verify(
+            self.backend,
+            op=self.op,
+            laws=[law],
+            max_examples=self.max_examples,
+            seed=self.seed,
+            xfails=self.xfails,
+        )
+        report_to_pytest(report.results[0])
+
+    def test_some_law_can_be_checked(self) -> None:
+        """Something is under test at all."""
+        one = verify(self.backend, op=self.op, max_examples=1, seed=self.seed, shrink=False)
+        assert one.n_run, one.summary
+
+
+def report_to_pytest(result: LawResult) -> None:
+    """Pass, fail, skip or xfail the running test, as a law did."""
+    if result.status == "not applicable":
+        pytest.skip(result.detail)
+    if result.status == "expected failure":
+        pytest.xfail(result.detail)
+    if result.status == "failed":
+        pytest.fail(str(result), pytrace=False)
+    if result.status == "unexpected pass":
+        pytest.fail(
+            f"{result.law.name} passes, and was expected to fail ({result.detail}); take it out of "
+            f"the xfails",
+            pytrace=False,
+        )

@@ -1,0 +1,55 @@
+"""What of the definition a kernel takes on: problems beyond that are not put to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from srigl_core.contract import ACTIVATIONS, Backend, Capabilities
+
+__all__ = ["OPTIONAL_SETTINGS", "KernelCapabilities", "capabilities_of"]
+
+OPTIONAL_SETTINGS = frozenset({"gamma_sal", "min_salient", "saliency_scope", "grown_init"})
+"""Settings of an update that a kernel may do without: it then has those of no ablation, the \
+paper's scope, and zeros where weights grow."""
+
+
+@dataclass(frozen=True)
+class KernelCapabilities(Capabilities):
+    """The capabilities of a backend, and what a bare kernel may leave out besides.
+
+    Of a function, what its parameters tell is added (`srigl_core.testing.FunctionBackend`): one
+    without a parameter ``bias`` takes none.
+
+    Parameters
+    ----------
+    device, operations, value_dtypes, index_dtypes, priority
+        As in `Capabilities`.
+    activations : frozenset of str
+        Those of `srigl_core.contract.ACTIVATIONS` that it computes.
+    bias : bool
+        Whether it adds one.
+    ablation : bool
+        Whether neurons may be ablated: otherwise all are active.
+    strides : bool
+        Whether arrays may have any strides and alignment: otherwise they are in C order, and
+        aligned.
+    out : bool
+        Whether it writes results in place, in any value type: otherwise it returns them.
+    settings : frozenset of str
+        Those of `OPTIONAL_SETTINGS` that its mask update takes.
+    """
+
+    activations: frozenset[str] = frozenset(ACTIVATIONS)
+    bias: bool = True
+    ablation: bool = True
+    strides: bool = True
+    out: bool = True
+    settings: frozenset[str] = OPTIONAL_SETTINGS
+
+
+def capabilities_of(backend: Backend) -> KernelCapabilities:
+    """Return what a backend declares, in full."""
+    able = backend.capabilities
+    if isinstance(able, KernelCapabilities):
+        return able
+    return KernelCapabilities(**{part.name: getattr(able, part.name) for part in fields(able)})

@@ -1,0 +1,84 @@
+"""Products and gradients by SPEC 2 in extended precision, with what bounds their errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_core.condensed_weight import CondensedWeight
+from srigl_core.testing.bounds import Outcome
+from srigl_core.value_types import accumulator_dtype
+
+__all__ = ["expected_gradients", "expected_product"]
+
+
+def expected_product(
+    weight: CondensedWeight, x: NDArray[Any], bias: NDArray[Any] | None, activation: str
+) -> Outcome:
+    """Return the product in extended precision, (..., n_out), by SPEC 2.
+
+    Parameters
+    ----------
+    weight : CondensedWeight, (n_out, n_in)
+    x : ndarray, (..., n_in)
+    bias : ndarray, (n_out,), or None
+        In the product's dtype.
+    activation : str
+    """
+    with np.errstate(all="ignore"):
+        z = np.zeros((*x.shape[:-1], weight.shape[0]), np.longdouble)
+        scale = np.zeros_like(z)
+        terms = np.zeros(weight.shape[0], np.int64)
+        for row, values, columns in zip(
+            weight.active, weight.values.astype(np.longdouble), weight.indices, strict=True
+        ):
+            products = x[..., columns].astype(np.longdouble) * values
+            z[..., row] = products.sum(axis=-1)
+            scale[..., row] = _magnitudes(products).sum(axis=-1)
+            terms[row] = columns.size
+        if bias is not None:
+            z += bias.astype(np.longdouble)
+            scale += _magnitudes(bias.astype(np.longdouble))
+        kind = accumulator_dtype(x.dtype, weight.dtype)
+        return Outcome(z, scale, terms, kind, activation)
+
+
+def _magnitudes(products: NDArray[np.longdouble]) -> NDArray[np.longdouble]:
+    """Return the magnitudes of the finite terms: those that may overflow on the way."""
+    return np.where(np.isfinite(products), np.abs(products), 0)
+
+
+def expected_gradients(
+    weight: CondensedWeight, grad: NDArray[Any], x: NDArray[Any]
+) -> dict[str, Outcome]:
+    """Return dx, dvalues and dbias in extended precision, by SPEC 2, Backward.
+
+    Parameters
+    ----------
+    weight : CondensedWeight, (n_out, n_in)
+    grad : ndarray, (..., n_out)
+    x : ndarray, (..., n_in)
+    """
+    g = grad.reshape(-1, grad.shape[-1]).astype(np.longdouble)
+    rows = x.reshape(-1, x.shape[-1]).astype(np.longdouble)
+    dx, dx_scale = np.zeros(rows.shape, np.longdouble), np.zeros(rows.shape, np.longdouble)
+    dvalues, values_scale = (np.zeros(weight.values.shape, np.longdouble) for _ in range(2))
+    degree = np.bincount(weight.indices.ravel(), minlength=weight.shape[1])
+    with np.errstate(all="ignore"):
+        for i, (row, columns) in enumerate(zip(weight.active, weight.indices, strict=True)):
+            products = g[:, row, None] * weight.values[i].astype(np.longdouble)
+            dx[:, columns] += products
+            dx_scale[:, columns] += _magnitudes(products)
+            products = g[:, row, None] * rows[:, columns]
+            dvalues[i], values_scale[i] = products.sum(axis=0), _magnitudes(products).sum(axis=0)
+        batch = np.array(g.shape[0])
+        kind = accumulator_dtype(grad.dtype, weight.dtype)
+        all_kinds = accumulator_dtype(kind, x.dtype)
+        bias_kind = accumulator_dtype(grad.dtype)
+        return {
+            "x": Outcome(dx.reshape(x.shape), dx_scale.reshape(x.shape), degree, kind),
+            "values": Outcome(dvalues, values_scale, batch, all_kinds),
+            "bias": Outcome(g.sum(axis=0), _magnitudes(g).sum(axis=0), batch, bias_kind),
+        }

@@ -1,0 +1,94 @@
+"""Problems as Python that makes them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_core.condensed_weight import CondensedWeight
+from srigl_core.testing.law import Law
+from srigl_core.testing.problems import MatmulProblem, UpdateProblem
+
+__all__ = ["code_for"]
+
+_MOST_SHOWN = 16
+"""Numbers in an array that are written out; a larger problem is told by the choices made for it."""
+
+
+def code_for(law: Law, problem: Any, choices: Sequence[int], kernel: str) -> str:
+    """Return Python that checks a law on a problem again.
+
+    Parameters
+    ----------
+    law : Law
+    problem : MatmulProblem or UpdateProblem
+    choices : sequence of int
+        Those that the problem was made of.
+    kernel : str
+        Python for the kernel; lines before the last one import what that needs.
+    """
+    *imports, name = kernel.splitlines()
+    call = f'check_law({name}, "{law.name}", problem)'
+    if type(problem) is MatmulProblem and _size(problem) <= _MOST_SHOWN:
+        wanted, code = _matmul_code(problem)
+    elif type(problem) is UpdateProblem and _size(problem) <= _MOST_SHOWN:
+        wanted, code = _update_code(problem)
+    else:
+        wanted, code = [], f"problem = {list(choices)!r}  # the choices that it is made of"
+    if name.startswith("FunctionBackend"):
+        wanted = ["FunctionBackend", *wanted]
+    names = ", ".join([*sorted(wanted), "check_law"])
+    head = ["from numpy import inf, nan", f"from srigl_core.testing import {names}", *imports]
+    return "\n".join([*head, "", code, call])
+
+
+def _size(problem: Any) -> int:
+    weight = problem.weight
+    sizes = [part.size for part in vars(problem).values() if isinstance(part, np.ndarray)]
+    return max([*sizes, weight.nnz if isinstance(weight, CondensedWeight) else weight.size])
+
+
+def _matmul_code(problem: MatmulProblem) -> tuple[list[str], str]:
+    weight = problem.weight
+    values = _array(weight.values)
+    lines = [
+        f"weight = CondensedWeight({values}, {weight.indices.tolist()}, "
+        f"{weight.active.tolist()}, {weight.shape})",
+        "problem = MatmulProblem(",
+        "    weight,",
+        f"    x={_array(problem.x, problem.layout)},",
+        f"    grad={_array(problem.grad, problem.layout)},",
+        f"    bias={'None' if problem.bias is None else _array(problem.bias)},",
+        f"    activation={problem.activation!r},",
+        f"    out_dtype=value_dtype({problem.out_dtype.name!r}),",
+        f"    out_layout={problem.out_layout!r},",
+        f"    layout={problem.layout!r},",
+        ")",
+    ]
+    return ["CondensedWeight", "MatmulProblem", "array_of", "value_dtype"], "\n".join(lines)
+
+
+def _update_code(problem: UpdateProblem) -> tuple[list[str], str]:
+    settings = ", ".join(
+        f"{part.name}={getattr(problem.settings, part.name)!r}" for part in fields(problem.settings)
+    )
+    lines = [
+        "problem = UpdateProblem(",
+        f"    weight={_array(problem.weight)},",
+        f"    grad={_array(problem.grad)},",
+        f"    mask={_array(problem.mask)},",
+        f"    settings=UpdateSettings({settings}),",
+        ")",
+    ]
+    return ["UpdateProblem", "UpdateSettings", "array_of"], "\n".join(lines)
+
+
+def _array(array: NDArray[Any], layout: str = "C") -> str:
+    numbers = array.tolist() if array.dtype == np.bool_ else array.astype(np.float64).tolist()
+    shape = "" if array.size else f", shape={array.shape}"
+    laid = "" if layout == "C" else f", layout={layout!r}"
+    return f"array_of({numbers}, {array.dtype.name!r}{laid}{shape})"

@@ -1,0 +1,296 @@
+"""The laws of the product (SPEC 2)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_core.condensed_weight import CondensedWeight
+from srigl_core.contract import Backend
+from srigl_core.float_mode import subnormals_are_flushed
+from srigl_core.plan import Plan, prepare
+from srigl_core.testing.bounds import Outcome
+from srigl_core.testing.comparisons import assert_near, assert_same_bits, assert_within
+from srigl_core.testing.flush_mode import can_flush_subnormals, flushing_subnormals
+from srigl_core.testing.kernel_capabilities import capabilities_of
+from srigl_core.testing.law import Law, LawViolation, NotApplicable, registering
+from srigl_core.testing.oracles import expected_product
+from srigl_core.testing.out_arrays import assert_neighbours_untouched, out_array
+from srigl_core.testing.problems import (
+    MatmulProblem,
+    laid_out,
+    matmul_problem,
+    special_numbers,
+)
+
+__all__ = ["PRODUCT_LAWS"]
+
+PRODUCT_LAWS: list[Law] = []
+_law = registering(PRODUCT_LAWS, "condensed_matmul", matmul_problem)
+
+
+def _product_of(problem: MatmulProblem) -> Outcome:
+    bias = problem.bias
+    if bias is not None:
+        with np.errstate(all="ignore"):
+            bias = bias.astype(problem.result_dtype)
+    return expected_product(problem.weight, problem.x, bias, problem.activation)
+
+
+def _call(plan: Plan, problem: MatmulProblem, **options: Any) -> NDArray[Any]:
+    return plan(problem.x, problem.bias, activation=problem.activation, **options)
+
+
+@_law(against="extended precision", within="the error bound of SPEC 2")
+def product_is_within_the_error_bound(backend: Backend, problem: MatmulProblem) -> None:
+    """The product has dtype result_type(x, values), and each element obeys the bound of SPEC 2."""
+    got = _call(prepare(problem.weight, backend=backend), problem)
+    if got.dtype != problem.result_dtype:
+        raise LawViolation(f"the product has dtype {got.dtype}, expected {problem.result_dtype}")
+    assert_within(got, _product_of(problem), "the product")
+
+
+@_law(against="the reference and SciPy CSR", within="two bounds")
+def product_agrees_with_other_oracles(backend: Backend, problem: MatmulProblem) -> None:
+    """The reference and SciPy CSR give the same product, within twice the bound."""
+    got = _call(prepare(problem.weight, backend=backend), problem)
+    outcome = _product_of(problem)
+    for oracle in {"reference", "scipy"} - {backend.name}:
+        other = _call(prepare(problem.weight, backend=oracle), problem)
+        bound = 2 * outcome.bound(got.dtype)
+        assert_near(got, other, bound, f"the product, compared with that of {oracle},")
+
+
+@_law(against="extended precision", within="the error bound of SPEC 2")
+def compact_output_is_the_active_columns(backend: Backend, problem: MatmulProblem) -> None:
+    """With compact=True the result has the active neurons' columns and no others."""
+    outcome = _product_of(problem)
+    active = problem.weight.active
+    columns = replace(
+        outcome,
+        z=outcome.z[..., active],
+        scale=outcome.scale[..., active],
+        terms=outcome.terms[active],
+    )
+    got = _call(prepare(problem.weight, backend=backend), problem, compact=True)
+    assert_within(got, columns, "the compact product")
+
+
+@_law(against="extended precision", within="the error bound of SPEC 2")
+def ablated_neurons_output_the_activated_bias(backend: Backend, problem: MatmulProblem) -> None:
+    """An ablated neuron outputs act(bias), 0 without a bias, whatever the input."""
+    ablated = problem.weight.ablated
+    if not ablated.size:
+        raise NotApplicable("no neuron is ablated")
+    poisoned = replace(problem, x=np.full_like(problem.x, np.nan))
+    got = _call(prepare(problem.weight, backend=backend), poisoned)[..., ablated]
+    outcome = _product_of(problem)
+    assert_within(
+        got,
+        replace(
+            outcome,
+            z=outcome.z[..., ablated],
+            scale=outcome.scale[..., ablated],
+            terms=outcome.terms[ablated],
+        ),
+        "the output of ablated neurons",
+    )
+
+
+@_law(against="extended precision", within="the error bound of SPEC 2")
+def unconnected_inputs_do_not_contribute(backend: Backend, problem: MatmulProblem) -> None:
+    """NaN and infinity in columns that no neuron is connected to do not reach the product."""
+    unconnected = ~problem.weight.to_mask().any(axis=0)
+    if not unconnected.any():
+        raise NotApplicable("every column is connected")
+    x = problem.x.copy()
+    x[..., unconnected] = special_numbers(x[..., unconnected].shape, 1)
+    poisoned = replace(problem, x=x)
+    got = _call(prepare(problem.weight, backend=backend), poisoned)
+    assert_within(got, _product_of(problem), "with NaN and inf at unconnected inputs, the product")
+
+
+@_law(against="extended precision", within="the error bound of SPEC 2")
+def non_finite_inputs_reach_their_neurons_only(backend: Backend, problem: MatmulProblem) -> None:
+    """NaN and infinity spread by IEEE rules to the neurons connected to them, and to no others."""
+    for column in {0, problem.x.shape[-1] - 1, problem.x.shape[-1] // 2}:
+        x = problem.x.copy()
+        x[..., column] = special_numbers(x[..., column].shape, column)
+        poisoned = replace(problem, x=x)
+        got = _call(prepare(problem.weight, backend=backend), poisoned)
+        what = f"with NaN or inf in column {column}, the product"
+        assert_within(got, _product_of(poisoned), what)
+
+
+@_law(against="extended precision", within="the error bound of SPEC 2")
+def non_finite_weights_and_biases_propagate(backend: Backend, problem: MatmulProblem) -> None:
+    """NaN and infinity in values or bias reach their own neuron's output, and no other's."""
+    values = problem.weight.values.copy()
+    values[0, -1] = np.inf
+    values[-1, 0] = -np.inf if values.size > 1 else np.nan
+    bias = np.zeros(problem.weight.shape[0], problem.result_dtype)
+    bias[-1], bias[0] = np.nan, -np.inf
+    cases = {"the weight": replace(problem, weight=problem.weight.with_values(values))}
+    if capabilities_of(backend).bias:
+        cases["the bias"] = replace(problem, bias=bias)
+    for what, poisoned in cases.items():
+        got = _call(prepare(poisoned.weight, backend=backend), poisoned)
+        assert_within(got, _product_of(poisoned), f"with NaN and inf in {what}, the product")
+
+
+@_law(against="itself", within="no bit")
+def same_inputs_give_the_same_bits(backend: Backend, problem: MatmulProblem) -> None:
+    """A product has the same bits again, on any number of threads, and after other work."""
+    plan = prepare(problem.weight, backend=backend)
+    first = _call(plan, problem)
+    for threads in (1, 2, 3, None):
+        again = _call(plan, problem, threads=threads)
+        assert_same_bits(again, first, f"the product on threads={threads}")
+        _call(plan, replace(problem, x=-problem.x))
+    fresh = _call(prepare(problem.weight, backend=backend), problem)
+    assert_same_bits(fresh, first, "the product of a fresh plan")
+
+
+@_law(against="itself", within="no bit")
+def inputs_are_not_written(backend: Backend, problem: MatmulProblem) -> None:
+    """Neither x nor the bias nor the weight changes."""
+    before = problem.x.tobytes(), problem.weight.values.tobytes(), problem.weight.indices.tobytes()
+    bias = None if problem.bias is None else problem.bias.tobytes()
+    _call(prepare(problem.weight, backend=backend), problem)
+    after = problem.x.tobytes(), problem.weight.values.tobytes(), problem.weight.indices.tobytes()
+    if before != after or bias != (None if problem.bias is None else problem.bias.tobytes()):
+        raise LawViolation("an input was written")
+
+
+@_law(against="extended precision", within="the error bound of SPEC 2")
+def out_is_filled_whatever_it_held(backend: Backend, problem: MatmulProblem) -> None:
+    """With out= every element is written, in any value type, rounded once, and nothing else is."""
+    if not capabilities_of(backend).out:
+        raise NotApplicable("it returns its results")
+    outcome = _product_of(problem)
+    out = out_array(outcome.z.shape, problem)
+    got = _call(prepare(problem.weight, backend=backend), problem, out=out)
+    if got is not out:
+        raise LawViolation("the call did not return the array given as out")
+    assert_within(out, outcome, f"out of {problem.out_dtype}, laid out {problem.out_layout!r},")
+    assert_neighbours_untouched(out, problem)
+
+
+@_law(against="extended precision", within="the error bound of SPEC 2")
+def memory_layout_does_not_matter(backend: Backend, problem: MatmulProblem) -> None:
+    """Any strides and alignment of x give a product within the bound of the same numbers."""
+    if not capabilities_of(backend).strides:
+        raise NotApplicable("it takes arrays in C order only")
+    plan = prepare(problem.weight, backend=backend)
+    for layout in ("C", "F", "reversed", "every second", "offset by a byte"):
+        elsewhere = replace(problem, x=laid_out(problem.x, layout))
+        assert_within(_call(plan, elsewhere), _product_of(elsewhere), f"of x laid out {layout!r},")
+
+
+@_law(against="itself, and extended precision", within="no bit, and the bound")
+def subnormals_are_honoured_in_any_thread_mode(backend: Backend, problem: MatmulProblem) -> None:
+    """A thread that flushes subnormals gets the same bits, and is left in its mode."""
+    if not can_flush_subnormals():
+        raise NotApplicable("the mode of a thread cannot be set on this platform")
+    plan = prepare(problem.weight, backend=backend)
+    first = _call(plan, problem)
+    assert_within(first, _product_of(problem), "the product")
+    with flushing_subnormals():
+        before = subnormals_are_flushed()
+        again = _call(plan, problem)
+        if subnormals_are_flushed() != before:
+            raise LawViolation("the thread was left in another floating-point mode")
+    assert_same_bits(again, first, "the product in a flushing thread")
+
+
+@_law(against="itself", within="no bit")
+def with_values_is_a_fresh_plan(backend: Backend, problem: MatmulProblem) -> None:
+    """plan.with_values(v) has the bits of a plan made anew for v; the old plan stays as it was."""
+    plan = prepare(problem.weight, backend=backend)
+    first = _call(plan, problem)
+    values = problem.weight.values[::-1, ::-1]
+    changed = _call(plan.with_values(values), problem)
+    fresh = _call(prepare(problem.weight.with_values(values), backend=backend), problem)
+    assert_same_bits(changed, fresh, "the product of with_values")
+    assert_same_bits(_call(plan, problem), first, "the old plan's product")
+
+
+# Metamorphic: a kernel is compared with itself, on a problem that has the same or a related answer.
+
+
+@_law(against="itself", within="two bounds")
+def permuted_neurons_permute_the_product(backend: Backend, problem: MatmulProblem) -> None:
+    """Neurons in another order have their outputs in that order."""
+    weight = problem.weight
+    place = np.random.default_rng(0).permutation(weight.shape[0])
+    order = np.argsort(place[weight.active])
+    moved = CondensedWeight(
+        weight.values[order], weight.indices[order], place[weight.active][order], weight.shape
+    )
+    bias = None
+    if problem.bias is not None:
+        bias = np.empty_like(problem.bias)
+        bias[place] = problem.bias
+    got = _call(prepare(weight, backend=backend), problem)
+    elsewhere = _call(prepare(moved, backend=backend), replace(problem, weight=moved, bias=bias))
+    bound = 2 * _product_of(problem).bound(got.dtype)
+    assert_near(elsewhere[..., place], got, bound, "the product of neurons in another order")
+
+
+@_law(against="itself", within="two bounds")
+def permuted_inputs_do_not_matter(backend: Backend, problem: MatmulProblem) -> None:
+    """Inputs in another order, and connections with them, give the same product."""
+    weight = problem.weight
+    place = np.random.default_rng(0).permutation(weight.shape[1])
+    columns = place[weight.indices]
+    order = np.argsort(columns, axis=1)
+    moved = CondensedWeight(
+        np.take_along_axis(weight.values, order, axis=1),
+        np.take_along_axis(columns, order, axis=1),
+        weight.active,
+        weight.shape,
+    )
+    x = np.empty_like(problem.x, order="C")
+    x[..., place] = problem.x
+    got = _call(prepare(weight, backend=backend), problem)
+    same = _call(prepare(moved, backend=backend), replace(problem, weight=moved, x=x))
+    bound = 2 * _product_of(problem).bound(got.dtype)
+    assert_near(same, got, bound, "the product of inputs in another order")
+
+
+@_law(against="itself", within="three bounds")
+def product_is_linear_in_the_input(backend: Backend, problem: MatmulProblem) -> None:
+    """The products of two inputs add up to that of their sum; that of -x is minus that of x."""
+    plan = prepare(problem.weight, backend=backend)
+    even = np.arange(problem.x.shape[-1]) % 2 == 0
+    halves = [np.where(part, problem.x, 0).astype(problem.x.dtype) for part in (even, ~even)]
+    bare = [replace(problem, x=x, bias=None, activation="none") for x in (problem.x, *halves)]
+    whole, first, second = (_call(plan, part).astype(np.float64) for part in bare)
+    bounds = [_product_of(part).bound(problem.result_dtype) for part in bare]
+    with np.errstate(all="ignore"):
+        assert_near(first + second, whole, np.sum(bounds, axis=0), "the product of a sum")
+    negative = _call(plan, replace(bare[0], x=-problem.x)).astype(np.float64)
+    exact = np.zeros_like(whole)
+    assert_near(-negative, whole, exact, "minus the product of -x")
+
+
+@_law(against="itself", within="two bounds")
+def batch_rows_do_not_interact(backend: Backend, problem: MatmulProblem) -> None:
+    """A row of a batch has the product that it has alone, whatever the other rows hold."""
+    x = problem.x.reshape(-1, problem.x.shape[-1])
+    if len(x) < 2:
+        raise NotApplicable("there are no two rows")
+    plan = prepare(problem.weight, backend=backend)
+    whole = _call(plan, replace(problem, x=x))
+    bound = 2 * _product_of(replace(problem, x=x)).bound(whole.dtype)
+    for row in {0, len(x) // 2, len(x) - 1}:
+        alone = _call(plan, replace(problem, x=x[row]))
+        assert_near(whole[row], alone, bound[row], f"row {row} of a batch")
+        poisoned = np.full_like(x, np.nan)
+        poisoned[row] = x[row]
+        beside = _call(plan, replace(problem, x=poisoned))[row]
+        if np.isnan(beside).any() and not np.isnan(alone).any():
+            raise LawViolation(f"NaN in other rows of the batch reached row {row}")

@@ -1,0 +1,71 @@
+"""Mask updates that the authors' released code computed, free of ties and of its slips."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_core.mask_update import UpdateSettings
+from srigl_core.testing.problems import UpdateProblem
+
+__all__ = ["N_RELEASED_UPDATES", "ReleasedUpdate", "released_updates"]
+
+N_RELEASED_UPDATES = 80
+
+
+@dataclass(frozen=True, eq=False)
+class ReleasedUpdate(UpdateProblem):
+    """An update, and what came of it.
+
+    Parameters
+    ----------
+    weight, grad, mask, settings
+        As in `UpdateProblem`.
+    new_mask : ndarray of bool, (n_out, n_in)
+    new_weight : ndarray, (n_out, n_in)
+    recorded : mapping
+        All else that was recorded: the step, the schedule, the rows ablated.
+    """
+
+    new_mask: NDArray[np.bool_]
+    new_weight: NDArray[Any]
+    recorded: Mapping[str, Any]
+
+
+@functools.cache
+def released_updates() -> tuple[ReleasedUpdate, ...]:
+    """Return the `N_RELEASED_UPDATES` updates; their arrays cannot be written."""
+    path = resources.files("srigl_core.testing") / "data" / "srigl_released_updates.npz"
+    with path.open("rb") as file, np.load(file) as arrays:
+        return tuple(_unpacked(arrays, case) for case in json.loads(bytes(arrays["meta"])))
+
+
+def _unpacked(arrays: Mapping[str, NDArray[Any]], case: dict[str, Any]) -> ReleasedUpdate:
+    number, shape = case["case"], (case["n_out"], case["n_in"])
+
+    def mask(name: str) -> NDArray[np.bool_]:
+        bits = np.unpackbits(arrays[f"{name}{number}"], count=shape[0] * shape[1])
+        return bits.astype(bool).reshape(shape)
+
+    settings = UpdateSettings(
+        case["nnz_budget"], case["drop_fraction"], case["gamma_sal"], saliency_scope="all"
+    )
+    unpacked = ReleasedUpdate(
+        arrays[f"w{number}"],
+        arrays[f"g{number}"],
+        mask("m"),
+        settings,
+        mask("mask"),
+        arrays[f"wn{number}"],
+        case,
+    )
+    for array in (unpacked.weight, unpacked.grad, unpacked.mask):
+        array.flags.writeable = False
+    return unpacked

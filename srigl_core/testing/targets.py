@@ -1,0 +1,65 @@
+"""Find a kernel by the name of a registered backend, or as ``module:attribute``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+from srigl_core.contract import Backend
+from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.registry import get_backend
+from srigl_core.testing.function_backend import FunctionBackend
+
+__all__ = ["as_backend"]
+
+
+def as_backend(kernel: Any, op: str | None = None) -> Backend:
+    """Return a kernel as a backend.
+
+    Parameters
+    ----------
+    kernel : str, Backend, class or function
+        The name of a registered backend; ``module:attribute``, of an installed module or one in the
+        path; a backend, or what makes one without arguments; or a function (`FunctionBackend`).
+    op : str or None
+        What a function computes; None is "condensed_matmul".
+
+    Raises
+    ------
+    SriglError
+        If nothing of that name can be found or imported, or it is no kernel.
+    """
+    found = kernel
+    if isinstance(kernel, str):
+        if ":" not in kernel:
+            return get_backend(kernel)
+        found = _imported(kernel)
+    if inspect.isclass(found) or (inspect.isfunction(found) and _needs_nothing(found)):
+        found = found()
+    if isinstance(found, Backend):
+        return found
+    if callable(found):
+        return FunctionBackend(found, op or "condensed_matmul")
+    raise ValueTypeError(
+        f"{kernel!r} is a {type(found).__name__}; name a backend, a class with the methods of "
+        f"srigl_core.contract.Backend, or a function"
+    )
+
+
+def _imported(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise SriglError(
+            f"{target!r} cannot be imported ({error}); write module:attribute, of a module that is "
+            f"installed or in PYTHONPATH"
+        ) from error
+    return found
+
+
+def _needs_nothing(function: Any) -> bool:
+    return not inspect.signature(function).parameters

@@ -1,0 +1,160 @@
+"""The laws of the mask update (SPEC 4)."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+
+from srigl_core.contract import Backend
+from srigl_core.dispatch import update_mask
+from srigl_core.mask_update import MaskUpdate
+from srigl_core.reference import mask_update as reference
+from srigl_core.testing.comparisons import assert_same_bits
+from srigl_core.testing.flush_mode import flushing_subnormals
+from srigl_core.testing.kernel_capabilities import KernelCapabilities, capabilities_of
+from srigl_core.testing.law import Law, LawViolation, NotApplicable, registering
+from srigl_core.testing.problems import Chooser, UpdateProblem, update_problem
+from srigl_core.testing.released_updates import (
+    N_RELEASED_UPDATES,
+    ReleasedUpdate,
+    released_updates,
+)
+
+__all__ = ["UPDATE_LAWS"]
+
+UPDATE_LAWS: list[Law] = []
+_law = registering(UPDATE_LAWS, "update_mask", update_problem)
+
+
+def _update(backend: Backend, problem: UpdateProblem, **options: Any) -> MaskUpdate:
+    settings = {
+        part.name: getattr(problem.settings, part.name) for part in fields(problem.settings)
+    }
+    return update_mask(
+        problem.weight, problem.grad, problem.mask, backend=backend, **settings, **options
+    )
+
+
+@_law(against="the reference", within="no bit")
+def update_is_that_of_the_reference(backend: Backend, problem: UpdateProblem) -> None:
+    """Every field of the update is the definition's, bit for bit: ties go to the lowest index."""
+    expected = reference.srigl_update(problem.weight, problem.grad, problem.mask, problem.settings)
+    _assert_same_update(_update(backend, problem), expected)
+
+
+@_law(against="the invariants of SPEC 4", within="exact")
+def updated_mask_keeps_the_invariants(backend: Backend, problem: UpdateProblem) -> None:
+    """Active rows have exactly k weights, at least one is active, and the budget is kept."""
+    update = _update(backend, problem)
+    counts = np.count_nonzero(update.mask, axis=1)
+    active = np.flatnonzero(counts)
+    if not active.size or (counts[active] != update.fan_in).any():
+        raise LawViolation(f"rows have {counts.tolist()} weights; the fan-in is {update.fan_in}")
+    if update.nnz != counts[active[0]] * active.size or update.nnz > problem.settings.nnz_budget:
+        raise LawViolation(f"{update.nnz} weights; the budget is {problem.settings.nnz_budget}")
+    if update.ablated.tolist() != np.flatnonzero(counts == 0).tolist():
+        raise LawViolation(f"ablated is {update.ablated.tolist()}; row counts {counts.tolist()}")
+    change = np.count_nonzero(problem.mask) - update.n_pruned + update.n_grown
+    if change != update.nnz:
+        raise LawViolation("n_pruned and n_grown do not lead from the old mask to the new")
+    stays, grown = problem.mask & update.mask, update.mask & ~problem.mask
+    due = np.where(stays, problem.weight, 0).astype(problem.weight.dtype)
+    due[grown] = problem.settings.grown_init
+    if not np.array_equal(update.weight, due):
+        raise LawViolation("a weight was not kept, or a new one is not grown_init")
+
+
+@_law(against="itself", within="no bit")
+def update_does_not_write_its_inputs(backend: Backend, problem: UpdateProblem) -> None:
+    """Neither weight nor gradient nor mask changes, and the results are new arrays."""
+    arrays = (problem.weight, problem.grad, problem.mask)
+    before = [array.tobytes() for array in arrays]
+    update = _update(backend, problem)
+    if before != [array.tobytes() for array in arrays]:
+        raise LawViolation("an input was written")
+    if any(np.shares_memory(new, old) for new in (update.mask, update.weight) for old in arrays):
+        raise LawViolation("a result shares memory with an input")
+
+
+@_law(against="itself", within="no bit")
+def same_inputs_give_the_same_update(backend: Backend, problem: UpdateProblem) -> None:
+    """An update is the same again, on any number of threads, also in a flushing thread."""
+    first = _update(backend, problem)
+    repeats = [_update(backend, problem, threads=threads) for threads in (1, 2, 3)]
+    with flushing_subnormals():
+        repeats.append(_update(backend, problem))
+    for again in repeats:
+        _assert_same_update(again, first)
+
+
+def _assert_same_update(update: MaskUpdate, expected: MaskUpdate) -> None:
+    for part in fields(MaskUpdate):
+        mine, due = getattr(update, part.name), getattr(expected, part.name)
+        if isinstance(due, np.ndarray):
+            assert_same_bits(mine, due, f"{part.name} of the update")
+        elif mine != due:
+            raise LawViolation(f"{part.name} of the update is {mine}, expected {due}")
+
+
+def _tied_problem(choose: Chooser, able: KernelCapabilities) -> UpdateProblem:
+    """Build an update in which all weights are of one magnitude, and all gradients."""
+    problem = update_problem(choose, able)
+    rng = choose.generator()
+    signs = [rng.choice([-1.0, 1.0], problem.mask.shape) for _ in range(2)]
+    weight, grad = (part.astype(problem.weight.dtype) for part in signs)
+    weight[~problem.mask] = 0
+    return replace(problem, weight=weight, grad=grad)
+
+
+@_law(against="the reference", within="no bit", build=_tied_problem)
+def ties_go_to_the_lowest_index(backend: Backend, problem: UpdateProblem) -> None:
+    """Where all magnitudes are equal, the lowest flat indices win at every step."""
+    expected = reference.srigl_update(problem.weight, problem.grad, problem.mask, problem.settings)
+    _assert_same_update(_update(backend, problem), expected)
+
+
+@_law(against="itself", within="no bit")
+def signs_do_not_matter(backend: Backend, problem: UpdateProblem) -> None:
+    """Weights and gradients of other signs give the same mask."""
+    signs = np.random.default_rng(0).choice([-1, 1], problem.mask.shape)
+    turned = replace(
+        problem,
+        weight=(problem.weight * signs).astype(problem.weight.dtype),
+        grad=(problem.grad * -signs).astype(problem.grad.dtype),
+    )
+    mask = _update(backend, problem).mask
+    assert_same_bits(_update(backend, turned).mask, mask, "the mask for other signs")
+
+
+@_law(against="itself", within="no bit")
+def scale_does_not_matter(backend: Backend, problem: UpdateProblem) -> None:
+    """Twice the weights and half the gradients give the same mask."""
+    with np.errstate(all="ignore"):
+        weight, grad = problem.weight * 2, problem.grad / 2
+        if (weight / 2 != problem.weight).any() or (grad * 2 != problem.grad).any():
+            raise NotApplicable("a number cannot be doubled or halved exactly")
+    scaled = replace(
+        problem,
+        weight=weight.astype(problem.weight.dtype),
+        grad=grad.astype(problem.grad.dtype),
+    )
+    mask = _update(backend, problem).mask
+    assert_same_bits(_update(backend, scaled).mask, mask, "the mask for numbers of another scale")
+
+
+def _released_update(choose: Chooser, able: KernelCapabilities) -> ReleasedUpdate:
+    """Choose a recorded update."""
+    return released_updates()[choose.integer(0, N_RELEASED_UPDATES - 1)]
+
+
+@_law(against="recorded updates of the released code", within="exact", build=_released_update)
+def released_updates_are_reproduced(backend: Backend, problem: ReleasedUpdate) -> None:
+    """What the authors' released code computed, free of ties and slips, comes out the same."""
+    if not {"gamma_sal", "saliency_scope"} <= capabilities_of(backend).settings:
+        raise NotApplicable("it does not take gamma_sal and saliency_scope")
+    update = _update(backend, problem)
+    assert_same_bits(update.mask, problem.new_mask, "the mask of a recorded update")
+    if not np.array_equal(update.weight, problem.new_weight):  # its zeros have signs
+        raise LawViolation("the weight of a recorded update differs")

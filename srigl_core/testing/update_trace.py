@@ -1,0 +1,170 @@
+"""Recorded mask updates of somebody's training, and their check against the definition."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_core.errors import FileFormatError, SriglError
+from srigl_core.host_arrays import HOST_ARRAYS
+from srigl_core.mask_update import UpdateSettings
+from srigl_core.reference.explain import UpdateExplanation, explain_update
+
+__all__ = ["TraceVerdict", "UpdateTrace", "check_trace"]
+
+_ARRAYS = ("weight", "grad", "mask_before", "mask_after")
+_SETTINGS = tuple(part.name for part in fields(UpdateSettings))
+
+
+class UpdateTrace:
+    """Mask updates, kept to be checked later.
+
+    In the file, update number i has the arrays ``i.weight``, ``i.grad``, ``i.mask_before`` and
+    ``i.mask_after``, (n_out, n_in) or a convolution's shape, and ``i.settings``, JSON: its name as
+    "layer", and the arguments of `UpdateSettings`.
+
+    Examples
+    --------
+    >>> trace = UpdateTrace()
+    >>> weight, grad = np.array([[0.5, 0.0]]), np.array([[0.0, 2.0]])
+    >>> before, after = weight != 0, np.array([[False, True]])
+    >>> trace.add("fc1", weight, grad, before, after, nnz_budget=1, drop_fraction=1.0)
+    >>> trace.save("trace.npz")  # doctest: +SKIP
+    """
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._n_updates = 0
+
+    def add(
+        self, layer: str, weight: Any, grad: Any, mask_before: Any, mask_after: Any, **settings: Any
+    ) -> None:
+        """Keep an update.
+
+        Parameters
+        ----------
+        layer : str
+            A name for the report.
+        weight, grad : array, (n_out, n_in) or a convolution's shape
+            The weight after the optimiser's step and before the update, and the dense gradient
+            that the update saw: of NumPy, PyTorch, JAX, on the CPU. Copied.
+        mask_before, mask_after : array of bool, same shape
+        **settings
+            Those of `UpdateSettings`.
+
+        Raises
+        ------
+        SriglError
+            If an array or a setting is missing or does not fit; nothing is kept.
+        """
+        UpdateSettings(**settings)
+        given = {"weight": weight, "grad": grad}
+        numbers = [HOST_ARRAYS.as_float_array(array, name) for name, array in given.items()]
+        masks = [HOST_ARRAYS.as_mask(mask, numbers[0].shape) for mask in (mask_before, mask_after)]
+        if numbers[1].shape != numbers[0].shape:
+            raise SriglError(
+                f"grad has shape {numbers[1].shape}, but weight {numbers[0].shape}; pass the dense "
+                f"gradient"
+            )
+        # NumPy's files do not know bfloat16; wider numbers have the same order, and the same mask.
+        numbers = [part.astype(np.float32) if part.itemsize == 2 else part for part in numbers]
+        kept: dict[str, Any] = dict(zip(_ARRAYS, (*numbers, *masks), strict=True))
+        kept["settings"] = json.dumps({"layer": layer, **settings})
+        number = self._n_updates
+        self._arrays |= {f"{number}.{name}": np.array(part) for name, part in kept.items()}
+        self._n_updates += 1
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the updates so far to an ``.npz``."""
+        with Path(path).open("wb") as file:
+            np.savez_compressed(file, **self._arrays)  # type: ignore[arg-type] # an option's
+
+
+@dataclass(frozen=True)
+class TraceVerdict:
+    """How one recorded update compares with the definition.
+
+    Parameters
+    ----------
+    number : int
+        Its place in the trace.
+    layer : str
+    explanation : UpdateExplanation or None
+        None where the update could not be computed.
+    error : str
+        Why it could not.
+    """
+
+    number: int
+    layer: str
+    explanation: UpdateExplanation | None
+    error: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.explanation)
+
+    def __str__(self) -> str:
+        said = self.error if self.explanation is None else str(self.explanation)
+        return f"update {self.number}, layer {self.layer!r}: {said}"
+
+
+def check_trace(path: str | os.PathLike[str]) -> list[TraceVerdict]:
+    """Check recorded updates against the definition (SPEC 4).
+
+    Parameters
+    ----------
+    path : path
+        An ``.npz`` that `UpdateTrace` wrote, or one like it.
+
+    Returns
+    -------
+    list of TraceVerdict
+        One for each update, true where the mask is the definition's.
+
+    Raises
+    ------
+    FileFormatError
+        If it is no such file, or holds no update; says what is missing.
+    OSError
+        If it cannot be read.
+    """
+    try:
+        with np.load(path) as arrays:
+            verdicts = list(_verdicts(dict(arrays)))
+    except (ValueError, EOFError, KeyError, TypeError) as error:
+        if isinstance(error, FileFormatError):
+            raise
+        raise FileFormatError(
+            f"{os.fspath(path)!r} is no trace ({error}); record one with "
+            f"srigl_core.testing.UpdateTrace"
+        ) from error
+    if not verdicts:
+        raise FileFormatError(f"{os.fspath(path)!r} holds no update")
+    return verdicts
+
+
+def _verdicts(arrays: dict[str, NDArray[Any]]) -> Iterator[TraceVerdict]:
+    numbers = sorted({int(name.partition(".")[0]) for name in arrays})
+    for number in numbers:
+        missing = [n for n in (*_ARRAYS, "settings") if f"{number}.{n}" not in arrays]
+        if missing:
+            raise FileFormatError(f"update {number} lacks {', '.join(missing)}")
+        said = json.loads(str(arrays[f"{number}.settings"]))
+        layer = said.pop("layer", str(number))
+        weight, grad, before, after = (arrays[f"{number}.{name}"] for name in _ARRAYS)
+        unknown = set(said) - set(_SETTINGS)
+        if unknown:
+            raise FileFormatError(f"update {number} has settings {', '.join(sorted(unknown))}")
+        try:
+            found = explain_update(weight, grad, before, after, **said)
+        except SriglError as error:
+            yield TraceVerdict(number, layer, None, str(error))
+        else:
+            yield TraceVerdict(number, layer, found)

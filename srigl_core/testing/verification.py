@@ -1,0 +1,327 @@
+"""Try the laws on a kernel, and make what fails as small as it gets (extra ``test``)."""
+
+from __future__ import annotations
+
+import difflib
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from srigl_core.contract import Backend, Capabilities
+from srigl_core.errors import BackendUnavailableError, SriglError
+from srigl_core.testing import laws as all_laws
+from srigl_core.testing.function_backend import FunctionBackend
+from srigl_core.testing.kernel_capabilities import capabilities_of
+from srigl_core.testing.law import Law, LawViolation, NotApplicable, check
+from srigl_core.testing.problem_code import code_for
+from srigl_core.testing.problems import RecordedChoices
+from srigl_core.testing.report import ConformanceError, Failure, LawResult, Report
+from srigl_core.testing.targets import as_backend
+
+if TYPE_CHECKING:
+    from hypothesis.database import ExampleDatabase
+
+__all__ = ["check_kernel", "check_law", "law_named", "try_law", "verify"]
+
+
+def check_kernel(
+    function: Callable[..., Any],
+    op: str = "condensed_matmul",
+    *,
+    capabilities: Capabilities | None = None,
+    asarray: Callable[..., Any] | None = None,
+    index_dtype: Any | None = None,
+    max_examples: int = 100,
+    seed: int = 0,
+    xfails: Mapping[str, str] | None = None,
+) -> Report:
+    """Check that a function obeys the laws of an operation.
+
+    Parameters
+    ----------
+    function, op, capabilities, asarray, index_dtype
+        As in `FunctionBackend`, which says what the function is called with.
+    max_examples, seed, xfails
+        As in `verify`.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    ConformanceError
+        If a law is broken, or none could be checked; the message is the report.
+
+    Examples
+    --------
+    >>> def kernel(x, values, indices, active, n_out):
+    ...     y = np.zeros((len(x), n_out), np.result_type(x, values))
+    ...     for row, value, index in zip(active, values, indices):
+    ...         y[:, row] = x[:, index] @ value
+    ...     return y
+    >>> able = KernelCapabilities(value_dtypes={"float32", "float64"})
+    >>> check_kernel(kernel, capabilities=able, max_examples=10).ok
+    True
+    """
+    backend = FunctionBackend(
+        function, op, capabilities=capabilities, asarray=asarray, index_dtype=index_dtype
+    )
+    report = verify(backend, op=op, max_examples=max_examples, seed=seed, xfails=xfails)
+    if not report.ok:
+        raise ConformanceError(str(report))
+    return report
+
+
+def verify(
+    kernel: Any,
+    *,
+    op: str | None = None,
+    laws: Sequence[Law] | None = None,
+    max_examples: int = 100,
+    seed: int = 0,
+    xfails: Mapping[str, str] | None = None,
+    shrink: bool = True,
+    progress: Callable[[Law], object] = lambda law: None,
+) -> Report:
+    """Try laws on a kernel.
+
+    Parameters
+    ----------
+    kernel : str, Backend, class or function
+        As in `as_backend`.
+    op : str or None
+        Only the laws of this operation, one of `srigl_core.contract.OPERATIONS`.
+    laws : sequence of Law, or None
+        None is all of `LAWS`.
+    max_examples : int
+        Problems for each law.
+    seed : int
+        Of the problems.
+    xfails : mapping of str to str, or None
+        Laws that are expected to fail, and why; besides those of the kernel's attribute ``xfails``.
+        One that passes all the same is reported.
+    shrink : bool
+        Whether to look for the smallest problem that fails.
+    progress : callable
+        Called with each law before it is tried.
+
+    Returns
+    -------
+    Report
+        A law's first failure ends it.
+
+    Raises
+    ------
+    SriglError
+        If a name is unknown.
+    BackendUnavailableError
+        If the kernel cannot run here, or Hypothesis is missing.
+    """
+    backend = as_backend(kernel, op)
+    expected = {**getattr(backend, "xfails", {}), **(xfails or {})}
+    for name in expected:
+        law_named(name)
+    chosen = [law for law in laws or all_laws.LAWS if op in (None, law.operation)]
+    results = []
+    for law in chosen:
+        progress(law)
+        results.append(
+            try_law(
+                backend,
+                law,
+                max_examples=max_examples,
+                seed=seed,
+                expected=expected.get(law.name),
+                shrink=shrink,
+                source=_source(kernel, backend),
+            )
+        )
+    return Report(backend.name, tuple(results), max_examples, seed)
+
+
+def try_law(
+    backend: Backend,
+    law: Law,
+    *,
+    max_examples: int = 100,
+    seed: int | None = 0,
+    expected: str | None = None,
+    shrink: bool = True,
+    source: str | None = None,
+    database: ExampleDatabase | None = None,
+) -> LawResult:
+    """Try one law on a backend.
+
+    Parameters
+    ----------
+    backend : Backend
+    law : Law
+    max_examples, shrink
+        As in `verify`.
+    seed : int or None
+        None draws other problems each time.
+    expected : str or None
+        Why it is expected to fail.
+    source : str or None
+        Python that makes the backend; None is what its name tells.
+    database : ExampleDatabase or None
+        Hypothesis's, where failures are kept, and tried first the next time.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If Hypothesis is missing.
+    """
+    if law.operation not in backend.capabilities.operations:
+        return LawResult(law, "not applicable", 0, f"it does not offer {law.operation}")
+    tried = _Tried(backend, law)
+    _run(tried, max_examples, seed, shrink, database)
+    if tried.error is None:
+        if not tried.examples:
+            return LawResult(law, "not applicable", 0, tried.reason)
+        status = "passed" if expected is None else "unexpected pass"
+        return LawResult(law, status, tried.examples, expected or "")
+    failure = tried.failure(source or repr(backend.name))
+    status = "failed" if expected is None else "expected failure"
+    return LawResult(law, status, failure.examples, expected or "", failure)
+
+
+def check_law(kernel: Any, law: str | Law, problem: Any) -> None:
+    """Check one law on one problem.
+
+    Parameters
+    ----------
+    kernel : str, Backend, class or function
+        As in `as_backend`.
+    law : str or Law
+    problem : MatmulProblem, UpdateProblem or sequence of int
+        Or the choices that it is made of, as a report tells them.
+
+    Raises
+    ------
+    LawViolation
+        If it does not hold.
+    NotApplicable
+        If the problem has nothing to check, or the kernel does not take it on.
+    SriglError
+        If there is no such law.
+    """
+    found = law_named(law) if isinstance(law, str) else law
+    backend = as_backend(kernel, found.operation)
+    if isinstance(problem, Sequence):
+        problem = found.build(RecordedChoices(problem), capabilities_of(backend))
+    check(backend, found, problem)
+
+
+def law_named(name: str) -> Law:
+    """Return a law by its name.
+
+    Raises
+    ------
+    SriglError
+        If there is none; tells the nearest names.
+    """
+    by_name = {law.name: law for law in all_laws.LAWS}
+    if name not in by_name:
+        near = difflib.get_close_matches(name, by_name, n=3) or list(by_name)
+        raise SriglError(f"no law is called {name!r}; there are {', '.join(near)}")
+    return by_name[name]
+
+
+@dataclass
+class _Tried:
+    """A law on its way: what was tried on a backend, and the last problem that failed."""
+
+    backend: Backend
+    law: Law
+    examples: int = 0
+    reason: str = ""
+    error: Exception | None = None
+    first: int = 0
+    problem: Any = None
+    choices: list[int] = field(default_factory=list)
+
+    def attempt(self, chooser: Any) -> None:
+        problem = self.law.build(chooser, capabilities_of(self.backend))
+        try:
+            check(self.backend, self.law, problem)
+        except NotApplicable as nothing:
+            self.reason = str(nothing)
+        except Exception as error:
+            self.first = self.first or self.examples + 1
+            self.error, self.problem, self.choices = error, problem, list(chooser.made)
+            raise
+        else:
+            self.examples += 1
+
+    def failure(self, source: str) -> Failure:
+        message = str(self.error)
+        if not isinstance(self.error, LawViolation):
+            message = "".join(traceback.format_exception(self.error)).rstrip()
+        code = code_for(self.law, self.problem, self.choices, source)
+        weight = self.problem.weight
+        return Failure(message, code, tuple(weight.shape), self.first)
+
+
+def _run(
+    tried: _Tried,
+    max_examples: int,
+    seed: int | None,
+    shrink: bool,
+    database: ExampleDatabase | None,
+) -> None:
+    """Have Hypothesis try a law, and shrink a failure."""
+    try:
+        import hypothesis
+    except ImportError as error:
+        raise BackendUnavailableError(
+            "the laws are tried by Hypothesis, which is not installed; "
+            "pip install 'srigl-core[test]'"
+        ) from error
+    from hypothesis import Phase, strategies
+
+    from srigl_core.testing.strategies import DrawnChooser
+
+    phases = [Phase.reuse, Phase.generate, *([Phase.shrink] if shrink else [])]
+
+    @hypothesis.settings(
+        max_examples=max_examples,
+        database=database,
+        deadline=None,
+        phases=phases,
+        report_multiple_bugs=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        verbosity=hypothesis.Verbosity.quiet,
+        print_blob=False,
+    )
+    @hypothesis.given(strategies.data())
+    def attempts(data: Any) -> None:
+        tried.attempt(DrawnChooser(data.draw))
+
+    try:
+        with np.errstate(all="ignore"):
+            (attempts if seed is None else hypothesis.seed(seed)(attempts))()
+    except Exception:
+        # Of a kernel that fails now and then Hypothesis says so, by an error of its own.
+        if tried.error is None:
+            raise
+
+
+def _source(kernel: Any, backend: Backend) -> str:
+    """Return Python that makes the kernel again; its last line names it."""
+    if isinstance(kernel, str):
+        return repr(kernel)
+    if not isinstance(backend, FunctionBackend):
+        kind = type(backend)
+        return f"from {kind.__module__} import {kind.__qualname__}\n{kind.__qualname__}()"
+    function = backend.function
+    name = getattr(function, "__qualname__", backend.name)
+    (operation,) = backend.capabilities.operations
+    return (
+        f"from {getattr(function, '__module__', '__main__')} import {name}\n"
+        f'FunctionBackend({name}, "{operation}"{backend.options})'
+    )
