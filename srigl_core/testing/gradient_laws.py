@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core.contract import Backend, MatmulGradients
-from srigl_core.plan import prepare
+from srigl_core.registry import get_backend
 from srigl_core.testing.comparisons import assert_near, assert_same_bits, assert_within
 from srigl_core.testing.flush_mode import flushing_subnormals
 from srigl_core.testing.kernel_capabilities import capabilities_of
@@ -29,7 +29,7 @@ _law = registering(GRADIENT_LAWS, "condensed_matmul_backward", matmul_problem)
 def gradients_are_within_the_error_bound(backend: Backend, problem: MatmulProblem) -> None:
     """dx, dvalues and dbias obey the bound of SPEC 2; those of 16-bit values are float32."""
     expected = expected_gradients(problem.weight, problem.grad, problem.x)
-    plan = prepare(problem.weight, backend=backend)
+    plan = problem.weight.plan(backend)
     got = plan.backward(problem.grad, problem.x)
     for name, gradient in _each(got):
         if name != "x" and gradient.dtype.itemsize == 2:
@@ -41,9 +41,9 @@ def gradients_are_within_the_error_bound(backend: Backend, problem: MatmulProble
 def gradients_agree_with_other_oracles(backend: Backend, problem: MatmulProblem) -> None:
     """The reference and SciPy CSR give the same gradients, within twice the bound."""
     expected = expected_gradients(problem.weight, problem.grad, problem.x)
-    got = prepare(problem.weight, backend=backend).backward(problem.grad, problem.x)
+    got = problem.weight.plan(backend).backward(problem.grad, problem.x)
     for oracle in {"reference", "scipy"} - {backend.name}:
-        other = prepare(problem.weight, backend=oracle).backward(problem.grad, problem.x)
+        other = problem.weight.plan(get_backend(oracle)).backward(problem.grad, problem.x)
         for (name, mine), (_, theirs) in zip(_each(got), _each(other), strict=True):
             bound = 2 * expected[name].bound(mine.dtype)
             assert_near(mine, theirs, bound, f"the gradient of {name}, beside that of {oracle},")
@@ -60,7 +60,7 @@ def unconnected_places_do_not_reach_gradients(backend: Backend, problem: MatmulP
     grad[..., ablated] = special_numbers(grad[..., ablated].shape, 1)
     x[..., unconnected] = special_numbers(x[..., unconnected].shape, 2)
     expected = expected_gradients(problem.weight, problem.grad, problem.x)
-    got = prepare(problem.weight, backend=backend).backward(grad, x, wrt=("x", "values"))
+    got = problem.weight.plan(backend).backward(grad, x, wrt=("x", "values"))
     for name, gradient in _each(got):
         assert_within(gradient, expected[name], f"with NaN elsewhere, the gradient of {name}")
 
@@ -72,7 +72,7 @@ def non_finite_gradients_propagate(backend: Backend, problem: MatmulProblem) -> 
     grad[..., -1] = special_numbers(grad[..., -1].shape, 3)
     x[..., 0] = special_numbers(x[..., 0].shape, 4)
     expected = expected_gradients(problem.weight, grad, x)
-    got = prepare(problem.weight, backend=backend).backward(grad, x)
+    got = problem.weight.plan(backend).backward(grad, x)
     for name, gradient in _each(got):
         assert_within(gradient, expected[name], f"with NaN and inf, the gradient of {name}")
 
@@ -80,7 +80,7 @@ def non_finite_gradients_propagate(backend: Backend, problem: MatmulProblem) -> 
 @_law(against="itself", within="no bit")
 def same_inputs_give_the_same_gradients(backend: Backend, problem: MatmulProblem) -> None:
     """Gradients have the same bits again, on any number of threads, also in a flushing thread."""
-    plan = prepare(problem.weight, backend=backend)
+    plan = problem.weight.plan(backend)
     first = plan.backward(problem.grad, problem.x)
     repeats = [plan.backward(problem.grad, problem.x, threads=t) for t in (1, 2, 3)]
     with flushing_subnormals():
@@ -100,7 +100,7 @@ def gradients_are_written_to_out(backend: Backend, problem: MatmulProblem) -> No
         **{name: out_array(outcome.z.shape, problem) for name, outcome in expected.items()}
     )
     before = problem.grad.tobytes(), problem.x.tobytes()
-    got = prepare(problem.weight, backend=backend).backward(problem.grad, problem.x, out=out)
+    got = problem.weight.plan(backend).backward(problem.grad, problem.x, out=out)
     for (name, gradient), (_, given) in zip(_each(got), _each(out), strict=True):
         if gradient is not given:
             raise LawViolation(f"the gradient of {name} was not returned as given in out")
@@ -123,7 +123,7 @@ def _each(gradients: MatmulGradients) -> Iterator[tuple[str, NDArray[Any]]]:
 @_law(against="the reference's product", within="the error bounds of both")
 def gradient_of_x_is_the_adjoint(backend: Backend, problem: MatmulProblem) -> None:
     """<grad, A x> is <dx, x>: dx is the adjoint of the product."""
-    plan = prepare(problem.weight, backend=backend)
+    plan = problem.weight.plan(backend)
     dx = plan.backward(problem.grad, problem.x, wrt=("x",)).x
     assert dx is not None
     expected = expected_gradients(problem.weight, problem.grad, problem.x)["x"]
@@ -139,9 +139,7 @@ def gradient_of_x_is_the_adjoint(backend: Backend, problem: MatmulProblem) -> No
 def gradient_of_values_is_that_of_differences(backend: Backend, problem: MatmulProblem) -> None:
     """Where one value changes, <grad, A x> changes by that times the value's gradient."""
     weight = problem.weight
-    dvalues = (
-        prepare(weight, backend=backend).backward(problem.grad, problem.x, wrt=("values",)).values
-    )
+    dvalues = weight.plan(backend).backward(problem.grad, problem.x, wrt=("values",)).values
     assert dvalues is not None
     expected = expected_gradients(weight, problem.grad, problem.x)["values"]
     bound = expected.bound(dvalues.dtype)

@@ -178,6 +178,10 @@ def try_law(
     """
     if law.operation not in backend.capabilities.operations:
         return LawResult(law, "not applicable", 0, f"it does not offer {law.operation}")
+    able = capabilities_of(backend)
+    for what in ("value_dtypes", "index_dtypes", "activations"):
+        if not getattr(able, what):
+            return LawResult(law, "not applicable", 0, f"it declares no {what}")
     tried = _Tried(backend, law)
     _run(tried, max_examples, seed, shrink, database)
     if tried.error is None:
@@ -261,7 +265,7 @@ class _Tried:
     def failure(self, source: str) -> Failure:
         message = str(self.error)
         if not isinstance(self.error, LawViolation):
-            message = "".join(traceback.format_exception(self.error)).rstrip()
+            message = "".join(traceback.format_exception(self.error, limit=-4)).rstrip()
         code = code_for(self.law, self.problem, self.choices, source)
         weight = self.problem.weight
         return Failure(message, code, tuple(weight.shape), self.first)

@@ -1,0 +1,582 @@
+"""The kit for authors of kernels: what it hands a function, what it reports, how it is run."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from srigl_core import SriglError, get_backend
+from srigl_core.cli.app import app
+from srigl_core.contract import Capabilities, MatmulGradients
+from srigl_core.errors import FileFormatError, ValueTypeError
+from srigl_core.reference import mask_update
+from srigl_core.reference.activations import activate
+from srigl_core.testing import (
+    LAWS,
+    ConformanceError,
+    FunctionBackend,
+    KernelCapabilities,
+    LawViolation,
+    UpdateTrace,
+    check_kernel,
+    check_law,
+    check_trace,
+    strategies,
+    verify,
+)
+from srigl_core.testing.targets import as_backend
+
+WIDE_TYPES = KernelCapabilities(value_dtypes=frozenset({"float32", "float64"}))
+PRODUCT_LAW = next(law for law in LAWS if law.name == "product_is_within_the_error_bound")
+N_PRODUCT_LAWS = sum(law.operation == "condensed_matmul" for law in LAWS)
+
+
+def product(x, values, indices, active, n_out):
+    y = np.zeros((len(x), n_out), np.result_type(x, values))
+    for row, value, index in zip(active, values, indices, strict=True):
+        y[:, row] = x[:, index] @ value
+    return y
+
+
+def without_last_connection(x, values, indices, active, n_out):
+    return product(x, values[:, :-1], indices[:, :-1], active, n_out)
+
+
+def index_of_sixteen_bits(x, values, indices, active, n_out):
+    return product(x, values, indices.astype(np.uint16), active, n_out)
+
+
+def raising(x, values):
+    raise ZeroDivisionError("no such kernel")
+
+
+# ---------------------------------------------------------------- functions
+
+
+def test_a_right_product_passes_every_law_of_what_it_takes():
+    report = check_kernel(product, capabilities=WIDE_TYPES, max_examples=30)
+    assert report.ok
+    assert report.n_run == N_PRODUCT_LAWS - 1  # it takes no out
+    assert all(r.law.operation == "condensed_matmul" for r in report.results)
+
+
+def test_a_function_is_handed_what_its_parameters_are_called_after():
+    seen = []
+
+    def kernel(x, weight, *, n_in, bias, activation="none", compact=False, threads=None, depth=3):
+        seen.append((n_in, bias is None, activation, compact, depth, weight.shape))
+        z = product(x, weight.values, weight.indices, weight.active, weight.shape[0])
+        z = activate((z if bias is None else z + bias).astype(np.float64), activation)
+        return (z[:, weight.active] if compact else z).astype(np.result_type(x, weight.values))
+
+    able = KernelCapabilities(value_dtypes=frozenset({"float64"}))
+    assert check_kernel(kernel, capabilities=able, max_examples=30).ok
+    n_ins, biases, activations, compacts, depths, shapes = zip(*seen, strict=True)
+    assert list(n_ins) == [shape[1] for shape in shapes]
+    assert set(biases) == set(compacts) == {True, False}
+    assert set(activations) == {"none", "relu", "gelu", "gelu_tanh", "silu"}
+    assert set(depths) == {3}
+
+
+def test_a_function_that_is_told_no_rows_gets_no_ablated_neurons():
+    def kernel(x, values, indices):
+        assert len(values) <= 130
+        return np.stack([x[:, i] @ v for v, i in zip(values, indices, strict=True)], axis=1)
+
+    assert check_kernel(kernel, capabilities=WIDE_TYPES, max_examples=20).ok
+
+
+def test_a_function_may_write_to_out():
+    backend = get_backend("reference")
+
+    def kernel(x, weight, bias, activation, compact, out, threads):
+        backend.prepare(weight).matmul(
+            x, bias, activation=activation, compact=compact, out=out, threads=threads
+        )
+
+    report = check_kernel(kernel, max_examples=20)
+    assert report.counts["not applicable"] == 0
+
+    def leaves_some(x, weight, out):
+        backend.prepare(weight).matmul(
+            x, None, activation="none", compact=False, out=out, threads=None
+        )
+        out[-1, -1] = np.nan
+
+    with pytest.raises(ConformanceError, match="out_is_filled_whatever_it_held"):
+        check_kernel(leaves_some, max_examples=20)
+
+
+def test_a_function_is_handed_arrays_of_its_own():
+    kinds = set()
+
+    def asarray(array):
+        assert array.flags.c_contiguous
+        assert array.flags.aligned
+        kinds.add(array.dtype.name)
+        return memoryview(array)
+
+    def kernel(x, values, indices):
+        return product(
+            np.asarray(x), np.asarray(values), np.asarray(indices), range(len(values)), len(values)
+        )
+
+    able = KernelCapabilities(value_dtypes=frozenset({"float64"}))
+    given = {"capabilities": able, "max_examples": 10, "asarray": asarray}
+    report = check_kernel(kernel, index_dtype="int32", **given)
+    assert report.ok
+    assert kinds == {"float64", "int32"}
+    laid_out = next(r for r in report.results if r.law.name == "memory_layout_does_not_matter")
+    assert laid_out.status == "not applicable"
+
+
+def test_gradients_may_come_as_a_tuple():
+    reference = get_backend("reference")
+
+    def kernel(grad, x, weight):
+        kind = np.result_type(grad, weight.values)
+        out = MatmulGradients(
+            np.empty(x.shape, kind), np.empty(weight.values.shape), np.empty(weight.shape[0])
+        )
+        reference.prepare(weight).backward(grad, x, out=out, threads=None)
+        return out.x, out.values, out.bias
+
+    assert check_kernel(kernel, "condensed_matmul_backward", max_examples=20).ok
+
+    def swapped(grad, x, weight):
+        dx, dvalues, dbias = kernel(grad, x, weight)
+        return dx, dvalues, dbias[::-1]
+
+    with pytest.raises(ConformanceError, match="the gradient of bias"):
+        check_kernel(swapped, "condensed_matmul_backward", max_examples=20)
+
+
+@pytest.mark.parametrize("returns", ["mask", "mask and weight", "update"])
+def test_an_update_may_return_what_it_has(returns):
+    def kernel(weight, grad, mask, settings):
+        update = mask_update.srigl_update(weight, grad, mask, settings)
+        if returns == "update":
+            return update
+        return update.mask if returns == "mask" else (update.mask, update.weight)
+
+    report = check_kernel(kernel, "update_mask", max_examples=20)
+    assert report.n_run == len(report.results)
+
+
+def test_an_update_of_few_settings_is_asked_for_no_others():
+    def kernel(weight, grad, mask, nnz_budget, drop_fraction):
+        settings = mask_update.UpdateSettings(nnz_budget, drop_fraction, None)
+        return mask_update.srigl_update(weight, grad, mask, settings).mask
+
+    report = check_kernel(kernel, "update_mask", max_examples=20)
+    recorded = report.results[-1]
+    assert (recorded.law.name, recorded.status) == (
+        "released_updates_are_reproduced",
+        "not applicable",
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "op", "message"),
+    [
+        (lambda x, weights: x, "condensed_matmul", "parameter 'weights' is none that it can be"),
+        (lambda x, /: x, "condensed_matmul", "parameter 'x'"),
+        (product, "matmul", "op='matmul' is unknown; use one of condensed_matmul,"),
+        (3, "condensed_matmul", "must be a function, got int"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused(function, op, message):
+    with pytest.raises(SriglError, match=message):
+        FunctionBackend(function, op)
+
+
+# ---------------------------------------------------------------- reports
+
+
+def test_a_failure_is_shrunk_and_its_python_shows_it_again():
+    report = verify(FunctionBackend(without_last_connection, capabilities=WIDE_TYPES))
+    assert not report.ok
+    first = report.failures[0]
+    assert first.law is PRODUCT_LAW
+    assert first.failure.shape == (1, 1)
+    assert first.failure.examples <= 10
+    assert "expected 8.0, got 0.0, which differs by 8" in first.failure.message
+    with pytest.raises(LawViolation, match=r"expected 8\.0, got 0\.0"):
+        exec(first.failure.code, {})
+    text = str(report)
+    for part in (PRODUCT_LAW.statement, first.failure.message, "the error bound of SPEC 2"):
+        assert part in text
+    assert "    The problem is that of product_is_within_the_error_bound." in text
+
+
+def test_a_failure_of_a_large_layer_is_told_by_its_choices():
+    report = verify(FunctionBackend(index_of_sixteen_bits, capabilities=WIDE_TYPES))
+    (code,) = {r.failure.code for r in report.failures if r.law is PRODUCT_LAW}
+    assert "problem = [" in code
+    assert len(code) < 500
+    with pytest.raises(LawViolation):
+        exec(code, {})
+
+
+def test_a_failing_update_is_shown_as_python():
+    def never_grows(weight, grad, mask, settings):
+        return mask
+
+    never_grows.__qualname__ = "never_grows"
+    globals()["never_grows"] = never_grows
+    report = verify(FunctionBackend(never_grows, "update_mask"))
+    codes = [r.failure.code for r in report.failures if "UpdateProblem(" in r.failure.code]
+    for code in codes:
+        with pytest.raises(LawViolation):
+            exec(code, {})
+    assert codes
+
+
+def test_the_same_seed_gives_the_same_report():
+    reports = [
+        verify(FunctionBackend(without_last_connection), seed=3, max_examples=20).as_json()
+        for _ in range(2)
+    ]
+    assert json.dumps(reports[0]) == json.dumps(reports[1])
+    assert reports[0]["counts"]["failed"] > 5
+
+
+def test_a_kernel_that_raises_fails_with_its_traceback():
+    with pytest.raises(ConformanceError, match="ZeroDivisionError: no such kernel"):
+        check_kernel(raising, max_examples=5)
+
+
+def test_a_kernel_that_fails_now_and_then_fails():
+    calls = []
+
+    def flaky(x, values, indices, active, n_out):
+        calls.append(None)
+        return product(x, values, indices, active, n_out) + (len(calls) % 7 == 0)
+
+    report = verify(FunctionBackend(flaky, capabilities=WIDE_TYPES), laws=[PRODUCT_LAW])
+    assert report.results[0].status == "failed"
+
+
+def test_nothing_checked_is_no_success():
+    nothing = KernelCapabilities(value_dtypes=frozenset())
+    with pytest.raises(ConformanceError, match="nothing was checked"):
+        check_kernel(product, capabilities=nothing)
+    assert not verify("scipy", op="update_mask").ok
+
+
+def test_plain_capabilities_will_do():
+    able = Capabilities(value_dtypes=frozenset({"float64"}), index_dtypes=frozenset({"uint32"}))
+    assert check_kernel(product, capabilities=able, max_examples=10).n_run > 10
+
+
+@pytest.mark.parametrize("declared", ["argument", "attribute"])
+def test_expected_failures_are_the_authors_to_declare(declared):
+    reason = "the last connection is for later"
+    broken = [r.law.name for r in verify(FunctionBackend(without_last_connection)).failures]
+    declaration = {**dict.fromkeys(broken, reason), "inputs_are_not_written": "a guess"}
+    kernel = FunctionBackend(without_last_connection)
+    if declared == "attribute":
+        kernel.xfails = declaration
+        report = verify(kernel)
+    else:
+        report = verify(kernel, xfails=declaration)
+    assert report.ok
+    assert report.counts["expected failure"] == len(broken)
+    assert report.counts["unexpected pass"] == 1
+    assert f"expected failure: {reason}" in str(report)
+    with pytest.raises(SriglError, match="'inputs_are_nt_written'; there are inputs_are_not_writ"):
+        verify(kernel, xfails={"inputs_are_nt_written": "a slip"})
+
+
+def test_a_kernel_is_named_as_a_backend_a_class_or_a_function():
+    assert as_backend("reference") is get_backend("reference")
+    assert as_backend("srigl_core.reference.backend:ReferenceBackend").name == "reference"
+    assert as_backend("test_conformance_kit:product").name == "product"
+    for name, message in {
+        "nonesuch": "no backend is called",
+        "nonesuch:kernel": "cannot be imported",
+        "math:nonesuch": "cannot be imported",
+    }.items():
+        with pytest.raises(SriglError, match=message):
+            as_backend(name)
+    with pytest.raises(ValueTypeError, match="'math:pi' is a float"):
+        as_backend("math:pi")
+
+
+def test_a_law_can_be_checked_on_a_problem_of_ones_own():
+    with pytest.raises(SriglError, match="no law is called 'tidiness'"):
+        check_law("reference", "tidiness", [0])
+    check_law("reference", "product_is_within_the_error_bound", [0] * 30)
+
+
+def test_every_law_says_what_it_compares_with():
+    for law in LAWS:
+        assert law.statement.endswith(".")
+        assert law.against
+        assert law.within
+    assert len({law.name for law in LAWS}) == len(LAWS)
+
+
+# ---------------------------------------------------------------- strategies
+
+
+def test_strategies_reach_what_tells_kernels_apart():
+    from hypothesis import find
+
+    weights = strategies.condensed_weights()
+    for told in (
+        lambda w: w.n_active < w.shape[0],
+        lambda w: w.fan_in == 1 < w.shape[1],
+        lambda w: w.fan_in == w.shape[1] > 1,
+        lambda w: w.shape[0] == 1 < w.shape[1],
+        lambda w: w.shape[0] > 100,
+        lambda w: w.indices.dtype == np.uint32,
+        lambda w: w.dtype.name == "bfloat16",
+    ):
+        find(weights, told)
+    weight = find(weights, lambda w: w.shape == (3, 5))
+    inputs = strategies.inputs(weight)
+    for told in (
+        lambda x: x.size == 0,
+        lambda x: x.ndim == 3,
+        lambda x: x.size and np.isnan(x).any(),
+        lambda x: x.size and (np.signbit(x) & (x == 0)).any(),
+        lambda x: x.size and not x.flags.c_contiguous,
+        lambda x: x.size and ((x != 0) & (np.abs(x.astype(float)) < 1e-40)).any(),
+    ):
+        find(inputs, told)
+    masks = strategies.masks((4, 6))
+    assert find(masks, lambda m: len(set(m.sum(axis=1))) == 1 and m.any()).shape == (4, 6)
+    find(masks, lambda m: len(set(m.sum(axis=1))) > 1)
+    find(strategies.gradients((4, 6)), lambda g: len(np.unique(np.abs(g))) < 4)
+
+
+def test_strategies_stay_within_capabilities():
+    from hypothesis import given, settings
+
+    able = KernelCapabilities(
+        value_dtypes=frozenset({"float64"}),
+        activations=frozenset({"relu"}),
+        bias=False,
+        ablation=False,
+        strides=False,
+        out=False,
+        settings=frozenset(),
+    )
+
+    @settings(max_examples=50, database=None)
+    @given(strategies.matmul_problems(able), strategies.update_problems(able))
+    def within(product, update):
+        weight = product.weight
+        assert weight.dtype == product.x.dtype == product.out_dtype == update.weight.dtype == float
+        assert product.activation == "relu"
+        assert product.bias is None
+        assert weight.n_active == weight.shape[0]
+        assert product.x.flags.c_contiguous
+        assert update.settings.gamma_sal is update.settings.min_salient is None
+        assert update.settings.saliency_scope == "inactive"
+        assert update.settings.grown_init == 0
+
+    within()
+
+
+# ---------------------------------------------------------------- pytest and the shell
+
+MODULE = """
+import numpy as np
+from srigl_core.reference.backend import ReferenceBackend
+
+class Mine(ReferenceBackend):
+    name = "mine"
+
+def kernel(x, values, indices, active, n_out):
+    y = np.zeros((len(x), n_out), np.result_type(x, values))
+    for row, value, index in zip(active, values, indices):
+        y[:, row] = x[:, index] @ value
+    return y
+
+def broken(x, values, indices, active, n_out):
+    return kernel(x, values, indices, active, n_out) * 2
+"""
+TESTS = """
+from srigl_core.testing import BackendConformance
+import my_kernels
+
+class TestMine(BackendConformance):
+    backend = my_kernels.Mine
+    max_examples = 3
+
+class TestBroken(BackendConformance):
+    backend = staticmethod(my_kernels.broken)
+    op = "condensed_matmul"
+    max_examples = 10
+    xfails = {"product_agrees_with_other_oracles": "not yet", "inputs_are_not_written": "no idea"}
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    (tmp_path / "my_kernels.py").write_text(MODULE)
+    (tmp_path / "test_mine.py").write_text(TESTS)
+    return tmp_path
+
+
+def pytest_in(project, *arguments):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(
+        command, cwd=project, capture_output=True, text=True, timeout=250, check=False
+    ).stdout
+
+
+def test_a_backend_inherits_its_tests(project):
+    out = pytest_in(project, "-q", "-rfEx", "--import-mode=prepend", ".")
+    assert "FAILED test_mine.py::TestBroken::test_law[product_is_within_the_error_bound]" in out
+    assert "XFAIL test_mine.py::TestBroken::test_law[product_agrees_with_other_oracles]" in out
+    assert "inputs_are_not_written passes, and was expected to fail (no idea)" in out
+    assert "TestMine" not in out.partition("short test summary")[2]
+    assert "Traceback" not in out
+
+
+def test_pytest_takes_a_backend_as_an_option(project):
+    empty = project / "empty"
+    empty.mkdir()
+    options = ["-q", "--srigl-max-examples=2", "-rs"]
+    out = pytest_in(empty, *options, "--srigl-backend=reference", "--srigl-backend=scipy")
+    n_updates = sum(law.operation == "update_mask" for law in LAWS)
+    assert f"{2 * len(LAWS) - n_updates} passed, {n_updates} skipped" in out
+    assert "it does not offer update_mask" in out
+
+
+def srigl(*arguments):
+    return CliRunner().invoke(app, [str(part) for part in arguments])
+
+
+def test_verify_takes_kernels_that_are_not_registered(project, monkeypatch):
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    report, xfails = project / "report.json", project / "xfails.txt"
+    few = ("--max-examples", 3)
+    result = srigl("verify", "my_kernels:Mine", "--op", "update_mask", *few, "--report", report)
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(report.read_text())
+    assert found["kernel"] == "mine"
+    assert found["counts"]["passed"] == len(found["laws"]) == 8
+    result = srigl("verify", "my_kernels:broken", "--op", "condensed_matmul", *few)
+    assert result.exit_code == 1
+    assert "check_law('my_kernels:broken', \"product_is_within_the_error_bound\"" in result.output
+    names = [line.split()[0] for line in result.output.splitlines() if " failed " in line]
+    xfails.write_text("# all of it\n" + "".join(f"{name}: it doubles  # sic\n" for name in names))
+    result = srigl(
+        "verify", "my_kernels:broken", "--op", "condensed_matmul", *few, "--xfails", xfails
+    )
+    assert result.exit_code == 0, result.output
+    assert "expected failure: it doubles" in result.output
+    xfails.write_text("no reason\n")
+    result = srigl("verify", "reference", "--xfails", xfails)
+    assert result.exit_code == 1
+    assert "line 1: 'no reason' is not 'law: reason'" in result.output
+
+
+def test_the_kit_is_imported_without_pytest_and_hypothesis():
+    code = """
+import sys
+from srigl_core.testing import FunctionBackend, check_law, verify
+assert not {"pytest", "hypothesis"} & set(sys.modules)
+sys.modules["hypothesis"] = None
+try:
+    verify("reference", max_examples=1)
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'srigl-core[test]'" in done.stdout
+
+
+# ---------------------------------------------------------------- recorded updates
+
+
+def recorded(tmp_path, spoil=lambda mask: mask, **arrays):
+    rng = np.random.default_rng(0)
+    trace, settings = UpdateTrace(), {"nnz_budget": 12, "drop_fraction": 0.3}
+    for layer in ("fc1", "fc2"):
+        weight, grad = rng.standard_normal((2, 4, 6)).astype(arrays.get("dtype", np.float32))
+        mask = np.tile(np.arange(6) < 3, (4, 1))
+        weight *= mask
+        update = mask_update.srigl_update(
+            weight, grad, mask, mask_update.UpdateSettings(**settings)
+        )
+        after = spoil(update.mask) if layer == "fc2" else update.mask
+        trace.add(layer, weight, grad, mask, after, **settings)
+    path = tmp_path / "trace.npz"
+    trace.save(path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, "bfloat16", "float16"])
+def test_a_right_trace_is_told_so(tmp_path, dtype):
+    path = recorded(tmp_path, dtype=dtype)
+    assert [bool(verdict) for verdict in check_trace(path)] == [True, True]
+    result = srigl("check-trace", path)
+    assert result.exit_code == 0
+    assert "2 updates, 0 of them not the definition's" in result.output
+
+
+def test_a_wrong_trace_is_explained(tmp_path):
+    path = recorded(tmp_path, spoil=lambda mask: mask[::-1])
+    right, wrong = check_trace(path)
+    assert right
+    assert not wrong
+    result = srigl("check-trace", path)
+    assert result.exit_code == 1
+    assert "update 1, layer 'fc2': first difference at stage" in result.output
+    assert "2 updates, 1 of them not" in result.output
+
+
+def test_a_convolution_can_be_traced(tmp_path):
+    trace, mask = UpdateTrace(), np.ones((2, 3, 1, 1), bool)
+    numbers = np.ones(mask.shape)
+    trace.add("conv", numbers, numbers, mask, mask, nnz_budget=6, drop_fraction=0.0)
+    trace.save(tmp_path / "trace.npz")
+    assert all(check_trace(tmp_path / "trace.npz"))
+
+
+def test_what_is_no_trace_is_refused(tmp_path):
+    ones, mask = np.ones((2, 2)), np.ones((2, 2), bool)
+    trace = UpdateTrace()
+    for arguments, message in (
+        ((ones, ones[:1], mask, mask), "grad has shape"),
+        ((ones, ones, mask, mask[:1]), "shape"),
+        ((ones, "none", mask, mask), "grad"),
+    ):
+        with pytest.raises(SriglError, match=message):
+            trace.add("fc", *arguments, nnz_budget=2, drop_fraction=0.1)
+    with pytest.raises(SriglError, match="drop_fraction=2"):
+        trace.add("fc", ones, ones, mask, mask, nnz_budget=2, drop_fraction=2)
+    path = tmp_path / "empty.npz"
+    trace.save(path)
+    with pytest.raises(FileFormatError, match="holds no update"):
+        check_trace(path)
+    np.savez(path, **{"0.weight": ones})
+    with pytest.raises(FileFormatError, match="update 0 lacks grad, mask_before"):
+        check_trace(path)
+    path.write_bytes(b"text")
+    with pytest.raises(FileFormatError, match="is no trace"):
+        check_trace(path)
+    with pytest.raises(FileNotFoundError):
+        check_trace(tmp_path / "none.npz")
+    result = srigl("check-trace", path)
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
+
+
+def test_an_update_that_cannot_be_is_a_verdict(tmp_path):
+    path = recorded(tmp_path)
+    arrays = dict(np.load(path))
+    arrays["1.settings"] = json.dumps({"layer": "fc2", "nnz_budget": 500, "drop_fraction": 0.3})
+    np.savez(path, **arrays)
+    right, wrong = check_trace(path)
+    assert right
+    assert "nnz_budget=500 exceeds" in str(wrong)
