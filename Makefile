@@ -1,7 +1,7 @@
-# make demo, make test, make test-all: set up .venv with Python 3.11 or newer, then run.
+# make demo, make test, make test-all, make docs: set up .venv with Python 3.11 or newer, then run.
 # PYTHON=path/to/python: use an interpreter that is set up already; nothing is installed.
 
-.PHONY: help demo test test-all check gpu gpu-compile clean
+.PHONY: help demo test test-all docs check gpu gpu-compile clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # An interpreter with a plain install must not find the checkout's folders first.
@@ -12,17 +12,20 @@ ifdef PYTHON
   demo-ready :=
   test-ready :=
   all-ready :=
+  docs-ready :=
 else
   python := .venv/bin/python
   demo-ready := .venv/demo-ready
   test-ready := .venv/test-ready
   all-ready := .venv/all-ready
+  docs-ready := .venv/docs-ready
 endif
 
 help:
 	@echo "make demo    train on handwritten digits, measure inference"
 	@echo "make test    run the test suite; what needs a framework that is not installed is skipped"
 	@echo "make test-all   install PyTorch, JAX and ONNX for the CPU, and run all of it"
+	@echo "make docs    build the documentation site, build/site/index.html"
 	@echo "make check   run what CI runs"
 	@echo "make gpu     check and measure the GPU kernels on a CUDA device"
 	@echo "make gpu-compile   compile the GPU kernels for all architectures, without a GPU"
@@ -36,6 +39,9 @@ test: $(test-ready)
 
 test-all: $(all-ready)
 	SRIGL_TEST_BACKENDS=reference,numba,scipy $(python) -m pytest --import-mode=importlib -n 2 --hypothesis-profile=ci
+
+docs: $(docs-ready)
+	$(python) -m mkdocs build --strict
 
 check:
 	.ci/run
@@ -67,6 +73,7 @@ clean:
 
 .venv/demo-ready: extras := demo
 .venv/test-ready: extras := demo,test
-.venv/demo-ready .venv/test-ready: pyproject.toml setup.py | .venv/bin/python
+.venv/docs-ready: extras := docs
+.venv/demo-ready .venv/test-ready .venv/docs-ready: pyproject.toml setup.py | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --editable ".[$(extras)]"
 	@touch $@

@@ -163,7 +163,7 @@ class CondensedWeight:
         Parameters
         ----------
         weight : array, (n_out, ...)
-            A convolution's (out, in, kh, kw) is taken as (out, in*kh*kw).
+            A convolution's `(out, in, kh, kw)` is taken as `(out, in*kh*kw)`.
         mask : ndarray of bool, same shape
             Constant fan-in: every row has the same number of True, or none.
 
@@ -394,7 +394,7 @@ class CondensedWeight:
 
     def plan(self, backend: str | Backend | None = None) -> Plan:
         """Return this weight's plan for `backend`, made once and kept with the weight."""
-        chosen = get_backend(backend, operation="condensed_matmul")
+        chosen = get_backend(backend)
         plan = self._plans.get(chosen)
         if plan is None:
             plan = self._plans[chosen] = prepare(self, backend=chosen)

@@ -67,7 +67,9 @@ def prepare(
     (3, 4)
     """
     check_condensed(weight)
-    chosen = get_backend(backend, operation="condensed_matmul")
+    chosen = get_backend(backend)
+    if "condensed_matmul_backward" not in chosen.capabilities.operations:
+        get_backend(chosen, operation="condensed_matmul")
     check_dtype(chosen, "values", weight.dtype)
     check_dtype(chosen, "indices", weight.indices.dtype)
     return Plan(weight, chosen, chosen.prepare(weight), checked_threads(threads))
@@ -197,6 +199,8 @@ class Plan:
     ) -> Any:
         weight, arrays = self.weight, self._arrays
         n_out, n_in = weight.shape
+        if "condensed_matmul" not in self.backend.capabilities.operations:
+            get_backend(self.backend, operation="condensed_matmul")
         library = common_library({"x": given, "bias": bias, "out": out})
         x = arrays.as_float_array(given, "x")
         if x.ndim == 0 or x.shape[-1] != n_in:

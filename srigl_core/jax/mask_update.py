@@ -20,7 +20,7 @@ __all__ = ["SriglUpdate", "remap_state", "srigl_update"]
 class SriglUpdate(NamedTuple):
     """What an update makes of a layer; to be unpacked.
 
-    Parameters
+    Attributes
     ----------
     weight : array
         Dense, or the values at the new connections: as it was given.

@@ -10,3 +10,4 @@ from srigl_core.testing.update_laws import UPDATE_LAWS
 __all__ = ["LAWS"]
 
 LAWS: tuple[Law, ...] = (*PRODUCT_LAWS, *GRADIENT_LAWS, *UPDATE_LAWS)
+"""Those of the product, of its gradients and of the mask update, each with a name of its own."""
