@@ -18,7 +18,7 @@ from typing import Any
 from srigl_core.benchmarks.caches import Flush
 from srigl_core.benchmarks.cases import Case, avx2_cases, chosen_cases, matching
 from srigl_core.benchmarks.cliffs import measure_cliffs
-from srigl_core.benchmarks.contenders import Contender, load_contenders
+from srigl_core.benchmarks.contenders import Contender, guest, load_contenders
 from srigl_core.benchmarks.contenders.contender import Bind
 from srigl_core.benchmarks.limits import Limits, least_seconds, measure_limits, needs
 from srigl_core.benchmarks.pools import relevant_environment, rest, thread_limit
@@ -28,6 +28,7 @@ from srigl_core.benchmarks.results import rounded as _rounded
 from srigl_core.benchmarks.timing import Cold, Hot, interleaved
 from srigl_core.benchmarks.versions import versions
 from srigl_core.errors import SriglError
+from srigl_core.testing.targets import as_backend
 
 __all__ = ["Settings", "chosen", "measure"]
 
@@ -52,6 +53,9 @@ class Settings:
     cliffs : bool
         Whether to measure the batches one by one, too.
     instructions : {"native", "avx2"}
+    kernel : str
+        Somebody else's, ``module:attribute`` or a registered name, to be measured beside ours; ""
+        is none. Cases of what it does not offer are left out.
     """
 
     quick: bool = False
@@ -61,6 +65,7 @@ class Settings:
     seconds: float = 0.6
     cliffs: bool = True
     instructions: str = "native"
+    kernel: str = ""
 
 
 def chosen(settings: Settings) -> list[Case]:
@@ -70,6 +75,9 @@ def chosen(settings: Settings) -> list[Case]:
     else:
         masks = Path(settings.masks) if settings.masks else None
         cases = chosen_cases(quick=settings.quick, threads=settings.threads, masks=masks)
+    if settings.kernel:
+        offered = as_backend(settings.kernel).capabilities.operations
+        cases = [case for case in cases if guest.OPERATIONS[case.operation] in offered]
     return matching(cases, settings.only, settings.instructions)
 
 
@@ -87,6 +95,8 @@ def measure(settings: Settings) -> dict[str, Any]:
         If a contender computes something else than the reference.
     """
     contenders, absent = load_contenders()
+    if settings.kernel:
+        contenders += guest.contenders(as_backend(settings.kernel))
     limits = {n: measure_limits(n) for n in settings.threads}
     cases = chosen(settings)
     session = _Session(contenders, limits, settings)

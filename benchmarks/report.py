@@ -194,11 +194,25 @@ def _sections(results: Results) -> Iterable[str]:
 
 
 def _products(rows: Sequence[Row]) -> str:
-    head = (
+    head = [
         *("layer", "sparsity", "batch", "weights", "ours, µs", "best dense, µs", "vs dense"),
         *("best CSR, µs", "vs CSR", "of the limit"),
-    )
-    return table(head, [_product_cells(row) for row in rows])
+    ]
+    cells = [_product_cells(row) for row in rows]
+    guests = dict.fromkeys(name for row in rows for name in row.family("guest"))
+    for guest in guests:
+        head += [f"{guest}, µs", "vs ours"]
+        cells = [
+            (*found, *_guest_cells(row, guest)) for found, row in zip(cells, rows, strict=True)
+        ]
+    return table(head, cells)
+
+
+def _guest_cells(row: Row, guest: str) -> tuple[str, str]:
+    time = row.time(guest)
+    if time is None or row.ours is None:
+        return time_cell(row, guest), ""
+    return time_cell(row, guest), f"{row.ours / time:.2f}x"
 
 
 def _product_cells(row: Row) -> tuple[str, ...]:

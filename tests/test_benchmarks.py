@@ -779,3 +779,42 @@ def test_numbers_in_a_result_have_four_digits():
     for number in (123456.0, 0.0012345, 3.0):
         assert _rounded(number) == pytest.approx(number, rel=5e-4)
         assert len(json.dumps(_rounded(number))) <= 9
+
+
+GUEST = """
+import numpy as np
+
+def kernel(x, values, indices):
+    return np.stack([x[:, i] @ v for v, i in zip(values, indices)], axis=1)
+
+def wrong(x, values, indices):
+    return kernel(x, values, indices) * 2
+"""
+
+
+def bench_guest(tmp_path, monkeypatch, name):
+    (tmp_path / "guests.py").write_text(GUEST)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    few = ["--quick", "--seconds", "0", "--only", "99%", "--only", "batch=1"]
+    return CliRunner().invoke(app, ["bench", f"guests:{name}", *few, "--out", "out"])
+
+
+def test_a_kernel_of_somebody_elses_stands_beside_ours(tmp_path, monkeypatch):
+    result = bench_guest(tmp_path, monkeypatch, "kernel")
+    assert result.exit_code == 0, result.output
+    (row,) = load_results(tmp_path / "out" / "kernel.json").rows
+    assert row.operation == "forward"
+    assert row.contenders["kernel"]["family"] == "guest"
+    assert row.ours is not None
+    page = (tmp_path / "out" / "kernel.md").read_text()
+    assert "kernel, µs | vs ours |" in page
+    assert f"{row.ours / row.time('kernel'):.2f}x |" in page
+    assert "kernel, us" in result.output
+
+
+def test_a_wrong_kernel_is_not_measured(tmp_path, monkeypatch, capfd):
+    result = bench_guest(tmp_path, monkeypatch, "wrong")
+    assert result.exit_code == 1
+    assert "wrong" in capfd.readouterr().err
+    assert not (tmp_path / "out" / "kernel.json").exists()

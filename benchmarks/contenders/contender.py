@@ -41,7 +41,7 @@ class Contender:
     Parameters
     ----------
     name : str
-    family : {"ours", "dense", "csr", "gather", "fewer neurons", "other"}
+    family : {"ours", "guest", "dense", "csr", "gather", "fewer neurons", "other"}
         "dense" and "csr" are what ours is compared with: the best of each.
     operation : {"forward", "backward", "update"}
     prepare : callable of Problem

@@ -12,8 +12,9 @@ from srigl_core.benchmarks.cases import Case
 from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender
 from srigl_core.benchmarks.problems import Batch, Problem
 from srigl_core.benchmarks.results import OURS
+from srigl_core.contract import Backend
 
-__all__ = ["contenders", "product"]
+__all__ = ["contenders", "gradients", "gradients_read", "mask_read", "product", "update"]
 
 _MOST_WORK_FOR_SCIPY = 1 << 28
 _SLOWEST_REFERENCE = 1 << 23
@@ -37,20 +38,20 @@ def contenders() -> list[Contender]:
             for dtype in ("bfloat16", "float16")
         ),
         Contender("srigl scipy", "other", "forward", product("scipy"), unfit=_if_not_for_scipy),
-        Contender(OURS, "ours", "backward", _gradients, read=_gradients_read),
-        Contender(OURS, "ours", "update", _update("numba"), read=_mask_read),
+        Contender(OURS, "ours", "backward", gradients("numba"), read=gradients_read),
+        Contender(OURS, "ours", "update", update("numba"), read=mask_read),
         Contender(
             "srigl reference",
             "other",
             "update",
-            _update("reference"),
-            read=_mask_read,
+            update("reference"),
+            read=mask_read,
             unfit=_if_large,
         ),
     ]
 
 
-def product(backend: str) -> Callable[[Problem], Bind]:
+def product(backend: str | Backend) -> Callable[[Problem], Bind]:
     """Return what prepares a plan of that backend."""
 
     def prepare(problem: Problem) -> Bind:
@@ -61,17 +62,27 @@ def product(backend: str) -> Callable[[Problem], Bind]:
     return prepare
 
 
-def _gradients(problem: Problem) -> Bind:
-    plan = srigl_core.prepare(problem.weight, backend="numba")
-    wrt = ("x", "values")
-    return lambda batch: lambda: plan.backward(batch.grad, batch.x, wrt=wrt, threads=batch.threads)
+def gradients(backend: str | Backend) -> Callable[[Problem], Bind]:
+    """Return what prepares a plan of that backend, for the gradients."""
+
+    def prepare(problem: Problem) -> Bind:
+        plan = srigl_core.prepare(problem.weight, backend=backend)
+        wrt = ("x", "values")
+        return lambda batch: (
+            lambda: plan.backward(batch.grad, batch.x, wrt=wrt, threads=batch.threads)
+        )
+
+    return prepare
 
 
-def _gradients_read(result: Any, problem: Problem) -> dict[str, NDArray[Any]]:
+def gradients_read(result: Any, problem: Problem) -> dict[str, NDArray[Any]]:
+    """Return both gradients."""
     return {"dx": result.x, "dvalues": result.values}
 
 
-def _update(backend: str) -> Callable[[Problem], Bind]:
+def update(backend: str | Backend) -> Callable[[Problem], Bind]:
+    """Return what prepares mask updates by that backend."""
+
     def prepare(problem: Problem) -> Bind:
         arrays, settings = problem.update_inputs, problem.update_settings
 
@@ -84,7 +95,8 @@ def _update(backend: str) -> Callable[[Problem], Bind]:
     return prepare
 
 
-def _mask_read(result: Any, problem: Problem) -> dict[str, NDArray[Any]]:
+def mask_read(result: Any, problem: Problem) -> dict[str, NDArray[Any]]:
+    """Return the new mask."""
     return {"mask": result.mask}
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from srigl_core.cli.bench import bench
-from srigl_core.cli.output import find_modules_here, make_console, one_line_errors
+from srigl_core.cli.output import make_console, one_line_errors
 
 __all__ = ["app"]
 
@@ -64,7 +64,6 @@ def verify(
     """Check that kernels obey the laws of the condensed matmul and the mask update."""
     from srigl_core.cli.verify import read_xfails, verify_kernels
 
-    find_modules_here()
     good = verify_kernels(
         targets or [],
         op=op,

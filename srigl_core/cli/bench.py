@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from srigl_core.cli.output import make_console, one_line_errors
 from srigl_core.errors import SriglError
 
+if TYPE_CHECKING:
+    from srigl_core.benchmarks.results import Results
+
 __all__ = ["bench"]
 
-bench = typer.Typer(help="Measure the kernels beside the alternatives.", no_args_is_help=True)
+
+class _WithKernels(TyperGroup):
+    """Takes the name of a kernel for that of the command which measures one."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that the first of `args` names, and its arguments."""
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            args = ["kernel", *args]
+        return super().resolve_command(ctx, args)
+
+
+bench = typer.Typer(
+    cls=_WithKernels,
+    help="Measure the kernels beside the alternatives; srigl bench KERNEL: somebody else's, too.",
+    no_args_is_help=True,
+)
 
 _Results = Annotated[Path, typer.Argument(help="JSON that srigl bench wrote.")]
 
@@ -64,6 +83,45 @@ def cpu(
     _show_goals(written[0], measured_only=True)
     if cliffs:
         _show_cliffs(written[0])
+    names = ", ".join(path.name for path in written)
+    make_console().print(f"In {out}: {names}", soft_wrap=True)
+
+
+@bench.command()
+@one_line_errors
+def kernel(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="KERNEL", help="A registered backend, or module:attribute."),
+    ],
+    quick: Annotated[bool, typer.Option("--quick", help="A few cases, in a minute.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON, the page, the picture.")] = Path(
+        "srigl-bench"
+    ),
+    threads: Annotated[str, typer.Option(help="Numbers of threads, such as 1,2.")] = "1",
+    only: Annotated[list[str] | None, typer.Option(help="As in srigl bench cpu.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="For each case, about.")] = 0.6,
+) -> None:
+    """Time a kernel beside ours, dense, CSR and gathers; the same as srigl bench KERNEL."""
+    from srigl_core import get_backend
+    from srigl_core.testing.targets import as_backend
+
+    get_backend("numba")
+    name = as_backend(target).name
+    from srigl_core.benchmarks.cpu import run_cpu
+    from srigl_core.benchmarks.measure import Settings
+    from srigl_core.benchmarks.results import load_results
+
+    settings = Settings(
+        quick=quick,
+        threads=_threads(threads),
+        only=("native", *(only or ())),
+        seconds=seconds,
+        cliffs=False,
+        kernel=target,
+    )
+    written = run_cpu(settings, out, name="kernel")
+    _show_beside_ours(load_results(written[0]), name)
     names = ", ".join(path.name for path in written)
     make_console().print(f"In {out}: {names}", soft_wrap=True)
 
@@ -137,6 +195,16 @@ def _show_goals(path: Path, *, measured_only: bool = False) -> None:
         table.add_row(
             escape(verdict.name), escape(verdict.asked), escape(verdict.reached), words[verdict.met]
         )
+    make_console().print(table)
+
+
+def _show_beside_ours(results: Results, guest: str) -> None:
+    table = Table("case", f"{guest}, us", "ours, us", "best dense, us", "best CSR, us", box=None)
+    for row in results.rows:
+        bests = (row.best(family) for family in ("dense", "csr"))
+        times = (row.time(guest), row.ours, *(best and best[1] for best in bests))
+        case = f"{row.operation} {row.layer} {row.sparsity:.0%} batch {row.batch} {row.weights}"
+        table.add_row(case, *("" if time is None else f"{time:,.4g}" for time in times))
     make_console().print(table)
 
 

@@ -1,11 +1,9 @@
-"""How the commands write and find modules: one console, and errors as one line."""
+"""How the commands write: one console, and errors of this library as one line."""
 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import ParamSpec
 
 import typer
@@ -13,7 +11,7 @@ from rich.console import Console
 
 from srigl_core.errors import SriglError
 
-__all__ = ["find_modules_here", "make_console", "one_line_errors"]
+__all__ = ["make_console", "one_line_errors"]
 
 Arguments = ParamSpec("Arguments")
 
@@ -27,12 +25,6 @@ def make_console(*, stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = max(console.width, _WIDTH_OF_FILES)
     return console
-
-
-def find_modules_here() -> None:
-    """Let ``module:attribute`` name modules in the working directory, after all others."""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
 
 
 def one_line_errors(command: Callable[Arguments, None]) -> Callable[Arguments, None]:

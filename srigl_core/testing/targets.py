@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
+from pathlib import Path
 from typing import Any
 
 from srigl_core.contract import Backend
@@ -20,8 +22,9 @@ def as_backend(kernel: Any, op: str | None = None) -> Backend:
     Parameters
     ----------
     kernel : str, Backend, class or function
-        The name of a registered backend; ``module:attribute``, of an installed module or one in the
-        path; a backend, or what makes one without arguments; or a function (`FunctionBackend`).
+        The name of a registered backend; ``module:attribute``, of a module that is installed or in
+        the working directory; a backend, or what makes one without arguments; or a function
+        (`FunctionBackend`).
     op : str or None
         What a function computes; None is "condensed_matmul".
 
@@ -49,6 +52,8 @@ def as_backend(kernel: Any, op: str | None = None) -> Backend:
 
 def _imported(target: str) -> Any:
     module, _, attribute = target.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
@@ -56,7 +61,7 @@ def _imported(target: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise SriglError(
             f"{target!r} cannot be imported ({error}); write module:attribute, of a module that is "
-            f"installed or in PYTHONPATH"
+            f"installed or in the working directory"
         ) from error
     return found
 
