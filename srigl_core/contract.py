@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -242,9 +242,10 @@ class PreparedWeight(Protocol):
         ...
 
 
-@runtime_checkable
 class Backend(Protocol):
     """A set of kernels; registered in the entry-point group ``srigl_core.backends``.
+
+    The methods of operations that it does not declare are never called, and may be missing.
 
     The entry point names a class (or any callable without arguments) that makes one. Making it, or
     importing its module, raises `BackendUnavailableError` where it cannot run, saying what is

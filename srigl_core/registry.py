@@ -8,14 +8,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from srigl_core.contract import Backend, Capabilities
 from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
 
-__all__ = ["BackendStatus", "check_dtype", "get_backend", "list_backends"]
+__all__ = ["BackendStatus", "check_dtype", "get_backend", "is_backend", "list_backends"]
 
 ENTRY_POINT_GROUP = "srigl_core.backends"
 
@@ -97,7 +97,7 @@ def get_backend(
     if backend is None:
         return _preferred(operation or "condensed_matmul", device)
     found = _load(backend) if isinstance(backend, str) else backend
-    if isinstance(found, type) or not isinstance(found, Backend):
+    if not is_backend(found):
         raise ValueTypeError(
             f"backend must be a name ({', '.join(_registered())}), an object with the methods of "
             f"srigl_core.contract.Backend, or None; got {type(backend).__name__}"
@@ -112,6 +112,15 @@ def get_backend(
             f"backend {found.name!r} does not offer {operation}; use one of: {', '.join(able)}"
         )
     return found
+
+
+def is_backend(found: object) -> TypeGuard[Backend]:
+    """Whether an object is a backend: it has the methods of the operations that it declares."""
+    able = getattr(found, "capabilities", None)
+    if isinstance(found, type) or not isinstance(able, Capabilities) or not hasattr(found, "name"):
+        return False
+    needed = {"update_mask" if name == "update_mask" else "prepare" for name in able.operations}
+    return all(callable(getattr(found, name, None)) for name in needed)
 
 
 def check_dtype(backend: Backend, what: str, dtype: np.dtype[Any]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.mask_update import UpdateSettings
-from srigl_core.testing.function_backend import FunctionBackend
+from srigl_core.testing.function_backend import FunctionBackend, declare
 from srigl_core.testing.kernel_capabilities import KernelCapabilities
 from srigl_core.testing.law import Law, LawViolation, NotApplicable
 from srigl_core.testing.laws import LAWS
@@ -45,6 +45,7 @@ __all__ = [
     "check_kernel",
     "check_law",
     "check_trace",
+    "declare",
     "value_dtype",
     "verify",
 ]

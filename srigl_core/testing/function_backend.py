@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,9 @@ from srigl_core.testing.kernel_capabilities import OPTIONAL_SETTINGS, KernelCapa
 from srigl_core.testing.law import LawViolation
 from srigl_core.value_types import result_dtype, round_to
 
-__all__ = ["FunctionBackend"]
+__all__ = ["FunctionBackend", "declare"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _WEIGHT = ("weight", "values", "indices", "active", "n_out", "n_in")
 _SETTINGS = tuple(part.name for part in fields(UpdateSettings))
@@ -47,8 +49,9 @@ class FunctionBackend:
     Parameters
     ----------
     function : callable
-    op : str
-        One of `srigl_core.contract.OPERATIONS`.
+    op : str or None
+        One of `srigl_core.contract.OPERATIONS`; None is "condensed_matmul". What is None here and
+        below is what the function was declared with (`declare`).
     capabilities : Capabilities or None
         What it takes on; None is all that its parameters allow. Without `bias` or `activation`
         among these there is none in a problem; without `weight`, `active` and `n_out` no neuron is
@@ -57,6 +60,11 @@ class FunctionBackend:
         Makes the function's arrays of NumPy's, which are then in C order; as ``jnp.asarray``.
     index_dtype : dtype-like or None
         What `indices` and `active` are cast to; None leaves uint16 or uint32, and int64.
+
+    Attributes
+    ----------
+    xfails : mapping of str to str
+        Laws that are expected to fail, and why.
 
     Raises
     ------
@@ -67,12 +75,17 @@ class FunctionBackend:
     def __init__(
         self,
         function: Callable[..., Any],
-        op: str = "condensed_matmul",
+        op: str | None = None,
         *,
         capabilities: Capabilities | None = None,
         asarray: Callable[[NDArray[Any]], Any] | None = None,
         index_dtype: Any | None = None,
     ) -> None:
+        declared = getattr(function, "declared", _Declaration())
+        op = op or declared.op
+        capabilities = capabilities or declared.capabilities
+        asarray = asarray or declared.asarray
+        index_dtype = index_dtype or declared.index_dtype
         if op not in OPERATIONS:
             raise SriglError(f"op={op!r} is unknown; use one of {', '.join(OPERATIONS)}")
         if not callable(function):
@@ -81,7 +94,7 @@ class FunctionBackend:
         self._index_dtype = None if index_dtype is None else np.dtype(index_dtype)
         self._taken = _taken(function, op)
         self.name = getattr(function, "__name__", type(function).__name__)
-        self.xfails: Mapping[str, str] = getattr(function, "xfails", {})
+        self.xfails = declared.xfails
         self.capabilities: Capabilities = _capabilities(
             self._taken, op, capabilities, asarray is not None
         )
@@ -228,6 +241,49 @@ class _FunctionWeight:
             "n_out": weight.shape[0],
             "n_in": weight.shape[1],
         }
+
+
+def declare(
+    op: str = "condensed_matmul",
+    *,
+    capabilities: Capabilities | None = None,
+    asarray: Callable[[NDArray[Any]], Any] | None = None,
+    index_dtype: Any | None = None,
+    xfails: Mapping[str, str] | None = None,
+) -> Callable[[Function], Function]:
+    """Return a decorator that notes on a function how it is to be checked.
+
+    Parameters
+    ----------
+    op, capabilities, asarray, index_dtype
+        As in `FunctionBackend`.
+    xfails : mapping of str to str, or None
+        Laws that are expected to fail, and why.
+
+    Examples
+    --------
+    >>> @declare(capabilities=KernelCapabilities(value_dtypes=frozenset({"float32"})))
+    ... def product(x, values, indices):
+    ...     return np.einsum("bnk,nk->bn", x[:, indices], values)
+    >>> FunctionBackend(product).capabilities.value_dtypes
+    frozenset({'float32'})
+    """
+    noted = _Declaration(op, capabilities, asarray, index_dtype, dict(xfails or {}))
+
+    def decorate(function: Function) -> Function:
+        function.declared = noted  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class _Declaration:
+    op: str = "condensed_matmul"
+    capabilities: Capabilities | None = None
+    asarray: Callable[[NDArray[Any]], Any] | None = None
+    index_dtype: Any | None = None
+    xfails: Mapping[str, str] = field(default_factory=dict)
 
 
 def _taken(function: Callable[..., Any], op: str) -> frozenset[str]:

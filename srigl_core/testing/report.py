@@ -66,16 +66,18 @@ class LawResult:
     def __str__(self) -> str:
         if self.failure is None:
             return f"{self.law.name}: {self.status}{self.detail and ': '}{self.detail}"
-        return f"{self._said}\n\n{textwrap.indent(self.failure.code, '    ')}"
-
-    @property
-    def _said(self) -> str:
-        assert self.failure is not None
         return (
             f"{self.law.name}: {self.law.statement}\n"
             f"Compared with {self.law.against}, within {self.law.within}.\n\n"
-            f"{textwrap.indent(self.failure.message, '    ')}"
+            f"{textwrap.indent(self.failure.message, '    ')}\n\n"
+            f"{textwrap.indent(self.failure.code, '    ')}"
         )
+
+    @property
+    def in_a_line(self) -> str:
+        """The failure's message; of a traceback its last line."""
+        assert self.failure is not None
+        return self.failure.message.splitlines()[-1]
 
 
 @dataclass(frozen=True)
@@ -138,16 +140,16 @@ class Report:
         return "\n\n".join(["\n".join(lines), self.summary, *self.failures_shown()])
 
     def failures_shown(self) -> Iterator[str]:
-        """Yield the failures as text; of several on one problem only the first shows it."""
-        shown: dict[str, str] = {}
+        """Yield the failures as text: each problem once, with all laws that it breaks."""
+        by_problem: dict[str, list[LawResult]] = {}
         for result in self.failures:
             assert result.failure is not None
             problem = result.failure.code.replace(result.law.name, "")
-            if problem in shown:
-                yield f"{result._said}\n\n    The problem is that of {shown[problem]}."
-            else:
-                shown[problem] = result.law.name
-                yield str(result)
+            by_problem.setdefault(problem, []).append(result)
+        for first, *others in by_problem.values():
+            lines = [f"{other.law.name}: {other.in_a_line}" for other in others]
+            more = f"\n\nThe same problem breaks\n{textwrap.indent(chr(10).join(lines), '    ')}"
+            yield f"{first}{more if others else ''}"
 
     def as_json(self) -> dict[str, Any]:
         """Return all of it in types that JSON has."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from srigl_core.contract import Backend
 from srigl_core.errors import SriglError, ValueTypeError
-from srigl_core.registry import get_backend
+from srigl_core.registry import get_backend, is_backend
 from srigl_core.testing.function_backend import FunctionBackend
 
 __all__ = ["as_backend"]
@@ -26,7 +26,7 @@ def as_backend(kernel: Any, op: str | None = None) -> Backend:
         the working directory; a backend, or what makes one without arguments; or a function
         (`FunctionBackend`).
     op : str or None
-        What a function computes; None is "condensed_matmul".
+        What a function computes; None is what it was declared with, or "condensed_matmul".
 
     Raises
     ------
@@ -40,10 +40,10 @@ def as_backend(kernel: Any, op: str | None = None) -> Backend:
         found = _imported(kernel)
     if inspect.isclass(found) or (inspect.isfunction(found) and _needs_nothing(found)):
         found = found()
-    if isinstance(found, Backend):
+    if is_backend(found):
         return found
     if callable(found):
-        return FunctionBackend(found, op or "condensed_matmul")
+        return FunctionBackend(found, op)
     raise ValueTypeError(
         f"{kernel!r} is a {type(found).__name__}; name a backend, a class with the methods of "
         f"srigl_core.contract.Backend, or a function"

@@ -29,7 +29,7 @@ __all__ = ["check_kernel", "check_law", "law_named", "try_law", "verify"]
 
 def check_kernel(
     function: Callable[..., Any],
-    op: str = "condensed_matmul",
+    op: str | None = None,
     *,
     capabilities: Capabilities | None = None,
     asarray: Callable[..., Any] | None = None,
@@ -70,7 +70,8 @@ def check_kernel(
     backend = FunctionBackend(
         function, op, capabilities=capabilities, asarray=asarray, index_dtype=index_dtype
     )
-    report = verify(backend, op=op, max_examples=max_examples, seed=seed, xfails=xfails)
+    (computed,) = backend.capabilities.operations
+    report = verify(backend, op=computed, max_examples=max_examples, seed=seed, xfails=xfails)
     if not report.ok:
         raise ConformanceError(str(report))
     return report
