@@ -22,7 +22,7 @@ from srigl_core.contract import ACTIVATIONS, MatmulGradients
 from srigl_core.reference import random_mask
 from srigl_core.reference.mask_update import remap_state as reference_remap
 from srigl_core.testing.bounds import first_violation
-from srigl_core.testing.laws import expected_gradients, expected_product
+from srigl_core.testing.oracles import expected_gradients, expected_product
 from srigl_core.testing.problems import SeededChooser, matmul_problem
 from srigl_core.value_types import VALUE_TYPES, value_dtype
 
@@ -434,6 +434,9 @@ def test_a_condensed_weight_comes_back_as_it_was(x64, dtype):
     assert_same_bits(connections.to_mask(), weight.to_mask())
     assert_same_bits(connections.gather(weight.to_dense()), weight.values)
     assert repr(connections) == "Connections((12, 20), n_active=10, fan_in=5)"
+    shapes = jax.tree.map(jnp.shape, connections)
+    wanted = "Connections((12, 20), indices=(10, 5), active=(10,), key=(4,))"
+    assert repr(shapes) == wanted
 
 
 def test_the_same_connections_have_the_same_key_however_they_were_made():

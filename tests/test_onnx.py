@@ -9,7 +9,7 @@ import pytest
 from srigl_core import BackendUnavailableError, CondensedWeight, SriglError, ValueTypeError
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.testing.bounds import first_violation
-from srigl_core.testing.laws import expected_product
+from srigl_core.testing.oracles import expected_product
 
 torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
@@ -234,6 +234,12 @@ class Alpha(nn.Module):
         return torch.add(x, x, alpha=2)
 
 
+def hooked():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].register_forward_hook(lambda module, inputs, result: 2 * result)
+    return model
+
+
 X = torch.zeros(2, 8)
 IMAGE = torch.zeros(2, 4, 5, 5)
 BAD = {
@@ -275,6 +281,12 @@ BAD = {
         {"example_input": IMAGE},
         "layer '0': .*ceil_mode",
     ),
+    "window in the padding": (
+        nn.Sequential(nn.MaxPool2d(2, padding=1, ceil_mode=True)),
+        {"example_input": IMAGE},
+        "layer '0': with ceil_mode=True a window of size 2 lies in the padding alone",
+    ),
+    "hooks": (hooked(), {}, "layer '0' has hooks, which would be lost"),
     "padding": (
         nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")),
         {"example_input": IMAGE},
@@ -293,6 +305,21 @@ def test_what_has_no_translation_is_named_and_no_file_written(what, tmp_path):
         export_onnx(model, tmp_path / "model.onnx", example, **options)
     assert not list(tmp_path.iterdir())
     assert model.training
+
+
+@pytest.mark.parametrize("size", [6, 7])
+def test_a_pool_with_a_last_window_that_is_cut_off_is_the_same(size, tmp_path):
+    model = nn.Sequential(nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True))
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    export_onnx(model, tmp_path / "pool.onnx", x)
+    np.testing.assert_array_equal(run(tmp_path / "pool.onnx", x), model(x).numpy())
+
+
+def test_the_example_is_not_written(tmp_path):
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    before = x.clone()
+    export_onnx(nn.Sequential(nn.ReLU(inplace=True)), tmp_path / "model.onnx", x)
+    assert torch.equal(x, before)
 
 
 def test_arguments_of_another_kind_and_a_missing_package_are_said(tmp_path, monkeypatch):

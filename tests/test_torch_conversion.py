@@ -496,6 +496,45 @@ def test_a_model_that_uses_its_chain_otherwise_is_noticed_by_its_example():
         fold_ablated([model])
 
 
+class Asserting(Peeking):
+    """Expects of a layer in its chain what it was made with."""
+
+    def forward(self, x):
+        hidden = self.body[1](self.body[0](x))
+        assert hidden.shape[-1] == 10
+        return {"result": self.body[2](hidden)}
+
+
+class Telling(Peeking):
+    """Gives what is within, too, by name."""
+
+    def forward(self, x):
+        return {"result": self.body(x), "hidden": self.body[0](x)}
+
+
+class OfInfinities(nn.Module):
+    """Leaves a class out, as a mask of logits does."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(condensed_layer(10, 10, 3, 7), nn.ReLU(), dense_layer(10, 10))
+
+    def forward(self, x):
+        result = self.body(x.add_(1))  # which is written, too
+        result[:, 0], result[:, 1] = float("-inf"), float("nan")
+        return result
+
+
+def test_whatever_a_model_raises_or_gives_it_is_left_as_it_was():
+    for make, why in ((Asserting, "AssertionError"), (Telling, "a result of shape")):
+        model = make()
+        with Untouched(model), pytest.raises(SriglError, match=why):
+            fold_ablated(model, inputs(10))
+    x = inputs(10)
+    assert fold_ablated(OfInfinities(), x).removed == {"body.0": 3}
+    assert torch.equal(x, inputs(10))
+
+
 def test_a_chain_within_a_module_of_a_chain_is_found():
     class Wrapped(nn.Module):
         def __init__(self):
@@ -555,6 +594,24 @@ def test_a_file_keeps_room_to_spare_and_takes_the_models_dtype(tmp_path):
     save_model(alone, tmp_path / "alone")
     with pytest.raises(SriglError, match="the model itself is a Linear"):
         load_model(tmp_path / "alone", nn.Linear(10, 12))
+
+
+def test_a_layer_in_two_places_is_loaded_into_one_in_two_places(tmp_path):
+    def twice(layer):
+        return nn.Sequential(layer, nn.ReLU(), layer)
+
+    path, model = tmp_path / "model", twice(condensed_layer(6, 6, 2, 5))
+    save_model(model, path)
+    for layer in (nn.Linear(6, 6), CondensedLinear(6, 6, fan_in=3)):
+        loaded = load_model(path, twice(layer.double()))
+        assert loaded[0] is loaded[2]
+        assert torch.equal(loaded(inputs(6)), model(inputs(6)))
+    model[2] = condensed_layer(6, 6, 2, 5, seed=1)
+    save_model(model, path)
+    assert load_model(path, nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)))
+    fresh = twice(nn.Linear(6, 6))
+    with Untouched(fresh), pytest.raises(SriglError, match="'0' and '2' are one in the model, but"):
+        load_model(path, fresh)
 
 
 def another(**changes):

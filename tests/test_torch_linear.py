@@ -20,7 +20,7 @@ import pytest
 from srigl_core import BackendUnavailableError, CondensedWeight, SriglError, ValueTypeError
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.testing.bounds import first_violation
-from srigl_core.testing.laws import expected_gradients, expected_product
+from srigl_core.testing.oracles import expected_gradients, expected_product
 from srigl_core.testing.problems import SeededChooser, matmul_problem
 
 torch = pytest.importorskip("torch")

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib
 import io
 import os
 import subprocess
@@ -172,6 +173,235 @@ def test_both_modes_agree_whatever_the_options(options):
         torch.testing.assert_close(condensed.weights()[name], weight)
 
 
+def discarded(run, x, *, set_to_none=True):
+    run.model(3 * x).square().sum().backward()  # another network's loss, say
+    run.optimizer.zero_grad(set_to_none=set_to_none)
+
+
+def of_the_input(run, x):
+    x = x.clone().requires_grad_()
+    torch.autograd.grad(run.model(3 * x).square().sum(), x)
+
+
+def of_the_weights(run, x):
+    torch.autograd.grad(run.model(3 * x).square().sum(), list(run.model.parameters()))
+
+
+def of_the_input_in_place(run, x):
+    x = x.clone().requires_grad_()
+    run.model(3 * x).square().sum().backward(inputs=[x])
+
+
+def penalty(run, x):
+    x = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(run.model(x).exp().sum(), x, create_graph=True)
+    return dx.square().mean()
+
+
+ASIDE = {
+    "discarded": discarded,
+    "set to zero": lambda run, x: discarded(run, x, set_to_none=False),
+    "of the input": of_the_input,
+    "of the weights": of_the_weights,
+    "of the input in place": of_the_input_in_place,
+    "penalty": penalty,
+}
+
+
+WITHIN = ("of the input", "of the weights", "penalty")
+
+
+@pytest.mark.parametrize("what", ASIDE)
+def test_gradients_that_the_optimizer_does_not_get_do_not_move_connections(what):
+    masked, condensed = Run("masked", grad_window=2), Run("condensed", grad_window=2)
+    for run in (masked, condensed):
+        for step in range(12):
+            run.optimizer.zero_grad()
+            x, y = batch(run.shape, step)
+            if what.startswith(("discarded", "set")):
+                ASIDE[what](run, x)
+            for some in (slice(0, 8), slice(8, 16)):  # an accumulation of two parts
+                extra = ASIDE[what](run, x) if what in WITHIN else None
+                loss = nn.functional.cross_entropy(run.model(x[some]), y[some])
+                (loss if extra is None else loss + extra).backward()
+                if what == "of the input in place":
+                    ASIDE[what](run, x)
+            run.srigl.after_backward()
+            run.optimizer.step()
+            run.n_updates += bool(run.srigl.step())
+    assert condensed.n_updates == 4
+    assert same(masked.masks(), condensed.masks())
+    for name, weight in masked.weights().items():
+        torch.testing.assert_close(condensed.weights()[name], weight)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_groups_of_parameters_keep_their_options_in_both_modes(scheduled):
+    def grouped(parameters):
+        parameters = list(parameters)
+        return torch.optim.AdamW(
+            [
+                {"params": [parameters[0], parameters[4]], "lr": 0.02, "weight_decay": 0.3},
+                {"params": [parameters[2]], "lr": 0.004, "betas": (0.5, 0.9)},
+                {"params": parameters[1::2], "weight_decay": 0.0, "amsgrad": True},
+            ]
+        )
+
+    def weighted(run):
+        return [p for group in run.optimizer.param_groups[:2] for p in group["params"]]
+
+    OPTIMIZERS["grouped"] = grouped
+    try:
+        runs = [Run(mode, optimizer="grouped") for mode in ("masked", "condensed")]
+    finally:
+        del OPTIMIZERS["grouped"]
+    masked, condensed = runs
+    options = [
+        [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
+        for run in runs
+    ]
+    assert options[0] == options[1]
+    layers = [condensed.model[i] for i in (0, 4, 2)]
+    assert all(p is layer.values for p, layer in zip(weighted(condensed), layers, strict=True))
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(run.optimizer, 0.8) for run in runs]
+    for _ in range(18):
+        for run, scheduler in zip(runs, schedulers, strict=True):
+            run.go(1)
+            if scheduled:
+                scheduler.step()
+    assert masked.n_updates == condensed.n_updates == 6
+    assert same(masked.masks(), condensed.masks())
+    for name, weight in masked.weights().items():
+        torch.testing.assert_close(condensed.weights()[name], weight)
+
+
+@pytest.mark.parametrize("mode", ["masked", "condensed"])
+def test_a_frozen_layer_is_left_out_or_named(mode):
+    def frozen():
+        model = perceptron()
+        model[0].requires_grad_(False)
+        return model
+
+    INPUTS[frozen] = (20,)
+    try:
+        for options in (
+            {"exclude": ["0"]},
+            {"layers": {"0": LayerOptions(dense=True)}, "sparsity": 0.5},
+        ):
+            run, weight = Run(mode, make=frozen, **options), frozen()[0].weight
+            run.go(9)
+            assert run.n_updates == 3
+            assert torch.equal(run.model[0].weight, weight)
+        run = Run(mode, make=frozen).go(2)
+    finally:
+        del INPUTS[frozen]
+    held = run.model[0].weight if mode == "masked" else run.model[0].values
+    assert not held.requires_grad
+    before = run.masks(), run.weights()
+    with pytest.raises(SriglError, match=r"layer '0' has no gradient.*frozen"):
+        run.go(1)
+    assert same(run.masks(), before[0])
+    assert same(run.weights(), before[1])
+    assert run.srigl.trainer.step_count == 2
+
+
+def test_an_optimizer_that_has_its_parameters_twice_moves_the_condensed_ones():
+    """As LBFGS does, in a list of its own."""
+    model = perceptron()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+    SRigL(model, optimizer, mode="condensed", **OPTIONS)
+    before = [p.detach().clone() for p in model.parameters()]
+    x, y = batch((20,), 0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["masked", "condensed"])
+def test_a_scaler_that_is_switched_off_skips_no_step(mode):
+    run, scaler = Run(mode), torch.amp.GradScaler("cpu", enabled=False)
+    x, y = batch(run.shape, 0)
+    loss = nn.functional.cross_entropy(run.model(x), y) * float("inf")
+    scaler.scale(loss).backward()
+    run.srigl.after_backward(scaler=scaler)
+    scaler.step(run.optimizer)
+    run.srigl.step()
+    assert run.srigl.trainer.step_count == 1
+
+
+@pytest.mark.parametrize("mode", ["masked", "condensed"])
+def test_a_copy_of_all_of_it_goes_on_the_same_and_on_its_own(mode):
+    run = Run(mode, optimizer="Adam", grad_window=3).go(4)
+    twin = copy.deepcopy(run)
+    assert not same(twin.go(8).masks(), run.masks())
+    assert run.srigl.trainer.step_count == 4
+    assert same(run.go(8).masks(), twin.masks())
+    assert same(run.weights(), twin.weights())
+    twin.srigl.detach()
+    with pytest.raises(SriglError, match=r"has an SRigL already|no dense layer is left"):
+        SRigL(run.model, run.optimizer, **OPTIONS)
+
+
+@pytest.mark.parametrize("mode", ["masked", "condensed"])
+def test_a_model_may_be_converted_between_steps(mode):
+    run = Run(mode, optimizer="SGD", grad_window=3)
+    run.model.float()
+    for step in range(4):
+        run.optimizer.zero_grad()
+        x, y = batch(run.shape, step, torch.float32)
+        nn.functional.cross_entropy(run.model(x), y).backward()
+        run.srigl.after_backward()
+        run.optimizer.step()
+        run.n_updates += bool(run.srigl.step())
+    assert run.n_updates == 1
+
+
+def test_replicas_that_an_update_would_not_see_are_refused():
+    run = Run("condensed").go(1)
+    layer = run.model[0]
+    assert not run.srigl.trainer.needs_grad
+    layer._replicate_for_data_parallel()  # as DataParallel does on several devices
+    run.go(1)
+    with pytest.raises(SriglError, match="use DistributedDataParallel in place of DataParallel"):
+        layer._replicate_for_data_parallel()
+    with torch.no_grad():
+        layer._replicate_for_data_parallel()
+
+
+def test_what_is_kept_of_a_window_is_held_once(monkeypatch):
+    """In the layers' own type, and without a second copy when the update reads it."""
+    module = importlib.import_module("srigl_core.torch.condensed_layers")
+    model = convolutional(torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    srigl = SRigL(model, optimizer, mode="condensed", **OPTIONS)
+
+    def held():
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+        return sum({x.data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+    def step(number):
+        optimizer.zero_grad()
+        x, y = batch((3, 6, 6), number, torch.bfloat16)
+        nn.functional.cross_entropy(model(x.repeat(8, 1, 1, 1)), y.repeat(8)).backward()
+
+    seen = []
+    monkeypatch.setattr(module, "mean_of_ranks", lambda block, _: seen.append(held()) or block)
+    for number in range(3):
+        step(number)
+        srigl.after_backward()
+        optimizer.step()
+        before = held()
+        srigl.step()
+    assert seen
+    assert max(seen) < before + 100_000  # a layer's block; the window itself has half a million
+
+
 @pytest.mark.parametrize("mode", ["masked", "condensed"])
 def test_a_scaled_loss_gives_the_same_masks_and_a_skipped_step_does_not_count(mode):
     plain, scaled = Run(mode).go(9), Run(mode)
@@ -213,6 +443,17 @@ def test_resume_is_exact_also_in_the_middle_of_a_window(mode, cut):
     second.go(12 - cut)
     assert same(second.masks(), whole.masks())
     assert same(second.weights(), whole.weights())
+
+
+def test_a_state_with_a_broken_window_is_refused_and_changes_nothing():
+    taken, fresh = Run("condensed", grad_window=3).go(2), Run("condensed", grad_window=3)
+    fresh.model.load_state_dict(taken.model.state_dict())
+    state = taken.srigl.state_dict()
+    del state["window"][1][0]["2"]
+    with pytest.raises(SriglError, match=r"not a whole state_dict\(\): KeyError\('2'\)"):
+        fresh.srigl.load_state_dict(state)
+    assert fresh.srigl.trainer.step_count == 0
+    assert not fresh.srigl.state_dict()["window"]
 
 
 def test_a_state_of_another_run_is_refused():
@@ -303,6 +544,18 @@ def hooked():
     return model
 
 
+def weight_hooked():
+    model = perceptron()
+    model[2].weight.register_hook(lambda grad: grad.clamp(-1, 1))
+    return model
+
+
+def backward_hooked():
+    model = perceptron()
+    model[2].register_full_backward_pre_hook(lambda *_: None)
+    return model
+
+
 BAD = {
     "unknown mode": (perceptron, {"mode": "sparse"}, "mode='sparse' is unknown"),
     "unknown init": (perceptron, {"init": "xavier"}, "init='xavier' is unknown"),
@@ -321,6 +574,12 @@ BAD = {
     "computed": (parametrized, {}, "layer '0' computes its weight"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(8)), {}, "layer '0' has no weight yet"),
     "hooks": (hooked, {"mode": "condensed"}, "layer '0' has hooks"),
+    "hooks of a weight": (weight_hooked, {"mode": "condensed"}, "layer '2' has hooks"),
+    "hooks of the backward pass": (
+        backward_hooked,
+        {"mode": "condensed"},
+        "layer '2' has hooks",
+    ),
     "groups": (
         lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)),
         {"mode": "condensed", "sparsity": 0.5},
@@ -385,6 +644,10 @@ def test_a_loop_that_forgets_a_call_is_told(mode):
     x, y = batch(run.shape, 3)
     run.optimizer.zero_grad()
     with pytest.raises(SriglError, match=r"layer '0'.*after loss.backward"):
+        run.srigl.after_backward()
+    nn.functional.cross_entropy(run.model(x), y).backward()
+    run.optimizer.zero_grad()
+    with pytest.raises(SriglError, match=r"layer '0'.*before zero_grad"):
         run.srigl.after_backward()
     nn.functional.cross_entropy(run.model(x), y).backward()
     run.optimizer.step()

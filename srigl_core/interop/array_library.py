@@ -76,7 +76,7 @@ class ArrayLibrary:
         """Return the error that says so."""
         return ValueTypeError(
             f"{what} of type {type(array).__name__} cannot be written; leave {what} away, or pass "
-            f"a NumPy or CuPy array or a PyTorch tensor"
+            f"all arrays as NumPy's, CuPy's or PyTorch's"
         )
 
     def written(self, array: Any) -> None:

@@ -130,6 +130,9 @@ class Connections:
         return dense.reshape(self.shape)[self.active[:, None], self.indices]
 
     def __repr__(self) -> str:
+        if not hasattr(self.indices, "ndim"):  # what JAX's tree.map makes has any leaves
+            leaves = f"indices={self.indices}, active={self.active}, key={self.key}"
+            return f"Connections({self.shape}, {leaves})"
         return f"Connections({self.shape}, n_active={self.n_active}, fan_in={self.fan_in})"
 
 

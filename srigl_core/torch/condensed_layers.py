@@ -102,10 +102,11 @@ class CondensedLayers:
         self._check_in_place()
         if self._capturing:
             for name, pairs in self._capturing.items():
-                if not pairs:
+                if not pairs or self._layers[name].values.grad is None:
                     raise SriglError(
-                        f"layer {name!r} saw no backward pass; call after_backward after "
-                        f"loss.backward(), and exclude layers that take no part"
+                        f"layer {name!r} has no gradient; call after_backward after "
+                        f"loss.backward() and before zero_grad(), and exclude layers that are "
+                        f"frozen or take no part"
                     )
             step = {name: list(pairs) for name, pairs in self._capturing.items()}
             self.discard_step()
@@ -155,6 +156,13 @@ class CondensedLayers:
         """Take over a trainer's state; the layers are to have theirs from the model's."""
         if "window" not in state:
             raise SriglError("state is not a whole state_dict(): it lacks window")
+        try:
+            window = [
+                ({name: self._moved(name, step[name]) for name in self._layers}, float(scale))
+                for step, scale in state["window"]
+            ]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise SriglError(f"state is not a whole state_dict(): {error!r}") from error
         before = self.trainer.state_dict()
         self.trainer.load_state_dict(state)
         for name, layer in self._layers.items():
@@ -164,10 +172,7 @@ class CondensedLayers:
                     f"layer {name!r} has other connections than the state; load the model's "
                     f"state_dict first, of the same step"
                 )
-        self._window = [
-            ({name: self._moved(name, pairs) for name, pairs in step.items()}, scale)
-            for step, scale in state["window"]
-        ]
+        self._window = window
         self._capture_if_needed()
 
     def detach(self) -> None:
@@ -177,7 +182,9 @@ class CondensedLayers:
     def _capture_if_needed(self) -> None:
         self.detach()
         if self.trainer.needs_grad:
-            self._capturing = {n: capture.start(x.indices) for n, x in self._layers.items()}
+            self._capturing = {
+                n: capture.start(x.indices, x.values) for n, x in self._layers.items()
+            }
 
     def _moved(self, name: str, pairs: _Pairs) -> _Pairs:
         device = self._layers[name].values.device
@@ -197,16 +204,15 @@ class CondensedLayers:
 
     def _gradient_rows(self, name: str) -> Callable[[int, int], NDArray[Any]]:
         """Return what forms rows of the mean dense gradient, on all ranks together."""
-        steps = [
-            ([_flat(pair) for pair in step[name]], 1 / (scale * len(self._window)))
-            for step, scale in self._window
-        ]
+        steps = [(step[name], 1 / (scale * len(self._window))) for step, scale in self._window]
 
         def rows(start: int, stop: int) -> NDArray[Any]:
             total = None
             for pairs, factor in steps:
                 for x, grad in pairs:
-                    part = (grad[:, start:stop].t() @ x) * factor
+                    kind = _sum_dtype(x, grad)
+                    # Converted here, so that no second window of another type is ever held.
+                    part = (grad[:, start:stop].t().to(kind) @ x.to(kind)) * factor
                     total = part if total is None else total.add_(part)
             return as_numpy(mean_of_ranks(total, self._group))
 
@@ -245,8 +251,6 @@ def _remapped(update: CondensedUpdate, held: Any) -> Any:
     return flat
 
 
-def _flat(pair: tuple[Any, Any]) -> tuple[Any, Any]:
-    """Return an input and a gradient with two axes, in the type that sums are kept in."""
-    x, grad = (part.reshape(-1, part.shape[-1]) for part in pair)
-    kind = torch.float64 if torch.float64 in (x.dtype, grad.dtype) else torch.float32
-    return x.to(kind), grad.to(kind)
+def _sum_dtype(*parts: Any) -> Any:
+    """Return the type that sums are kept in."""
+    return torch.float64 if torch.float64 in {part.dtype for part in parts} else torch.float32

@@ -15,6 +15,7 @@ from srigl_core.contract import ACTIVATIONS
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.distributions import nnz_budget as budget_of
 from srigl_core.reference.init import sparse_init
+from srigl_core.torch.capture import is_capturing
 from srigl_core.torch.ops import condensed_inference, condensed_linear
 from srigl_core.torch.packing import condensed_weight
 from srigl_core.torch.tensors import as_numpy, from_numpy
@@ -351,6 +352,14 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
         if self.activation is not None:
             facts["activation"] = self.activation
         return ", ".join(f"{name}={value}" for name, value in facts.items())
+
+    def _replicate_for_data_parallel(self) -> Any:
+        if torch.is_grad_enabled() and is_capturing(self.indices):
+            raise SriglError(
+                "the mask update needs what passes a layer, and does not see replicas of it; use "
+                "DistributedDataParallel in place of DataParallel, or train masked"
+            )
+        return super()._replicate_for_data_parallel()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         self._check_state(state_dict, prefix)

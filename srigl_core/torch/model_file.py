@@ -113,7 +113,8 @@ def load_model(path: str | os.PathLike[str], model: Any) -> Any:
     """
     tensors, shapes, modules = _read(path)
     found = condensed_modules(model)
-    made = {}
+    made: dict[str, Any] = {}
+    of_present: dict[int, str] = {}
     for name, description in modules.items():
         try:
             weight = _weight(name, tensors, shapes[name])
@@ -121,7 +122,15 @@ def load_model(path: str | os.PathLike[str], model: Any) -> Any:
             layer = _module(description, weight, bias)
         except (SriglError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FileFormatError(f"{os.fspath(path)!r}: layer {name!r}: {error}") from error
-        made[name] = _in_place_of(name, model, layer)
+        layer = _in_place_of(name, model, layer)
+        # What is one module of the model in two places stays one.
+        twin = of_present.setdefault(id(model.get_submodule(name)), name)
+        made[name] = made.get(twin, layer)
+        if not _equal(made[name], layer):
+            raise SriglError(
+                f"layers {twin!r} and {name!r} are one in the model, but differ in the file; make "
+                f"the model as the one that was saved"
+            )
     rest = _plain_state(model, {**found, **made})
     _check_names(tensors, rest)
     for name, tensor in rest.items():
@@ -195,6 +204,15 @@ def _in_place_of(name: str, model: Any, layer: Any) -> Any:
             like.requires_grad if old.bias is None else old.bias.requires_grad
         )
     return layer.train(present.training)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    ours, theirs = (linear_of(layer) for layer in (one, other))
+    return one is other or (
+        ours.to_condensed() == theirs.to_condensed()
+        and (ours.bias is None or torch.equal(ours.bias, theirs.bias))
+        and _description(one) == _description(other)
+    )
 
 
 def _shape(module: Any) -> str:

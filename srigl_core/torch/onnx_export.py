@@ -243,10 +243,10 @@ def _traced(model: Any, example_input: Any) -> tuple[Any, dict[Any, _Tensor]]:
             f"decide by a tensor's numbers or shape: export a part of it that does so"
         ) from error
     try:
-        root(example_input)
+        root(example_input.clone())  # which a model may write to
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise SriglError(f"the model does not take example_input: {error}") from error
-    ShapeProp(traced).propagate(example_input)
+    ShapeProp(traced).propagate(example_input.clone())
     shapes = {}
     for node in traced.graph.nodes:
         found = node.meta.get("tensor_meta")
@@ -291,6 +291,11 @@ def _module(
             f"layer {name!r} ({type(module).__name__}) has no translation to ONNX here; these "
             f"have: {', '.join(sorted(kind.__name__ for kind in _MODULES))}; export the model "
             f"without that layer, or put one of these in its place"
+        )
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise SriglError(
+            f"layer {name!r} has hooks, which would be lost; remove them, or export without that "
+            f"layer"
         )
     try:
         return translate(graph, module, made[node.args[0]], shapes[node])
@@ -535,13 +540,23 @@ def _pair(setting: Any) -> list[int]:
 def _max_pool(graph: _Graph, pool: Any, x: _Tensor, y: _Tensor) -> str:
     if pool.return_indices:
         raise SriglError("return_indices=True has no translation to ONNX here")
+    kernel, stride = _pair(pool.kernel_size), _pair(pool.stride)
+    padding, dilation = _pair(pool.padding), _pair(pool.dilation)
+    for size, found, k, s, p, d in zip(
+        x.shape[-2:], y.shape[-2:], kernel, stride, padding, dilation, strict=True
+    ):
+        if pool.ceil_mode and found != -((d * (k - 1) + 1 - size - 2 * p) // s) + 1:
+            raise SriglError(
+                f"with ceil_mode=True a window of size {k} lies in the padding alone, which "
+                f"PyTorch leaves out and ONNX does not; change padding, or set ceil_mode=False"
+            )
     return graph.op(
         "MaxPool",
         x.name,
-        kernel_shape=_pair(pool.kernel_size),
-        strides=_pair(pool.stride),
-        pads=_pair(pool.padding) * 2,
-        dilations=_pair(pool.dilation),
+        kernel_shape=kernel,
+        strides=stride,
+        pads=padding * 2,
+        dilations=dilation,
         ceil_mode=int(pool.ceil_mode),
     )
 

@@ -35,7 +35,8 @@ def replace_parameter(optimizer: Any, old: Any, new: Any, remap: Callable[[Any],
         Takes a tensor of the old one's shape and returns one of the new one's.
     """
     for group in optimizer.param_groups:
-        group["params"] = [new if held is old else held for held in group["params"]]
+        # In place: an optimiser may have the list elsewhere too, as LBFGS has.
+        group["params"][:] = [new if held is old else held for held in group["params"]]
     state = optimizer.state.pop(old, None)
     if state is not None:
         remapped = {name: remap(held) for name, held in _like(state, old).items()}

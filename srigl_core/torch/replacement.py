@@ -119,8 +119,17 @@ def replace_modules(model: Any, made: Mapping[str, Any]) -> None:
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether a module has hooks, which a layer in its place would not have."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks))
+    """Whether a module or a parameter of its own has hooks, which others in place would not."""
+    hooks = [
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    ]
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            hooks += [parameter._backward_hooks, parameter._post_accumulate_grad_hooks]
+    return any(hooks)
 
 
 def _check_hooks(name: str, module: Any) -> None:

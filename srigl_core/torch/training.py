@@ -200,6 +200,8 @@ ablate_last, seed, backend
         SriglError
             If a layer has no gradient, or is another one by now.
         """
+        if scaler is not None and not scaler.is_enabled():
+            scaler = None  # it scales nothing, and skips no step
         self._was_skipped = scaler is not None and not self._gradients_are_finite()
         if self._was_skipped:
             self._layers.discard_step()
@@ -240,8 +242,8 @@ ablate_last, seed, backend
         """Let go of the model, which stays as it is, masked or condensed."""
         for held, attribute in self._weights:
             module = held()
-            if module is not None:
-                _attached[module].pop(attribute, None)
+            if module is not None and _attached[module].get(attribute) is self:
+                del _attached[module][attribute]  # and not that of one that this is a copy of
         self._layers.detach()
 
     def state_dict(self) -> dict[str, Any]:
