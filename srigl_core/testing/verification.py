@@ -70,8 +70,7 @@ def check_kernel(
     backend = FunctionBackend(
         function, op, capabilities=capabilities, asarray=asarray, index_dtype=index_dtype
     )
-    (computed,) = backend.capabilities.operations
-    report = verify(backend, op=computed, max_examples=max_examples, seed=seed, xfails=xfails)
+    report = verify(backend, max_examples=max_examples, seed=seed, xfails=xfails)
     if not report.ok:
         raise ConformanceError(str(report))
     return report
@@ -95,7 +94,8 @@ def verify(
     kernel : str, Backend, class or function
         As in `as_backend`.
     op : str or None
-        Only the laws of this operation, one of `srigl_core.contract.OPERATIONS`.
+        Only the laws of this operation, one of `srigl_core.contract.OPERATIONS`; of a function, what
+        it computes.
     laws : sequence of Law, or None
         None is all of `LAWS`.
     max_examples : int
@@ -123,6 +123,8 @@ def verify(
         If the kernel cannot run here, or Hypothesis is missing.
     """
     backend = as_backend(kernel, op)
+    if isinstance(backend, FunctionBackend):
+        (op,) = backend.capabilities.operations
     expected = {**getattr(backend, "xfails", {}), **(xfails or {})}
     for name in expected:
         law_named(name)
