@@ -58,14 +58,12 @@ def check_kernel(
 
     Examples
     --------
-    >>> def kernel(x, values, indices, active, n_out):
-    ...     y = np.zeros((len(x), n_out), np.result_type(x, values))
-    ...     for row, value, index in zip(active, values, indices):
-    ...         y[:, row] = x[:, index] @ value
-    ...     return y
-    >>> able = KernelCapabilities(value_dtypes={"float32", "float64"})
-    >>> check_kernel(kernel, capabilities=able, max_examples=10).ok
-    True
+    >>> from srigl_core.testing import KernelCapabilities
+    >>> def product(x, values, indices):
+    ...     return np.einsum("bnk,nk->bn", x[:, indices], values)
+    >>> able = KernelCapabilities(value_dtypes=frozenset({"float32", "float64"}))
+    >>> print(check_kernel(product, capabilities=able, max_examples=5).counts["failed"])
+    0
     """
     backend = FunctionBackend(
         function, op, capabilities=capabilities, asarray=asarray, index_dtype=index_dtype
@@ -94,8 +92,8 @@ def verify(
     kernel : str, Backend, class or function
         As in `as_backend`.
     op : str or None
-        Only the laws of this operation, one of `srigl_core.contract.OPERATIONS`; of a function, what
-        it computes.
+        Only the laws of this operation, one of `srigl_core.contract.OPERATIONS`; of a function,
+        what it computes.
     laws : sequence of Law, or None
         None is all of `LAWS`.
     max_examples : int
