@@ -37,6 +37,7 @@ __all__ = [
     "array_of",
     "laid_out",
     "matmul_problem",
+    "random_inputs",
     "random_numbers",
     "special_numbers",
     "update_problem",
@@ -216,17 +217,11 @@ def matmul_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> Ma
         (n_out, n_in), fan_in=fan_in, n_active=n_active, dtype=values_dtype, rng=rng
     )
     weight = pattern.with_values(random_numbers(rng, pattern.values.shape, values_dtype, magnitude))
-    x = _cancelling(rng, weight) if magnitude == "cancelling" else None
-    x_shape = (*lead, n_in)
-    if x is None or not lead:
-        x_rows = random_numbers(rng, x_shape, x_dtype, magnitude)
-    else:
-        x_rows = random_numbers(rng, x_shape, x_dtype, "normal")
-        x_rows[..., :] = np.where(rng.random(x_shape) < 0.5, x, x_rows).astype(x_dtype)
+    x = random_inputs(rng, weight, lead, x_dtype, magnitude)
     bias = None if bias_dtype is None else random_numbers(rng, (n_out,), bias_dtype, "normal")
     return MatmulProblem(
         weight,
-        laid_out(x_rows, layout),
+        laid_out(x, layout),
         laid_out(random_numbers(rng, (*lead, n_out), x_dtype, magnitude), layout),
         bias,
         activation,
@@ -259,6 +254,21 @@ def update_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> Up
     weight[~mask & (rng.random(mask.shape) < 0.5)] = 0
     settings = UpdateSettings(nnz_budget, drop_fraction, gamma_sal, min_salient, scope, grown_init)
     return UpdateProblem(weight, grad, mask, settings)
+
+
+def random_inputs(
+    rng: np.random.Generator,
+    weight: CondensedWeight,
+    lead: tuple[int, ...],
+    dtype: np.dtype[Any],
+    magnitude: str,
+) -> NDArray[Any]:
+    """Return inputs, (..., n_in), of one of `MAGNITUDES`."""
+    shape = (*lead, weight.shape[1])
+    x = random_numbers(rng, shape, dtype, magnitude)
+    if magnitude == "cancelling":
+        x[...] = np.where(rng.random(shape) < 0.5, _cancelling(rng, weight), x).astype(dtype)
+    return x
 
 
 def array_of(

@@ -27,6 +27,7 @@ from srigl_core.testing.problems import (
     any_mask,
     laid_out,
     matmul_problem,
+    random_inputs,
     random_numbers,
     update_problem,
 )
@@ -120,14 +121,15 @@ def inputs(
 ) -> NDArray[Any]:
     """Return inputs of a weight, (..., n_in), of any strides, batches and magnitudes.
 
-    Zeros of both signs, subnormal and huge numbers are among them, and NaN and infinity.
+    Among them are zeros of both signs, subnormal and huge numbers, terms of a neuron that nearly
+    cancel, NaN and infinity.
     """
     dtype = draw(value_dtypes(able).filter(lambda kind: _combine(kind, weight.dtype)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    shape = (*draw(st.sampled_from(BATCHES)), weight.shape[1])
-    x = random_numbers(rng, shape, dtype, draw(st.sampled_from(MAGNITUDES)))
+    lead, magnitude = draw(st.sampled_from(BATCHES)), draw(st.sampled_from(MAGNITUDES))
+    x = random_inputs(rng, weight, lead, dtype, magnitude)
     if draw(st.booleans()):
-        x[rng.random(shape) < 0.1] = draw(st.sampled_from((np.nan, np.inf, -np.inf)))
+        x[rng.random(x.shape) < 0.1] = draw(st.sampled_from((np.nan, np.inf, -np.inf)))
     return laid_out(x, draw(st.sampled_from(LAYOUTS)) if able.strides else "C")
 
 
