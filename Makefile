@@ -1,7 +1,7 @@
 # make demo, make test, make test-all, make docs: set up .venv with Python 3.11 or newer, then run.
 # PYTHON=path/to/python: use an interpreter that is set up already; nothing is installed.
 
-.PHONY: help demo test test-all docs check gpu gpu-compile clean
+.PHONY: help demo test test-all docs fuzz check gpu gpu-compile clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # An interpreter with a plain install must not find the checkout's folders first.
@@ -13,12 +13,14 @@ ifdef PYTHON
   test-ready :=
   all-ready :=
   docs-ready :=
+  fuzz-ready :=
 else
   python := .venv/bin/python
   demo-ready := .venv/demo-ready
   test-ready := .venv/test-ready
   all-ready := .venv/all-ready
   docs-ready := .venv/docs-ready
+  fuzz-ready := .venv/fuzz-ready
 endif
 
 help:
@@ -26,6 +28,7 @@ help:
 	@echo "make test    run the test suite; what needs a framework that is not installed is skipped"
 	@echo "make test-all   install PyTorch, JAX and ONNX for the CPU, and run all of it"
 	@echo "make docs    build the documentation site, build/site/index.html"
+	@echo "make fuzz    try the laws with other problems for an hour, and damaged files for ten minutes"
 	@echo "make check   run what CI runs"
 	@echo "make gpu     check and measure the GPU kernels on a CUDA device"
 	@echo "make gpu-compile   compile the GPU kernels for all architectures, without a GPU"
@@ -42,6 +45,11 @@ test-all: $(all-ready)
 
 docs: $(docs-ready)
 	$(python) -m mkdocs build --strict
+
+fuzz: $(fuzz-ready)
+	$(python) tests/fuzz/condensed_file.py
+	$(python) tests/fuzz/backends.py --backends numba & numba=$$!; \
+	  $(python) tests/fuzz/backends.py --backends reference,scipy && wait $$numba
 
 check:
 	.ci/run
@@ -74,6 +82,7 @@ clean:
 .venv/demo-ready: extras := demo
 .venv/test-ready: extras := demo,test
 .venv/docs-ready: extras := docs
-.venv/demo-ready .venv/test-ready .venv/docs-ready: pyproject.toml setup.py | .venv/bin/python
+.venv/fuzz-ready: extras := fuzz
+.venv/demo-ready .venv/test-ready .venv/docs-ready .venv/fuzz-ready: pyproject.toml setup.py | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --editable ".[$(extras)]"
 	@touch $@

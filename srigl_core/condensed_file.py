@@ -202,7 +202,7 @@ def _tensors(
     for name, layer in layers.items():
         missing = [f"{name}.{part}" for part in _PARTS if f"{name}.{part}" not in arrays]
         if missing:
-            raise FileFormatError(f"layer {name!r} lacks {', '.join(missing)}")
+            raise FileFormatError(f"layer {name!r} lacks {', '.join(map(repr, missing))}")
         parts = [arrays.pop(f"{name}.{part}") for part in _PARTS]
         try:
             tensors[name] = _weight(*parts, **layer)

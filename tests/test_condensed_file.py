@@ -394,9 +394,9 @@ def test_the_parts_as_they_should_be_load(folder):
         ("values", np.ones((2, 1), np.float32), "indices has shape"),
         ("values", np.ones(4, np.float32), r"values has shape \(4,\)"),
         ("values", np.ones((0, 2), np.float32), r"values has shape \(0, 2\)"),
-        ("values", None, r"layer 'w' lacks w\.values"),
-        ("indices", None, r"layer 'w' lacks w\.indices"),
-        ("active", None, r"layer 'w' lacks w\.active"),
+        ("values", None, r"layer 'w' lacks 'w\.values'"),
+        ("indices", None, r"layer 'w' lacks 'w\.indices'"),
+        ("active", None, r"layer 'w' lacks 'w\.active'"),
     ],
 )
 def test_a_part_that_is_wrong_is_an_error_that_names_the_layer(folder, part, array, message):
@@ -442,13 +442,15 @@ def test_a_part_that_is_wrong_is_an_error_that_names_the_layer(folder, part, arr
         ({"w": {"shape": [3, 4], "dtype": "int8"}}, {}, "dtype 'int8' is none of"),
         ({"w": {"shape": [3, 4], "dtype": None}}, {}, "dtype None is none of"),
         ({"w": {"shape": [3, 4], "dtype": ["float32"]}}, {}, "is none of"),
-        ({"v": {"shape": [3, 4], "dtype": "float32"}}, {}, r"layer 'v' lacks v\.values"),
+        ({"v": {"shape": [3, 4], "dtype": "float32"}}, {}, r"layer 'v' lacks 'v\.values'"),
+        ({"\ud800": {"shape": [3, 4], "dtype": "float32"}}, {}, r"lacks '\\ud800\.values'"),
     ],
 )
 def test_metadata_that_is_wrong_is_an_error(folder, layers, metadata, message):
     arrays, right = right_parts()
-    with pytest.raises(FileFormatError, match=message):
+    with pytest.raises(FileFormatError, match=message) as failure:
         load_condensed(saved(folder, arrays, right if layers is None else layers, **metadata))
+    str(failure.value).encode()  # can be printed, whatever the file's text
 
 
 def test_a_name_of_both_a_layer_and_an_array_is_an_error(folder):

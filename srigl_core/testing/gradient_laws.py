@@ -13,11 +13,17 @@ from srigl_core.contract import Backend, MatmulGradients
 from srigl_core.registry import get_backend
 from srigl_core.testing.comparisons import assert_near, assert_same_bits, assert_within
 from srigl_core.testing.flush_mode import flushing_subnormals
-from srigl_core.testing.kernel_capabilities import capabilities_of
+from srigl_core.testing.kernel_capabilities import KernelCapabilities, capabilities_of
 from srigl_core.testing.law import Law, LawViolation, NotApplicable, registering
 from srigl_core.testing.oracles import expected_gradients, expected_product
 from srigl_core.testing.out_arrays import assert_neighbours_untouched, out_array
-from srigl_core.testing.problems import MatmulProblem, matmul_problem, special_numbers
+from srigl_core.testing.problems import (
+    Chooser,
+    MatmulProblem,
+    matmul_problem,
+    special_numbers,
+    with_subnormal_terms,
+)
 
 __all__ = ["GRADIENT_LAWS"]
 
@@ -88,6 +94,27 @@ def same_inputs_give_the_same_gradients(backend: Backend, problem: MatmulProblem
     for again in repeats:
         for (name, mine), (_, before) in zip(_each(again), _each(first), strict=True):
             assert_same_bits(mine, before, f"the gradient of {name}")
+
+
+def _subnormal_problem(choose: Chooser, able: KernelCapabilities) -> MatmulProblem:
+    """Build gradients of which every term of dx and of dbias is subnormal."""
+    return with_subnormal_terms(matmul_problem(choose, able))
+
+
+@_law(
+    against="extended precision",
+    within="the error bound of SPEC 2",
+    build=_subnormal_problem,
+)
+def subnormal_gradients_are_honoured(backend: Backend, problem: MatmulProblem) -> None:
+    """Subnormal gradients reach dx and dbias, also in a thread that flushes such numbers."""
+    expected = expected_gradients(problem.weight, problem.grad, problem.x)
+    plan = problem.weight.plan(backend)
+    with flushing_subnormals():
+        flushed = plan.backward(problem.grad, problem.x, wrt=("x", "bias"))
+    for got in (plan.backward(problem.grad, problem.x, wrt=("x", "bias")), flushed):
+        for name, gradient in _each(got):
+            assert_within(gradient, expected[name], f"the subnormal gradient of {name}")
 
 
 @_law(against="extended precision", within="the error bound of SPEC 2")

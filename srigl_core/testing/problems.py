@@ -9,7 +9,7 @@ kernel does not take on is not chosen.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -41,6 +41,7 @@ __all__ = [
     "random_numbers",
     "special_numbers",
     "update_problem",
+    "with_subnormal_terms",
 ]
 
 Option = TypeVar("Option")
@@ -228,6 +229,28 @@ def matmul_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> Ma
         out_dtype,
         out_layout,
         layout,
+    )
+
+
+def with_subnormal_terms(problem: MatmulProblem) -> MatmulProblem:
+    """Return a problem of the same shapes whose product and gradients have no other terms."""
+    rng = np.random.default_rng(0)
+    x, grad = (
+        laid_out(
+            (rng.integers(1, 500, part.shape) * float_limits(part.dtype).smallest).astype(
+                part.dtype
+            ),
+            problem.layout,
+        )
+        for part in (problem.x, problem.grad)
+    )
+    values = rng.integers(1, 4, problem.weight.values.shape).astype(problem.weight.dtype)
+    return replace(
+        problem,
+        weight=problem.weight.with_values(values),
+        x=x,
+        grad=grad,
+        bias=None,
     )
 
 

@@ -15,15 +15,17 @@ from srigl_core.plan import Plan, prepare
 from srigl_core.testing.bounds import Outcome
 from srigl_core.testing.comparisons import assert_near, assert_same_bits, assert_within
 from srigl_core.testing.flush_mode import can_flush_subnormals, flushing_subnormals
-from srigl_core.testing.kernel_capabilities import capabilities_of
+from srigl_core.testing.kernel_capabilities import KernelCapabilities, capabilities_of
 from srigl_core.testing.law import Law, LawViolation, NotApplicable, registering
 from srigl_core.testing.oracles import expected_product
 from srigl_core.testing.out_arrays import assert_neighbours_untouched, out_array
 from srigl_core.testing.problems import (
+    Chooser,
     MatmulProblem,
     laid_out,
     matmul_problem,
     special_numbers,
+    with_subnormal_terms,
 )
 
 __all__ = ["PRODUCT_LAWS"]
@@ -190,7 +192,16 @@ def memory_layout_does_not_matter(backend: Backend, problem: MatmulProblem) -> N
         assert_within(_call(plan, elsewhere), _product_of(elsewhere), f"of x laid out {layout!r},")
 
 
-@_law(against="itself, and extended precision", within="no bit, and the bound")
+def _subnormal_problem(choose: Chooser, able: KernelCapabilities) -> MatmulProblem:
+    """Build a product of which every term is subnormal."""
+    return with_subnormal_terms(matmul_problem(choose, able))
+
+
+@_law(
+    against="itself, and extended precision",
+    within="no bit, and the bound",
+    build=_subnormal_problem,
+)
 def subnormals_are_honoured_in_any_thread_mode(backend: Backend, problem: MatmulProblem) -> None:
     """A thread that flushes subnormals gets the same bits, and is left in its mode."""
     if not can_flush_subnormals():

@@ -274,7 +274,7 @@ def _weight(name: str, tensors: dict[str, Any], layer: Mapping[str, Any]) -> Con
     """Take the three arrays of a layer from `tensors`."""
     missing = [f"{name}.{part}" for part in _PARTS if f"{name}.{part}" not in tensors]
     if missing:
-        raise FileFormatError(f"lacks {', '.join(missing)}")
+        raise FileFormatError(f"lacks {', '.join(map(repr, missing))}")
     values, indices, active = (tensors.pop(f"{name}.{part}") for part in _PARTS)
     dtype = layer["dtype"]
     if dtype not in VALUE_TYPES:
@@ -291,7 +291,7 @@ def _weight(name: str, tensors: dict[str, Any], layer: Mapping[str, Any]) -> Con
 def _check_names(tensors: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
     missing, unknown = sorted(rest.keys() - tensors.keys()), sorted(tensors.keys() - rest.keys())
     if missing or unknown:
-        facts = [f"lacks {', '.join(missing)}"] if missing else []
+        facts = [f"lacks {', '.join(map(repr, missing))}"] if missing else []
         facts += [f"has {', '.join(unknown)}, which the model has not"] if unknown else []
         raise SriglError(
             f"the file {' and '.join(facts)}; make the model as the one that was saved"
