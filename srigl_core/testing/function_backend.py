@@ -85,7 +85,7 @@ class FunctionBackend:
         op = op or declared.op
         capabilities = capabilities or declared.capabilities
         asarray = asarray or declared.asarray
-        index_dtype = index_dtype or declared.index_dtype
+        index_dtype = declared.index_dtype if index_dtype is None else index_dtype
         if op not in OPERATIONS:
             raise SriglError(f"op={op!r} is unknown; use one of {', '.join(OPERATIONS)}")
         if not callable(function):
@@ -103,7 +103,8 @@ class FunctionBackend:
     def options(self) -> str:
         """The arguments for the conversion of arrays, as Python."""
         made = "" if self._asarray is None else ", asarray=..."
-        return made + (f", index_dtype={self._index_dtype.name!r}" if self._index_dtype else "")
+        kind = self._index_dtype
+        return made if kind is None else f"{made}, index_dtype={kind.name!r}"
 
     def prepare(self, weight: CondensedWeight) -> _FunctionWeight:
         """Return the weight, to be handed to the function at each call."""
