@@ -47,7 +47,23 @@ __all__ = [
 Option = TypeVar("Option")
 
 SIZES = (1, 2, 3, 5, 8, 17, 33, 40)
-BATCHES = ((1,), (2,), (), (3,), (7,), (8,), (9,), (2, 3), (16,), (17,), (32,), (33,), (0,))
+BATCHES = (
+    (1,),
+    (2,),
+    (),
+    (3,),
+    (7,),
+    (8,),
+    (9,),
+    (2, 3),
+    (16,),
+    (17,),
+    (32,),
+    (33,),
+    (65,),
+    (130,),
+    (0,),
+)
 MAGNITUDES = ("integers", "normal", "zeros", "cancelling", "subnormal", "huge", "spread")
 UPDATE_MAGNITUDES = ("integers", "normal", "zeros", "subnormal", "spread", "close")
 LAYOUTS = ("C", "F", "reversed", "every second", "shared rows", "offset by a byte")
@@ -94,14 +110,21 @@ class SeededChooser:
     Parameters
     ----------
     *seed : int
+
+    Attributes
+    ----------
+    made : list of int
+        The choices so far, for `RecordedChoices`.
     """
 
     def __init__(self, *seed: int) -> None:
         self._rng = np.random.default_rng(seed)
+        self.made: list[int] = []
 
     def integer(self, least: int, most: int) -> int:
         """Return an integer within ``least..most``."""
-        return int(self._rng.integers(least, most, endpoint=True))
+        self.made.append(int(self._rng.integers(least, most, endpoint=True)))
+        return self.made[-1]
 
     def pick(self, options: Sequence[Option]) -> Option:
         """Return one of `options`."""
@@ -232,24 +255,25 @@ def matmul_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> Ma
     )
 
 
-def with_subnormal_terms(problem: MatmulProblem) -> MatmulProblem:
-    """Return a problem of the same shapes whose product and gradients have no other terms."""
+def with_subnormal_terms(problem: MatmulProblem, *, values: bool) -> MatmulProblem:
+    """Return a problem of the same shapes whose product and gradients have no other terms.
+
+    Subnormal are the values, or else the inputs and gradients.
+    """
     rng = np.random.default_rng(0)
-    x, grad = (
-        laid_out(
-            (rng.integers(1, 500, part.shape) * float_limits(part.dtype).smallest).astype(
-                part.dtype
-            ),
-            problem.layout,
-        )
-        for part in (problem.x, problem.grad)
-    )
-    values = rng.integers(1, 4, problem.weight.values.shape).astype(problem.weight.dtype)
+
+    def numbers(like: NDArray[Any], *, subnormal: bool) -> NDArray[Any]:
+        scale = float_limits(like.dtype).smallest if subnormal else 1.0
+        most = 500 if subnormal else 4
+        return np.asarray(rng.integers(1, most, like.shape) * scale).astype(like.dtype)
+
+    weight = problem.weight
+    x, grad = (numbers(part, subnormal=not values) for part in (problem.x, problem.grad))
     return replace(
         problem,
-        weight=problem.weight.with_values(values),
-        x=x,
-        grad=grad,
+        weight=weight.with_values(numbers(weight.values, subnormal=values)),
+        x=laid_out(x, problem.layout),
+        grad=laid_out(grad, problem.layout),
         bias=None,
     )
 

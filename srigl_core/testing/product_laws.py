@@ -152,8 +152,11 @@ def same_inputs_give_the_same_bits(backend: Backend, problem: MatmulProblem) -> 
         again = _call(plan, problem, threads=threads)
         assert_same_bits(again, first, f"the product on threads={threads}")
         _call(plan, replace(problem, x=-problem.x))
-    fresh = _call(prepare(problem.weight, backend=backend), problem)
-    assert_same_bits(fresh, first, "the product of a fresh plan")
+    used, n_in = prepare(problem.weight, backend=backend), problem.x.shape[-1]
+    for activation in capabilities_of(backend).activations:
+        _call(used, replace(problem, activation=activation, bias=None), compact=True)
+        _call(used, replace(problem, activation=activation, x=problem.x.reshape(-1, n_in)[:1]))
+    assert_same_bits(_call(used, problem), first, "the product after others by the same plan")
 
 
 @_law(against="itself", within="no bit")
@@ -194,7 +197,7 @@ def memory_layout_does_not_matter(backend: Backend, problem: MatmulProblem) -> N
 
 def _subnormal_problem(choose: Chooser, able: KernelCapabilities) -> MatmulProblem:
     """Build a product of which every term is subnormal."""
-    return with_subnormal_terms(matmul_problem(choose, able))
+    return with_subnormal_terms(matmul_problem(choose, able), values=choose.pick((False, True)))
 
 
 @_law(

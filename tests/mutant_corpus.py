@@ -1,0 +1,274 @@
+"""Wrong kernels: each is a kernel of this project with one plausible bug, a diff of a few lines.
+
+A file ``mutants/KERNEL/NAME.diff`` says what is wrong, in one sentence, and which law rejects it.
+It is applied to the text of the file that it names, as that is installed. The changed module, and
+those that import it, are loaded beside the right ones, under other names; all else they share.
+"""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import builtins
+import functools
+import importlib.util
+import itertools
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from srigl_core.contract import Capabilities
+from srigl_core.testing import KernelCapabilities
+
+__all__ = ["MUTANTS", "Mutant", "MutantError", "apply_diff", "load_backend"]
+
+FOLDER = Path(__file__).with_name("mutants")
+
+BACKENDS = {
+    "reference": ("srigl_core.reference.backend", "ReferenceBackend"),
+    "scipy_csr": ("srigl_core.backends.scipy_csr", "ScipyBackend"),
+    "numba_cpu": ("srigl_core.backends.numba_cpu.backend", "NumbaBackend"),
+}
+"""Module and class of the backend of each kernel that is Python; "cupy_gpu" is CUDA."""
+
+NOT_COMPILED = ("backends/numba_cpu/condensed_matmul.py",)
+"""Files of numba_cpu without kernels. Where others are changed, float32 alone is tried: they are
+compiled anew for each type."""
+
+LAUNCHES = "srigl_core.backends.numba_cpu.calling"
+"""A module that is loaded anew for each mutant: what it compiles for its own package is kept on
+disk, with the wrong kernel in it."""
+
+SHARED_BYTES = 512
+"""Of the simulated CUDA device: few, so that small inputs are cut into segments."""
+
+Change = Callable[[str], str]
+
+
+class MutantError(Exception):
+    """A diff that is malformed, or no longer applies."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A wrong backend.
+
+    Parameters
+    ----------
+    kernel : str
+        The folder that the diff is in: a key of `BACKENDS`, or "cupy_gpu".
+    name : str
+        Of the bug.
+    bug : str
+        What is wrong, in one sentence.
+    law : str
+        A law that rejects it.
+    file : str
+        The file of this repository that is changed.
+    diff : str
+    """
+
+    kernel: str
+    name: str
+    bug: str
+    law: str
+    file: str
+    diff: str
+
+    @classmethod
+    def read(cls, path: Path) -> Mutant:
+        """Return what a diff says.
+
+        Raises
+        ------
+        MutantError
+            If it does not begin as a diff of the corpus does.
+        """
+        text = path.read_text()
+        head = re.match(r"# (.+\.)\n# Rejected by: (\w+)\n--- a/(\S+)\n\+\+\+ b/\3\n@@ ", text)
+        if head is None:
+            raise MutantError(
+                f"{path} must begin with '# A sentence.', '# Rejected by: law', "
+                f"'--- a/file' and '+++ b/file'"
+            )
+        return cls(path.parent.name, path.stem, *head.groups(), text)
+
+    @property
+    def changed_lines(self) -> int:
+        """Lines that are taken out, or put in, whichever are more."""
+        signs = [line[:1] for hunk in _hunks(self.diff) for line in hunk]
+        return max(signs.count("-"), signs.count("+"))
+
+    def load(self) -> Any:
+        """Return the wrong backend."""
+        made = load_backend(
+            self.kernel, self.file, lambda text: apply_diff(self.diff, text, self.file)
+        )
+        made.name = f"mutant {self}"
+        return made
+
+    def __str__(self) -> str:
+        return f"{self.kernel}/{self.name}"
+
+
+def apply_diff(diff: str, text: str, file: str) -> str:
+    """Return `text`, that of `file`, with the hunks of a diff applied.
+
+    The lines of a hunk, as they were, must be in the text exactly once; their numbers are not
+    looked at.
+
+    Raises
+    ------
+    MutantError
+        If they are not.
+    """
+    lines = text.splitlines()
+    for hunk in _hunks(diff):
+        old, new = ([line[1:] for line in hunk if line[:1] != sign] for sign in "+-")
+        starts = [at for at in range(len(lines)) if lines[at : at + len(old)] == old]
+        if len(starts) != 1:
+            there = "\n".join(old)
+            raise MutantError(
+                f"the diff does not apply to {file}, which has these lines {len(starts)} times; "
+                f"bring the diff up to date:\n{there}"
+            )
+        lines[starts[0] : starts[0] + len(old)] = new
+    return "\n".join(lines) + "\n"
+
+
+def _hunks(diff: str) -> list[list[str]]:
+    return [hunk.splitlines() for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:]]
+
+
+def load_backend(kernel: str, file: str, change: Change) -> Any:
+    """Return a backend of its own, the text of one of whose files has been put through `change`.
+
+    Raises
+    ------
+    MutantError
+        If the backend does not use that file.
+    """
+    if kernel == "cupy_gpu":
+        return _simulated_backend(file, change)
+    module, name = BACKENDS[kernel]
+    parts = Path(file).with_suffix("").parts
+    changed = ".".join(parts if parts[0] == "srigl_core" else ("srigl_core", *parts))
+    if not _uses(module, changed):
+        raise MutantError(f"the backend of {kernel} does not use {file}")
+    backend = getattr(_Modules(changed, change)(module), name)()
+    if kernel == "numba_cpu" and file not in NOT_COMPILED:
+        backend.capabilities = KernelCapabilities(value_dtypes=frozenset({"float32"}))
+    return backend
+
+
+# Python kernels
+
+_numbers = itertools.count()
+
+
+class _Modules:
+    """Load a changed module, and the kernels' modules that import it, under names of their own."""
+
+    def __init__(self, changed: str, change: Change) -> None:
+        self._changed, self._change = changed, change
+        self._prefix = f"changed_{next(_numbers)}"
+        self._loaded: dict[str, ModuleType] = {}
+
+    def __call__(self, name: str) -> ModuleType:
+        if name not in self._loaded:
+            path = _path(name)
+            source = path.read_text()
+            module = ModuleType(f"{self._prefix}.{name}")
+            module.__file__ = str(path)
+            module.__dict__["__builtins__"] = vars(builtins) | {"__import__": self._import}
+            # Dataclasses look their module up.
+            self._loaded[name] = sys.modules[module.__name__] = module
+            source = self._change(source) if name == self._changed else source
+            exec(compile(source, module.__name__, "exec"), module.__dict__)
+        return self._loaded[name]
+
+    def _import(
+        self, name: str, scope: Any = None, local: Any = None, parts: Any = (), level: int = 0
+    ) -> Any:
+        if _uses(name, self._changed) or name == LAUNCHES:
+            return self(name)
+        module = builtins.__import__(name, scope, local, parts, level)
+        own = [part for part in parts or () if _uses(f"{name}.{part}", self._changed)]
+        if not own:
+            return module
+        others = {part: getattr(module, part) for part in parts if part not in own}
+        return SimpleNamespace(**others, **{part: self(f"{name}.{part}") for part in own})
+
+
+@functools.cache
+def _uses(name: str, changed: str) -> bool:
+    """Whether a module is the changed one, or one of the kernels' that imports it."""
+    return name == changed or any(_uses(used, changed) for used in _imported(name))
+
+
+@functools.cache
+def _imported(name: str) -> frozenset[str]:
+    """Return the kernels' modules that one of them imports."""
+    path = _path(name)
+    if path is None:
+        return frozenset()
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(used for used in names if _path(used) is not None)
+
+
+@functools.cache
+def _path(name: str) -> Path | None:
+    """Return the installed file of one of the kernels' modules; None if it is none."""
+    package, _, last = name.rpartition(".")
+    if not package.startswith(("srigl_core.reference", "srigl_core.backends")):
+        return None
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    paths = (Path(folder, f"{last}.py") for folder in folders)
+    return next((path for path in paths if path.exists()), None)
+
+
+# CUDA kernels
+
+
+def _simulated_backend(file: str, change: Change) -> Any:
+    """Return the GPU backend on a simulated device, with one file of its kernels changed."""
+    from host_device import ORDERS, run_in_order
+    from simulated import KERNELS, SimulatedDevice, TightArrays
+
+    from srigl_core.backends.cupy_gpu.device import DeviceProperties
+    from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
+
+    folder = Path(tempfile.mkdtemp(prefix="srigl-mutant-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for path in KERNELS.glob("*.cu*"):
+        text = path.read_text()
+        (folder / path.name).write_text(change(text) if path.name == Path(file).name else text)
+
+    class Device(SimulatedDevice):
+        """One whose threads and blocks come in another order at each launch."""
+
+        def __init__(self) -> None:
+            properties = DeviceProperties("simulated", 3, SHARED_BYTES, 4 * SHARED_BYTES)
+            super().__init__(properties, folder, one_by_one=True)
+            self._orders = itertools.cycle(ORDERS)
+
+        def launch(self, *arguments: Any) -> None:
+            with run_in_order(next(self._orders)):
+                super().launch(*arguments)
+
+    backend = GpuBackend(Device(), "simulated", Capabilities())
+    backend.arrays = TightArrays()
+    return backend
+
+
+MUTANTS = [Mutant.read(path) for path in sorted(FOLDER.glob("*/*.diff"))]
