@@ -102,10 +102,10 @@ def test_a_source_that_does_not_compile_is_an_error_with_the_compilers_words(
 ):
     (tmp_path / "wrong.c").write_text("this is not C")
     monkeypatch.setattr(c_kernel, "SOURCE", tmp_path / "wrong.c")
-    c_kernel.library.cache_clear()
+    c_kernel.compiled.cache_clear()
     with pytest.raises(c_kernel.BackendUnavailableError, match=r"(?s)-O3.* failed:.*error"):
-        c_kernel.library("float32", "uint16")
-    c_kernel.library.cache_clear()
+        c_kernel.compiled("float32", "uint16")
+    c_kernel.compiled.cache_clear()
 
 
 def test_the_torch_compile_kernel_obeys_the_laws(tmp_path):

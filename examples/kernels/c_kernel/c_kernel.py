@@ -57,7 +57,7 @@ def find_compiler() -> str:
 
 
 @functools.cache
-def library(real: str, index: str, *, buggy: bool = False) -> ctypes.CDLL:
+def compiled(real: str, index: str, *, buggy: bool = False) -> ctypes.CDLL:
     """Compile the loops for a pair of types, and load them."""
     types = {"float32": "float", "float64": "double", "uint16": "uint16_t", "uint32": "uint32_t"}
     defines = [f"-DREAL={types[real]}", f"-DINDEX={types[index]}"] + ["-DWITH_A_BUG"] * buggy
@@ -107,7 +107,7 @@ def _matmul(x, values, indices, active, n_out, bias, *, buggy):
     x, values = plain(x, kind), plain(values, kind)
     bias = None if bias is None else plain(bias, kind)
     out = np.empty((len(x), n_out), kind)
-    c = library(kind.name, indices.dtype.name, buggy=buggy)
+    c = compiled(kind.name, indices.dtype.name, buggy=buggy)
     sizes = (len(x), x.shape[1], n_out, *values.shape)
     call(c.product, x, values, plain(indices, None), active, bias, out, *sizes)
     return out
@@ -177,7 +177,7 @@ class CPrepared:
         """Write the gradients that `out` has arrays for."""
         weight = self.weight
         kind = accumulator_dtype(weight.dtype, *(a.dtype for a in (grad, x) if a is not None))
-        c = library(kind.name, weight.indices.dtype.name)
+        c = compiled(kind.name, weight.indices.dtype.name)
         grad = plain(grad, kind)
         sizes = (len(grad), weight.shape[1], weight.shape[0], *weight.values.shape)
         with np.errstate(all="ignore"):
