@@ -111,7 +111,8 @@ def test_a_source_that_does_not_compile_is_an_error_with_the_compilers_words(
 def test_the_torch_compile_kernel_obeys_the_laws(tmp_path):
     pytest.importorskip("torch")
     printed = run_script(KERNELS / "torch_compile_kernel.py", "--quick", folder=tmp_path)
-    assert "torch_matmul: 15 checks run" in printed
+    assert re.search(r"^torch_matmul: 1\d checks run .* 1\d passed", printed, re.MULTILINE)
+    assert "failed" not in printed
     assert re.search(r"^compiled [1-9]\d* times", printed, re.MULTILINE)
 
 
