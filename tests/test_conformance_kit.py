@@ -271,6 +271,12 @@ def test_nothing_checked_is_no_success():
     assert not verify("scipy", op="update_mask").ok
 
 
+@pytest.mark.parametrize("what", ["operations", "value_dtypes", "index_dtypes", "activations"])
+def test_a_capability_that_there_is_not_is_refused(what):
+    with pytest.raises(SriglError, match=f"{what} has 'int31'; use some of"):
+        KernelCapabilities(**{what: frozenset({"int31"})})
+
+
 def test_plain_capabilities_will_do():
     able = Capabilities(value_dtypes=frozenset({"float64"}), index_dtypes=frozenset({"uint32"}))
     assert check_kernel(product, capabilities=able, max_examples=10).n_run > 10

@@ -76,9 +76,8 @@ def verify_kernels(
     names = targets or _available()
     for name in names:
         as_backend(name, op)
-    if (
-        sys.__stderr__ and not faulthandler.is_enabled()
-    ):  # a kernel that crashes takes this process with it
+    # A kernel that crashes takes this process with it; then at least it is said where.
+    if sys.__stderr__ and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)
     reports: list[Report] = []
     for name in names:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from srigl_core.contract import ACTIVATIONS, Backend, Capabilities
+from srigl_core.contract import ACTIVATIONS, OPERATIONS, Backend, Capabilities
+from srigl_core.errors import SriglError
+from srigl_core.value_types import VALUE_TYPES
 
 __all__ = ["OPTIONAL_SETTINGS", "KernelCapabilities", "capabilities_of"]
 
@@ -37,6 +39,11 @@ class KernelCapabilities(Capabilities):
         Whether it writes results in place, in any value type: otherwise it returns them.
     settings : frozenset of str
         Those of `OPTIONAL_SETTINGS` that its mask update takes.
+
+    Raises
+    ------
+    SriglError
+        If there is no operation, type, activation or setting of a name.
     """
 
     activations: frozenset[str] = frozenset(ACTIVATIONS)
@@ -45,6 +52,22 @@ class KernelCapabilities(Capabilities):
     strides: bool = True
     out: bool = True
     settings: frozenset[str] = OPTIONAL_SETTINGS
+
+    def __post_init__(self) -> None:
+        known = {
+            "operations": OPERATIONS,
+            "value_dtypes": VALUE_TYPES,
+            "index_dtypes": ("uint16", "uint32"),
+            "activations": ACTIVATIONS,
+            "settings": OPTIONAL_SETTINGS,
+        }
+        for name, names in known.items():
+            unknown = set(getattr(self, name)).difference(names)
+            if unknown:
+                raise SriglError(
+                    f"{name} has {', '.join(map(repr, sorted(unknown)))}; use some of "
+                    f"{', '.join(sorted(names))}"
+                )
 
 
 def capabilities_of(backend: Backend) -> KernelCapabilities:

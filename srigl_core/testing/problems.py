@@ -8,9 +8,10 @@ kernel does not take on is not chosen.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,42 +89,25 @@ LARGE_PRODUCT = (130, 129, 33)  # n_out, n_in, batch: enough work for threads to
 LARGE_LAYER = (401, 399)
 
 
-class Chooser(Protocol):
-    """A source of choices."""
-
-    def integer(self, least: int, most: int) -> int:
-        """Return an integer within ``least..most``."""
-        ...
-
-    def pick(self, options: Sequence[Option]) -> Option:
-        """Return one of `options`."""
-        ...
-
-    def generator(self) -> np.random.Generator:
-        """Return a generator for the bulk of the numbers."""
-        ...
-
-
-class SeededChooser:
-    """Choices from a seeded generator, the same on every machine.
-
-    Parameters
-    ----------
-    *seed : int
+class Chooser(ABC):
+    """A source of choices.
 
     Attributes
     ----------
     made : list of int
-        The choices so far, for `RecordedChoices`.
+        The choices so far, for `RecordedChoices`: an option by its place, a generator by its seed.
     """
 
-    def __init__(self, *seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
+    def __init__(self) -> None:
         self.made: list[int] = []
+
+    @abstractmethod
+    def _choose(self, least: int, most: int) -> int:
+        """Return an integer within ``least..most``."""
 
     def integer(self, least: int, most: int) -> int:
         """Return an integer within ``least..most``."""
-        self.made.append(int(self._rng.integers(least, most, endpoint=True)))
+        self.made.append(self._choose(least, most))
         return self.made[-1]
 
     def pick(self, options: Sequence[Option]) -> Option:
@@ -135,29 +119,37 @@ class SeededChooser:
         return np.random.default_rng(self.integer(0, 2**32 - 1))
 
 
-class RecordedChoices:
+class SeededChooser(Chooser):
+    """Choices from a seeded generator, the same on every machine.
+
+    Parameters
+    ----------
+    *seed : int
+    """
+
+    def __init__(self, *seed: int) -> None:
+        super().__init__()
+        self._rng = np.random.default_rng(seed)
+
+    def _choose(self, least: int, most: int) -> int:
+        return int(self._rng.integers(least, most, endpoint=True))
+
+
+class RecordedChoices(Chooser):
     """Choices made before, made again.
 
     Parameters
     ----------
     numbers : sequence of int
-        An integer as it was, an option by its place, a generator by its seed.
+        What `Chooser.made` held.
     """
 
     def __init__(self, numbers: Sequence[int]) -> None:
+        super().__init__()
         self._left = iter(numbers)
 
-    def integer(self, least: int, most: int) -> int:
-        """Return an integer within ``least..most``."""
+    def _choose(self, least: int, most: int) -> int:
         return min(max(next(self._left), least), most)
-
-    def pick(self, options: Sequence[Option]) -> Option:
-        """Return one of `options`."""
-        return options[self.integer(0, len(options) - 1)]
-
-    def generator(self) -> np.random.Generator:
-        """Return a generator for the bulk of the numbers."""
-        return np.random.default_rng(next(self._left))
 
 
 @dataclass(frozen=True, eq=False)

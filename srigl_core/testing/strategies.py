@@ -6,7 +6,7 @@ does not take on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -45,39 +45,24 @@ __all__ = [
     "value_dtypes",
 ]
 
-Option = TypeVar("Option")
 Problem = TypeVar("Problem")
 
 
-class DrawnChooser:
-    """Choices drawn by Hypothesis, and noted, so that `RecordedChoices` can make them again.
+class DrawnChooser(Chooser):
+    """Choices drawn by Hypothesis.
 
     Parameters
     ----------
     draw : callable
         What a composite strategy is given.
-
-    Attributes
-    ----------
-    made : list of int
     """
 
     def __init__(self, draw: Callable[[Any], Any]) -> None:
-        self._draw, self.made = draw, list[int]()
+        super().__init__()
+        self._draw = draw
 
-    def integer(self, least: int, most: int) -> int:
-        """Return an integer within ``least..most``."""
-        chosen: int = self._draw(st.integers(least, most))
-        self.made.append(chosen)
-        return chosen
-
-    def pick(self, options: Sequence[Option]) -> Option:
-        """Return one of `options`."""
-        return options[self.integer(0, len(options) - 1)]
-
-    def generator(self) -> np.random.Generator:
-        """Return a generator for the bulk of the numbers."""
-        return np.random.default_rng(self.integer(0, 2**32 - 1))
+    def _choose(self, least: int, most: int) -> int:
+        return int(self._draw(st.integers(least, most)))
 
 
 def problems(

@@ -310,7 +310,9 @@ def _run(
     for number in range(max_examples):
         try:
             tried.attempt(SeededChooser(*seeds, number))
-        except Exception:
+        except Exception as error:
+            if error is not tried.error:
+                raise  # no kernel's: the problem could not be built
             failures.append((math.prod(tried.problem.weight.shape), tried.choices))
         if len(failures) == (_COMPARED if shrink else 1):
             break
