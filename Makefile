@@ -48,8 +48,7 @@ docs: $(docs-ready)
 
 fuzz: $(fuzz-ready)
 	$(python) tests/fuzz/condensed_file.py
-	$(python) tests/fuzz/backends.py --backends numba & numba=$$!; \
-	  $(python) tests/fuzz/backends.py --backends reference,scipy && wait $$numba
+	$(python) tests/fuzz/backends.py --processes 2 --json build/fuzz/backends.json
 
 check:
 	.ci/run

@@ -84,9 +84,11 @@ DTYPE_PAIRS = (
 )
 UPDATE_DTYPES = ("float32", "float64", "float16", "bfloat16")
 EVERYTHING = KernelCapabilities()
-WIDE = 70_000  # more columns than uint16 can number
+WIDE = (50_000, 65_536)  # more columns than int16 can number, and all that uint16 can
+WIDER = 70_000
+DEEP = 1_025  # connections of a neuron: more than fit the vectors, warps and blocks that sum them
 LARGE_PRODUCT = (130, 129, 33)  # n_out, n_in, batch: enough work for threads to be worth it
-LARGE_LAYER = (401, 399)
+LARGE_LAYERS = ((401, 399), (3, WIDER))
 
 
 class Chooser(ABC):
@@ -207,16 +209,7 @@ def matmul_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> Ma
     taken = [pair for pair in DTYPE_PAIRS if able.value_dtypes.issuperset(pair)]
     x_name, values_name = choose.pick(taken)
     x_dtype, values_dtype = value_dtype(x_name), value_dtype(values_name)
-    lead = choose.pick(BATCHES)
-    n_out, n_in = choose.pick(SIZES), choose.pick(SIZES)
-    usual = ("no",) * 14 + ("large",) if "uint16" in able.index_dtypes else ()
-    unusual = choose.pick((*usual, "wide") if "uint32" in able.index_dtypes else usual)
-    if unusual == "wide":
-        n_in, lead = WIDE, lead[:1] and (min(lead[0], 9),)
-    if unusual == "large":
-        n_out, n_in, lead = (*LARGE_PRODUCT[:2], LARGE_PRODUCT[2:])
-    fan_in = choose.pick((1, n_in, max(1, n_in // 2), min(n_in, 7)))
-    fan_in = LARGE_PRODUCT[1] // 2 if unusual == "large" else min(fan_in, 40)
+    lead, n_out, n_in, fan_in = _product_shape(choose, able)
     few = (n_out, 1, max(1, n_out // 2), max(1, n_out - 1))
     n_active = choose.pick(few) if able.ablation else n_out
     magnitude = choose.pick(MAGNITUDES)
@@ -247,6 +240,27 @@ def matmul_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> Ma
     )
 
 
+def _product_shape(
+    choose: Chooser, able: KernelCapabilities
+) -> tuple[tuple[int, ...], int, int, int]:
+    """Choose leading shape, n_out, n_in and fan-in: mostly small, and what only large ones show."""
+    lead, n_out, n_in = choose.pick(BATCHES), choose.pick(SIZES), choose.pick(SIZES)
+    kinds = []
+    if "uint16" in able.index_dtypes:
+        kinds += ["small"] * 14 + ["large", "deep", "wide"]
+    if "uint32" in able.index_dtypes:
+        kinds += ["wider"]
+    kind = choose.pick(kinds)
+    if kind == "large":
+        n_out, n_in, batch = LARGE_PRODUCT
+        return (batch,), n_out, n_in, n_in // 2
+    if kind != "small":
+        n_in = choose.pick({"deep": (DEEP,), "wide": WIDE, "wider": (WIDER,)}[kind])
+        lead = lead[:1] and (min(lead[0], 9),)
+    fan_in = choose.pick((1, n_in, max(1, n_in // 2), min(n_in, 7)))
+    return lead, n_out, n_in, fan_in if kind == "deep" else min(fan_in, SIZES[-1])
+
+
 def with_subnormal_terms(problem: MatmulProblem, *, values: bool) -> MatmulProblem:
     """Return a problem of the same shapes whose product and gradients have no other terms.
 
@@ -274,8 +288,7 @@ def update_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> Up
     """Build a mask update: tie-rich or distinct numbers, any mask, any setting that works."""
     dtype = value_dtype(choose.pick([name for name in UPDATE_DTYPES if name in able.value_dtypes]))
     n_out, n_in = choose.pick(SIZES), choose.pick(SIZES)
-    if choose.pick((False,) * 15 + (True,)):
-        n_out, n_in = LARGE_LAYER
+    n_out, n_in = choose.pick(((n_out, n_in),) * 14 + LARGE_LAYERS)
     magnitude = choose.pick(UPDATE_MAGNITUDES)
     constant_fan_in = choose.pick((True, False))
     nnz_budget = choose.integer(n_out, n_out * n_in)

@@ -1,11 +1,13 @@
 """Try the laws on the backends for an hour, with other problems each time.
 
     python tests/fuzz/backends.py [--minutes 60] [--examples 10000] [--backends NAME,...]
-                                  [--laws NAME,...] [--seed N] [--keep FOLDER] [--json FILE]
+                                  [--laws NAME,...] [--processes 2] [--seed N] [--keep FOLDER]
+                                  [--json FILE]
 
 Every law has its turn on every backend, with other problems each time, until the time is over or
 all have had their examples. Where a law fails, the problem is made small, reported at the end, and
 the law is not tried there again. The failure is kept in a folder, and the next run starts with it.
+The last lines say how many laws and backends had all of their examples.
 With --seed the problems are those of the last run with that seed; Hypothesis then keeps nothing.
 Exits 1 on a failure, 2 if nothing could be checked.
 """
@@ -13,11 +15,14 @@ Exits 1 on a failure, 2 if nothing could be checked.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
 import random
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +30,7 @@ from hypothesis import settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 from srigl_core import Backend, SriglError
+from srigl_core.cli.machine import machine_facts, package_versions
 from srigl_core.testing import LAWS, Law, LawResult
 from srigl_core.testing.targets import as_backend
 from srigl_core.testing.verification import law_named, try_law
@@ -39,6 +45,8 @@ class Tally:
 
     Parameters
     ----------
+    target : str
+        As in `as_backend`.
     backend : Backend
     law : Law
     tried, examples : int
@@ -47,6 +55,7 @@ class Tally:
     failure : LawResult or None
     """
 
+    target: str
     backend: Backend
     law: Law
     tried: int = 0
@@ -64,38 +73,83 @@ class Tally:
         found = self.failure is not None or self.examples >= examples
         return self.is_offered and not found and self.tried < 10 * examples
 
-    def turn(self, examples: int, seed: int | None, keep: Path) -> None:
-        """Try the law on new problems, and on those that failed in an earlier run."""
-        database = DirectoryBasedExampleDatabase(keep / self.backend.name / self.law.name)
-        start = time.perf_counter()
-        result = try_law(
-            self.backend, self.law, max_examples=examples, seed=seed, database=database
-        )
-        self.seconds += time.perf_counter() - start
-        self.tried += examples
+    def add(self, tried: int, result: LawResult, seconds: float) -> None:
+        """Count what a turn came to."""
+        self.tried += tried
         self.examples += result.examples
+        self.seconds += seconds
         self.failure = result if result.status == "failed" else None
 
 
+@dataclass(frozen=True)
+class Turns:
+    """What processes of their own do: have a law tried on a backend, until the time is over.
+
+    Parameters
+    ----------
+    examples : int
+        Of a turn.
+    end : float
+        By `time.time`.
+    keep : Path
+    """
+
+    examples: int
+    end: float
+    keep: Path
+
+    def __call__(
+        self, target: str, law_name: str, seed: int | None
+    ) -> tuple[LawResult, float] | None:
+        """Try a law on new problems, and on those that failed in an earlier run."""
+        start = time.time()
+        if start >= self.end:
+            return None
+        backend, law = _backend(target), law_named(law_name)
+        database = DirectoryBasedExampleDatabase(self.keep / backend.name / law_name)
+        result = try_law(backend, law, max_examples=self.examples, seed=seed, database=database)
+        return result, time.time() - start
+
+
+_backend = functools.cache(as_backend)
+
+
+def _start_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the run
+    # Where CI is set Hypothesis would try the same problems each time, and keep no failure.
+    settings.register_profile("fuzz", settings.get_profile("default"), derandomize=False)
+    settings.load_profile("fuzz")
+
+
 def fuzz(
-    tallies: list[Tally], *, minutes: float, examples: int, seed: int | None, keep: Path
+    tallies: list[Tally],
+    *,
+    minutes: float,
+    examples: int,
+    processes: int,
+    seed: int | None,
+    keep: Path,
 ) -> None:
     """Give every law its turns, until the time is over or all have had their examples."""
     seeds = random.Random(seed)
-    end = time.monotonic() + 60 * minutes
-    for tally in _in_turns(tallies, examples):
-        if time.monotonic() >= end:
-            return
-        tally.turn(min(TURN, examples), seed and seeds.randrange(2**32), keep)
+    turns = Turns(min(TURN, examples), time.time() + 60 * minutes, keep)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, _start_process) as pool:
+        while time.time() < turns.end:
+            remaining = [tally for tally in tallies if tally.is_open(examples)]
+            if not remaining:
+                return
+            targets = [tally.target for tally in remaining]
+            names = [tally.law.name for tally in remaining]
+            chosen = [seed and seeds.randrange(2**32) for _ in remaining]
+            results = pool.map(turns, targets, names, chosen)
+            for tally, result in zip(remaining, results, strict=True):
+                if result is not None:
+                    tally.add(turns.examples, *result)
 
 
-def _in_turns(tallies: list[Tally], examples: int) -> Iterator[Tally]:
-    while remaining := [tally for tally in tallies if tally.is_open(examples)]:
-        yield from remaining
-
-
-def table(tallies: list[Tally]) -> str:
-    """Return a line for each law and backend, and the failures below."""
+def table(tallies: list[Tally], examples: int) -> str:
+    """Return a line for each law and backend, and below who had all examples, and the failures."""
     width = max(len(tally.law.name) for tally in tallies)
     lines = [f"{'law':<{width}}  {'backend':<10}{'examples':>10}{'failures':>10}{'seconds':>9}"]
     for t in tallies:
@@ -103,13 +157,16 @@ def table(tallies: list[Tally]) -> str:
         told = counts if t.is_offered else f"{'not offered':>29}"
         lines.append(f"{t.law.name:<{width}}  {t.backend.name:<10}{told}")
     n_failures = sum(t.failure is not None for t in tallies)
+    offered = [t for t in tallies if t.is_offered]
+    n_full = sum(t.examples >= examples for t in offered)
+    reached = f"{n_full} of {len(offered)} laws and backends had {examples:,} examples or more"
     total = f"{sum(t.examples for t in tallies):,} examples, {n_failures} failures"
     reports = [f"{t.backend.name}: {t.failure}" for t in tallies if t.failure is not None]
-    return "\n\n".join(["\n".join(lines), total, *reports])
+    return "\n\n".join(["\n".join(lines), *reports, f"{reached}\n{total}"])
 
 
 def as_json(tallies: list[Tally], *, seed: int | None, seconds: float) -> str:
-    """Return the table as JSON."""
+    """Return the table as JSON, with what it was run on."""
     rows = [
         {
             "law": t.law.name,
@@ -122,7 +179,14 @@ def as_json(tallies: list[Tally], *, seed: int | None, seconds: float) -> str:
         for t in tallies
         if t.is_offered
     ]
-    return json.dumps({"seed": seed, "seconds": round(seconds, 1), "laws": rows}, indent=1) + "\n"
+    content = {
+        "machine": machine_facts(),
+        "versions": package_versions(),
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "laws": rows,
+    }
+    return json.dumps(content, indent=1) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -132,19 +196,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=10_000, help="of a law on a backend")
     parser.add_argument("--backends", default=BACKENDS, help="names, or module:attribute")
     parser.add_argument("--laws", default="", help="only these")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=None, help="1 or more: the same problems again")
     parser.add_argument("--keep", type=Path, default=Path(".hypothesis/fuzz/backends"))
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     chosen = parser.parse_args(arguments)
     try:
         laws = [law_named(name) for name in chosen.laws.split(",") if name] or LAWS
-        backends = [as_backend(name) for name in chosen.backends.split(",")]
+        backends = {name: as_backend(name) for name in chosen.backends.split(",")}
     except SriglError as error:
         parser.error(str(error))
-    # Where CI is set Hypothesis would try the same problems each time, and keep no failure.
-    settings.register_profile("fuzz", settings.get_profile("default"), derandomize=False)
-    settings.load_profile("fuzz")
-    tallies = [Tally(backend, law) for backend in backends for law in laws]
+    tallies = [Tally(name, backend, law) for name, backend in backends.items() for law in laws]
     start = time.perf_counter()
     interrupted = False
     try:
@@ -152,14 +214,17 @@ def main(arguments: list[str] | None = None) -> int:
             tallies,
             minutes=chosen.minutes,
             examples=chosen.examples,
+            processes=chosen.processes,
             seed=chosen.seed,
             keep=chosen.keep,
         )
     except KeyboardInterrupt:
         interrupted = True
     seconds = time.perf_counter() - start
-    print(table(tallies), f"in {seconds:.0f} s{', interrupted' if interrupted else ''}")
+    ended = ", interrupted" if interrupted else ""
+    print(table(tallies, chosen.examples), f"in {seconds:.0f} s{ended}")
     if chosen.json is not None:
+        chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_text(as_json(tallies, seed=chosen.seed, seconds=seconds))
     if any(tally.failure is not None for tally in tallies):
         return 1

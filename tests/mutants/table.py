@@ -9,12 +9,14 @@ compiled, where it is the named law alone.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from mutant_corpus import MUTANTS, Mutant
 
@@ -24,6 +26,8 @@ MAX_EXAMPLES = 100
 SEED = 0
 SMALL = 3
 NOT_COMPILED = ("reference", "scipy_csr")
+FUZZED = Path(__file__).parents[2] / "benchmarks" / "results" / "fuzz.json"
+"""What `tests/fuzz/backends.py --json` wrote."""
 
 PAGE = """# Wrong kernels, and what rejects them
 
@@ -36,6 +40,8 @@ example has that it shows then.
 - {n_rejected} of {n} are rejected. {n_naming} of {n_laws} laws reject a mutant that names them.
 - The named law takes {median:g} problems in the median, {most} at most.
 - {n_small} of {n_rejected}, {percent}%, are shrunk to {small} x {small} or smaller.
+
+{fuzzed}
 
 {date}, by `PYTHONPATH=tests:tests/gpu python tests/mutants/table.py docs/mutants.md`.
 
@@ -85,8 +91,22 @@ def page(rejections: list[Rejection], date: str) -> str:
         small=SMALL,
         max_examples=MAX_EXAMPLES,
         seed=SEED,
+        fuzzed=_fuzzed(json.loads(FUZZED.read_text())),
         date=date,
         tables="\n".join(_table(kernel, rejections) for kernel in kernels).rstrip(),
+    )
+
+
+def _fuzzed(content: dict[str, Any]) -> str:
+    """Return what became of the right kernels."""
+    rows = content["laws"]
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    examples = [row["examples"] for row in rows]
+    n_failures = sum(row["failures"] for row in rows)
+    return (
+        f"Right kernels pass: `make fuzz` tried the laws of what each offers on "
+        f"{', '.join(backends)}, {min(examples):,} problems or more a law and {sum(examples):,} in "
+        f"all, and {n_failures} failed ([its table](../benchmarks/results/fuzz.json))."
     )
 
 
