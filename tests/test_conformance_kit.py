@@ -84,7 +84,7 @@ def test_a_function_is_handed_what_its_parameters_are_called_after():
 
 def test_a_function_that_is_told_no_rows_gets_no_ablated_neurons():
     def kernel(x, values, indices):
-        assert len(values) <= 130
+        assert len(values) in (*range(1, 41), 130, 1_100)
         return np.stack([x[:, i] @ v for v, i in zip(values, indices, strict=True)], axis=1)
 
     assert check_kernel(kernel, capabilities=WIDE_TYPES, max_examples=20).ok
@@ -458,7 +458,7 @@ def test_pytest_takes_a_backend_as_an_option(project):
     options = ["-q", "--srigl-max-examples=20", "-rs"]
     out = pytest_in(empty, *options, "--srigl-backend=reference", "--srigl-backend=scipy")
     n_updates = sum(law.operation == "update_mask" for law in LAWS)
-    assert f"{2 * len(LAWS) - n_updates} passed, {n_updates} skipped" in out
+    assert f"{2 * len(LAWS) - n_updates + 2} passed, {n_updates} skipped" in out
     assert "it does not offer update_mask" in out
 
 
@@ -475,7 +475,7 @@ def test_verify_takes_kernels_that_are_not_registered(project, monkeypatch):
     assert result.exit_code == 0, result.output
     (found,) = json.loads(report.read_text())
     assert found["kernel"] == "mine"
-    assert found["counts"]["passed"] == len(found["laws"]) == 8
+    assert found["counts"]["passed"] == len(found["laws"]) == 9
     result = srigl("verify", "my_kernels:broken", "--op", "condensed_matmul", *few)
     assert result.exit_code == 1
     assert "check_law('my_kernels:broken', \"product_is_within_the_error_bound\"" in result.output

@@ -73,6 +73,8 @@ def verify_kernels(
     from srigl_core.testing import verify
     from srigl_core.testing.targets import as_backend
 
+    if report is not None and not report.parent.is_dir():
+        raise SriglError(f"--report {report}: there is no folder {report.parent}; make it first")
     names = targets or _available()
     for name in names:
         as_backend(name, op)
@@ -108,12 +110,16 @@ def read_xfails(path: Path) -> dict[str, str]:
     Raises
     ------
     SriglError
-        If a line says something else.
+        If a line says something else, or it is no text.
     OSError
         If it cannot be read.
     """
     found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SriglError(f"{path} is no text in UTF-8 ({error})") from error
+    for number, line in enumerate(text.splitlines(), 1):
         said = line.partition("#")[0].strip()
         law, colon, reason = (part.strip() for part in said.partition(":"))
         if said and not (law and colon and reason):

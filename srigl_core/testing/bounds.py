@@ -80,17 +80,24 @@ class Outcome:
         with np.errstate(all="ignore"):
             return activate(self.z.astype(np.float64), self.activation)
 
+    @property
+    def unchecked(self) -> NDArray[np.bool_]:
+        """Where the sum of magnitudes exceeds half the accumulator's largest number."""
+        return np.asarray(self.scale > float_limits(self.accumulator).largest / 2)
+
     def bound(self, dtype: np.dtype[Any]) -> NDArray[np.float64]:
-        """Return how far a result of `dtype` may be from `y`, elementwise."""
+        """Return how far a result of `dtype` may be from `y`, elementwise; inf where unchecked."""
         acc, out = float_limits(self.accumulator), float_limits(dtype)
         z, y = np.abs(self.z), np.abs(self.y)
         with np.errstate(all="ignore"):
             n = self.terms + 2.0
             before = 2 * n * acc.roundoff * self.scale + n * acc.smallest
             if self.activation == "none":
-                return np.asarray(before + out.roundoff * z + out.smallest, np.float64)
-            inside = _LIPSCHITZ[self.activation] * before + 8 * acc.roundoff * (z + y)
-            return np.asarray(inside + out.roundoff * y + out.smallest, np.float64)
+                bound = before + out.roundoff * z + out.smallest
+            else:
+                inside = _LIPSCHITZ[self.activation] * before + 8 * acc.roundoff * (z + y)
+                bound = inside + out.roundoff * y + out.smallest
+            return np.where(self.unchecked, np.inf, bound).astype(np.float64)
 
 
 def first_violation(got: NDArray[Any], outcome: Outcome) -> tuple[tuple[int, ...], str] | None:
@@ -117,12 +124,11 @@ def first_violation(got: NDArray[Any], outcome: Outcome) -> tuple[tuple[int, ...
     result = got.astype(np.float64)
     with np.errstate(all="ignore"):
         finite = np.isfinite(expected) & np.isfinite(outcome.z)
-        unchecked = outcome.scale > float_limits(outcome.accumulator).largest / 2
         within = np.abs(result - expected) <= bound
         may_overflow = np.abs(expected) + bound >= limits.overflow
         overflowed = may_overflow & (result == np.copysign(np.inf, expected))
         same_class = (result == expected) | (np.isnan(result) & np.isnan(expected))
-    allowed = unchecked | np.where(finite, within | overflowed, same_class)
+    allowed = outcome.unchecked | np.where(finite, within | overflowed, same_class)
     if allowed.all():
         return None
     where = tuple(int(i) for i in np.argwhere(~allowed)[0])

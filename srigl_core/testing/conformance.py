@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ class BackendConformance:
     Attributes
     ----------
     backend : str, Backend, class or function
-        As in `srigl_core.testing.targets.as_backend`; a function as ``staticmethod(kernel)``.
+        As in `srigl_core.testing.targets.as_backend`.
     op : str or None
         Only the laws of this operation; of a function, what it computes.
     max_examples, seed : int
@@ -48,7 +49,7 @@ class BackendConformance:
         if self.op not in (None, law.operation):
             pytest.skip(f"only {self.op} is under test")
         report = verify(
-            self.backend,
+            self._kernel(),
             op=self.op,
             laws=[law],
             max_examples=self.max_examples,
@@ -59,8 +60,13 @@ class BackendConformance:
 
     def test_some_law_can_be_checked(self) -> None:
         """Something is under test at all."""
-        one = verify(self.backend, op=self.op, max_examples=1, seed=self.seed, shrink=False)
+        one = verify(self._kernel(), op=self.op, max_examples=1, seed=self.seed, shrink=False)
         assert one.n_run, one.summary
+
+    def _kernel(self) -> Any:
+        """Return the backend; a function as it is, and not as a method."""
+        found = inspect.getattr_static(type(self), "backend")
+        return found.__func__ if isinstance(found, staticmethod) else found
 
 
 def report_to_pytest(result: LawResult) -> None:

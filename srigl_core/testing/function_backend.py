@@ -17,7 +17,7 @@ from srigl_core.host_arrays import HOST_ARRAYS
 from srigl_core.mask_update import MaskUpdate, UpdateSettings
 from srigl_core.reference.mask_update import make_update, srigl_update
 from srigl_core.testing.kernel_capabilities import OPTIONAL_SETTINGS, KernelCapabilities
-from srigl_core.testing.law import LawViolation
+from srigl_core.testing.law import LawViolation, NotApplicable
 from srigl_core.value_types import result_dtype, round_to
 
 __all__ = ["FunctionBackend", "declare"]
@@ -69,7 +69,8 @@ class FunctionBackend:
     Raises
     ------
     SriglError
-        If a parameter without a default has another name.
+        If a parameter without a default has another name, or `out` is to be written by a function
+        whose arrays `asarray` makes.
     """
 
     def __init__(
@@ -93,6 +94,11 @@ class FunctionBackend:
         self.function, self._asarray = function, asarray
         self._index_dtype = None if index_dtype is None else np.dtype(index_dtype)
         self._taken = _taken(function, op)
+        if asarray is not None and "out" in self._taken:
+            raise SriglError(
+                "a function whose arrays asarray makes cannot write to out, which is NumPy's; "
+                "return the product instead"
+            )
         self.name = getattr(function, "__name__", type(function).__name__)
         self.xfails = declared.xfails
         self.capabilities: Capabilities = _capabilities(
@@ -113,8 +119,11 @@ class FunctionBackend:
     def call(self, offered: Mapping[str, Any]) -> Any:
         """Call the function with what it takes of `offered`."""
         given = {name: self._lent(name, offered[name]) for name in self._taken}
-        with np.errstate(all="ignore"):
-            return self.function(**given)
+        try:
+            with np.errstate(all="ignore"):
+                return self.function(**given)
+        except NotApplicable as error:  # a law's to say, not a kernel's
+            raise LawViolation(f"the kernel raised NotApplicable: {error}") from error
 
     def update_mask(
         self,
@@ -192,8 +201,10 @@ class _FunctionWeight:
         columns = self._weight.n_active if is_compact else self._weight.shape[0]
         own = out if columns == out.shape[1] else np.full((len(x), columns), np.nan, out.dtype)
         options = {"activation": activation, "compact": is_compact, "out": own, "threads": threads}
+        if "out" in taken:
+            own[...] = np.nan  # so that what is not written shows
         found = self._backend.call({"x": x, "bias": bias, **self._parts(), **options})
-        if "out" not in taken:
+        if "out" not in taken or (found is not None and found is not own):
             own = _host(found, "the product")
             due = result_dtype(x.dtype, self._weight.dtype)
             if own.shape != (len(x), columns) or own.dtype != due:
@@ -289,7 +300,13 @@ class _Declaration:
 
 def _taken(function: Callable[..., Any], op: str) -> frozenset[str]:
     """Return the names that a function is called with."""
-    names, parameters = PARAMETERS[op], inspect.signature(function).parameters.values()
+    names = PARAMETERS[op]
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError as error:
+        raise SriglError(
+            f"the parameters of {function!r} cannot be told; wrap it in a function of Python"
+        ) from error
     if any(part.kind is part.VAR_KEYWORD for part in parameters):
         return frozenset(names)
     for part in parameters:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from srigl_core.testing.problems import (
     special_numbers,
     with_subnormal_terms,
 )
+from srigl_core.testing.thread_calls import in_threads
 
 __all__ = ["GRADIENT_LAWS"]
 
@@ -48,7 +51,7 @@ def gradients_agree_with_other_oracles(backend: Backend, problem: MatmulProblem)
     """The reference and SciPy CSR give the same gradients, within twice the bound."""
     expected = expected_gradients(problem.weight, problem.grad, problem.x)
     got = problem.weight.plan(backend).backward(problem.grad, problem.x)
-    for oracle in {"reference", "scipy"} - {backend.name}:
+    for oracle in sorted({"reference", "scipy"} - {backend.name}):
         other = problem.weight.plan(get_backend(oracle)).backward(problem.grad, problem.x)
         for (name, mine), (_, theirs) in zip(_each(got), _each(other), strict=True):
             bound = 2 * expected[name].bound(mine.dtype)
@@ -74,13 +77,23 @@ def unconnected_places_do_not_reach_gradients(backend: Backend, problem: MatmulP
 @_law(against="extended precision", within="the error bound of SPEC 2")
 def non_finite_gradients_propagate(backend: Backend, problem: MatmulProblem) -> None:
     """NaN and infinity in connected places spread by IEEE rules, and no further."""
-    grad, x = problem.grad.copy(), problem.x.copy()
+    grad, x, values = problem.grad.copy(), problem.x.copy(), problem.weight.values.copy()
     grad[..., -1] = special_numbers(grad[..., -1].shape, 3)
     x[..., 0] = special_numbers(x[..., 0].shape, 4)
-    expected = expected_gradients(problem.weight, grad, x)
-    got = problem.weight.plan(backend).backward(grad, x)
-    for name, gradient in _each(got):
-        assert_within(gradient, expected[name], f"with NaN and inf, the gradient of {name}")
+    values[:, -1] = special_numbers(values[:, -1].shape, 5)
+    cases = {
+        "grad and x": replace(problem, grad=grad, x=x),
+        # 0 times infinity: a zero is no reason to skip a term.
+        "x, and grad 0": replace(problem, grad=np.zeros_like(problem.grad), x=x),
+        "the values, and grad 0": replace(
+            problem, weight=problem.weight.with_values(values), grad=np.zeros_like(problem.grad)
+        ),
+    }
+    for what, case in cases.items():
+        expected = expected_gradients(case.weight, case.grad, case.x)
+        got = case.weight.plan(backend).backward(case.grad, case.x)
+        for name, gradient in _each(got):
+            assert_within(gradient, expected[name], f"with NaN and inf in {what}, that of {name}")
 
 
 @_law(against="itself", within="no bit")
@@ -92,8 +105,7 @@ def same_inputs_give_the_same_gradients(backend: Backend, problem: MatmulProblem
     with flushing_subnormals():
         repeats.append(plan.backward(problem.grad, problem.x))
     for again in repeats:
-        for (name, mine), (_, before) in zip(_each(again), _each(first), strict=True):
-            assert_same_bits(mine, before, f"the gradient of {name}")
+        _assert_same_gradients(again, first, "again,")
 
 
 def _subnormal_problem(choose: Chooser, able: KernelCapabilities) -> MatmulProblem:
@@ -119,21 +131,92 @@ def subnormal_gradients_are_honoured(backend: Backend, problem: MatmulProblem) -
 
 @_law(against="extended precision", within="the error bound of SPEC 2")
 def gradients_are_written_to_out(backend: Backend, problem: MatmulProblem) -> None:
-    """With out= each gradient is written there whole, in its type; inputs are not written."""
+    """With out= each gradient is written there whole, in its type, and nothing else is."""
     if not capabilities_of(backend).out:
         raise NotApplicable("it returns its results")
     expected = expected_gradients(problem.weight, problem.grad, problem.x)
     out = MatmulGradients(
         **{name: out_array(outcome.z.shape, problem) for name, outcome in expected.items()}
     )
-    before = problem.grad.tobytes(), problem.x.tobytes()
     got = problem.weight.plan(backend).backward(problem.grad, problem.x, out=out)
     for (name, gradient), (_, given) in zip(_each(got), _each(out), strict=True):
         if gradient is not given:
             raise LawViolation(f"the gradient of {name} was not returned as given in out")
         assert_within(gradient, expected[name], f"out of {problem.out_dtype}, gradient of {name}")
         assert_neighbours_untouched(gradient, problem)
-    if before != (problem.grad.tobytes(), problem.x.tobytes()):
+
+
+@_law(against="extended precision", within="the error bound of SPEC 2")
+def each_gradient_may_be_asked_for_alone(backend: Backend, problem: MatmulProblem) -> None:
+    """Whichever gradients are asked for are right, and the others are None."""
+    expected = expected_gradients(problem.weight, problem.grad, problem.x)
+    plan = problem.weight.plan(backend)
+    for wrt in [wrt for size in (1, 2) for wrt in combinations(expected, size)]:
+        found = dict(_each(plan.backward(problem.grad, problem.x, wrt=wrt)))
+        if set(found) != set(wrt):
+            raise LawViolation(f"asked for {wrt}, got the gradients of {tuple(found)}")
+        for name, gradient in found.items():
+            assert_within(gradient, expected[name], f"of {wrt}, the gradient of {name}")
+
+
+@_law(against="itself", within="no bit")
+def with_values_has_its_own_gradients(backend: Backend, problem: MatmulProblem) -> None:
+    """Gradients of plan.with_values(v) are those of a plan made anew; the old plan's stay."""
+    plan = problem.weight.plan(backend)
+    first = plan.backward(problem.grad, problem.x)
+    other = problem.weight.with_values(problem.weight.values[::-1, ::-1])
+    changed = plan.with_values(other.values).backward(problem.grad, problem.x)
+    fresh = other.plan(backend).backward(problem.grad, problem.x)
+    _assert_same_gradients(changed, fresh, "of with_values,")
+    _assert_same_gradients(plan.backward(problem.grad, problem.x), first, "of the old plan,")
+
+
+@_law(against="extended precision, and itself", within="the error bound of SPEC 2, and no bit")
+def earlier_calls_leave_gradients_alone(backend: Backend, problem: MatmulProblem) -> None:
+    """What counts is what grad and x hold now; gradients stay as they are at later calls."""
+    plan = problem.weight.plan(backend)
+    grad, x = np.array(problem.grad), np.array(problem.x)
+    if "condensed_matmul" in backend.capabilities.operations:
+        plan(-x)
+    first = plan.backward(grad, x)
+    kept = MatmulGradients(**{name: gradient.copy() for name, gradient in _each(first)})
+    expected = expected_gradients(problem.weight, grad, x)
+    for name, gradient in _each(first):
+        assert_within(gradient, expected[name], f"after another product, the gradient of {name}")
+    for array in (grad, x):
+        array *= array.dtype.type(-0.5)
+    expected = expected_gradients(problem.weight, grad, x)
+    for name, gradient in _each(plan.backward(grad, x)):
+        assert_within(gradient, expected[name], f"with other numbers, the gradient of {name}")
+    _assert_same_gradients(first, kept, "of an earlier call,")
+
+
+@_law(against="itself", within="no bit")
+def threads_may_share_a_plan_for_gradients(backend: Backend, problem: MatmulProblem) -> None:
+    """Called from several threads at once, a plan gives each the bits of its own gradients."""
+    plan = problem.weight.plan(backend)
+    grads = (problem.grad, -problem.grad, np.zeros_like(problem.grad))
+    cases = [(grad, problem.x) for grad in grads]
+    alone = [plan.backward(*case) for case in cases]
+    together = in_threads([partial(plan.backward, *case) for case in cases])
+    for expected, results in zip(alone, together, strict=True):
+        for got in results:
+            _assert_same_gradients(got, expected, "beside those of other threads,")
+
+
+def _assert_same_gradients(got: MatmulGradients, expected: MatmulGradients, what: str) -> None:
+    for (name, mine), (_, due) in zip(_each(got), _each(expected), strict=True):
+        assert_same_bits(mine, due, f"{what} the gradient of {name}")
+
+
+@_law(against="itself", within="no bit")
+def gradients_do_not_write_their_inputs(backend: Backend, problem: MatmulProblem) -> None:
+    """Neither grad nor x nor the weight changes."""
+    weight = problem.weight
+    inputs = (problem.grad, problem.x, weight.values, weight.indices)
+    before = [array.tobytes() for array in inputs]
+    weight.plan(backend).backward(problem.grad, problem.x)
+    if before != [array.tobytes() for array in inputs]:
         raise LawViolation("an input was written")
 
 

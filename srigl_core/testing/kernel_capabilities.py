@@ -62,6 +62,7 @@ class KernelCapabilities(Capabilities):
             "settings": OPTIONAL_SETTINGS,
         }
         for name, names in known.items():
+            object.__setattr__(self, name, frozenset(getattr(self, name)))
             unknown = set(getattr(self, name)).difference(names)
             if unknown:
                 raise SriglError(

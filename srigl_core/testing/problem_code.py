@@ -53,20 +53,21 @@ def _size(problem: Any) -> int:
 
 
 def _matmul_code(problem: MatmulProblem) -> tuple[list[str], str]:
-    weight = problem.weight
+    weight, bias = problem.weight, problem.bias
     values = _array(weight.values)
+    names = [part.name for part in fields(problem) if part.name.endswith("layout")]
+    layouts = {name: getattr(problem, name) for name in names}
     lines = [
         f"weight = CondensedWeight({values}, {weight.indices.tolist()}, "
         f"{weight.active.tolist()}, {weight.shape})",
         "problem = MatmulProblem(",
         "    weight,",
         f"    x={_array(problem.x, problem.layout)},",
-        f"    grad={_array(problem.grad, problem.layout)},",
-        f"    bias={'None' if problem.bias is None else _array(problem.bias)},",
+        f"    grad={_array(problem.grad, problem.grad_layout)},",
+        f"    bias={'None' if bias is None else _array(bias, problem.bias_layout)},",
         f"    activation={problem.activation!r},",
         f"    out_dtype=value_dtype({problem.out_dtype.name!r}),",
-        f"    out_layout={problem.out_layout!r},",
-        f"    layout={problem.layout!r},",
+        *(f"    {name}={laid!r}," for name, laid in layouts.items() if laid != "C"),
         ")",
     ]
     return ["CondensedWeight", "MatmulProblem", "array_of", "value_dtype"], "\n".join(lines)

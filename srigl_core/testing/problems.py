@@ -18,13 +18,16 @@ from numpy.typing import NDArray
 
 from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.contract import ACTIVATIONS
+from srigl_core.errors import SriglError
 from srigl_core.mask_update import UpdateSettings
+from srigl_core.reference.mask_update import srigl_update
 from srigl_core.testing.bounds import float_limits
 from srigl_core.testing.kernel_capabilities import KernelCapabilities
 from srigl_core.value_types import result_dtype, value_dtype
 
 __all__ = [
     "BATCHES",
+    "DISTINCT_LAYOUTS",
     "EVERYTHING",
     "LAYOUTS",
     "MAGNITUDES",
@@ -67,7 +70,9 @@ BATCHES = (
 )
 MAGNITUDES = ("integers", "normal", "zeros", "cancelling", "subnormal", "huge", "spread")
 UPDATE_MAGNITUDES = ("integers", "normal", "zeros", "subnormal", "spread", "close")
-LAYOUTS = ("C", "F", "reversed", "every second", "shared rows", "offset by a byte")
+OUT_LAYOUTS = ("C", "F", "reversed", "every second", "rows reversed", "F within a larger array")
+DISTINCT_LAYOUTS = (*OUT_LAYOUTS, "offset by a byte")
+LAYOUTS = (*DISTINCT_LAYOUTS, "shared rows", "shared columns")
 DTYPE_PAIRS = (
     ("float32", "float32"),
     ("float64", "float64"),
@@ -81,14 +86,18 @@ DTYPE_PAIRS = (
     ("float32", "bfloat16"),
     ("float64", "bfloat16"),
     ("float16", "float64"),
+    ("float64", "float16"),
+    ("bfloat16", "float64"),
 )
 UPDATE_DTYPES = ("float32", "float64", "float16", "bfloat16")
 EVERYTHING = KernelCapabilities()
 WIDE = (50_000, 65_536)  # more columns than int16 can number, and all that uint16 can
-WIDER = 70_000
-DEEP = 1_025  # connections of a neuron: more than fit the vectors, warps and blocks that sum them
+WIDER = (70_000,)
+DEEP = 1_025  # connections of a neuron: more than vectors, warps or blocks of threads sum at once
+TALL = (1_100, 66_000)  # neurons: more than a block of threads, and than uint16 can number
+LONG = 1_100  # rows of a batch
 LARGE_PRODUCT = (130, 129, 33)  # n_out, n_in, batch: enough work for threads to be worth it
-LARGE_LAYERS = ((401, 399), (3, WIDER))
+LARGE_LAYERS = ((401, 399), (3, 70_000), (1_100, 5))
 
 
 class Chooser(ABC):
@@ -151,7 +160,13 @@ class RecordedChoices(Chooser):
         self._left = iter(numbers)
 
     def _choose(self, least: int, most: int) -> int:
-        return min(max(next(self._left), least), most)
+        left = next(self._left, None)
+        if left is None:
+            raise SriglError(
+                "the choices end before the problem is complete; they were made for a kernel of "
+                "other capabilities, or by another version"
+            )
+        return min(max(left, least), most)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,13 +178,12 @@ class MatmulProblem:
     weight : CondensedWeight, (n_out, n_in)
     x : ndarray, (..., n_in)
     grad : ndarray, (..., n_out)
-        Of the dtype of `x`.
     bias : ndarray, (n_out,), or None
     activation : str
     out_dtype : numpy.dtype
         A type to write results in.
-    out_layout, layout : str
-        Those of `LAYOUTS` that results are written in, and that `x` and `grad` have.
+    out_layout, layout, grad_layout, bias_layout : str
+        Those of `LAYOUTS` that results are written in, and that `x`, `grad` and `bias` have.
     """
 
     weight: CondensedWeight
@@ -178,8 +192,10 @@ class MatmulProblem:
     bias: NDArray[Any] | None
     activation: str
     out_dtype: np.dtype[Any]
-    out_layout: str
-    layout: str
+    out_layout: str = "C"
+    layout: str = "C"
+    grad_layout: str = "C"
+    bias_layout: str = "C"
 
     @property
     def result_dtype(self) -> np.dtype[Any]:
@@ -206,37 +222,42 @@ class UpdateProblem:
 
 def matmul_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> MatmulProblem:
     """Build a product: any shape, dtype, magnitude and memory layout, all numbers finite."""
-    taken = [pair for pair in DTYPE_PAIRS if able.value_dtypes.issuperset(pair)]
-    x_name, values_name = choose.pick(taken)
-    x_dtype, values_dtype = value_dtype(x_name), value_dtype(values_name)
+    pairs = (*3 * DTYPE_PAIRS[:1], *DTYPE_PAIRS)  # what most calls are made with comes more often
+    taken = [pair for pair in pairs if able.value_dtypes.issuperset(pair)]
+    x_dtype, values_dtype = map(value_dtype, choose.pick(taken))
     lead, n_out, n_in, fan_in = _product_shape(choose, able)
     few = (n_out, 1, max(1, n_out // 2), max(1, n_out - 1))
-    n_active = choose.pick(few) if able.ablation else n_out
+    n_active = min(choose.pick(few), TALL[0]) if able.ablation else n_out
     magnitude = choose.pick(MAGNITUDES)
-    layout = choose.pick(LAYOUTS) if able.strides else "C"
+    layouts = LAYOUTS if able.strides else LAYOUTS[:1]
+    layout, grad_layout, bias_layout = (choose.pick(layouts) for _ in range(3))
+    grad_dtype = choose.pick(_grad_dtypes(x_dtype, values_dtype, able))
     bias_dtypes = (None, x_dtype, np.dtype(np.float32), np.dtype(np.float64))
     bias_dtype = choose.pick(bias_dtypes) if able.bias else None
+    bias_magnitude = choose.pick(("normal", magnitude))
     activation = choose.pick([name for name in ACTIVATIONS if name in able.activations])
     out_dtype = result_dtype(x_dtype, values_dtype)
     if able.out:
         out_dtype = value_dtype(choose.pick(("float32", "float64", "float16", "bfloat16")))
-    out_layout = choose.pick(LAYOUTS[:4]) if able.strides else "C"
+    out_layout = choose.pick(OUT_LAYOUTS) if able.strides else "C"
     rng = choose.generator()
-    pattern = CondensedWeight.random(
-        (n_out, n_in), fan_in=fan_in, n_active=n_active, dtype=values_dtype, rng=rng
-    )
-    weight = pattern.with_values(random_numbers(rng, pattern.values.shape, values_dtype, magnitude))
+    weight = _random_weight(rng, (n_out, n_in), fan_in, n_active, values_dtype, magnitude)
     x = random_inputs(rng, weight, lead, x_dtype, magnitude)
-    bias = None if bias_dtype is None else random_numbers(rng, (n_out,), bias_dtype, "normal")
+    grad = random_numbers(rng, (*lead, n_out), grad_dtype, magnitude)
+    bias = None
+    if bias_dtype is not None:
+        bias = laid_out(random_numbers(rng, (n_out,), bias_dtype, bias_magnitude), bias_layout)
     return MatmulProblem(
         weight,
         laid_out(x, layout),
-        laid_out(random_numbers(rng, (*lead, n_out), x_dtype, magnitude), layout),
+        laid_out(grad, grad_layout),
         bias,
         activation,
         out_dtype,
         out_layout,
         layout,
+        grad_layout,
+        bias_layout,
     )
 
 
@@ -244,21 +265,57 @@ def _product_shape(
     choose: Chooser, able: KernelCapabilities
 ) -> tuple[tuple[int, ...], int, int, int]:
     """Choose leading shape, n_out, n_in and fan-in: mostly small, and what only large ones show."""
-    lead, n_out, n_in = choose.pick(BATCHES), choose.pick(SIZES), choose.pick(SIZES)
     kinds = []
     if "uint16" in able.index_dtypes:
-        kinds += ["small"] * 14 + ["large", "deep", "wide"]
+        kinds += ["small"] * 30 + ["large", "deep", "tall", "long", "wide"]
     if "uint32" in able.index_dtypes:
         kinds += ["wider"]
-    kind = choose.pick(kinds)
+    kind = choose.pick(kinds)  # first: a failure is made small choice by choice, in their order
+    lead, n_out, n_in = choose.pick(BATCHES), choose.pick(SIZES), choose.pick(SIZES)
     if kind == "large":
         n_out, n_in, batch = LARGE_PRODUCT
         return (batch,), n_out, n_in, n_in // 2
-    if kind != "small":
-        n_in = choose.pick({"deep": (DEEP,), "wide": WIDE, "wider": (WIDER,)}[kind])
-        lead = lead[:1] and (min(lead[0], 9),)
+    if kind == "deep":
+        return _at_most(lead, 33), min(n_out, 8), DEEP, choose.pick((DEEP, DEEP // 2))
+    if kind == "long":
+        lead, n_out, n_in = (LONG,), min(n_out, 8), min(n_in, 8)
+    elif kind == "tall":
+        lead, n_out = _at_most(lead, 1), choose.pick(TALL if able.ablation else TALL[:1])
+    elif kind in ("wide", "wider"):
+        lead, n_in = _at_most(lead, 2), choose.pick(WIDE if kind == "wide" else WIDER)
     fan_in = choose.pick((1, n_in, max(1, n_in // 2), min(n_in, 7)))
-    return lead, n_out, n_in, fan_in if kind == "deep" else min(fan_in, SIZES[-1])
+    return lead, n_out, n_in, min(fan_in, SIZES[-1])
+
+
+def _at_most(lead: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    return lead[:1] and (min(lead[0], rows),)
+
+
+def _grad_dtypes(
+    x_dtype: np.dtype[Any], values_dtype: np.dtype[Any], able: KernelCapabilities
+) -> list[np.dtype[Any]]:
+    """Return dtypes that a gradient may have beside such inputs, that of the inputs first."""
+    others = {"float16": "bfloat16", "bfloat16": "float16"}
+    refused = {others.get(x_dtype.name), others.get(values_dtype.name)}
+    found = [value_dtype(name) for name in UPDATE_DTYPES if name in able.value_dtypes - refused]
+    return [x_dtype, x_dtype, *found]
+
+
+def _random_weight(
+    rng: np.random.Generator,
+    shape: tuple[int, int],
+    fan_in: int,
+    n_active: int,
+    dtype: np.dtype[Any],
+    magnitude: str,
+) -> CondensedWeight:
+    """Return a weight, whose first neuron is connected to the last column, and to the first."""
+    pattern = CondensedWeight.random(shape, fan_in=fan_in, n_active=n_active, rng=rng)
+    indices = pattern.indices.copy()
+    indices[0, 0] = 0
+    indices[0, -1] = shape[1] - 1
+    values = random_numbers(rng, indices.shape, dtype, magnitude)
+    return CondensedWeight(values, indices, pattern.active, shape)
 
 
 def with_subnormal_terms(problem: MatmulProblem, *, values: bool) -> MatmulProblem:
@@ -279,33 +336,62 @@ def with_subnormal_terms(problem: MatmulProblem, *, values: bool) -> MatmulProbl
         problem,
         weight=weight.with_values(numbers(weight.values, subnormal=values)),
         x=laid_out(x, problem.layout),
-        grad=laid_out(grad, problem.layout),
+        grad=laid_out(grad, problem.grad_layout),
         bias=None,
     )
 
 
 def update_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> UpdateProblem:
     """Build a mask update: tie-rich or distinct numbers, any mask, any setting that works."""
-    dtype = value_dtype(choose.pick([name for name in UPDATE_DTYPES if name in able.value_dtypes]))
+    dtypes = [value_dtype(name) for name in UPDATE_DTYPES if name in able.value_dtypes]
+    dtype = choose.pick(dtypes)
+    grad_dtype = choose.pick((dtype, dtype, *dtypes))
+    large = choose.pick((None,) * 24 + LARGE_LAYERS)
     n_out, n_in = choose.pick(SIZES), choose.pick(SIZES)
-    n_out, n_in = choose.pick(((n_out, n_in),) * 14 + LARGE_LAYERS)
+    n_out, n_in = large or (n_out, n_in)
     magnitude = choose.pick(UPDATE_MAGNITUDES)
-    constant_fan_in = choose.pick((True, False))
-    nnz_budget = choose.integer(n_out, n_out * n_in)
-    drop_fraction = choose.pick((0.3, 0.0, 1.0, 0.05, 0.5, 0.9))
+    density = choose.pick((None, None, None, "any", "any", "any", "none", "all"))
+    nnz_budget = choose.integer(choose.pick((n_out, n_out, n_out, 1)), n_out * n_in)
+    drop_fraction = choose.pick((0.3, 0.0, 1.0, 0.05, 0.5, 0.9, "just too little"))
     taken = able.settings
-    gamma_sal = choose.pick((0.3, None, 1.0, 0.9, 0.01, 0.6)) if "gamma_sal" in taken else None
+    gammas = (0.3, None, 1.0, 0.9, 0.01, 0.6, "just too little")
+    gamma_sal = choose.pick(gammas) if "gamma_sal" in taken else None
     counted = gamma_sal is None and "min_salient" in taken and choose.integer(0, 1)
-    min_salient = choose.integer(0, n_in) if counted else None
+    min_salient = choose.integer(0, n_in + 1) if counted else None
     scope = choose.pick(("inactive", "all")) if "saliency_scope" in taken else "inactive"
-    grown_init = choose.pick((0.0, 0.5)) if "grown_init" in taken else 0.0
+    grown_init = choose.pick((0.0, 0.5, -0.1, 1e-8)) if "grown_init" in taken else 0.0
+    unseen = choose.pick((0.0, 0.0, np.nan))
     rng = choose.generator()
     weight = random_numbers(rng, (n_out, n_in), dtype, magnitude)
-    grad = random_numbers(rng, (n_out, n_in), dtype, magnitude)
-    mask = any_mask(rng, (n_out, n_in), constant_fan_in=constant_fan_in)
-    weight[~mask & (rng.random(mask.shape) < 0.5)] = 0
+    grad = random_numbers(rng, (n_out, n_in), grad_dtype, magnitude)
+    mask = any_mask(rng, (n_out, n_in), constant_fan_in=density is None)
+    if density in ("none", "all"):
+        mask[...] = density == "all"
+    weight[~mask & (rng.random(mask.shape) < 0.5)] = unseen
+    if drop_fraction == "just too little":
+        drop_fraction = _just_too_little(rng, np.count_nonzero(mask))
+    if gamma_sal == "just too little":
+        gamma_sal = _just_too_little(rng, nnz_budget // n_out)
     settings = UpdateSettings(nnz_budget, drop_fraction, gamma_sal, min_salient, scope, grown_init)
+    if nnz_budget < n_out and not _is_enough(weight, grad, mask, settings):
+        settings = replace(settings, nnz_budget=n_out)
     return UpdateProblem(weight, grad, mask, settings)
+
+
+def _is_enough(
+    weight: NDArray[Any], grad: NDArray[Any], mask: NDArray[np.bool_], settings: UpdateSettings
+) -> bool:
+    """Whether a budget of less than a weight for each neuron is one for each that survives."""
+    try:
+        srigl_update(weight, grad, mask, settings)
+    except SriglError:
+        return False
+    return True
+
+
+def _just_too_little(rng: np.random.Generator, whole: int) -> float:
+    """Return a fraction of which `whole` times it is, in float64, below an integer by a hair."""
+    return float(np.nextafter(rng.integers(1, max(whole, 1), endpoint=True) / max(whole, 1), 0))
 
 
 def random_inputs(
@@ -319,7 +405,9 @@ def random_inputs(
     shape = (*lead, weight.shape[1])
     x = random_numbers(rng, shape, dtype, magnitude)
     if magnitude == "cancelling":
-        x[...] = np.where(rng.random(shape) < 0.5, _cancelling(rng, weight), x).astype(dtype)
+        most = float_limits(dtype).largest
+        cancelling = np.clip(_cancelling(rng, weight), -most, most).astype(dtype)
+        x[...] = np.where(rng.random(shape) < 0.5, cancelling, x)
     return x
 
 
@@ -341,13 +429,21 @@ def laid_out(array: NDArray[Any], layout: str) -> NDArray[Any]:
         wide = np.full((*array.shape[:-1], 2 * array.shape[-1]), 77, array.dtype)
         wide[..., ::2] = array
         return wide[..., ::2]
-    if layout == "shared rows" and array.ndim > 1:
-        return np.broadcast_to(array[:1], array.shape)
+    if layout == "rows reversed":
+        return np.ascontiguousarray(array[::-1])[::-1]
+    if layout == "F within a larger array":
+        larger = np.full((array.shape[0] + 1, *array.shape[1:]), 77, array.dtype, order="F")
+        larger[:-1] = array
+        return larger[:-1]
     if layout == "offset by a byte":
         memory = np.empty(array.nbytes + 1, np.uint8)[1:]
         shifted = memory.view(array.dtype).reshape(array.shape)
         shifted[...] = array
         return shifted
+    if layout == "shared rows" and array.ndim > 1:
+        return np.broadcast_to(array[:1], array.shape)
+    if layout == "shared columns":
+        return np.broadcast_to(array[..., :1], array.shape)
     return np.ascontiguousarray(array)
 
 
@@ -405,5 +501,6 @@ def _cancelling(rng: np.random.Generator, weight: CondensedWeight) -> NDArray[np
 
 
 def special_numbers(shape: tuple[int, ...], seed: int) -> NDArray[np.float64]:
-    """Return NaN and infinities."""
-    return np.random.default_rng(seed).choice([np.nan, np.inf, -np.inf], shape)
+    """Return NaN, of few bits and of all, and infinities."""
+    full = np.array([2**63 - 1, 2**64 - 1], np.uint64).view(np.float64)
+    return np.random.default_rng(seed).choice([np.nan, np.inf, -np.inf, *full], shape)

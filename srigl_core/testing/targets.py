@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from srigl_core.contract import Backend
+from srigl_core.contract import OPERATIONS, Backend
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.registry import get_backend, is_backend
 from srigl_core.testing.function_backend import FunctionBackend
@@ -31,15 +32,18 @@ def as_backend(kernel: Any, op: str | None = None) -> Backend:
     Raises
     ------
     SriglError
-        If nothing of that name can be found or imported, or it is no kernel.
+        If nothing of that name can be found, imported or made, it is no kernel, or there is no
+        operation `op`.
     """
+    if op is not None and op not in OPERATIONS:
+        raise SriglError(f"op={op!r} is unknown; use one of {', '.join(OPERATIONS)}")
     found = kernel
     if isinstance(kernel, str):
         if ":" not in kernel:
             return get_backend(kernel)
         found = _imported(kernel)
     if inspect.isclass(found) or (inspect.isfunction(found) and _needs_nothing(found)):
-        found = found()
+        found = _made(found, kernel)
     if is_backend(found):
         return found
     if callable(found):
@@ -52,18 +56,33 @@ def as_backend(kernel: Any, op: str | None = None) -> Backend:
 
 def _imported(target: str) -> Any:
     module, _, attribute = target.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    here = str(Path.cwd())
+    if here not in sys.path[:1]:  # first: what is being edited, not what was installed of it
+        sys.path.insert(0, here)
     try:
+        if not module or module.startswith("."):
+            raise ImportError("it names no module")
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:
         raise SriglError(
-            f"{target!r} cannot be imported ({error}); write module:attribute, of a module that is "
-            f"installed or in the working directory"
+            f"{target!r} cannot be imported ({type(error).__name__}: {error}); write "
+            f"module:attribute, of a module that is installed or in the working directory"
         ) from error
     return found
+
+
+def _made(make: Callable[[], Any], kernel: Any) -> Any:
+    try:
+        return make()
+    except SriglError:
+        raise
+    except Exception as error:
+        raise SriglError(
+            f"{kernel!r} cannot be made ({type(error).__name__}: {error}); name what makes a "
+            f"backend without arguments"
+        ) from error
 
 
 def _needs_nothing(function: Any) -> bool:

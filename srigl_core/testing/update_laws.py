@@ -9,6 +9,7 @@ import numpy as np
 
 from srigl_core.contract import Backend
 from srigl_core.dispatch import update_mask
+from srigl_core.errors import SriglError
 from srigl_core.mask_update import MaskUpdate
 from srigl_core.reference import mask_update as reference
 from srigl_core.testing.comparisons import assert_same_bits
@@ -142,6 +143,32 @@ def scale_does_not_matter(backend: Backend, problem: UpdateProblem) -> None:
     )
     mask = _update(backend, problem).mask
     assert_same_bits(_update(backend, scaled).mask, mask, "the mask for numbers of another scale")
+
+
+def _unaffordable_problem(choose: Chooser, able: KernelCapabilities) -> UpdateProblem:
+    """Build an update whose budget is less than a weight for each neuron, none of them ablated."""
+    problem = update_problem(choose, able)
+    n_out = problem.mask.shape[0]
+    budget = choose.integer(1, max(1, n_out - 1))
+    return replace(
+        problem,
+        settings=replace(problem.settings, nnz_budget=budget, gamma_sal=None, min_salient=None),
+    )
+
+
+@_law(against="SPEC 4.5", within="exact", build=_unaffordable_problem)
+def a_fan_in_of_zero_is_an_error(backend: Backend, problem: UpdateProblem) -> None:
+    """Where the budget is less than a weight for each active neuron, SriglError is raised."""
+    if problem.mask.shape[0] < 2:
+        raise NotApplicable("a budget of 1 is enough for one neuron")
+    try:
+        update = _update(backend, problem)
+    except SriglError:
+        return
+    raise LawViolation(
+        f"a budget of {problem.settings.nnz_budget} for {problem.mask.shape[0]} neurons gave a "
+        f"fan-in of {update.fan_in}, expected SriglError"
+    )
 
 
 def _released_update(choose: Chooser, able: KernelCapabilities) -> ReleasedUpdate:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,14 @@ class UpdateTrace:
         SriglError
             If an array or a setting is missing or does not fit; nothing is kept.
         """
-        UpdateSettings(**settings)
+        unknown = set(settings) - set(_SETTINGS)
+        missing = {"nnz_budget", "drop_fraction"} - set(settings)
+        if unknown or missing:
+            raise SriglError(
+                f"settings {', '.join(sorted(unknown | missing))} are unknown or missing; give "
+                f"nnz_budget, drop_fraction, and others of UpdateSettings"
+            )
+        checked = asdict(UpdateSettings(**settings))
         given = {"weight": weight, "grad": grad}
         numbers = [HOST_ARRAYS.as_float_array(array, name) for name, array in given.items()]
         masks = [HOST_ARRAYS.as_mask(mask, numbers[0].shape) for mask in (mask_before, mask_after)]
@@ -76,7 +85,9 @@ class UpdateTrace:
         # NumPy's files do not know bfloat16; wider numbers have the same order, and the same mask.
         numbers = [part.astype(np.float32) if part.itemsize == 2 else part for part in numbers]
         kept: dict[str, Any] = dict(zip(_ARRAYS, (*numbers, *masks), strict=True))
-        kept["settings"] = json.dumps({"layer": layer, **settings})
+        kept["settings"] = json.dumps(
+            {"layer": layer, **{name: checked[name] for name in settings}}, default=_plain
+        )
         number = self._n_updates
         self._arrays |= {f"{number}.{name}": np.array(part) for name, part in kept.items()}
         self._n_updates += 1
@@ -85,6 +96,11 @@ class UpdateTrace:
         """Write the updates so far to an ``.npz``."""
         with Path(path).open("wb") as file:
             np.savez_compressed(file, **self._arrays)  # type: ignore[arg-type] # an option's
+
+
+def _plain(number: Any) -> Any:
+    """Return a number of NumPy's, or of another library, as JSON has them."""
+    return number.item()
 
 
 @dataclass(frozen=True)
@@ -138,7 +154,10 @@ def check_trace(path: str | os.PathLike[str]) -> list[TraceVerdict]:
     try:
         with np.load(path) as arrays:
             verdicts = list(_verdicts(dict(arrays)))
-    except (ValueError, EOFError, KeyError, TypeError) as error:
+    except (
+        *(ValueError, EOFError, KeyError, TypeError, AttributeError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
         if isinstance(error, FileFormatError):
             raise
         raise FileFormatError(

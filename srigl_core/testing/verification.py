@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import secrets
+import sys
 import traceback
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -98,7 +99,7 @@ def verify(
         Only the laws of this operation, one of `srigl_core.contract.OPERATIONS`; of a function,
         what it computes.
     laws : sequence of Law, or None
-        None is all of `LAWS`.
+        None is all of `LAWS`, or all of `op`.
     max_examples : int
         Problems for each law.
     seed : int
@@ -129,7 +130,7 @@ def verify(
     expected = {**getattr(backend, "xfails", {}), **(xfails or {})}
     for name in expected:
         law_named(name)
-    chosen = [law for law in laws or all_laws.LAWS if op in (None, law.operation)]
+    chosen = laws or [law for law in all_laws.LAWS if op in (None, law.operation)]
     results = []
     for law in chosen:
         progress(law)
@@ -183,7 +184,7 @@ def try_law(
     if law.operation not in backend.capabilities.operations:
         return LawResult(law, "not applicable", 0, f"it does not offer {law.operation}")
     able = capabilities_of(backend)
-    for what in ("value_dtypes", "index_dtypes", "activations"):
+    for what in _NEEDED[law.operation]:
         if not getattr(able, what):
             return LawResult(law, "not applicable", 0, f"it declares no {what}")
     tried = _Tried(backend, law)
@@ -240,6 +241,13 @@ def law_named(name: str) -> Law:
     return by_name[name]
 
 
+_NEEDED = {
+    "condensed_matmul": ("value_dtypes", "index_dtypes", "activations"),
+    "condensed_matmul_backward": ("value_dtypes", "index_dtypes"),
+    "update_mask": ("value_dtypes",),
+}
+"""Capabilities without which an operation has no problems."""
+
 _COMPARED = 5
 """Failures of which the one of the smallest layer is made smaller."""
 
@@ -265,10 +273,13 @@ class _Tried:
                 check(self.backend, self.law, problem)
         except NotApplicable as nothing:
             self.reason = str(nothing)
-        except Exception as error:
+        except (Exception, SystemExit) as raised:
+            error = raised
+            if isinstance(raised, SystemExit):
+                error = RuntimeError(f"the kernel would have ended Python: {raised!r}")
             self.first = self.first or self.examples + 1
             self.error, self.problem, self.choices = error, problem, list(chooser.made)
-            raise
+            raise error from raised.__cause__
         else:
             self.examples += 1
 
@@ -328,9 +339,13 @@ def _source(kernel: Any, backend: Backend) -> str:
         kind = type(backend)
         return f"from {kind.__module__} import {kind.__qualname__}\n{kind.__qualname__}()"
     function = backend.function
-    name = getattr(function, "__qualname__", backend.name)
+    name = getattr(function, "__qualname__", "")
+    module = sys.modules.get(getattr(function, "__module__", ""))
+    if getattr(module, name, None) is not function:
+        name, imported = "kernel", "kernel = ...  # put your function here"
+    else:
+        imported = f"from {function.__module__} import {name}"
+    if hasattr(function, "declared"):
+        return f"{imported}\n{name}"
     (operation,) = backend.capabilities.operations
-    return (
-        f"from {getattr(function, '__module__', '__main__')} import {name}\n"
-        f'FunctionBackend({name}, "{operation}"{backend.options})'
-    )
+    return f'{imported}\nFunctionBackend({name}, "{operation}"{backend.options})'

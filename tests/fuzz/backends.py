@@ -8,7 +8,7 @@ Every law has its turn on every backend, with other problems each time, until th
 all have had their examples. Where a law fails, the problem is made small, reported at the end, and
 the law is not tried there again. The failure is kept in a folder, and the next run starts with it.
 The last lines say how many laws and backends had all of their examples.
-With --seed the problems are those of the last run with that seed; Hypothesis then keeps nothing.
+With --seed the problems are those of the last run with that seed, and no failure is kept.
 Exits 1 on a failure, 2 if nothing could be checked.
 """
 
@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +107,8 @@ class Turns:
         if start >= self.end:
             return None
         backend, law = _backend(target), law_named(law_name)
-        database = DirectoryBasedExampleDatabase(self.keep / backend.name / law_name)
+        kept = self.keep / backend.name / law_name
+        database = DirectoryBasedExampleDatabase(kept) if seed is None else None
         result = try_law(backend, law, max_examples=self.examples, seed=seed, database=database)
         return result, time.time() - start
 
@@ -141,7 +143,7 @@ def fuzz(
                 return
             targets = [tally.target for tally in remaining]
             names = [tally.law.name for tally in remaining]
-            chosen = [seed and seeds.randrange(2**32) for _ in remaining]
+            chosen = [None if seed is None else seeds.randrange(2**32) for _ in remaining]
             results = pool.map(turns, targets, names, chosen)
             for tally, result in zip(remaining, results, strict=True):
                 if result is not None:
@@ -197,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backends", default=BACKENDS, help="names, or module:attribute")
     parser.add_argument("--laws", default="", help="only these")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=None, help="1 or more: the same problems again")
+    parser.add_argument("--seed", type=int, default=None, help="the same problems again")
     parser.add_argument("--keep", type=Path, default=Path(".hypothesis/fuzz/backends"))
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     chosen = parser.parse_args(arguments)
@@ -208,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     tallies = [Tally(name, backend, law) for name, backend in backends.items() for law in laws]
     start = time.perf_counter()
-    interrupted = False
+    ended = ""
     try:
         fuzz(
             tallies,
@@ -219,14 +221,15 @@ def main(arguments: list[str] | None = None) -> int:
             keep=chosen.keep,
         )
     except KeyboardInterrupt:
-        interrupted = True
+        ended = ", interrupted"
+    except BrokenProcessPool:
+        ended = ", when a kernel took its process down: try the laws one at a time, with --laws"
     seconds = time.perf_counter() - start
-    ended = ", interrupted" if interrupted else ""
     print(table(tallies, chosen.examples), f"in {seconds:.0f} s{ended}")
     if chosen.json is not None:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_text(as_json(tallies, seed=chosen.seed, seconds=seconds))
-    if any(tally.failure is not None for tally in tallies):
+    if "kernel" in ended or any(tally.failure is not None for tally in tallies):
         return 1
     return 0 if any(tally.examples for tally in tallies) else 2
 

@@ -91,7 +91,7 @@ def page(rejections: list[Rejection], date: str) -> str:
         small=SMALL,
         max_examples=MAX_EXAMPLES,
         seed=SEED,
-        fuzzed=_fuzzed(json.loads(FUZZED.read_text())),
+        fuzzed=_fuzzed(json.loads(FUZZED.read_text())) if FUZZED.exists() else "",
         date=date,
         tables="\n".join(_table(kernel, rejections) for kernel in kernels).rstrip(),
     )
