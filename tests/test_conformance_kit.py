@@ -82,6 +82,16 @@ def test_a_function_is_handed_what_its_parameters_are_called_after():
     assert set(depths) == {3}
 
 
+def test_a_product_that_rounds_by_way_of_float32_is_within_the_bound():
+    def kernel(x, weight, out):
+        wide = weight.values.astype(np.float64), x.astype(np.float64)
+        y = np.zeros((len(x), weight.shape[0]))
+        y[:, weight.active] = np.einsum("bnk,nk->bn", wide[1][:, weight.indices], wide[0])
+        out[...] = y if out.dtype == np.float64 else y.astype(np.float32).astype(out.dtype)
+
+    assert check_kernel(kernel, max_examples=30).ok
+
+
 def test_a_function_that_is_told_no_rows_gets_no_ablated_neurons():
     def kernel(x, values, indices):
         assert len(values) in (*range(1, 41), 130, 1_100)

@@ -101,7 +101,7 @@ def same_inputs_give_the_same_gradients(backend: Backend, problem: MatmulProblem
     """Gradients have the same bits again, on any number of threads, also in a flushing thread."""
     plan = problem.weight.plan(backend)
     first = plan.backward(problem.grad, problem.x)
-    repeats = [plan.backward(problem.grad, problem.x, threads=t) for t in (1, 2, 3)]
+    repeats = [plan.backward(problem.grad, problem.x, threads=t) for t in (1, 2, 3, 8)]
     with flushing_subnormals():
         repeats.append(plan.backward(problem.grad, problem.x))
     for again in repeats:

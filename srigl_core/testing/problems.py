@@ -96,7 +96,7 @@ WIDER = (70_000,)
 DEEP = 1_025  # connections of a neuron: more than vectors, warps or blocks of threads sum at once
 TALL = (1_100, 66_000)  # neurons: more than a block of threads, and than uint16 can number
 LONG = 1_100  # rows of a batch
-LARGE_PRODUCT = (130, 129, 33)  # n_out, n_in, batch: enough work for threads to be worth it
+LARGE_PRODUCT = (130, 131, 200)  # n_out, n_in, batch: enough work for threads to be worth it
 LARGE_LAYERS = ((401, 399), (3, 70_000), (1_100, 5))
 
 
@@ -283,7 +283,7 @@ def _product_shape(
         lead, n_out = _at_most(lead, 1), choose.pick(TALL if able.ablation else TALL[:1])
     elif kind in ("wide", "wider"):
         lead, n_in = _at_most(lead, 2), choose.pick(WIDE if kind == "wide" else WIDER)
-    fan_in = choose.pick((1, n_in, max(1, n_in // 2), min(n_in, 7)))
+    fan_in = choose.pick((1, n_in, max(1, n_in // 2), min(n_in, 7), min(n_in, 2)))
     return lead, n_out, n_in, min(fan_in, SIZES[-1])
 
 
@@ -352,12 +352,13 @@ def update_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> Up
     magnitude = choose.pick(UPDATE_MAGNITUDES)
     density = choose.pick((None, None, None, "any", "any", "any", "none", "all"))
     nnz_budget = choose.integer(choose.pick((n_out, n_out, n_out, 1)), n_out * n_in)
-    drop_fraction = choose.pick((0.3, 0.0, 1.0, 0.05, 0.5, 0.9, "just too little"))
+    drop_fraction = choose.pick((0.3, 0.0, 1.0, 0.05, 0.5, 0.9, None))
     taken = able.settings
-    gammas = (0.3, None, 1.0, 0.9, 0.01, 0.6, "just too little")
-    gamma_sal = choose.pick(gammas) if "gamma_sal" in taken else None
+    gamma_sal = choose.pick((0.3, None, 1.0, 0.9, 0.01, 0.6)) if "gamma_sal" in taken else None
+    is_too_little = choose.pick((False, False, False, True))
     counted = gamma_sal is None and "min_salient" in taken and choose.integer(0, 1)
-    min_salient = choose.integer(0, n_in + 1) if counted else None
+    counts = (choose.integer(0, n_in), choose.pick((n_in + 1, 2**40)))
+    min_salient = choose.pick((*3 * counts[:1], counts[1])) if counted else None
     scope = choose.pick(("inactive", "all")) if "saliency_scope" in taken else "inactive"
     grown_init = choose.pick((0.0, 0.5, -0.1, 1e-8)) if "grown_init" in taken else 0.0
     unseen = choose.pick((0.0, 0.0, np.nan))
@@ -368,9 +369,9 @@ def update_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> Up
     if density in ("none", "all"):
         mask[...] = density == "all"
     weight[~mask & (rng.random(mask.shape) < 0.5)] = unseen
-    if drop_fraction == "just too little":
-        drop_fraction = _just_too_little(rng, np.count_nonzero(mask))
-    if gamma_sal == "just too little":
+    if drop_fraction is None:
+        drop_fraction = _just_too_little(rng, int(np.count_nonzero(mask)))
+    if gamma_sal is not None and is_too_little:
         gamma_sal = _just_too_little(rng, nnz_budget // n_out)
     settings = UpdateSettings(nnz_budget, drop_fraction, gamma_sal, min_salient, scope, grown_init)
     if nnz_budget < n_out and not _is_enough(weight, grad, mask, settings):

@@ -143,7 +143,7 @@ def same_inputs_give_the_same_bits(backend: Backend, problem: MatmulProblem) -> 
     """A product has the same bits again, on any number of threads, and after other work."""
     plan = prepare(problem.weight, backend=backend)
     first = _call(plan, problem)
-    for threads in (1, 2, 3, None):
+    for threads in (1, 2, 3, 8, None):
         again = _call(plan, problem, threads=threads)
         assert_same_bits(again, first, f"the product on threads={threads}")
         _call(plan, replace(problem, x=-problem.x))

@@ -83,7 +83,7 @@ def update_does_not_write_its_inputs(backend: Backend, problem: UpdateProblem) -
 def same_inputs_give_the_same_update(backend: Backend, problem: UpdateProblem) -> None:
     """An update is the same again, on any number of threads, also in a flushing thread."""
     first = _update(backend, problem)
-    repeats = [_update(backend, problem, threads=threads) for threads in (1, 2, 3)]
+    repeats = [_update(backend, problem, threads=threads) for threads in (1, 2, 3, 8)]
     with flushing_subnormals():
         repeats.append(_update(backend, problem))
     for again in repeats:

@@ -152,7 +152,7 @@ def check_trace(path: str | os.PathLike[str]) -> list[TraceVerdict]:
         If it cannot be read.
     """
     try:
-        with np.load(path) as arrays:
+        with Path(path).open("rb") as file, np.load(file) as arrays:
             verdicts = list(_verdicts(dict(arrays)))
     except (
         *(ValueError, EOFError, KeyError, TypeError, AttributeError),

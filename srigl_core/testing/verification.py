@@ -274,9 +274,11 @@ class _Tried:
         except NotApplicable as nothing:
             self.reason = str(nothing)
         except (Exception, SystemExit) as raised:
-            error = raised
-            if isinstance(raised, SystemExit):
-                error = RuntimeError(f"the kernel would have ended Python: {raised!r}")
+            error = (
+                RuntimeError(f"the kernel would have ended Python: {raised!r}")
+                if isinstance(raised, SystemExit)
+                else raised
+            )
             self.first = self.first or self.examples + 1
             self.error, self.problem, self.choices = error, problem, list(chooser.made)
             raise error from raised.__cause__
@@ -336,8 +338,9 @@ def _source(kernel: Any, backend: Backend) -> str:
     if isinstance(kernel, str):
         return repr(kernel)
     if not isinstance(backend, FunctionBackend):
-        kind = type(backend)
-        return f"from {kind.__module__} import {kind.__qualname__}\n{kind.__qualname__}()"
+        if not isinstance(kernel, type):
+            return "kernel = ...  # put your backend here\nkernel"
+        return f"from {kernel.__module__} import {kernel.__qualname__}\n{kernel.__qualname__}"
     function = backend.function
     name = getattr(function, "__qualname__", "")
     module = sys.modules.get(getattr(function, "__module__", ""))

@@ -1,0 +1,244 @@
+"""What the kit says of kernels, names and files that are not what it asked for."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from srigl_core import SriglError
+from srigl_core.cli.app import app
+from srigl_core.errors import FileFormatError
+from srigl_core.testing import (
+    LAWS,
+    FunctionBackend,
+    KernelCapabilities,
+    NotApplicable,
+    UpdateTrace,
+    check_kernel,
+    check_law,
+    check_trace,
+    verify,
+)
+from srigl_core.testing.targets import as_backend
+
+WIDE_TYPES = KernelCapabilities(value_dtypes=frozenset({"float32", "float64"}))
+PRODUCT_LAW = LAWS[0]
+KERNELS = """
+import sys
+import numpy as np
+from srigl_core.contract import Capabilities
+from srigl_core.testing import KernelCapabilities, declare
+
+
+@declare(capabilities=KernelCapabilities(value_dtypes={"float32", "float64"}))
+def product(x, values, indices):
+    return np.stack([x[:, i] @ v for v, i in zip(values, indices)], axis=1)
+
+
+class NoOperations:
+    name = "none"
+    capabilities = Capabilities(operations=frozenset())
+
+    def prepare(self, weight):
+        return None
+
+
+class NeedsMore:
+    def __init__(self, device):
+        pass
+"""
+TESTS = """
+from kernels_of_mine import product
+from srigl_core.testing import BackendConformance
+
+
+class TestProduct(BackendConformance):
+    backend = product
+    max_examples = 3
+"""
+
+
+def product(x, values, indices):
+    return np.stack([x[:, i] @ v for v, i in zip(values, indices, strict=True)], axis=1)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "kernels_of_mine.py").write_text(KERNELS)
+    (tmp_path / "quits.py").write_text("raise SystemExit(0)\n")
+    (tmp_path / "breaks.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return tmp_path
+
+
+def pytest_in(folder, *arguments):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=250, check=False
+    )
+
+
+def test_a_function_is_tried_by_pytest_like_a_backend(folder):
+    (folder / "test_mine.py").write_text(TESTS)
+    n_others = sum(law.operation != "condensed_matmul" for law in LAWS)
+    n_run = len(LAWS) - n_others - 2 + 1  # it takes no out and no ablation; one asks for any law
+    inherited = pytest_in(folder, "--import-mode=prepend", "test_mine.py")
+    assert f"{n_run} passed, {n_others + 2} skipped" in inherited.stdout
+    empty = folder / "empty"
+    empty.mkdir()
+    option = ("--srigl-backend=kernels_of_mine:product", "--srigl-max-examples=3")
+    added = pytest_in(folder, *option, "empty")
+    assert f"{n_run} passed, {n_others + 2} skipped" in added.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--srigl-backend=no_such"], "--srigl-backend=no_such: "),
+        (["--srigl-backend=reference", "--srigl-max-examples=0"], "must be at least 1"),
+    ],
+)
+def test_pytest_refuses_what_cannot_be_tried(folder, options, message):
+    done = pytest_in(folder, *options)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert message in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_pytest_fails_where_a_backend_has_no_law_to_obey(folder):
+    done = pytest_in(folder, "--srigl-backend=kernels_of_mine:NoOperations")
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "nothing was checked" in done.stdout
+
+
+def test_a_kernel_that_ends_python_fails():
+    def kernel(x, values, indices):
+        raise SystemExit(0)
+
+    (result,) = verify(kernel, laws=[PRODUCT_LAW], shrink=False).results
+    assert result.status == "failed"
+    assert "would have ended Python: SystemExit(0)" in result.failure.message
+
+
+def test_a_kernel_cannot_excuse_itself():
+    def kernel(x, values, indices):
+        raise NotApplicable("not today")
+
+    (result,) = verify(kernel, laws=[PRODUCT_LAW], shrink=False).results
+    assert result.status == "failed"
+    assert "the kernel raised NotApplicable: not today" in result.failure.message
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("quits:product", "SystemExit: 0"),
+        ("breaks:product", "ZeroDivisionError"),
+        (":product", "names no module"),
+        (".kernels_of_mine:product", "names no module"),
+        ("kernels_of_mine:no_such", "no attribute 'no_such'"),
+        ("kernels_of_mine:NeedsMore", "cannot be made"),
+    ],
+)
+def test_a_target_that_cannot_be_had_is_an_error_in_a_line(folder, target, message):
+    result = CliRunner().invoke(app, ["verify", target])
+    assert result.exit_code == 1
+    assert message in result.output
+    assert repr(target) in result.output
+    assert "Traceback" not in result.output
+
+
+def test_an_operation_or_a_folder_that_there_is_not_is_refused_before_anything_is_tried(folder):
+    result = CliRunner().invoke(app, ["verify", "reference", "--op", "nonsense"])
+    assert result.exit_code != 0
+    assert "condensed_matmul_backward" in result.output
+    with pytest.raises(SriglError, match="op='nonsense' is unknown; use one of condensed_matmul,"):
+        as_backend("reference", "nonsense")
+    result = CliRunner().invoke(app, ["verify", "reference", "--report", "no_such/report.json"])
+    assert result.exit_code == 1
+    assert "there is no folder no_such" in result.output
+    (folder / "xfails.txt").write_bytes(b"\xff\xfe")
+    result = CliRunner().invoke(app, ["verify", "reference", "--xfails", "xfails.txt"])
+    assert result.exit_code == 1
+    assert "no text in UTF-8" in result.output
+
+
+def test_a_function_whose_parameters_cannot_be_told_is_refused():
+    with pytest.raises(SriglError, match="wrap it in a function of Python"):
+        FunctionBackend(math.hypot)
+
+
+def test_what_is_edited_goes_before_what_is_installed(folder, monkeypatch):
+    installed = folder / "installed"
+    installed.mkdir()
+    (installed / "shadowed_kernel.py").write_text("product = None\n")
+    (folder / "shadowed_kernel.py").write_text(KERNELS)
+    monkeypatch.syspath_prepend(str(installed))
+    assert as_backend("shadowed_kernel:product").name == "product"
+
+
+def test_out_is_for_functions_of_numpy_arrays():
+    def writes(x, values, indices, out):
+        out[...] = product(x, values, indices)
+
+    assert check_kernel(writes, capabilities=WIDE_TYPES, max_examples=10).ok
+    with pytest.raises(SriglError, match="cannot write to out"):
+        FunctionBackend(writes, asarray=np.asarray)
+
+
+def test_a_function_may_return_a_product_in_spite_of_out():
+    def returns(x, values, indices, out=None):
+        return product(x, values, indices)
+
+    able = KernelCapabilities(value_dtypes=frozenset({"float64"}), out=False)
+    report = check_kernel(returns, capabilities=able, max_examples=10)
+    assert report.counts["failed"] == 0
+
+
+def test_choices_that_end_early_are_an_error():
+    with pytest.raises(SriglError, match="made for a kernel of other capabilities"):
+        check_law("reference", PRODUCT_LAW.name, [0, 0, 0])
+
+
+def test_a_failure_of_many_problems_is_shown_on_a_small_one():
+    def grows_nothing(weight, grad, mask):
+        return mask
+
+    report = verify(FunctionBackend(grows_nothing, "update_mask"), max_examples=40)
+    shapes = [result.failure.shape for result in report.failures]
+    assert shapes
+    assert max(max(shape) for shape in shapes) <= 3
+
+
+@pytest.mark.parametrize("budget", [np.int64(1), np.array(1)[()], 1])
+def test_a_trace_takes_numbers_of_numpy(tmp_path, budget):
+    trace = UpdateTrace()
+    weight, grad = np.array([[0.5, 0.0]]), np.array([[0.0, 2.0]])
+    after = np.array([[False, True]])
+    zeta = np.float32(1.0)
+    trace.add("fc", weight, grad, weight != 0, after, nnz_budget=budget, drop_fraction=zeta)
+    trace.save(tmp_path / "trace.npz")
+    assert all(check_trace(tmp_path / "trace.npz"))
+
+
+def test_settings_of_a_trace_that_are_unknown_or_missing_are_refused():
+    trace, weight = UpdateTrace(), np.array([[0.5, 0.0]])
+    for settings in ({"nnz_budget": 1}, {"nnz_budget": 1, "drop_fraction": 0.3, "zeta": 1}):
+        with pytest.raises(SriglError, match="unknown or missing"):
+            trace.add("fc", weight, weight, weight != 0, weight != 0, **settings)
+
+
+def test_a_damaged_trace_is_refused(tmp_path):
+    trace, weight = UpdateTrace(), np.array([[0.5, 0.0]])
+    trace.add("fc", weight, weight, weight != 0, weight != 0, nnz_budget=1, drop_fraction=0.3)
+    path = tmp_path / "trace.npz"
+    trace.save(path)
+    content = path.read_bytes()
+    for damaged in (content[:-30], content[:100] + bytes(60) + content[160:], b"", b"PK"):
+        path.write_bytes(damaged)
+        with pytest.raises(FileFormatError, match="is no trace"):
+            check_trace(path)
