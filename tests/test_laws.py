@@ -1,38 +1,19 @@
-"""Every law on every backend, on problems that Hypothesis draws and shrinks."""
+"""Every law on every backend."""
 
-import contextlib
 import importlib
 from unittest import mock
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 
 from srigl_core import get_backend
-from srigl_core.testing.kernel_capabilities import capabilities_of
-from srigl_core.testing.law import NotApplicable, check
 from srigl_core.testing.laws import LAWS
-from srigl_core.testing.strategies import problems
+from srigl_core.testing.verification import try_law
 
 
-@contextlib.contextmanager
-def pool_for_all_work():
-    """Make the Numba backend use its threads for the smallest work."""
-    threads = importlib.import_module("srigl_core.backends.numba_cpu.threads")
-    with mock.patch.object(threads, "SMALLEST_PARALLEL_WORK", 0):
-        yield
-
-
-def assert_holds(law, backend, mode, data):
-    chosen = get_backend(backend, operation=law.operation)
-    problem = data.draw(problems(law.build, capabilities_of(chosen)))
-    applicable = True
-    with mode():
-        try:
-            check(chosen, law, problem)
-        except NotApplicable:
-            applicable = False
-    assume(applicable)
+def assert_holds(law, backend, max_examples):
+    result = try_law(get_backend(backend, operation=law.operation), law, max_examples=max_examples)
+    assert result.status == "passed", str(result)
 
 
 def laws_of(operation):
@@ -41,34 +22,25 @@ def laws_of(operation):
     )
 
 
-often_idle = settings(suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
-
-
 @laws_of("condensed_matmul")
-@often_idle
-@given(data=st.data())
-def test_product_law(law, matmul_backend, data):
-    assert_holds(law, matmul_backend, contextlib.nullcontext, data)
+def test_product_law(law, matmul_backend):
+    assert_holds(law, matmul_backend, settings().max_examples)
 
 
 @laws_of("condensed_matmul_backward")
-@often_idle
-@given(data=st.data())
-def test_gradient_law(law, backward_backend, data):
-    assert_holds(law, backward_backend, contextlib.nullcontext, data)
+def test_gradient_law(law, backward_backend):
+    assert_holds(law, backward_backend, settings().max_examples)
 
 
 @laws_of("update_mask")
-@often_idle
-@given(data=st.data())
-def test_update_law(law, update_backend, data):
-    assert_holds(law, update_backend, contextlib.nullcontext, data)
+def test_update_law(law, update_backend):
+    assert_holds(law, update_backend, settings().max_examples)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
-@settings(often_idle, max_examples=max(10, settings.default.max_examples // 4))
-@given(data=st.data())
-def test_law_holds_when_the_pool_does_all_work(law, backend_names, data):
+def test_law_holds_when_the_pool_does_all_work(law, backend_names):
     if "numba" not in backend_names("update_mask"):
         pytest.skip("the numba backend is not under test")
-    assert_holds(law, "numba", pool_for_all_work, data)
+    threads = importlib.import_module("srigl_core.backends.numba_cpu.threads")
+    with mock.patch.object(threads, "SMALLEST_PARALLEL_WORK", 0):
+        assert_holds(law, "numba", max(10, settings().max_examples // 4))
