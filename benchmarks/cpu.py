@@ -22,6 +22,7 @@ from srigl_core.benchmarks.report import write_report
 from srigl_core.benchmarks.results import FORMAT, Results, save_results
 from srigl_core.cli.machine import cpu_name, n_cores
 from srigl_core.errors import BackendUnavailableError, SriglError
+from srigl_core.testing.targets import as_backend
 
 __all__ = ["run_cpu"]
 
@@ -56,14 +57,14 @@ def run_cpu(settings: Settings, out: Path, *, name: str = "cpu") -> list[Path]:
         If `out` cannot be written.
     """
     _check(settings)
-    out.mkdir(parents=True, exist_ok=True)
     started, clock = datetime.now(UTC), time.perf_counter()
     each = [settings]
     if not settings.quick and _has_more_than_avx2():
         each.append(dataclasses.replace(settings, instructions="avx2", cliffs=False))
     each = [one for one in each if one.cliffs or chosen(one)]
     if not each:
-        raise SriglError(f"only={settings.only!r} leaves no case to measure")
+        raise SriglError(_why_nothing(settings))
+    out.mkdir(parents=True, exist_ok=True)
     load = round(os.getloadavg()[0], 2)
     if load > _BUSY:
         print(f"the machine is busy (load {load}): times, on all cores above all, will be off")
@@ -92,6 +93,19 @@ def run_cpu(settings: Settings, out: Path, *, name: str = "cpu") -> list[Path]:
     written = out / f"{name}.json"
     save_results(written, results)
     return [written, *(write_report(results, out, name) if results.rows else [])]
+
+
+def _why_nothing(settings: Settings) -> str:
+    """Return why there is no case to measure."""
+    why = f"only={settings.only!r} leaves no case to measure"
+    if not settings.kernel:
+        return why
+    able = as_backend(settings.kernel).capabilities
+    return (
+        f"{why} of those that {settings.kernel} takes on: it declares "
+        f"{', '.join(sorted(able.operations))} of {', '.join(sorted(able.value_dtypes))}, and the "
+        f"cases are of float32, of float64 without --quick"
+    )
 
 
 def _check(settings: Settings) -> None:

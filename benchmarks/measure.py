@@ -55,7 +55,7 @@ class Settings:
     instructions : {"native", "avx2"}
     kernel : str
         Somebody else's, ``module:attribute`` or a registered name, to be measured beside ours; ""
-        is none. Cases of what it does not offer are left out.
+        is none. Cases that it does not declare to take on are left out.
     """
 
     quick: bool = False
@@ -76,8 +76,8 @@ def chosen(settings: Settings) -> list[Case]:
         masks = Path(settings.masks) if settings.masks else None
         cases = chosen_cases(quick=settings.quick, threads=settings.threads, masks=masks)
     if settings.kernel:
-        offered = as_backend(settings.kernel).capabilities.operations
-        cases = [case for case in cases if guest.OPERATIONS[case.operation] in offered]
+        backend = as_backend(settings.kernel)
+        cases = [case for case in cases if guest.takes(backend, case)]
     return matching(cases, settings.only, settings.instructions)
 
 

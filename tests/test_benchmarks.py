@@ -783,12 +783,17 @@ def test_numbers_in_a_result_have_four_digits():
 
 GUEST = """
 import numpy as np
+from srigl_core.testing import KernelCapabilities, declare
 
 def kernel(x, values, indices):
     return np.stack([x[:, i] @ v for v, i in zip(values, indices)], axis=1)
 
 def wrong(x, values, indices):
     return kernel(x, values, indices) * 2
+
+@declare(capabilities=KernelCapabilities(value_dtypes={"float16"}))
+def narrow(x, values, indices):
+    return kernel(x, values, indices)
 """
 
 
@@ -818,3 +823,11 @@ def test_a_wrong_kernel_is_not_measured(tmp_path, monkeypatch, capfd):
     assert result.exit_code == 1
     assert "wrong" in capfd.readouterr().err
     assert not (tmp_path / "out" / "kernel.json").exists()
+
+
+def test_of_a_kernel_that_no_case_fits_nothing_is_measured(tmp_path, monkeypatch):
+    result = bench_guest(tmp_path, monkeypatch, "narrow")
+    assert result.exit_code == 1
+    assert "no case" in result.output
+    assert "condensed_matmul of float16" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()

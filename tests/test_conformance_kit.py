@@ -1,6 +1,7 @@
 """The kit for authors of kernels: what it hands a function, what it reports, how it is run."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -224,13 +225,33 @@ def test_a_failure_is_shrunk_and_its_python_shows_it_again():
     assert "The same problem breaks\n    product_agrees_with_other_oracles: the product, " in text
 
 
+def test_the_python_of_a_failure_makes_the_kernel_as_it_was_made():
+    able = KernelCapabilities(value_dtypes={"float64", "float32"}, bias=False)
+    kernel = FunctionBackend(
+        without_last_connection, capabilities=able, asarray=np.asarray, index_dtype=np.int32
+    )
+    (result,) = verify(kernel, laws=[PRODUCT_LAW]).failures
+    code = result.failure.code
+    assert "value_dtypes=['float32', 'float64'], bias=False), " in code
+    assert "asarray=asarray, index_dtype='int32')" in code
+    with pytest.raises(LawViolation, match="expected"):
+        exec(code, {})
+
+
+def test_a_conversion_without_a_name_is_left_to_be_filled_in():
+    kernel = FunctionBackend(without_last_connection, asarray=lambda array: array)
+    (result,) = verify(kernel, laws=[PRODUCT_LAW]).failures
+    assert "asarray = ...  # put your conversion here" in result.failure.code
+
+
 def test_a_failure_of_a_large_layer_is_told_by_its_choices():
     report = verify(
         FunctionBackend(index_of_sixteen_bits, capabilities=WIDE_TYPES), laws=[PRODUCT_LAW]
     )
     (code,) = {r.failure.code for r in report.failures if r.law is PRODUCT_LAW}
     assert "problem = [" in code
-    assert len(code) < 500
+    assert re.search(r"made of: weight \(\d+, \d{5,}\) float\d+, x \(", code)
+    assert len(code) < 700
     with pytest.raises(LawViolation):
         exec(code, {})
 

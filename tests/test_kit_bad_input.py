@@ -232,6 +232,23 @@ def test_settings_of_a_trace_that_are_unknown_or_missing_are_refused():
             trace.add("fc", weight, weight, weight != 0, weight != 0, **settings)
 
 
+def test_a_trace_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
+    trace, weight = UpdateTrace(), np.array([[0.5, 0.0]])
+    trace.add("fc", weight, weight, weight != 0, weight != 0, nnz_budget=1, drop_fraction=0.3)
+    path = tmp_path / "trace.npz"
+    trace.save(path)
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(OSError, match="no space"):
+        trace.save(path)
+    assert check_trace(path)
+    assert [found.name for found in tmp_path.iterdir()] == ["trace.npz"]
+
+
 def test_a_damaged_trace_is_refused(tmp_path):
     trace, weight = UpdateTrace(), np.array([[0.5, 0.0]])
     trace.add("fc", weight, weight, weight != 0, weight != 0, nnz_budget=1, drop_fraction=0.3)

@@ -52,7 +52,9 @@ def test_a_sparse_layer_is_better_condensed_and_the_plan_says_by_how_much():
 @pytest.mark.parametrize("batch", [1, 4, 8, 64, 2048])
 def test_estimates_grow_with_the_batch(batch):
     plan = srigl_core.prepare(layer(307), backend="numba")
-    assert plan.nanoseconds(batch + batch) > plan.nanoseconds(batch)
+    # Twice the rows may fill the lanes of a vector that the half of them left empty.
+    assert plan.nanoseconds(2 * batch) >= plan.nanoseconds(batch)
+    assert plan.nanoseconds(8 * batch) > plan.nanoseconds(batch)
 
 
 def test_measuring_needs_no_model():

@@ -14,10 +14,11 @@ from srigl_core.benchmarks.contenders.ours import (
 from srigl_core.benchmarks.problems import Problem
 from srigl_core.contract import Backend
 from srigl_core.testing.kernel_capabilities import capabilities_of
+from srigl_core.value_types import index_dtype
 
-__all__ = ["OPERATIONS", "contenders"]
+__all__ = ["contenders", "takes"]
 
-OPERATIONS = {
+_OPERATIONS = {
     "forward": "condensed_matmul",
     "backward": "condensed_matmul_backward",
     "update": "update_mask",
@@ -29,19 +30,25 @@ def contenders(backend: Backend) -> list[Contender]:
     """Return what a backend offers, of the family "guest"."""
     able = capabilities_of(backend)
 
-    def unfit(case: Case) -> str:
-        return "" if case.dtype in able.value_dtypes else f"does not take {case.dtype}"
-
     def with_bias_outside(problem: Problem) -> Bind:
         plan = problem.weight.plan(backend)
         return lambda batch: lambda: plan(batch.x) + problem.bias
 
     forward = product(backend) if able.bias else with_bias_outside
     made = [
-        Contender(backend.name, "guest", "forward", forward, unfit=unfit),
-        Contender(
-            backend.name, "guest", "backward", gradients(backend), read=gradients_read, unfit=unfit
-        ),
-        Contender(backend.name, "guest", "update", update(backend), read=mask_read, unfit=unfit),
+        Contender(backend.name, "guest", "forward", forward),
+        Contender(backend.name, "guest", "backward", gradients(backend), read=gradients_read),
+        Contender(backend.name, "guest", "update", update(backend), read=mask_read),
     ]
-    return [one for one in made if OPERATIONS[one.operation] in able.operations]
+    return [one for one in made if _OPERATIONS[one.operation] in able.operations]
+
+
+def takes(backend: Backend, case: Case) -> bool:
+    """Return whether a backend declares that it takes on a case."""
+    able, layer = capabilities_of(backend), case.layer
+    return (
+        _OPERATIONS[case.operation] in able.operations
+        and case.dtype in able.value_dtypes
+        and (case.operation == "update" or index_dtype(layer.n_in).name in able.index_dtypes)
+        and (able.ablation or layer.n_active == layer.n_out)
+    )

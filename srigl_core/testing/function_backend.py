@@ -16,7 +16,7 @@ from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.host_arrays import HOST_ARRAYS
 from srigl_core.mask_update import MaskUpdate, UpdateSettings
 from srigl_core.reference.mask_update import make_update, srigl_update
-from srigl_core.testing.kernel_capabilities import OPTIONAL_SETTINGS, KernelCapabilities
+from srigl_core.testing.kernel_capabilities import OPTIONAL_SETTINGS, KernelCapabilities, in_full
 from srigl_core.testing.law import LawViolation, NotApplicable
 from srigl_core.value_types import result_dtype, round_to
 
@@ -63,6 +63,8 @@ class FunctionBackend:
 
     Attributes
     ----------
+    given : dict of str to object
+        Those of `capabilities`, `asarray` and `index_dtype` that it was made with.
     xfails : mapping of str to str
         Laws that are expected to fail, and why.
 
@@ -83,6 +85,8 @@ class FunctionBackend:
         index_dtype: Any | None = None,
     ) -> None:
         declared = getattr(function, "declared", _Declaration())
+        given = {"capabilities": capabilities, "asarray": asarray, "index_dtype": index_dtype}
+        self.given = {name: value for name, value in given.items() if value is not None}
         op = op or declared.op
         capabilities = capabilities or declared.capabilities
         asarray = asarray or declared.asarray
@@ -104,13 +108,6 @@ class FunctionBackend:
         self.capabilities: Capabilities = _capabilities(
             self._taken, op, capabilities, asarray is not None
         )
-
-    @property
-    def options(self) -> str:
-        """The arguments for the conversion of arrays, as Python."""
-        made = "" if self._asarray is None else ", asarray=..."
-        kind = self._index_dtype
-        return made if kind is None else f"{made}, index_dtype={kind.name!r}"
 
     def prepare(self, weight: CondensedWeight) -> _FunctionWeight:
         """Return the weight, to be handed to the function at each call."""
@@ -323,8 +320,7 @@ def _capabilities(
     taken: frozenset[str], op: str, given: Capabilities | None, is_converted: bool
 ) -> KernelCapabilities:
     """Return what is declared, less what a function of those parameters cannot do."""
-    declared = {} if given is None else {p.name: getattr(given, p.name) for p in fields(given)}
-    able = KernelCapabilities(**{**declared, "operations": frozenset({op})})
+    able = replace(in_full(given or KernelCapabilities()), operations=frozenset({op}))
     if op == "update_mask":
         named = OPTIONAL_SETTINGS if "settings" in taken else OPTIONAL_SETTINGS & taken
         return replace(able, settings=able.settings & named, out=False)

@@ -8,14 +8,14 @@ from srigl_core.contract import ACTIVATIONS, OPERATIONS, Backend, Capabilities
 from srigl_core.errors import SriglError
 from srigl_core.value_types import VALUE_TYPES
 
-__all__ = ["OPTIONAL_SETTINGS", "KernelCapabilities", "capabilities_of"]
+__all__ = ["OPTIONAL_SETTINGS", "KernelCapabilities", "capabilities_of", "in_full"]
 
 OPTIONAL_SETTINGS = frozenset({"gamma_sal", "min_salient", "saliency_scope", "grown_init"})
 """Settings of an update that a kernel may do without: it then has those of no ablation, the \
 paper's scope, and zeros where weights grow."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KernelCapabilities(Capabilities):
     """The capabilities of a backend, and what a bare kernel may leave out besides.
 
@@ -70,10 +70,24 @@ class KernelCapabilities(Capabilities):
                     f"{', '.join(sorted(names))}"
                 )
 
+    def __repr__(self) -> str:
+        """Return Python for it: what is not the default, in the same order each time."""
+        told = []
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if value != part.default:
+                names = isinstance(value, frozenset)
+                told.append(f"{part.name}={sorted(value) if names else value!r}")
+        return f"KernelCapabilities({', '.join(told)})"
+
 
 def capabilities_of(backend: Backend) -> KernelCapabilities:
     """Return what a backend declares, in full."""
-    able = backend.capabilities
+    return in_full(backend.capabilities)
+
+
+def in_full(able: Capabilities) -> KernelCapabilities:
+    """Return capabilities with what a bare kernel may leave out, and all of it left in."""
     if isinstance(able, KernelCapabilities):
         return able
     return KernelCapabilities(**{part.name: getattr(able, part.name) for part in fields(able)})

@@ -38,12 +38,20 @@ def code_for(law: Law, problem: Any, choices: Sequence[int], kernel: str) -> str
     elif type(problem) is UpdateProblem and _size(problem) <= _MOST_SHOWN:
         wanted, code = _update_code(problem)
     else:
-        wanted, code = [], f"problem = {list(choices)!r}  # the choices that it is made of"
+        wanted = []
+        code = f"# The choices that a problem is made of: {_outline(problem)}.\nproblem = "
+        code += repr(list(choices))
     if name.startswith("FunctionBackend"):
         wanted = ["FunctionBackend", *wanted]
     names = ", ".join([*sorted(wanted), "check_law"])
     head = ["from numpy import inf, nan", f"from srigl_core.testing import {names}", *imports]
     return "\n".join([*head, "", code, call])
+
+
+def _outline(problem: Any) -> str:
+    """Return shapes and dtypes."""
+    parts = {name: part for name, part in vars(problem).items() if hasattr(part, "shape")}
+    return ", ".join(f"{name} {part.shape} {part.dtype}" for name, part in parts.items())
 
 
 def _size(problem: Any) -> int:

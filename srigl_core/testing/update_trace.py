@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zipfile
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from srigl_core.condensed_file import write_whole
 from srigl_core.errors import FileFormatError, SriglError
 from srigl_core.host_arrays import HOST_ARRAYS
 from srigl_core.mask_update import UpdateSettings
@@ -93,9 +95,10 @@ class UpdateTrace:
         self._n_updates += 1
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the updates so far to an ``.npz``."""
-        with Path(path).open("wb") as file:
-            np.savez_compressed(file, **self._arrays)  # type: ignore[arg-type] # an option's
+        """Write the updates so far to an ``.npz``; if that fails, what was there stays."""
+        content = io.BytesIO()
+        np.savez_compressed(content, **self._arrays)  # type: ignore[arg-type] # an option's
+        write_whole(Path(path), content.getvalue())
 
 
 def _plain(number: Any) -> Any:

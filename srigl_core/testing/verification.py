@@ -18,7 +18,7 @@ from srigl_core.contract import Backend, Capabilities
 from srigl_core.errors import BackendUnavailableError, SriglError
 from srigl_core.testing import laws as all_laws
 from srigl_core.testing.function_backend import FunctionBackend
-from srigl_core.testing.kernel_capabilities import capabilities_of
+from srigl_core.testing.kernel_capabilities import capabilities_of, in_full
 from srigl_core.testing.law import Law, LawViolation, NotApplicable, check
 from srigl_core.testing.problem_code import code_for
 from srigl_core.testing.problems import RecordedChoices, SeededChooser
@@ -341,14 +341,28 @@ def _source(kernel: Any, backend: Backend) -> str:
         if not isinstance(kernel, type):
             return "kernel = ...  # put your backend here\nkernel"
         return f"from {kernel.__module__} import {kernel.__qualname__}\n{kernel.__qualname__}"
-    function = backend.function
-    name = getattr(function, "__qualname__", "")
-    module = sys.modules.get(getattr(function, "__module__", ""))
-    if getattr(module, name, None) is not function:
-        name, imported = "kernel", "kernel = ...  # put your function here"
-    else:
-        imported = f"from {function.__module__} import {name}"
-    if hasattr(function, "declared"):
-        return f"{imported}\n{name}"
+    function, given = backend.function, backend.given
+    imports = [_import_of(function) or "kernel = ...  # put your function here"]
+    name = function.__qualname__ if _import_of(function) else "kernel"
+    if hasattr(function, "declared") and not given:
+        return f"{imports[0]}\n{name}"
     (operation,) = backend.capabilities.operations
-    return f'{imported}\nFunctionBackend({name}, "{operation}"{backend.options})'
+    arguments = [name, f'"{operation}"']
+    if "capabilities" in given:
+        imports.append("from srigl_core.testing import KernelCapabilities")
+        arguments.append(f"capabilities={in_full(given['capabilities'])!r}")
+    if "asarray" in given:
+        asarray = given["asarray"]
+        imports.append(_import_of(asarray) or "asarray = ...  # put your conversion here")
+        arguments.append(f"asarray={asarray.__qualname__ if _import_of(asarray) else 'asarray'}")
+    if "index_dtype" in given:
+        arguments.append(f"index_dtype={np.dtype(given['index_dtype']).name!r}")
+    return "\n".join([*imports, f"FunctionBackend({', '.join(arguments)})"])
+
+
+def _import_of(function: Any) -> str:
+    """Return the line that imports a function, if there is one."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    if module is None or getattr(sys.modules.get(module), name, None) is not function:
+        return ""
+    return f"from {module} import {name}"
