@@ -33,7 +33,7 @@ def test_the_update_is_that_of_the_dense_layer_whatever_the_blocks(seed, block_r
     else:
         mask = problem.mask
     # Where it is not active, a problem's weight may be NaN; another mask would activate it.
-    dense = np.nan_to_num(problem.weight)
+    dense = np.where(np.isnan(problem.weight), problem.weight.dtype.type(0), problem.weight)
     weight = CondensedWeight.from_dense(dense, mask)
     settings, grad = settings_of(problem.settings), problem.grad
     before = weight.values.copy()

@@ -35,9 +35,11 @@ def test_every_kernel_obeys_every_law_on_the_cpu():
     with ThreadPoolExecutor(2) as pool:
         runs = [
             pool.submit(
-                host_device.run_sanitized, [str(SCRIPT), "--setting", name], env=ITS_MODULES
+                host_device.run_sanitized,
+                [str(SCRIPT), "--setting", name, "--seed", str(seed)],
+                env=ITS_MODULES,
             )
-            for name in SETTINGS
+            for seed, name in enumerate(SETTINGS)
         ]
         found = [checked(run.result()) for run in runs]
     assert [failure for each in found for failure in each["failures"]] == []

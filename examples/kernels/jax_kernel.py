@@ -109,8 +109,8 @@ def laws_broken_by_subnormals() -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check a kernel of JAX.")
-    parser.add_argument("--quick", action="store_true", help="30 examples a law instead of 100")
-    max_examples = 30 if parser.parse_args(arguments).quick else 100
+    parser.add_argument("--quick", action="store_true", help="10 examples a law instead of 100")
+    max_examples = 10 if parser.parse_args(arguments).quick else 100
     try:
         for kernel in (jax_matmul, jax_matmul_of_larger_numbers):
             report = check_kernel(kernel, max_examples=max_examples)

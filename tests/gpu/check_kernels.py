@@ -1,6 +1,6 @@
 """Check the GPU kernels: every law, and exact results at awkward shapes.
 
-    python check_kernels.py [--examples N] [--setting NAME ...] [--only NAME ...]    # on the CPU
+    python check_kernels.py [--examples N] [--seed N] [--setting NAME ...] [--only NAME ...]  # CPU
     python check_kernels.py --device [--examples N]                    # on a CUDA device, by CuPy
 
 Prints one JSON object: what failed, how many examples were tried, and the variants launched. Under
@@ -49,7 +49,8 @@ LAYERS = [(1, 1), (5, 600), (300, 7), (20, 257)]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check, and print what came of it."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--examples", type=int, default=10)
+    parser.add_argument("--examples", type=int, default=4, help="of each law")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--setting", nargs="*", default=list(SETTINGS))
     parser.add_argument("--kernels", type=Path, default=KERNELS)
     parser.add_argument("--only", nargs="*", help="exact checks to make, by what they are of")
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.setting:
         device = {"folder": options.kernels, "one_by_one": options.one_by_one}
         with simulated_backend(SETTINGS[name], **device) as backend:
-            failed, count = _tried(name, backend, options.examples, options.only)
+            failed, count = _tried(name, backend, options)
             failures += failed
             examples += count
             launched |= backend.device.launched
@@ -86,30 +87,26 @@ def _check_device(options: argparse.Namespace) -> int:
         import cupy
 
         cupy.cuda.set_allocator(None)
-    failures, examples = _tried("device", backend, options.examples, options.only)
+    failures, examples = _tried("device", backend, options)
     print(json.dumps({"failures": failures, "examples": examples}))
     return int(bool(failures))
 
 
-def _tried(
-    where: str, backend: Any, examples: int, only: list[str] | None
-) -> tuple[list[str], int]:
+def _tried(where: str, backend: Any, options: argparse.Namespace) -> tuple[list[str], int]:
     """Return what failed, and how many examples were tried."""
-    found = list(_checks(backend, examples, only))
+    found = list(_checks(backend, options))
     return [f"{where}: {what}" for what, _ in found if what], sum(count for _, count in found)
 
 
-def _checks(
-    backend: GpuBackend, examples: int, only: list[str] | None
-) -> Iterator[tuple[str, int]]:
+def _checks(backend: GpuBackend, options: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """Yield what failed, "" if nothing, and how many examples were tried."""
-    for check in [CHECKS[name] for name in only or CHECKS]:
+    for check in [CHECKS[name] for name in options.only or CHECKS]:
         try:
             yield from check(backend)
         except KernelError as error:
             yield f"{check.__name__}: {error}", 1
-    if examples:
-        for result in verify(backend, max_examples=examples).results:
+    if options.examples:
+        for result in verify(backend, max_examples=options.examples, seed=options.seed).results:
             yield str(result) if result.status == "failed" else "", result.examples
 
 

@@ -1,4 +1,4 @@
-"""Wrong GPU kernels, each a plausible slip away from the right one: the checks must catch them."""
+"""Wrong GPU kernels that exact checks and sanitizers must catch; for the kit's there is mutants."""
 
 from __future__ import annotations
 
@@ -47,18 +47,6 @@ CHECKS = {
 
 MUTANTS = (
     Mutant(
-        "tile is read before it is staged",
-        TILE,
-        "        __syncthreads();  // the tile is there\n",
-        "",
-    ),
-    Mutant(
-        "tile is overwritten while it is read",
-        TILE,
-        "        if (n_segments > 1) __syncthreads();",
-        "       ",
-    ),
-    Mutant(
         "segments overlap",
         TILE,
         "static_cast<long long>(segment) * tile_rows;",
@@ -67,12 +55,6 @@ MUTANTS = (
     Mutant("sums of the segment before", TILE, "segment) * (groups + 1) + group", "0) + group"),
     Mutant(
         "last chunk lost", TILE, "chunk < stop; ++chunk", "chunk + 1 < stop; ++chunk", ("one lane",)
-    ),
-    Mutant(
-        "activation before the bias",
-        TILE,
-        "activated(sums[j] + offset, activation), out_type",
-        "activated(sums[j], activation) + offset, out_type",
     ),
     Mutant(
         "compact result at the neuron's own column",
@@ -129,20 +111,6 @@ MUTANTS = (
         needs_sanitizer=True,
     ),
     Mutant(
-        "sums of half the lanes",
-        STREAM,
-        "distance > 0; distance /= 2",
-        "distance > 1; distance /= 2",
-        ("streamed",),
-    ),
-    Mutant(
-        "last neurons lost",
-        STREAM,
-        "(n_neurons + stride - 1) / stride",
-        "n_neurons / stride",
-        ("streamed",),
-    ),
-    Mutant(
         "address of 32 bits",
         STREAM,
         "widened(__ldg(x + b * n_in + c))",
@@ -157,36 +125,21 @@ MUTANTS = (
         "",
         ("eight lanes",),
     ),
-    Mutant(
-        "sums exchanged with the wrong lane",
-        VALUES,
-        "odd ? even_sum : odd_sum",
-        "odd ? odd_sum : even_sum",
-    ),
     Mutant("tile before forgotten", VALUES, "sum : mine[at] + sum", "sum : sum", ("whole inputs",)),
     Mutant("first split alone", VALUES, "s < splits", "s < 1"),
     Mutant("one tie too many", MASK, "seen + before < ties[row]", "seen + before <= ties[row]"),
-    Mutant("ties from the end", MASK, "1u << lane) - 1", "2u << lane) - 1"),
     Mutant(
         "digits of others counted",
         MASK,
         "size >> (shift + kDigitBits) != so_far) continue;",
         "false) continue;",
     ),
-    Mutant("ties shared anew in each chunk", MASK, "    missing -= sums[kThreads - 1];\n", ""),
-    Mutant("sign counts", MASK, "static_cast<U>(~U(0)) >> 1", "static_cast<U>(~U(0))"),
     Mutant("zeros of survivors kept", MASK, "active && survives && nonzero", "active && survives"),
     Mutant(
         "full rows keep the smallest",
         MASK,
         "(size > last || (is_tie && before <",
         "(size < last || (is_tie && before <",
-    ),
-    Mutant(
-        "votes read before they are cast",
-        MASK,
-        "  if (lane == 0) warp_ties[warp] = __popc(votes);\n  __syncthreads();\n",
-        "  if (lane == 0) warp_ties[warp] = __popc(votes);\n",
     ),
     Mutant(
         "grown weight keeps what it was",
