@@ -50,7 +50,7 @@ def code_for(law: Law, problem: Any, choices: Sequence[int], kernel: str) -> str
 
 def _outline(problem: Any) -> str:
     """Return shapes and dtypes."""
-    parts = {name: part for name, part in vars(problem).items() if hasattr(part, "shape")}
+    parts = {name: part for name, part in vars(problem).items() if hasattr(part, "dtype")}
     return ", ".join(f"{name} {part.shape} {part.dtype}" for name, part in parts.items())
 
 
