@@ -85,7 +85,11 @@ class FunctionBackend:
         index_dtype: Any | None = None,
     ) -> None:
         declared = getattr(function, "declared", _Declaration())
-        given = {"capabilities": capabilities, "asarray": asarray, "index_dtype": index_dtype}
+        given: dict[str, Any] = {
+            "capabilities": capabilities,
+            "asarray": asarray,
+            "index_dtype": index_dtype,
+        }
         self.given = {name: value for name, value in given.items() if value is not None}
         op = op or declared.op
         capabilities = capabilities or declared.capabilities
