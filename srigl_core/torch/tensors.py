@@ -34,14 +34,16 @@ def as_numpy(tensor: Any) -> NDArray[Any]:
 
 
 def from_numpy(array: NDArray[Any]) -> Any:
-    """Return a NumPy array as a tensor of its memory, or of a copy where it is read-only.
+    """Return a NumPy array as a tensor of its memory, or of a copy where that cannot be one's.
 
     Parameters
     ----------
     array : ndarray
-        Of any of the value types, bfloat16 included, or of numbers that PyTorch has.
+        Of any of the value types, bfloat16 included, or of numbers that PyTorch has. One that is
+        read-only, misaligned, or runs backwards is copied.
     """
-    if not array.flags.writeable:
+    steps = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
+    if not (array.flags.behaved and steps):
         array = array.copy()
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
