@@ -72,7 +72,7 @@ def test_a_wrong_kernel_is_caught(mutant, tmp_path):
             assert source.count(mutant.right) >= 1, f"{mutant.right!r} is not in {file.name}"
             source = source.replace(mutant.right, mutant.wrong, 1)
         (tmp_path / file.name).write_text(source)
-    options = [str(SCRIPT), "--kernels", str(tmp_path), "--one-by-one"]
+    options = [str(SCRIPT), "--kernels", str(tmp_path), "--one-by-one", "--exitfirst"]
     options += ["--examples", "0", "--setting", *mutant.settings, "--only", *CHECKS[mutant.file]]
     if mutant.needs_sanitizer:
         done = host_device.run_sanitized(options, env=ITS_MODULES)

@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kernels", type=Path, default=KERNELS)
     parser.add_argument("--only", nargs="*", help="exact checks to make, by what they are of")
     parser.add_argument("--one-by-one", action="store_true")
+    parser.add_argument("--exitfirst", action="store_true", help="nothing after a failure")
     parser.add_argument("--device", action="store_true")
     parser.add_argument(
         "--without-pool", action="store_true", help="each array in memory of its own, to be watched"
@@ -94,8 +95,14 @@ def _check_device(options: argparse.Namespace) -> int:
 
 def _tried(where: str, backend: Any, options: argparse.Namespace) -> tuple[list[str], int]:
     """Return what failed, and how many examples were tried."""
-    found = list(_checks(backend, options))
-    return [f"{where}: {what}" for what, _ in found if what], sum(count for _, count in found)
+    failures, examples = [], 0
+    for what, count in _checks(backend, options):
+        examples += count
+        if what:
+            failures.append(f"{where}: {what}")
+            if options.exitfirst:
+                break
+    return failures, examples
 
 
 def _checks(backend: GpuBackend, options: argparse.Namespace) -> Iterator[tuple[str, int]]:
