@@ -111,6 +111,17 @@ def test_product_and_gradients_are_within_the_error_bound(seed):
     assert_within(fused, expected_product(problem.weight, problem.x, bias, problem.activation))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_arrays_that_no_tensor_can_view_are_copied(dtype):
+    array = np.arange(6, dtype=dtype)
+    packed = np.zeros(6, [("mark", "u1"), ("number", dtype)])
+    packed["number"] = array
+    for given in (array[::-1], packed["number"]):
+        np.testing.assert_array_equal(as_numpy(from_numpy(given)), given)
+    from_numpy(array[::2])[1] = 9
+    assert array[2] == 9
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("fan_in", [1, 3, 10])
