@@ -7,9 +7,10 @@ import sys
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 from typer.testing import CliRunner
 
-from srigl_core import SriglError, get_backend
+from srigl_core import CondensedWeight, SriglError, get_backend
 from srigl_core.cli.app import app
 from srigl_core.contract import Capabilities, MatmulGradients
 from srigl_core.errors import FileFormatError, ValueTypeError
@@ -21,6 +22,7 @@ from srigl_core.testing import (
     FunctionBackend,
     KernelCapabilities,
     LawViolation,
+    MatmulProblem,
     UpdateTrace,
     check_kernel,
     check_law,
@@ -29,6 +31,7 @@ from srigl_core.testing import (
     strategies,
     verify,
 )
+from srigl_core.testing.problems import EVERYTHING, SeededChooser
 from srigl_core.testing.targets import as_backend
 
 WIDE_TYPES = KernelCapabilities(value_dtypes=frozenset({"float32", "float64"}))
@@ -623,3 +626,27 @@ def test_an_update_that_cannot_be_is_a_verdict(tmp_path):
     right, wrong = check_trace(path)
     assert right
     assert "nnz_budget=500 exceeds" in str(wrong)
+
+
+# ---------------------------------------------------------------- false alarms that fuzzing found
+
+
+@pytest.mark.parametrize("law", [PRODUCT_LAW.name, "out_is_filled_whatever_it_held"])
+def test_a_bias_of_float64_is_rounded_once(law, matmul_backend):
+    weight = CondensedWeight(np.ones((1, 1), bfloat16), [[0]], [0], (1, 1))
+    problem = MatmulProblem(
+        weight,
+        x=np.zeros((1, 1), bfloat16),
+        grad=np.zeros((1, 1), bfloat16),
+        bias=np.array([-0.04235839697066424]),  # ml_dtypes rounds it to float32 on the way
+        activation="none",
+        out_dtype=np.dtype(np.float32),
+    )
+    check_law(matmul_backend, law, problem)
+
+
+@pytest.mark.parametrize("seed", [2533, 2561, 2725])
+def test_more_ties_may_survive_than_the_budget_was_chosen_for(seed, update_backend):
+    law = next(law for law in LAWS if law.name == "ties_go_to_the_lowest_index")
+    backend = as_backend(update_backend)
+    check_law(backend, law, law.build(SeededChooser(seed), EVERYTHING))

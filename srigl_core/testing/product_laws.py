@@ -30,6 +30,7 @@ from srigl_core.testing.problems import (
     with_subnormal_terms,
 )
 from srigl_core.testing.thread_calls import in_threads
+from srigl_core.value_types import round_to
 
 __all__ = ["PRODUCT_LAWS"]
 
@@ -38,10 +39,7 @@ _law = registering(PRODUCT_LAWS, "condensed_matmul", matmul_problem)
 
 
 def _product_of(problem: MatmulProblem) -> Outcome:
-    bias = problem.bias
-    if bias is not None:
-        with np.errstate(all="ignore"):
-            bias = bias.astype(problem.result_dtype)
+    bias = None if problem.bias is None else round_to(problem.bias, problem.result_dtype)
     return expected_product(problem.weight, problem.x, bias, problem.activation)
 
 

@@ -106,7 +106,10 @@ def _tied_problem(choose: Chooser, able: KernelCapabilities) -> UpdateProblem:
     signs = [rng.choice([-1.0, 1.0], problem.mask.shape) for _ in range(2)]
     weight, grad = (part.astype(problem.weight.dtype) for part in signs)
     weight[~problem.mask] = 0
-    return replace(problem, weight=weight, grad=grad)
+    # Of these numbers more neurons may survive than of those that the budget was chosen for.
+    budget = max(problem.settings.nnz_budget, problem.mask.shape[0])
+    settings = replace(problem.settings, nnz_budget=budget)
+    return replace(problem, weight=weight, grad=grad, settings=settings)
 
 
 @_law(against="the reference", within="no bit", build=_tied_problem)
