@@ -95,7 +95,13 @@ class UpdateTrace:
         self._n_updates += 1
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the updates so far to an ``.npz``; if that fails, what was there stays."""
+        """Write the updates so far to an ``.npz``.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written; what was there stays.
+        """
         content = io.BytesIO()
         np.savez_compressed(content, **self._arrays)  # type: ignore[arg-type] # an option's
         write_whole(Path(path), content.getvalue())

@@ -341,28 +341,27 @@ def _source(kernel: Any, backend: Backend) -> str:
         if not isinstance(kernel, type):
             return "kernel = ...  # put your backend here\nkernel"
         return f"from {kernel.__module__} import {kernel.__qualname__}\n{kernel.__qualname__}"
-    function, given = backend.function, backend.given
-    imports = [_import_of(function) or "kernel = ...  # put your function here"]
-    name = function.__qualname__ if _import_of(function) else "kernel"
-    if hasattr(function, "declared") and not given:
-        return f"{imports[0]}\n{name}"
+    given = backend.given
+    line, name = _imported(backend.function, "kernel = ...  # put your function here")
+    if hasattr(backend.function, "declared") and not given:
+        return f"{line}\n{name}"
     (operation,) = backend.capabilities.operations
-    arguments = [name, f'"{operation}"']
+    imports, arguments = [line], [name, f'"{operation}"']
     if "capabilities" in given:
         imports.append("from srigl_core.testing import KernelCapabilities")
         arguments.append(f"capabilities={in_full(given['capabilities'])!r}")
     if "asarray" in given:
-        asarray = given["asarray"]
-        imports.append(_import_of(asarray) or "asarray = ...  # put your conversion here")
-        arguments.append(f"asarray={asarray.__qualname__ if _import_of(asarray) else 'asarray'}")
+        line, name = _imported(given["asarray"], "asarray = ...  # put your conversion here")
+        imports.append(line)
+        arguments.append(f"asarray={name}")
     if "index_dtype" in given:
         arguments.append(f"index_dtype={np.dtype(given['index_dtype']).name!r}")
     return "\n".join([*imports, f"FunctionBackend({', '.join(arguments)})"])
 
 
-def _import_of(function: Any) -> str:
-    """Return the line that imports a function, if there is one."""
+def _imported(function: Any, otherwise: str) -> tuple[str, str]:
+    """Return the line that imports a function, or one to fill in, and the name that it gives."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
     if module is None or getattr(sys.modules.get(module), name, None) is not function:
-        return ""
-    return f"from {module} import {name}"
+        return otherwise, otherwise.partition(" ")[0]
+    return f"from {module} import {name}", name
