@@ -16,7 +16,7 @@ import srigl_core
 import srigl_core.backends
 import srigl_core.reference
 from srigl_core import UpdateSettings
-from srigl_core.reference import explain_update, update_mask
+from srigl_core.reference import explain_update, random_mask, update_mask
 from srigl_core.reference.mask_update import (
     ablation_threshold,
     grow,
@@ -26,6 +26,7 @@ from srigl_core.reference.mask_update import (
     prune_counts,
 )
 from srigl_core.reference.ranking import largest
+from srigl_core.testing import UpdateTrace, check_trace
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -102,6 +103,40 @@ def test_examples_of_frameworks_run(script, tmp_path):
     takes_quick = "--quick" in script.read_text()
     printed = run_example(script, folder=tmp_path, arguments=["--quick"] * takes_quick)
     assert "┃" in printed
+
+
+@pytest.mark.parametrize("framework", ["PyTorch", "JAX"])
+def test_a_trace_is_recorded_in_frameworks(framework, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "write-a-kernel.md").read_text()
+    (recording,) = re.findall(rf"^```text\n([^`]*# {framework}\n[^`]*)```", page, re.MULTILINE)
+    rng = np.random.default_rng(0)
+    before = random_mask((8, 16), fan_in=4, rng=rng)
+    numbers, grad = rng.standard_normal((2, 8, 16), np.float32)
+    settings = {"nnz_budget": 32, "drop_fraction": 0.3}
+    after = update_mask(numbers * before, grad, before, **settings).mask
+    if framework == "PyTorch":
+        torch = pytest.importorskip("torch")
+        mask, weight = torch.tensor(before), torch.tensor(numbers * before, requires_grad=True)
+        weight.grad = torch.tensor(grad)
+
+        def your_update(weight, mask):
+            mask.copy_(torch.tensor(after))
+            weight.data *= mask
+    else:
+        array = pytest.importorskip("jax.numpy").asarray
+        weight, grad, mask = array(numbers * before), array(grad), array(before)
+
+        def your_update(weight, grad, mask):
+            return weight * after, array(after)
+
+    monkeypatch.chdir(tmp_path)
+    exec(recording, {**locals(), "UpdateTrace": UpdateTrace, "budget": 32, "zeta": 0.3})
+    assert all(check_trace("trace.npz"))
+    with np.load("trace.npz") as recorded:
+        np.testing.assert_array_equal(recorded["0.mask_before"], before)
+        np.testing.assert_array_equal(recorded["0.weight"], numbers * before)
+        np.testing.assert_array_equal(recorded["0.mask_after"], after)
+    assert (before != after).any()
 
 
 def run_example(script, *options, folder, arguments=()):
