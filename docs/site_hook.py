@@ -37,6 +37,7 @@ PLACES = {
     "README.md": "first_steps.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "examples/kernels/c_kernel/README.md": "kernel_in_c.md",
     "benchmarks/README.md": "measured/method.md",
     f"{RESULTS}/README.md": "measured/index.md",
     f"{RESULTS}/cpu.md": "measured/cpu.md",

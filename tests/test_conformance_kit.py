@@ -1,9 +1,12 @@
 """The kit for authors of kernels: what it hands a function, what it reports, how it is run."""
 
+import itertools
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from srigl_core.contract import Capabilities, MatmulGradients
 from srigl_core.errors import FileFormatError, ValueTypeError
 from srigl_core.reference import mask_update
 from srigl_core.reference.activations import activate
+from srigl_core.reference.backend import ReferenceBackend
 from srigl_core.testing import (
     LAWS,
     ConformanceError,
@@ -28,6 +32,7 @@ from srigl_core.testing import (
     check_law,
     check_trace,
     declare,
+    shrinking,
     strategies,
     verify,
 )
@@ -194,13 +199,59 @@ def test_an_update_of_few_settings_is_asked_for_no_others():
     )
 
 
+def test_a_budget_that_is_too_small_is_an_error_of_the_function():
+    def refuses(weight, grad, mask, settings):
+        try:
+            return mask_update.srigl_update(weight, grad, mask, settings).mask
+        except SriglError as error:
+            raise ValueError("the budget is too small") from error
+
+    def returns(weight, grad, mask, settings):
+        try:
+            return refuses(weight, grad, mask, settings)
+        except ValueError:
+            return mask
+
+    law = next(law for law in LAWS if law.name == "a_fan_in_of_zero_is_an_error")
+    assert verify(FunctionBackend(refuses, "update_mask"), laws=[law]).ok
+    (result,) = verify(FunctionBackend(returns, "update_mask"), laws=[law]).failures
+    assert "a mask was returned, expected ValueError" in result.failure.message
+
+
+def test_inactive_weights_are_zeros_of_any_sign():
+    def multiplies(weight, grad, mask, settings):
+        update = mask_update.srigl_update(weight, grad, mask, settings)
+        return update.mask, np.where(update.mask, update.weight, np.copysign(0, weight))
+
+    assert check_kernel(multiplies, "update_mask", max_examples=30).ok
+
+    def loses_signs(weight, grad, mask, settings):
+        update = mask_update.srigl_update(weight, grad, mask, settings)
+        return update.mask, update.weight + weight.dtype.type(0)  # -0.0 becomes 0.0
+
+    report = verify(FunctionBackend(loses_signs, "update_mask"), max_examples=30, shrink=False)
+    assert "update_is_that_of_the_reference" in {result.law.name for result in report.failures}
+
+
+def test_a_kernel_may_always_apply_an_activation():
+    def kernel(x, values, indices, activation):
+        assert activation == "relu"
+        return np.maximum(product(x, values, indices, range(len(values)), len(values)), 0)
+
+    able = KernelCapabilities(value_dtypes={"float32", "float64"}, activations={"relu"})
+    report = check_kernel(kernel, capabilities=able, max_examples=20)
+    (linear,) = (r for r in report.results if r.law.name == "product_is_linear_in_the_input")
+    assert (linear.status, linear.detail) == ("not applicable", "it always applies an activation")
+
+
 @pytest.mark.parametrize(
     ("function", "op", "message"),
     [
         (lambda x, weights: x, "condensed_matmul", "parameter 'weights' is none that it can be"),
         (lambda x, /: x, "condensed_matmul", "parameter 'x'"),
+        (lambda *arrays: arrays, "condensed_matmul", "parameter 'arrays'"),
         (product, "matmul", "op='matmul' is unknown; use one of condensed_matmul,"),
-        (3, "condensed_matmul", "must be a function, got int"),
+        (3, "condensed_matmul", "must be a function, got 3"),
     ],
 )
 def test_a_function_that_cannot_be_called_is_refused(function, op, message):
@@ -239,6 +290,56 @@ def test_the_python_of_a_failure_makes_the_kernel_as_it_was_made():
     assert "asarray=asarray, index_dtype='int32')" in code
     with pytest.raises(LawViolation, match="expected"):
         exec(code, {})
+
+
+def test_a_class_within_a_function_is_left_to_be_filled_in():
+    class Broken(ReferenceBackend):
+        def prepare(self, weight):
+            raise ZeroDivisionError
+
+    (result,) = verify(Broken, laws=[PRODUCT_LAW]).failures
+    assert "kernel = ...  # put your backend here" in result.failure.code
+    assert "check_law(kernel, " in result.failure.code
+
+
+def test_a_script_is_imported_by_its_name(tmp_path):
+    (tmp_path / "my_script.py").write_text(
+        "from srigl_core.testing import verify\n"
+        "def wrong(x, values, indices):\n"
+        "    return x\n"
+        "if __name__ == '__main__':\n"
+        "    print(verify(wrong, max_examples=1).failures[0].failure.code)\n"
+    )
+    command = [sys.executable, "my_script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "from my_script import wrong" in done.stdout
+    again = [sys.executable, "-c", f"import sys; sys.path.insert(0, '')\n{done.stdout}"]
+    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "LawViolation: the product" in done.stderr
+
+
+def test_a_failure_is_made_smaller_for_so_long_only(monkeypatch):
+    calls = []
+
+    def wrong(x, values, indices):
+        calls.append(None)
+        return np.zeros((len(x), 1), x.dtype)
+
+    clock = itertools.count()
+    monkeypatch.setattr(shrinking, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    (result,) = verify(FunctionBackend(wrong), laws=[PRODUCT_LAW]).failures
+    searched = 5
+    assert len(calls) - result.failure.examples < searched + shrinking._SECONDS
+
+
+def test_a_report_says_what_was_left_out():
+    report = check_kernel(product, capabilities=WIDE_TYPES, max_examples=2)
+    told = "float16, bfloat16, out=, bias, activation relu, activation gelu, activation gelu_tanh"
+    assert f"not declared, so not tried: {told}" in str(report)
+    assert report.as_json()["left_out"] == report.left_out
+    assert verify("reference", max_examples=1).left_out == ()
+    scipy = verify("scipy", max_examples=1)
+    assert all("gamma_sal" not in part for part in scipy.left_out)  # it has no update
 
 
 def test_a_conversion_without_a_name_is_left_to_be_filled_in():
@@ -283,8 +384,9 @@ def test_the_same_seed_gives_the_same_report():
 
 
 def test_a_kernel_that_raises_fails_with_its_traceback():
-    with pytest.raises(ConformanceError, match="ZeroDivisionError: no such kernel"):
+    with pytest.raises(ConformanceError, match="ZeroDivisionError: no such kernel") as raised:
         check_kernel(raising, max_examples=5)
+    assert raised.value.report.counts["passed"] == 0
 
 
 def test_a_kernel_that_fails_now_and_then_fails():
@@ -355,6 +457,11 @@ def test_a_law_can_be_checked_on_a_problem_of_ones_own():
     with pytest.raises(SriglError, match="no law is called 'tidiness'"):
         check_law("reference", "tidiness", [0])
     check_law("reference", "product_is_within_the_error_bound", [0] * 30)
+
+
+def test_the_page_of_the_laws_is_what_the_command_prints():
+    page = Path(__file__).parent.parent / "docs" / "laws.md"
+    assert srigl("verify", "--list").output == page.read_text()
 
 
 def test_every_law_says_what_it_compares_with():
@@ -509,7 +616,7 @@ def test_verify_takes_kernels_that_are_not_registered(project, monkeypatch):
     assert result.exit_code == 0, result.output
     (found,) = json.loads(report.read_text())
     assert found["kernel"] == "mine"
-    assert found["counts"]["passed"] == len(found["laws"]) == 9
+    assert found["counts"]["passed"] == len(found["laws"]) == 11
     result = srigl("verify", "my_kernels:broken", "--op", "condensed_matmul", *few)
     assert result.exit_code == 1
     assert "check_law('my_kernels:broken', \"product_is_within_the_error_bound\"" in result.output

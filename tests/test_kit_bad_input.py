@@ -1,5 +1,7 @@
 """What the kit says of kernels, names and files that are not what it asked for."""
 
+import functools
+import json
 import math
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 from srigl_core import SriglError
 from srigl_core.cli.app import app
 from srigl_core.errors import FileFormatError
+from srigl_core.reference.backend import ReferenceBackend
 from srigl_core.testing import (
     LAWS,
     FunctionBackend,
@@ -20,6 +23,7 @@ from srigl_core.testing import (
     check_kernel,
     check_law,
     check_trace,
+    declare,
     verify,
 )
 from srigl_core.testing.targets import as_backend
@@ -115,22 +119,102 @@ def test_pytest_fails_where_a_backend_has_no_law_to_obey(folder):
     assert "nothing was checked" in done.stdout
 
 
-def test_a_kernel_that_ends_python_fails():
+class Panic(BaseException):
+    """What an extension written in Rust raises."""
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), Panic("index out of range")])
+def test_a_kernel_that_ends_python_fails(error):
     def kernel(x, values, indices):
-        raise SystemExit(0)
+        raise error
 
     (result,) = verify(kernel, laws=[PRODUCT_LAW], shrink=False).results
     assert result.status == "failed"
-    assert "would have ended Python: SystemExit(0)" in result.failure.message
+    assert f"would have ended Python: {error!r}" in result.failure.message
 
 
-def test_a_kernel_cannot_excuse_itself():
+def test_an_interrupt_is_no_failure():
     def kernel(x, values, indices):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify(kernel, laws=[PRODUCT_LAW])
+
+
+class NotToday(ReferenceBackend):
+    def prepare(self, weight):
         raise NotApplicable("not today")
 
+
+@pytest.mark.parametrize("kernel", [lambda x: NotToday().prepare(x), NotToday])
+def test_a_kernel_cannot_excuse_itself(kernel):
     (result,) = verify(kernel, laws=[PRODUCT_LAW], shrink=False).results
     assert result.status == "failed"
     assert "the kernel raised NotApplicable: not today" in result.failure.message
+
+
+class Sized(ReferenceBackend):
+    def __init__(self, size, depth=1):
+        self.size = size
+
+
+def test_what_makes_a_backend_may_be_a_partial_or_have_defaults():
+    assert as_backend(functools.partial(Sized, size=3)).size == 3
+    assert as_backend(lambda depth=2: Sized(7, depth)).size == 7
+    with pytest.raises(SriglError, match=r"cannot be made .* such as functools\.partial\("):
+        as_backend(Sized)
+
+
+@pytest.mark.parametrize("kernel", [Sized, ReferenceBackend()])
+def test_a_backend_is_not_taken_for_a_function(kernel):
+    with pytest.raises(SriglError, match=r"must be a function, got .*srigl_core\.testing\.verify"):
+        check_kernel(kernel)
+
+
+def test_a_class_is_not_declared():
+    with pytest.raises(SriglError, match="Sized is a class; give it the attributes"):
+        declare(xfails={PRODUCT_LAW.name: "a guess"})(Sized)
+
+
+def test_what_a_partial_calls_keeps_its_declaration():
+    @declare(capabilities=WIDE_TYPES)
+    def kernel(x, values, indices, depth):
+        return product(x, values, indices)
+
+    backend = FunctionBackend(functools.partial(kernel, depth=2))
+    assert backend.capabilities.value_dtypes == {"float32", "float64"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "seed=-1 .* at least 0"),
+        ({"max_examples": 0}, "max_examples=0 .* at least 1"),
+        ({"xfails": [PRODUCT_LAW.name]}, "must map names of laws to reasons"),
+        ({"op": "update_mask"}, "is a function for condensed_matmul, not for update_mask"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(options, message):
+    with pytest.raises(SriglError, match=message):
+        verify(FunctionBackend(product), **options)
+
+
+@pytest.mark.parametrize("given", ["int33", "float32"])
+def test_indices_are_integers(given):
+    with pytest.raises(SriglError, match=f"index_dtype='{given}' is no"):
+        FunctionBackend(product, index_dtype=given)
+
+
+def test_reports_are_written_before_the_next_kernel(folder):
+    (folder / "crashes.py").write_text("import os\n\ndef product(x):\n    os._exit(3)\n")
+    command = [sys.executable, "-m", "srigl_core.cli", "verify", "kernels_of_mine:product"]
+    options = ["crashes:product", "--max-examples=2", "--report=report.json"]
+    assert (
+        subprocess.run([*command, *options], cwd=folder, timeout=250, check=False).returncode == 3
+    )
+    (report,) = json.loads((folder / "report.json").read_text())
+    assert (report["kernel"], report["ok"]) == ("product", True)
+    assert "bfloat16" in report["left_out"]
 
 
 @pytest.mark.parametrize(
@@ -158,9 +242,10 @@ def test_an_operation_or_a_folder_that_there_is_not_is_refused_before_anything_i
     assert "condensed_matmul_backward" in result.output
     with pytest.raises(SriglError, match="op='nonsense' is unknown; use one of condensed_matmul,"):
         as_backend("reference", "nonsense")
-    result = CliRunner().invoke(app, ["verify", "reference", "--report", "no_such/report.json"])
-    assert result.exit_code == 1
-    assert "there is no folder no_such" in result.output
+    for report in ("no_such/report.json", "."):
+        result = CliRunner().invoke(app, ["verify", "reference", "--report", report])
+        assert result.exit_code == 1
+        assert "it must name a file in a folder that is there" in result.output
     (folder / "xfails.txt").write_bytes(b"\xff\xfe")
     result = CliRunner().invoke(app, ["verify", "reference", "--xfails", "xfails.txt"])
     assert result.exit_code == 1

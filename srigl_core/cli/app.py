@@ -60,10 +60,16 @@ def verify(
     xfails: Annotated[
         Path | None, typer.Option(help="Lines 'law: reason' of laws that are expected to fail.")
     ] = None,
+    list_laws: Annotated[
+        bool, typer.Option("--list", help="Print the laws; check nothing.")
+    ] = False,
 ) -> None:
     """Check that kernels obey the laws of the condensed matmul and the mask update."""
-    from srigl_core.cli.verify import read_xfails, verify_kernels
+    from srigl_core.cli.verify import laws_page, read_xfails, verify_kernels
 
+    if list_laws:
+        typer.echo(laws_page())
+        return
     good = verify_kernels(
         targets or [],
         op=op,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from srigl_core.testing import Law, Report
 
-__all__ = ["read_xfails", "verify_kernels"]
+__all__ = ["laws_page", "read_xfails", "verify_kernels"]
 
 _STYLES = {
     "passed": "green",
@@ -73,8 +73,8 @@ def verify_kernels(
     from srigl_core.testing import verify
     from srigl_core.testing.targets import as_backend
 
-    if report is not None and not report.parent.is_dir():
-        raise SriglError(f"--report {report}: there is no folder {report.parent}; make it first")
+    if report is not None and (report.is_dir() or not report.parent.is_dir()):
+        raise SriglError(f"--report {report}: it must name a file in a folder that is there")
     names = targets or _available()
     for name in names:
         as_backend(name, op)
@@ -98,10 +98,29 @@ def verify_kernels(
             )
         reports.append(found)
         _show(found, console)
-    if report is not None:
-        content: list[dict[str, Any]] = [found.as_json() for found in reports]
-        report.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        if report is not None:  # now: the next kernel may take this process with it
+            content: list[dict[str, Any]] = [each.as_json() for each in reports]
+            report.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return all(found.ok for found in reports)
+
+
+def laws_page() -> str:
+    """Return all laws, as the page docs/laws.md."""
+    from srigl_core.testing import LAWS
+
+    lines = [
+        "# Laws",
+        "",
+        "What `srigl verify` tries on a kernel. `srigl verify --list` wrote this.",
+    ]
+    for operation in dict.fromkeys(law.operation for law in LAWS):
+        lines += ["", f"## {operation}", ""]
+        lines += [
+            f"- `{law.name}`: {law.statement} Compared with {law.against}, within {law.within}."
+            for law in LAWS
+            if law.operation == operation
+        ]
+    return "\n".join(lines)
 
 
 def read_xfails(path: Path) -> dict[str, str]:

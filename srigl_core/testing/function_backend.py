@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -17,7 +18,7 @@ from srigl_core.host_arrays import HOST_ARRAYS
 from srigl_core.mask_update import MaskUpdate, UpdateSettings
 from srigl_core.reference.mask_update import make_update, srigl_update
 from srigl_core.testing.kernel_capabilities import OPTIONAL_SETTINGS, KernelCapabilities, in_full
-from srigl_core.testing.law import LawViolation, NotApplicable
+from srigl_core.testing.law import LawViolation
 from srigl_core.value_types import result_dtype, round_to
 
 __all__ = ["FunctionBackend", "declare"]
@@ -38,13 +39,17 @@ class FunctionBackend:
     """A function that computes one operation, as a `Backend`.
 
     The function is called with what its parameters are called after, so that it takes what it
-    needs and no more. For ``condensed_matmul``: `x`, (batch, n_in), and of the weight `values` and
-    `indices`, (n_active, k), `active`, (n_active,), `n_out` and `n_in`, or `weight`, the
-    `CondensedWeight`; `bias`, (n_out,) or None; `activation`; `compact`; `out`, to be written;
-    `threads`. It returns (batch, n_out), or writes to `out`. For ``condensed_matmul_backward``:
-    `grad`, (batch, n_out), `x`, the weight and `threads`; it returns dx, dvalues and dbias. For
-    ``update_mask``: `weight`, `grad` and `mask`, (n_out, n_in), and the settings, by name or as
-    `settings`; it returns the new mask, or mask and weight, or a `MaskUpdate`.
+    needs and no more; ``**kwargs`` takes everything. For ``condensed_matmul``: `x`, (batch, n_in),
+    and of the weight `values` and `indices`, (n_active, k), `active`, (n_active,), `n_out` and
+    `n_in`, or `weight`, the `CondensedWeight`; `bias`, (n_out,) or None; `activation`; `compact`;
+    `out`, to be written; `threads`, an int or None. It returns (batch, n_out), or (batch, n_active)
+    where `compact` is true, in ``np.result_type(x, values)``, or writes to `out`. There is at least
+    one row: an empty batch is answered without a call. For ``condensed_matmul_backward``: `grad`,
+    (batch, n_out), `x`, the weight and `threads`; it returns dx, (batch, n_in), dvalues,
+    (n_active, k), and dbias, (n_out,), in value types of its choice. For ``update_mask``: `weight`,
+    `grad` and `mask`, (n_out, n_in), and the settings, by name or as `settings`; it returns the new
+    mask, or mask and weight, or a `MaskUpdate`, and raises ValueError where the budget is too small
+    (SPEC 4.5). Without `asarray`, the arrays of a weight cannot be written.
 
     Parameters
     ----------
@@ -71,8 +76,8 @@ class FunctionBackend:
     Raises
     ------
     SriglError
-        If a parameter without a default has another name, or `out` is to be written by a function
-        whose arrays `asarray` makes.
+        If it is a class or a backend, a parameter without a default has another name, or `out` is
+        to be written by a function whose arrays `asarray` makes.
     """
 
     def __init__(
@@ -84,7 +89,12 @@ class FunctionBackend:
         asarray: Callable[[NDArray[Any]], Any] | None = None,
         index_dtype: Any | None = None,
     ) -> None:
-        declared = getattr(function, "declared", _Declaration())
+        if not callable(function) or inspect.isclass(function):
+            raise ValueTypeError(
+                f"a kernel must be a function, got {function!r}; a backend, or a class that makes "
+                f"one, is for srigl_core.testing.verify"
+            )
+        declared = _declaration_of(function)
         given: dict[str, Any] = {
             "capabilities": capabilities,
             "asarray": asarray,
@@ -97,10 +107,8 @@ class FunctionBackend:
         index_dtype = declared.index_dtype if index_dtype is None else index_dtype
         if op not in OPERATIONS:
             raise SriglError(f"op={op!r} is unknown; use one of {', '.join(OPERATIONS)}")
-        if not callable(function):
-            raise ValueTypeError(f"a kernel must be a function, got {type(function).__name__}")
         self.function, self._asarray = function, asarray
-        self._index_dtype = None if index_dtype is None else np.dtype(index_dtype)
+        self._index_dtype = None if index_dtype is None else _index_type(index_dtype)
         self._taken = _taken(function, op)
         if asarray is not None and "out" in self._taken:
             raise SriglError(
@@ -120,11 +128,8 @@ class FunctionBackend:
     def call(self, offered: Mapping[str, Any]) -> Any:
         """Call the function with what it takes of `offered`."""
         given = {name: self._lent(name, offered[name]) for name in self._taken}
-        try:
-            with np.errstate(all="ignore"):
-                return self.function(**given)
-        except NotApplicable as error:  # a law's to say, not a kernel's
-            raise LawViolation(f"the kernel raised NotApplicable: {error}") from error
+        with np.errstate(all="ignore"):
+            return self.function(**given)
 
     def update_mask(
         self,
@@ -138,7 +143,10 @@ class FunctionBackend:
         """Return the function's update; what it does not tell is taken to be right."""
         named = {name: getattr(settings, name) for name in _SETTINGS}
         arrays = {"weight": weight, "grad": grad, "mask": mask}
-        found = self.call({**arrays, **named, "settings": settings, "threads": threads})
+        try:
+            found = self.call({**arrays, **named, "settings": settings, "threads": threads})
+        except ValueError as error:
+            raise SriglError(str(error)) from error
         if isinstance(found, MaskUpdate):
             return found
         parts = found if isinstance(found, tuple) else (found,)
@@ -146,7 +154,10 @@ class FunctionBackend:
             new_mask = HOST_ARRAYS.as_mask(parts[0], mask.shape)
         except SriglError as error:
             raise LawViolation(f"the new mask: {error}") from error
-        right = srigl_update(weight, grad, mask, settings)
+        try:
+            right = srigl_update(weight, grad, mask, settings)
+        except SriglError as error:
+            raise LawViolation(f"a mask was returned, expected ValueError: {error}") from error
         update = make_update(
             weight,
             mask,
@@ -273,6 +284,11 @@ def declare(
     xfails : mapping of str to str, or None
         Laws that are expected to fail, and why.
 
+    Raises
+    ------
+    ValueTypeError
+        By the decorator, for a class: a backend has attributes ``capabilities`` and ``xfails``.
+
     Examples
     --------
     >>> @declare(capabilities=KernelCapabilities(value_dtypes=frozenset({"float32"})))
@@ -284,6 +300,10 @@ def declare(
     noted = _Declaration(op, capabilities, asarray, index_dtype, dict(xfails or {}))
 
     def decorate(function: Function) -> Function:
+        if inspect.isclass(function):
+            raise ValueTypeError(
+                f"{function.__name__} is a class; give it the attributes capabilities and xfails"
+            )
         function.declared = noted  # type: ignore[attr-defined]
         return function
 
@@ -299,6 +319,24 @@ class _Declaration:
     xfails: Mapping[str, str] = field(default_factory=dict)
 
 
+def _declaration_of(function: Any) -> _Declaration:
+    """Return what a function, or the one that a partial calls, was declared with."""
+    while isinstance(function, functools.partial) and not hasattr(function, "declared"):
+        function = function.func
+    found: _Declaration = getattr(function, "declared", _Declaration())
+    return found
+
+
+def _index_type(given: Any) -> np.dtype[Any]:
+    try:
+        found: np.dtype[Any] = np.dtype(given)
+    except TypeError as error:
+        raise SriglError(f"index_dtype={given!r} is no dtype ({error})") from error
+    if found.kind not in "iu":
+        raise SriglError(f"index_dtype={given!r} is no type of integers; use int32 or int64")
+    return found
+
+
 def _taken(function: Callable[..., Any], op: str) -> frozenset[str]:
     """Return the names that a function is called with."""
     names = PARAMETERS[op]
@@ -312,7 +350,7 @@ def _taken(function: Callable[..., Any], op: str) -> frozenset[str]:
         return frozenset(names)
     for part in parameters:
         strange = part.name not in names and part.default is part.empty
-        if part.kind is part.POSITIONAL_ONLY or (strange and part.kind is not part.VAR_POSITIONAL):
+        if part.kind is part.POSITIONAL_ONLY or strange:
             raise SriglError(
                 f"the function's parameter {part.name!r} is none that it can be called with for "
                 f"{op}; name parameters {', '.join(names)}, or give it a default"

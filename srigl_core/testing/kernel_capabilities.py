@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from srigl_core.contract import ACTIVATIONS, OPERATIONS, Backend, Capabilities
 from srigl_core.errors import SriglError
 from srigl_core.value_types import VALUE_TYPES
 
-__all__ = ["OPTIONAL_SETTINGS", "KernelCapabilities", "capabilities_of", "in_full"]
+__all__ = ["OPTIONAL_SETTINGS", "KernelCapabilities", "capabilities_of", "in_full", "left_out"]
+
+INDEX_TYPES = ("uint16", "uint32")
 
 OPTIONAL_SETTINGS = frozenset({"gamma_sal", "min_salient", "saliency_scope", "grown_init"})
 """Settings of an update that a kernel may do without: it then has those of no ablation, the \
@@ -57,7 +60,7 @@ class KernelCapabilities(Capabilities):
         known = {
             "operations": OPERATIONS,
             "value_dtypes": VALUE_TYPES,
-            "index_dtypes": ("uint16", "uint32"),
+            "index_dtypes": INDEX_TYPES,
             "activations": ACTIVATIONS,
             "settings": OPTIONAL_SETTINGS,
         }
@@ -91,3 +94,22 @@ def in_full(able: Capabilities) -> KernelCapabilities:
     if isinstance(able, KernelCapabilities):
         return able
     return KernelCapabilities(**{part.name: getattr(able, part.name) for part in fields(able)})
+
+
+def left_out(able: KernelCapabilities) -> list[str]:
+    """Return, in words, what no problem for such a kernel has."""
+    missing = _missing(VALUE_TYPES, able.value_dtypes)
+    if able.operations - {"update_mask"}:
+        missing += [f"{name} indices" for name in _missing(INDEX_TYPES, able.index_dtypes)]
+        flags = {"ablated neurons": able.ablation, "strides": able.strides, "out=": able.out}
+        missing += [name for name, is_able in flags.items() if not is_able]
+    if "condensed_matmul" in able.operations:
+        missing += ["bias"] * (not able.bias)
+        missing += [f"activation {name}" for name in _missing(ACTIVATIONS, able.activations)]
+    if "update_mask" in able.operations:
+        missing += _missing(sorted(OPTIONAL_SETTINGS), able.settings)
+    return missing
+
+
+def _missing(names: Iterable[str], taken: frozenset[str]) -> list[str]:
+    return [name for name in names if name not in taken]

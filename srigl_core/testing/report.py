@@ -16,7 +16,16 @@ STATUSES = ("passed", "failed", "not applicable", "expected failure", "unexpecte
 
 
 class ConformanceError(AssertionError):
-    """A kernel breaks a law; the message is the report."""
+    """A kernel breaks a law, or none could be checked; the message is the report.
+
+    Attributes
+    ----------
+    report : Report
+    """
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(str(report))
+        self.report = report
 
 
 @dataclass(frozen=True)
@@ -89,12 +98,15 @@ class Report:
     kernel : str
     results : tuple of LawResult
     max_examples, seed : int
+    left_out : tuple of str
+        What no problem had, as the kernel does not declare it.
     """
 
     kernel: str
     results: tuple[LawResult, ...]
     max_examples: int
     seed: int
+    left_out: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -124,11 +136,14 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """The counts, in a line."""
+        """The counts, in a line; and in another what was left out."""
         tally = ", ".join(f"{count} {status}" for status, count in self.counts.items() if count)
         if not self.n_run:
             return f"{self.kernel}: nothing was checked: {tally}"
-        return f"{self.kernel}: {self.n_run} checks run on {self.examples:,} examples: {tally}"
+        told = f"{self.kernel}: {self.n_run} checks run on {self.examples:,} examples: {tally}"
+        if self.left_out:
+            told += f"\nnot declared, so not tried: {', '.join(self.left_out)}"
+        return told
 
     def __str__(self) -> str:
         width = max((len(result.law.name) for result in self.results), default=0)
@@ -159,6 +174,7 @@ class Report:
             "max_examples": self.max_examples,
             "seed": self.seed,
             "counts": self.counts,
+            "left_out": self.left_out,
             "laws": [_as_json(result) for result in self.results],
         }
 

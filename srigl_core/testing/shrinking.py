@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from srigl_core.testing.strategies import DrawnChooser
 __all__ = ["kept_failures", "shrunk"]
 
 Attempt = Callable[[DrawnChooser], None]
+
+_SECONDS = 10
+"""After which the smallest problem so far has to do: a kernel may break many laws, slowly."""
 
 
 def shrunk(attempt: Attempt, choices: Sequence[int], database: ExampleDatabase | None) -> None:
@@ -57,6 +61,8 @@ class _Given(ExampleDatabase):
 
 
 def _attempt(attempt: Attempt, database: ExampleDatabase) -> None:
+    end = time.monotonic() + _SECONDS
+
     @hypothesis.settings(
         database=database,
         deadline=None,
@@ -70,7 +76,8 @@ def _attempt(attempt: Attempt, database: ExampleDatabase) -> None:
     @hypothesis.seed(0)
     @hypothesis.given(strategies.data())
     def attempts(data: Any) -> None:
-        attempt(DrawnChooser(data.draw))
+        if time.monotonic() < end:
+            attempt(DrawnChooser(data.draw))
 
     # The last failure is the smallest, and the attempt's to keep; of one that comes and goes
     # Hypothesis raises an error of its own.

@@ -1,7 +1,7 @@
 """Hypothesis strategies for what kernels are tried on (extra ``test``).
 
-All shrink to one neuron of one connection. With `KernelCapabilities` they leave out what a kernel
-does not take on.
+All shrink to one neuron of one connection. Their argument `able` is what a kernel takes on: what
+goes beyond that is not drawn. Value types are "float32", "float64", "float16" and "bfloat16".
 """
 
 from __future__ import annotations
@@ -68,7 +68,14 @@ class DrawnChooser(Chooser):
 def problems(
     build: Callable[[Chooser, KernelCapabilities], Problem], able: KernelCapabilities = EVERYTHING
 ) -> st.SearchStrategy[Problem]:
-    """Return the strategy of the problems that `build` makes of a chooser."""
+    """Return the strategy of the problems that `build` makes.
+
+    Parameters
+    ----------
+    build : callable
+        Takes a `Chooser` and capabilities, as a law's ``build``.
+    able : KernelCapabilities
+    """
 
     @st.composite
     def drawn(draw: st.DrawFn) -> Problem:
@@ -78,17 +85,32 @@ def problems(
 
 
 def matmul_problems(able: KernelCapabilities = EVERYTHING) -> st.SearchStrategy[MatmulProblem]:
-    """Return products and gradients: shapes, dtypes, magnitudes and memory layouts of all kinds."""
+    """Return products and gradients: shapes, dtypes, magnitudes and memory layouts of all kinds.
+
+    Parameters
+    ----------
+    able : KernelCapabilities
+    """
     return problems(matmul_problem, able)
 
 
 def update_problems(able: KernelCapabilities = EVERYTHING) -> st.SearchStrategy[UpdateProblem]:
-    """Return mask updates: tie-rich and distinct numbers, constant fan-in masks and others."""
+    """Return mask updates: tie-rich and distinct numbers, constant fan-in masks and others.
+
+    Parameters
+    ----------
+    able : KernelCapabilities
+    """
     return problems(update_problem, able)
 
 
 def value_dtypes(able: KernelCapabilities = EVERYTHING) -> st.SearchStrategy[np.dtype[Any]]:
-    """Return the value types, float32 first."""
+    """Return the value types, float32 first.
+
+    Parameters
+    ----------
+    able : KernelCapabilities
+    """
     order = ("float32", "float64", "float16", "bfloat16")
     return st.sampled_from([value_dtype(name) for name in order if name in able.value_dtypes])
 
@@ -96,7 +118,12 @@ def value_dtypes(able: KernelCapabilities = EVERYTHING) -> st.SearchStrategy[np.
 def condensed_weights(
     able: KernelCapabilities = EVERYTHING,
 ) -> st.SearchStrategy[CondensedWeight]:
-    """Return weights: a single neuron and many, k = 1 and k = n_in, ablation, both index types."""
+    """Return weights: a single neuron and many, k = 1 and k = n_in, ablation, both index types.
+
+    Parameters
+    ----------
+    able : KernelCapabilities
+    """
     return matmul_problems(able).map(lambda problem: problem.weight)
 
 
@@ -108,6 +135,11 @@ def inputs(
 
     Among them are zeros of both signs, subnormal and huge numbers, terms of a neuron that nearly
     cancel, NaN and infinity.
+
+    Parameters
+    ----------
+    weight : CondensedWeight, (n_out, n_in)
+    able : KernelCapabilities
     """
     dtype = draw(value_dtypes(able).filter(lambda kind: _combine(kind, weight.dtype)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -120,14 +152,28 @@ def inputs(
 
 @st.composite
 def masks(draw: st.DrawFn, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return masks of a shape, (n_out, n_in): of constant fan-in, with ablation, and others."""
+    """Return masks, ndarrays of bool: of constant fan-in, with ablation, and others.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (n_out, n_in).
+    """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     return any_mask(rng, shape, constant_fan_in=draw(st.sampled_from((True, False))))
 
 
 @st.composite
 def gradients(draw: st.DrawFn, shape: tuple[int, int], dtype: str = "float32") -> NDArray[Any]:
-    """Return dense gradients of a shape, (n_out, n_in): many of them with ties and zeros."""
+    """Return dense gradients: many of them with ties and zeros.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (n_out, n_in).
+    dtype : str
+        A value type.
+    """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     return random_numbers(rng, shape, value_dtype(dtype), draw(st.sampled_from(UPDATE_MAGNITUDES)))
 

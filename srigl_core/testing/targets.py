@@ -12,7 +12,7 @@ from typing import Any
 from srigl_core.contract import OPERATIONS, Backend
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.registry import get_backend, is_backend
-from srigl_core.testing.function_backend import FunctionBackend
+from srigl_core.testing.function_backend import PARAMETERS, FunctionBackend
 
 __all__ = ["as_backend"]
 
@@ -24,8 +24,8 @@ def as_backend(kernel: Any, op: str | None = None) -> Backend:
     ----------
     kernel : str, Backend, class or function
         The name of a registered backend; ``module:attribute``, of a module that is installed or in
-        the working directory; a backend, or what makes one without arguments; or a function
-        (`FunctionBackend`).
+        the working directory; a backend, or what makes one without arguments, such as a class or a
+        `functools.partial` of one; or a function (`FunctionBackend`).
     op : str or None
         What a function computes; None is what it was declared with, or "condensed_matmul".
 
@@ -42,7 +42,7 @@ def as_backend(kernel: Any, op: str | None = None) -> Backend:
         if ":" not in kernel:
             return get_backend(kernel)
         found = _imported(kernel)
-    if inspect.isclass(found) or (inspect.isfunction(found) and _needs_nothing(found)):
+    if not is_backend(found) and callable(found) and _makes_a_backend(found):
         found = _made(found, kernel)
     if is_backend(found):
         return found
@@ -81,9 +81,17 @@ def _made(make: Callable[[], Any], kernel: Any) -> Any:
     except Exception as error:
         raise SriglError(
             f"{kernel!r} cannot be made ({type(error).__name__}: {error}); name what makes a "
-            f"backend without arguments"
+            f"backend without arguments, such as functools.partial(MyBackend, device=0)"
         ) from error
 
 
-def _needs_nothing(function: Any) -> bool:
-    return not inspect.signature(function).parameters
+def _makes_a_backend(found: Any) -> bool:
+    """Whether it is a class, or can be called with nothing and has no parameter of a kernel."""
+    if inspect.isclass(found):
+        return True
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except ValueError:
+        return False
+    known = {name for names in PARAMETERS.values() for name in names}
+    return all(part.default is not part.empty and part.name not in known for part in parameters)

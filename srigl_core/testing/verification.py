@@ -10,15 +10,16 @@ import traceback
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from srigl_core.contract import Backend, Capabilities
-from srigl_core.errors import BackendUnavailableError, SriglError
+from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
 from srigl_core.testing import laws as all_laws
 from srigl_core.testing.function_backend import FunctionBackend
-from srigl_core.testing.kernel_capabilities import capabilities_of, in_full
+from srigl_core.testing.kernel_capabilities import capabilities_of, in_full, left_out
 from srigl_core.testing.law import Law, LawViolation, NotApplicable, check
 from srigl_core.testing.problem_code import code_for
 from srigl_core.testing.problems import RecordedChoices, SeededChooser
@@ -74,7 +75,7 @@ def check_kernel(
     )
     report = verify(backend, max_examples=max_examples, seed=seed, xfails=xfails)
     if not report.ok:
-        raise ConformanceError(str(report))
+        raise ConformanceError(report)
     return report
 
 
@@ -120,13 +121,23 @@ def verify(
     Raises
     ------
     SriglError
-        If a name is unknown.
+        If a name is unknown, `op` is not what a function was declared with, or another argument
+        cannot be.
     BackendUnavailableError
         If the kernel cannot run here, or Hypothesis is missing.
     """
+    if seed < 0 or max_examples < 1:
+        raise SriglError(
+            f"seed={seed} and max_examples={max_examples} must be at least 0 and at least 1"
+        )
+    if not isinstance(xfails or {}, Mapping):
+        raise ValueTypeError(f"xfails={xfails!r} must map names of laws to reasons")
     backend = as_backend(kernel, op)
     if isinstance(backend, FunctionBackend):
-        (op,) = backend.capabilities.operations
+        (own,) = backend.capabilities.operations
+        if op not in (None, own):
+            raise SriglError(f"{backend.name!r} is a function for {own}, not for {op}")
+        op = own
     expected = {**getattr(backend, "xfails", {}), **(xfails or {})}
     for name in expected:
         law_named(name)
@@ -145,7 +156,8 @@ def verify(
                 source=_source(kernel, backend),
             )
         )
-    return Report(backend.name, tuple(results), max_examples, seed)
+    able = capabilities_of(backend)
+    return Report(backend.name, tuple(results), max_examples, seed, tuple(left_out(able)))
 
 
 def try_law(
@@ -273,11 +285,13 @@ class _Tried:
                 check(self.backend, self.law, problem)
         except NotApplicable as nothing:
             self.reason = str(nothing)
-        except (Exception, SystemExit) as raised:
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as raised:  # SystemExit, a panic of Rust, pytest's skip
             error = (
-                RuntimeError(f"the kernel would have ended Python: {raised!r}")
-                if isinstance(raised, SystemExit)
-                else raised
+                raised
+                if isinstance(raised, Exception)
+                else RuntimeError(f"the kernel would have ended Python: {raised!r}")
             )
             self.first = self.first or self.examples + 1
             self.error, self.problem, self.choices = error, problem, list(chooser.made)
@@ -338,9 +352,7 @@ def _source(kernel: Any, backend: Backend) -> str:
     if isinstance(kernel, str):
         return repr(kernel)
     if not isinstance(backend, FunctionBackend):
-        if not isinstance(kernel, type):
-            return "kernel = ...  # put your backend here\nkernel"
-        return f"from {kernel.__module__} import {kernel.__qualname__}\n{kernel.__qualname__}"
+        return "\n".join(_imported(kernel, "kernel = ...  # put your backend here"))
     given = backend.given
     line, name = _imported(backend.function, "kernel = ...  # put your function here")
     if hasattr(backend.function, "declared") and not given:
@@ -359,9 +371,14 @@ def _source(kernel: Any, backend: Backend) -> str:
     return "\n".join([*imports, f"FunctionBackend({', '.join(arguments)})"])
 
 
-def _imported(function: Any, otherwise: str) -> tuple[str, str]:
-    """Return the line that imports a function, or one to fill in, and the name that it gives."""
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
-    if module is None or getattr(sys.modules.get(module), name, None) is not function:
+def _imported(named: Any, otherwise: str) -> tuple[str, str]:
+    """Return the line that imports something, or one to fill in, and the name that it gives."""
+    module, name = getattr(named, "__module__", None), getattr(named, "__qualname__", "")
+    if module is None or getattr(sys.modules.get(module), name, None) is not named:
         return otherwise, otherwise.partition(" ")[0]
+    if module == "__main__":  # a script, which other code imports by the name of its file
+        file = getattr(sys.modules[module], "__file__", None)
+        if file is None:
+            return otherwise, otherwise.partition(" ")[0]
+        module = Path(file).stem
     return f"from {module} import {name}", name
