@@ -28,7 +28,7 @@ help:
 	@echo "make test    run the test suite; what needs a framework that is not installed is skipped"
 	@echo "make test-all   install PyTorch, JAX and ONNX for the CPU, and run all of it"
 	@echo "make docs    build the documentation site, build/site/index.html"
-	@echo "make fuzz    try each law with 10,000 other problems, for up to 90 minutes; damaged files for ten"
+	@echo "make fuzz    try each law with 10,000 other problems, for up to 100 minutes; damaged files for ten"
 	@echo "make check   run what CI runs"
 	@echo "make gpu     check and measure the GPU kernels on a CUDA device"
 	@echo "make gpu-compile   compile the GPU kernels for all architectures, without a GPU"
@@ -48,7 +48,7 @@ docs: $(docs-ready)
 
 fuzz: $(fuzz-ready)
 	$(python) tests/fuzz/condensed_file.py
-	$(python) tests/fuzz/backends.py --processes 2 --minutes 90 --json build/fuzz/backends.json
+	$(python) tests/fuzz/backends.py --processes 2 --minutes 100 --json build/fuzz/backends.json
 
 check:
 	.ci/run
