@@ -319,17 +319,22 @@ def test_a_script_is_imported_by_its_name(tmp_path):
 
 
 def test_a_failure_is_made_smaller_for_so_long_only(monkeypatch):
-    calls = []
+    def n_calls(seconds):
+        calls = []
 
-    def wrong(x, values, indices):
-        calls.append(None)
-        return np.zeros((len(x), 1), x.dtype)
+        def wrong(x, values, indices):
+            calls.append(None)
+            return np.zeros((len(x), 1), x.dtype)
 
-    clock = itertools.count()
-    monkeypatch.setattr(shrinking, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    (result,) = verify(FunctionBackend(wrong), laws=[PRODUCT_LAW]).failures
-    searched = 5
-    assert len(calls) - result.failure.examples < searched + shrinking._SECONDS
+        clock = itertools.count()  # a second passes from one look at it to the next
+        monkeypatch.setattr(shrinking, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        monkeypatch.setattr(shrinking, "_SECONDS", seconds)
+        assert not verify(FunctionBackend(wrong), laws=[PRODUCT_LAW]).ok
+        return len(calls)
+
+    searched = n_calls(0)
+    assert n_calls(4) == searched + 3
+    assert n_calls(10**6) > searched + 10
 
 
 def test_a_report_says_what_was_left_out():
@@ -338,8 +343,13 @@ def test_a_report_says_what_was_left_out():
     assert f"not declared, so not tried: {told}" in str(report)
     assert report.as_json()["left_out"] == report.left_out
     assert verify("reference", max_examples=1).left_out == ()
-    scipy = verify("scipy", max_examples=1)
-    assert all("gamma_sal" not in part for part in scipy.left_out)  # it has no update
+    few = KernelCapabilities(value_dtypes={"float64"}, settings=frozenset())
+    of_product = verify(FunctionBackend(product, capabilities=few), max_examples=1)
+    assert "gamma_sal" not in of_product.left_out
+    update = FunctionBackend(lambda weight, grad, mask: mask, "update_mask", capabilities=few)
+    of_update = verify(update, max_examples=1, shrink=False)
+    assert {"gamma_sal", "float32"} <= {*of_update.left_out}
+    assert "bias" not in of_update.left_out
 
 
 def test_a_conversion_without_a_name_is_left_to_be_filled_in():

@@ -76,8 +76,9 @@ class FunctionBackend:
     Raises
     ------
     SriglError
-        If it is a class or a backend, a parameter without a default has another name, or `out` is
-        to be written by a function whose arrays `asarray` makes.
+        If it is a class or a backend, a parameter without a default has another name, there is no
+        operation `op`, `index_dtype` is no type of integers, or `out` is to be written by a
+        function whose arrays `asarray` makes.
     """
 
     def __init__(

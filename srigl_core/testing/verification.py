@@ -373,12 +373,10 @@ def _source(kernel: Any, backend: Backend) -> str:
 
 def _imported(named: Any, otherwise: str) -> tuple[str, str]:
     """Return the line that imports something, or one to fill in, and the name that it gives."""
-    module, name = getattr(named, "__module__", None), getattr(named, "__qualname__", "")
-    if module is None or getattr(sys.modules.get(module), name, None) is not named:
-        return otherwise, otherwise.partition(" ")[0]
+    home = sys.modules.get(getattr(named, "__module__", None) or "")
+    module, name = getattr(home, "__name__", ""), getattr(named, "__qualname__", "")
     if module == "__main__":  # a script, which other code imports by the name of its file
-        file = getattr(sys.modules[module], "__file__", None)
-        if file is None:
-            return otherwise, otherwise.partition(" ")[0]
-        module = Path(file).stem
+        module = Path(getattr(home, "__file__", None) or "").stem
+    if not module or getattr(home, name, None) is not named:
+        return otherwise, otherwise.partition(" ")[0]
     return f"from {module} import {name}", name
