@@ -42,6 +42,7 @@ test: $(test-ready)
 
 test-all: $(all-ready)
 	SRIGL_TEST_BACKENDS=reference,numba,scipy $(python) -m pytest --import-mode=importlib -n 2 --hypothesis-profile=ci
+	$(python) -m pytest --import-mode=importlib -n 2 --hypothesis-profile=ci tests/slow tests/gpu tests/frameworks
 
 docs: $(docs-ready)
 	$(python) -m mkdocs build --strict

@@ -10,12 +10,12 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._arrays.dtypes import accumulator_dtype, round_to
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._update import MaskUpdate, UpdateSettings
 from srigl_core.contract import Capabilities, MatmulGradients
 from srigl_core.errors import SriglError
-from srigl_core.mask_update import MaskUpdate, UpdateSettings
 from srigl_core.reference.activations import activate
-from srigl_core.value_types import accumulator_dtype, round_to
 
 __all__ = ["ScipyBackend"]
 

@@ -14,13 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from srigl_core._machine import cpu_name, n_cores
 from srigl_core.benchmarks.caches import cache_sizes
 from srigl_core.benchmarks.measure import Settings, chosen
 from srigl_core.benchmarks.plot import check_matplotlib
 from srigl_core.benchmarks.pools import check_threads, environment
 from srigl_core.benchmarks.report import write_report
 from srigl_core.benchmarks.results import FORMAT, Results, save_results
-from srigl_core.cli.machine import cpu_name, n_cores
 from srigl_core.errors import BackendUnavailableError, SriglError
 from srigl_core.testing.targets import as_backend
 

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 import srigl_core
+from srigl_core._machine import cpu_name, n_cores
+from srigl_core._registry import get_backend
 from srigl_core.benchmarks.timing import Hot, interleaved
 from srigl_core.benchmarks.versions import versions
-from srigl_core.cli.machine import cpu_name, n_cores
-from srigl_core.registry import get_backend
 
 __all__ = ["calls", "main"]
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from srigl_core.cli.machine import n_cores
+from srigl_core._machine import n_cores
 from srigl_core.errors import SriglError
 
 __all__ = ["check_threads", "environment", "relevant_environment", "rest", "thread_limit"]

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core import CondensedWeight
+from srigl_core._arrays.dtypes import round_to, value_dtype
 from srigl_core.benchmarks.cases import Layer
 from srigl_core.errors import SriglError
 from srigl_core.reference import update_mask
-from srigl_core.value_types import round_to, value_dtype
 
 __all__ = ["Batch", "Problem", "WrongResultError", "check"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from importlib.metadata import PackageNotFoundError, version
 
-from srigl_core.cli.machine import package_versions
+from srigl_core._machine import package_versions
 
 __all__ = ["versions"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._update import MaskUpdate, UpdateSettings
 from srigl_core.contract import Capabilities, MatmulGradients
-from srigl_core.mask_update import MaskUpdate, UpdateSettings
 from srigl_core.reference import condensed_matmul
 from srigl_core.reference.mask_update import srigl_update
 

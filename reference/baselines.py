@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from srigl_core.array_checks import as_float_array, check_generator
-from srigl_core.mask_update import MaskUpdate, UpdateSettings, checked_update
+from srigl_core._arrays.checks import as_float_array, check_generator
+from srigl_core._update import MaskUpdate, UpdateSettings, checked_update
 from srigl_core.reference.mask_update import make_update, prune_counts
 from srigl_core.reference.ranking import largest
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from srigl_core.array_checks import as_float_array
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._arrays.checks import as_float_array
+from srigl_core._arrays.dtypes import accumulator_dtype, result_dtype, round_to
+from srigl_core._arrays.float_mode import honour_subnormals
+from srigl_core._format.weight import CondensedWeight
 from srigl_core.contract import MatmulGradients
 from srigl_core.errors import SriglError
-from srigl_core.float_mode import honour_subnormals
 from srigl_core.reference.activations import activate
-from srigl_core.value_types import accumulator_dtype, result_dtype, round_to
 
 __all__ = ["backward", "dense_gradient", "forward"]
 

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from srigl_core.array_checks import as_float_array, check_integer
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._arrays.checks import as_float_array, check_integer
+from srigl_core._arrays.dtypes import as_float_view
+from srigl_core._arrays.float_mode import honour_subnormals
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._plan import check_condensed
+from srigl_core._update import CondensedUpdate, UpdateSettings
 from srigl_core.errors import SriglError
-from srigl_core.float_mode import honour_subnormals
-from srigl_core.mask_update import CondensedUpdate, UpdateSettings
-from srigl_core.plan import check_condensed
 from srigl_core.reference.mask_update import (
     ablation_threshold,
     grow,
@@ -27,7 +28,6 @@ from srigl_core.reference.mask_update import (
     prune,
 )
 from srigl_core.reference.ranking import largest
-from srigl_core.value_types import as_float_view
 
 __all__ = ["update_condensed"]
 

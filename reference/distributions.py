@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
 
-from srigl_core.array_checks import check_integer, check_lengths, check_real
+from srigl_core._arrays.checks import check_integer, check_lengths, check_real
 from srigl_core.errors import SriglError, ValueTypeError
 
 __all__ = ["DISTRIBUTIONS", "LayerBudget", "erk", "nnz_budget", "uniform"]

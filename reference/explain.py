@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from srigl_core.array_checks import as_mask
+from srigl_core._arrays.checks import as_mask
+from srigl_core._arrays.float_mode import honour_subnormals
+from srigl_core._update import UpdateSettings, check_update_arrays
 from srigl_core.errors import SriglError
-from srigl_core.float_mode import honour_subnormals
-from srigl_core.mask_update import UpdateSettings, check_update_arrays
 from srigl_core.reference.known_slips import SLIPS, Problem, Steps, Trace
 from srigl_core.reference.mask_update import prune, srigl_update
 

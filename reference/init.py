@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from srigl_core.array_checks import as_mask, check_generator, check_integer
-from srigl_core.condensed_weight import draw_columns, flat_shape
+from srigl_core._arrays.checks import as_mask, check_generator, check_integer
+from srigl_core._arrays.dtypes import round_to, value_dtype
+from srigl_core._format.weight import draw_columns, flat_shape
 from srigl_core.errors import SriglError
-from srigl_core.value_types import round_to, value_dtype
 
 __all__ = ["INITS", "random_mask", "random_unstructured_mask", "sparse_init"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.mask_update import UpdateSettings
+from srigl_core._update import UpdateSettings
 from srigl_core.reference.mask_update import (
     ablation_threshold,
     grow,

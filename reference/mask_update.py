@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from srigl_core.array_checks import as_mask
+from srigl_core._arrays.checks import as_mask
+from srigl_core._update import MaskUpdate, UpdateSettings, checked_update
 from srigl_core.errors import SriglError
-from srigl_core.mask_update import MaskUpdate, UpdateSettings, checked_update
 from srigl_core.reference.ranking import largest
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.value_types import as_float_view
+from srigl_core._arrays.dtypes import as_float_view
 
 __all__ = ["largest"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from srigl_core.array_checks import check_integer, check_real
+from srigl_core._arrays.checks import check_integer, check_real
 from srigl_core.errors import SriglError
 
 __all__ = ["UpdateSchedule"]

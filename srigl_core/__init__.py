@@ -5,25 +5,25 @@ Importing this imports NumPy and SciPy, and no backend: `condensed_matmul` finds
 point when they are first needed.
 """
 
-from srigl_core.condensed_file import load_condensed, save_condensed
-from srigl_core.condensed_mask import CondensedMask
-from srigl_core.condensed_trainer import CondensedTrainer
-from srigl_core.condensed_weight import CondensedWeight, MemoryReport
+from srigl_core._api import condensed_matmul, condensed_matmul_backward, update_mask
+from srigl_core._format.connections import CondensedMask
+from srigl_core._format.file import load_condensed, save_condensed
+from srigl_core._format.weight import CondensedWeight, MemoryReport
+from srigl_core._plan import Plan, prepare
+from srigl_core._recommendation import Recommendation, recommend
+from srigl_core._registry import BackendStatus, get_backend, list_backends
+from srigl_core._training.condensed_trainer import CondensedTrainer
+from srigl_core._training.trainer import SparseTrainer
+from srigl_core._training.training_state import LayerOptions
+from srigl_core._update import MaskUpdate, UpdateSettings
+from srigl_core._warmup import warmup
 from srigl_core.contract import Backend, Capabilities, MatmulGradients, PreparedWeight
-from srigl_core.dispatch import condensed_matmul, condensed_matmul_backward, update_mask
 from srigl_core.errors import (
     BackendUnavailableError,
     FileFormatError,
     SriglError,
     ValueTypeError,
 )
-from srigl_core.mask_update import MaskUpdate, UpdateSettings
-from srigl_core.plan import Plan, prepare
-from srigl_core.recommendation import Recommendation, recommend
-from srigl_core.registry import BackendStatus, get_backend, list_backends
-from srigl_core.trainer import SparseTrainer
-from srigl_core.training_state import LayerOptions
-from srigl_core.warmup import warmup
 
 __all__ = [
     "Backend",

@@ -1,7 +1,7 @@
 """What a backend is: the two protocols it implements and the capabilities it declares.
 
-A backend never validates: everything it is handed has passed the public door (`srigl_core.plan`,
-`srigl_core.dispatch`), so arrays have the stated shapes, dtypes and memory order.
+A backend never validates: everything it is handed has passed the public door (`srigl_core._plan`,
+`srigl_core._api`), so arrays have the stated shapes, dtypes and memory order.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.value_types import VALUE_TYPES
+from srigl_core._arrays.dtypes import VALUE_TYPES
 
 if TYPE_CHECKING:
-    from srigl_core.condensed_weight import CondensedWeight
-    from srigl_core.mask_update import MaskUpdate, UpdateSettings
+    from srigl_core._format.weight import CondensedWeight
+    from srigl_core._update import MaskUpdate, UpdateSettings
 
 __all__ = [
     "ACTIVATIONS",
@@ -85,7 +85,7 @@ class ArrayKind(Protocol):
     """What the public door does with a backend's arrays, where these are not NumPy's.
 
     An array has NumPy's `shape`, `ndim`, `size`, `dtype`, `reshape` and assignment. The caller's
-    may be of any library that `srigl_core.interop` knows.
+    may be of any library that `srigl_core._arrays.libraries` knows.
     """
 
     def computing(self, like: object) -> AbstractContextManager[None]:

@@ -56,7 +56,7 @@ def test_info_says_why_a_backend_cannot_run(monkeypatch):
     def unavailable(name):
         raise BackendUnavailableError("needs the package 'left'; pip install left")
 
-    monkeypatch.setattr("srigl_core.registry._load", unavailable)
+    monkeypatch.setattr("srigl_core._registry._load", unavailable)
     result = run("info")
     assert result.exit_code == 0, result.output
     assert "pip install left" in result.output
@@ -119,7 +119,7 @@ def test_an_unknown_backend_is_one_line_without_a_traceback():
 
 
 def test_a_backend_that_cannot_run_ends_verify_before_anything_is_tried(monkeypatch):
-    from srigl_core import registry
+    from srigl_core import _registry as registry
 
     load = registry._load
 

@@ -22,7 +22,7 @@ from srigl_core import (
     load_condensed,
     save_condensed,
 )
-from srigl_core.condensed_file import FORMAT_VERSION
+from srigl_core._format.file import FORMAT_VERSION
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 LAYERS, VERSION = "srigl_core.layers", "srigl_core.format_version"

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srigl_core import SriglError, ValueTypeError
+from srigl_core._arrays.dtypes import accumulator_dtype, value_dtype
 from srigl_core.reference import dense_gradient
 from srigl_core.testing.bounds import Outcome, first_violation
 from srigl_core.testing.flush_mode import flushing_subnormals
-from srigl_core.value_types import accumulator_dtype, value_dtype
 
 
 @given(

@@ -74,7 +74,7 @@ def test_doctests_pass(name):
 
 
 def test_doctests_are_found_under_every_folder():
-    assert {"srigl_core.condensed_weight", "srigl_core.reference.mask_update"} <= set(WITH_DOCTESTS)
+    assert {"srigl_core._format.weight", "srigl_core.reference.mask_update"} <= set(WITH_DOCTESTS)
     assert "srigl_core.backends.scipy_csr" in MODULES
 
 

@@ -15,16 +15,16 @@ from srigl_core import (
     MatmulGradients,
     SriglError,
     ValueTypeError,
+    _registry,
     condensed_matmul,
     condensed_matmul_backward,
     get_backend,
     list_backends,
     prepare,
-    registry,
     update_mask,
 )
-from srigl_core.host_arrays import HostArrays
-from srigl_core.registry import BackendStatus
+from srigl_core._arrays.operations import HostArrays
+from srigl_core._registry import BackendStatus
 
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = (np.dtype(np.float16), bfloat16, np.dtype(np.float32), np.dtype(np.float64))
@@ -720,14 +720,14 @@ def test_an_array_on_a_cuda_device_gets_a_backend_for_one(monkeypatch):
     weight, there = weight_of(), OnCuda()
     known = [*list_backends(), BackendStatus("fake", True, "", for_cuda.capabilities)]
     with monkeypatch.context() as patched:
-        patched.setattr(registry, "list_backends", lambda: known)
-        patched.setattr(registry, "_load", {"fake": for_cuda}.get)
-        registry._preferred.cache_clear()
+        patched.setattr(_registry, "list_backends", lambda: known)
+        patched.setattr(_registry, "_load", {"fake": for_cuda}.get)
+        _registry._preferred.cache_clear()
         assert get_backend(device="cuda") is for_cuda
         with pytest.raises(ValueTypeError, match="x of type OnCuda"):
             condensed_matmul(there, weight)  # it takes NumPy's arrays, in truth
         assert for_cuda.n_prepared == 1
-    registry._preferred.cache_clear()
+    _registry._preferred.cache_clear()
 
 
 @pytest.mark.skipif(

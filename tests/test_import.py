@@ -61,8 +61,8 @@ LOADED = f"import json, sys; print(json.dumps([m for m in {HEAVY!r} if m in sys.
         "import srigl_core.reference",
         "from srigl_core import *",
         "from srigl_core.reference import *",
-        "import srigl_core.condensed_file, srigl_core.trainer, srigl_core.testing",
-        "import srigl_core.interop",
+        "import srigl_core._format.file, srigl_core._training.trainer, srigl_core.testing",
+        "import srigl_core._arrays.libraries",
     ],
 )
 def test_importing_loads_no_backend_and_no_framework(statement):

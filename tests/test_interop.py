@@ -20,8 +20,8 @@ from srigl_core import (
     prepare,
     update_mask,
 )
-from srigl_core.array_checks import as_float_array, as_mask
-from srigl_core.interop import borrowing, common_library, device_of, library_of
+from srigl_core._arrays.checks import as_float_array, as_mask
+from srigl_core._arrays.libraries import common_library, device_of, library_of, lookup
 
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {
@@ -705,11 +705,11 @@ for backend in ("reference", None):
 
 def test_recognition_needs_no_module_that_is_not_there(monkeypatch):
     """Also while one is being imported, in another thread say."""
-    borrowing._library_of_type.cache_clear()
+    lookup._library_of_type.cache_clear()
     for name in ("torch", "jax", "tensorflow"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     assert library_of(Lender(np.ones(3))) is library_of(np.ones(3))
     monkeypatch.undo()
-    borrowing._library_of_type.cache_clear()
+    lookup._library_of_type.cache_clear()
     assert library_of(3.0) is library_of(np.ones(3))

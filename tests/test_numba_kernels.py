@@ -17,6 +17,7 @@ pytest.importorskip("numba")
 
 import srigl_core
 from srigl_core import CondensedWeight
+from srigl_core._arrays.dtypes import value_dtype
 from srigl_core.backends.numba_cpu import column_blocks, condensed_matmul, threads
 from srigl_core.backends.numba_cpu.column_blocks import GROUP_ROWS, ColumnBlocks
 from srigl_core.backends.numba_cpu.connections import Connections
@@ -29,7 +30,6 @@ from srigl_core.backends.numba_cpu.value_types import as_bits
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.testing.bounds import first_violation
 from srigl_core.testing.oracles import expected_gradients, expected_product
-from srigl_core.value_types import value_dtype
 
 needs_avx512 = pytest.mark.skipif(
     not has_avx512(), reason="this processor, or NUMBA_CPU_NAME, lacks AVX-512"

@@ -7,10 +7,10 @@ pytest.importorskip("numba")
 
 from numba import njit
 
+from srigl_core._arrays.dtypes import value_dtype
 from srigl_core.backends.numba_cpu import simd
 from srigl_core.backends.numba_cpu.processor import has_avx512
 from srigl_core.backends.numba_cpu.value_types import as_bits
-from srigl_core.value_types import value_dtype
 
 
 @pytest.fixture(autouse=True)

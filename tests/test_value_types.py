@@ -8,11 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from srigl_core.errors import ValueTypeError
-from srigl_core.float_mode import honour_subnormals, subnormals_are_flushed
-from srigl_core.testing.bounds import float_limits
-from srigl_core.testing.flush_mode import can_flush_subnormals, flushing_subnormals
-from srigl_core.value_types import (
+from srigl_core._arrays.dtypes import (
     VALUE_TYPES,
     accumulator_dtype,
     index_dtype,
@@ -20,6 +16,10 @@ from srigl_core.value_types import (
     round_to,
     value_dtype,
 )
+from srigl_core._arrays.float_mode import honour_subnormals, subnormals_are_flushed
+from srigl_core.errors import ValueTypeError
+from srigl_core.testing.bounds import float_limits
+from srigl_core.testing.flush_mode import can_flush_subnormals, flushing_subnormals
 
 
 def all_numbers_of(dtype):

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from srigl_core._arrays.dtypes import accumulator_dtype
+from srigl_core._format.weight import CondensedWeight
 from srigl_core.backends.cupy_gpu.conversions import THREADS, convert, launch_over, output_type
 from srigl_core.backends.cupy_gpu.device import Device, fitting_blocks
 from srigl_core.backends.cupy_gpu.layouts import Layouts
@@ -33,10 +35,8 @@ from srigl_core.backends.cupy_gpu.variants import (
     stream_product,
     tile_product,
 )
-from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.contract import ACTIVATIONS, MatmulGradients
 from srigl_core.errors import SriglError
-from srigl_core.value_types import accumulator_dtype
 
 __all__ = ["GpuPrepared"]
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from srigl_core.array_checks import check_workspace, overlaps_itself
+from srigl_core._arrays.checks import check_workspace, overlaps_itself
+from srigl_core._arrays.dtypes import value_dtype
+from srigl_core._arrays.libraries import borrowed, device_of, library_of
 from srigl_core.backends.cupy_gpu.conversions import converted
 from srigl_core.backends.cupy_gpu.cupy_device import CupyDevice, cupy
 from srigl_core.backends.cupy_gpu.mask_update import count_not_finite
 from srigl_core.errors import SriglError, ValueTypeError
-from srigl_core.interop import borrowed, device_of, library_of
-from srigl_core.value_types import value_dtype
 
 __all__ = ["CudaArrays"]
 

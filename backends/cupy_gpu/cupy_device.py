@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from srigl_core._cache_folder import find_cache, generation_of
 from srigl_core.backends.cupy_gpu.device import DeviceProperties
 from srigl_core.backends.cupy_gpu.variants import COMPILER_OPTIONS, Variant
-from srigl_core.cache_folder import find_cache, generation_of
 from srigl_core.errors import BackendUnavailableError
 
 try:

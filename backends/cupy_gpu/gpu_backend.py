@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._update import MaskUpdate, UpdateSettings
 from srigl_core.backends.cupy_gpu import mask_update
 from srigl_core.backends.cupy_gpu.condensed_matmul import GpuPrepared
 from srigl_core.backends.cupy_gpu.device import Device
-from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.contract import Capabilities
-from srigl_core.mask_update import MaskUpdate, UpdateSettings
 
 __all__ = ["GpuBackend"]
 

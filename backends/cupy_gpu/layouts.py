@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from srigl_core._format.weight import CondensedWeight
 from srigl_core.backends.cupy_gpu.device import Device
 from srigl_core.backends.cupy_gpu.tiles import Tiles, pack_tiles
-from srigl_core.condensed_weight import CondensedWeight
 
 __all__ = ["Layouts", "Stream"]
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from srigl_core._update import MaskUpdate, UpdateSettings
 from srigl_core.backends.cupy_gpu.conversions import BLOCKS_A_PROCESSOR, THREADS, launch_over
 from srigl_core.backends.cupy_gpu.device import Device
 from srigl_core.backends.cupy_gpu.variants import BIT_TYPES, Variant
-from srigl_core.mask_update import MaskUpdate, UpdateSettings
 from srigl_core.reference.mask_update import ablation_threshold, keep_and_prune, new_fan_in
 
 __all__ = ["count_not_finite", "srigl_update"]

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._update import MaskUpdate, UpdateSettings
 from srigl_core.contract import Capabilities
 from srigl_core.errors import BackendUnavailableError
-from srigl_core.mask_update import MaskUpdate, UpdateSettings
 
 try:
     import numba

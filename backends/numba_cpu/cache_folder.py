@@ -10,7 +10,7 @@ import llvmlite
 import numba
 import numpy as np
 
-from srigl_core.cache_folder import find_cache, generation_of
+from srigl_core._cache_folder import find_cache, generation_of
 
 __all__ = ["cache_directory", "describe_cache"]
 

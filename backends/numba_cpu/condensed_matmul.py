@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from srigl_core._arrays.dtypes import accumulator_dtype, round_to
+from srigl_core._format.weight import CondensedWeight
 from srigl_core.backends.numba_cpu.column_blocks import ColumnBlocks, lanes_of, widest_lanes
 from srigl_core.backends.numba_cpu.connections import Connections
 from srigl_core.backends.numba_cpu.epilogue import activation_code
@@ -30,9 +32,7 @@ from srigl_core.backends.numba_cpu.row_sums import RowSums
 from srigl_core.backends.numba_cpu.threads import is_small, pool
 from srigl_core.backends.numba_cpu.value_gradient import value_gradient
 from srigl_core.backends.numba_cpu.value_types import as_bits
-from srigl_core.condensed_weight import CondensedWeight
 from srigl_core.contract import ACTIVATIONS, MatmulGradients
-from srigl_core.value_types import accumulator_dtype, round_to
 
 __all__ = ["NumbaPrepared"]
 

@@ -20,9 +20,9 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
+from srigl_core._update import MaskUpdate, UpdateSettings
 from srigl_core.backends.numba_cpu.compiling import frozen, kernel
 from srigl_core.backends.numba_cpu.threads import pool
-from srigl_core.mask_update import MaskUpdate, UpdateSettings
 from srigl_core.reference.mask_update import ablation_threshold, keep_and_prune, new_fan_in
 
 __all__ = ["srigl_update"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from srigl_core._arrays.dtypes import index_dtype
 from srigl_core.benchmarks.cases import Case
 from srigl_core.benchmarks.contenders.contender import Bind, Contender
 from srigl_core.benchmarks.contenders.ours import (
@@ -14,7 +15,6 @@ from srigl_core.benchmarks.contenders.ours import (
 from srigl_core.benchmarks.problems import Problem
 from srigl_core.contract import Backend
 from srigl_core.testing.kernel_capabilities import capabilities_of
-from srigl_core.value_types import index_dtype
 
 __all__ = ["contenders", "takes"]
 

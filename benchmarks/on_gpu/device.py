@@ -6,7 +6,7 @@ import subprocess
 from typing import Any, Protocol
 
 from srigl_core import get_backend
-from srigl_core.cli.machine import cpu_name, n_cores
+from srigl_core._machine import cpu_name, n_cores
 from srigl_core.errors import BackendUnavailableError
 
 __all__ = ["CudaDevice", "Device"]

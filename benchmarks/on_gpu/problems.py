@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from srigl_core import CondensedWeight
+from srigl_core._arrays.dtypes import round_to, value_dtype
 from srigl_core.benchmarks.cases import Layer
 from srigl_core.benchmarks.problems import Batch, Problem, WrongResultError
-from srigl_core.value_types import round_to, value_dtype
 
 __all__ = [
     "BFLOAT16",

@@ -218,7 +218,7 @@ def _show_cliffs(path: Path) -> None:
 
 def _threads(given: str) -> tuple[int, ...]:
     """Return the numbers in a list such as "1,2"; one and two, if there are cores, for ""."""
-    from srigl_core.cli.machine import n_cores
+    from srigl_core._machine import n_cores
 
     if not given:
         return tuple(range(1, min(2, n_cores()) + 1))

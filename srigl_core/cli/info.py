@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from srigl_core import BackendStatus, list_backends
-from srigl_core.cli.machine import backend_facts, machine_facts, package_versions
+from srigl_core._machine import backend_facts, machine_facts, package_versions
 
 __all__ = ["show_info"]
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from srigl_core import SparseTrainer
-from srigl_core.cli.machine import machine_facts, package_versions
+from srigl_core._machine import machine_facts, package_versions
 from srigl_core.demo.checks import checks
 from srigl_core.demo.dataset import Digits
 from srigl_core.demo.deployment import Agreement, CondensedMlp

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from srigl_core._arrays.dtypes import accumulator_dtype, result_dtype, value_dtype
 from srigl_core.contract import ACTIVATIONS, MatmulGradients
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.jax.connections import Connections
 from srigl_core.jax.host_call import check_on_cpu, host_call
 from srigl_core.jax.kept_plans import plan_for
-from srigl_core.value_types import accumulator_dtype, result_dtype, value_dtype
 
 __all__ = ["condensed_linear"]
 

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from srigl_core.array_checks import as_mask
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._arrays.checks import as_mask
+from srigl_core._arrays.libraries import library_of
+from srigl_core._format.weight import CondensedWeight
 from srigl_core.errors import SriglError, ValueTypeError
-from srigl_core.interop import library_of
 
 __all__ = ["Connections", "from_condensed", "to_condensed"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.condensed_weight import CondensedWeight
-from srigl_core.plan import Plan, prepare
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._plan import Plan, prepare
 
 __all__ = ["forget", "plan_for"]
 

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from srigl_core.dispatch import update_mask
+from srigl_core._api import update_mask
+from srigl_core._arrays.libraries import library_of
+from srigl_core._update import MaskUpdate
 from srigl_core.errors import SriglError
-from srigl_core.interop import library_of
 from srigl_core.jax.connections import Connections
 from srigl_core.jax.kept_plans import forget
-from srigl_core.mask_update import MaskUpdate
 
 __all__ = ["SriglUpdate", "remap_state", "srigl_update"]
 

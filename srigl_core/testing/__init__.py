@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from srigl_core.condensed_weight import CondensedWeight
-from srigl_core.mask_update import UpdateSettings
+from srigl_core._arrays.dtypes import value_dtype
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._update import UpdateSettings
 from srigl_core.testing.function_backend import FunctionBackend, declare
 from srigl_core.testing.kernel_capabilities import KernelCapabilities
 from srigl_core.testing.law import Law, LawViolation, NotApplicable
@@ -19,7 +20,6 @@ from srigl_core.testing.problems import MatmulProblem, UpdateProblem, array_of
 from srigl_core.testing.report import ConformanceError, Failure, LawResult, Report
 from srigl_core.testing.update_trace import UpdateTrace, check_trace
 from srigl_core.testing.verification import check_kernel, check_law, verify
-from srigl_core.value_types import value_dtype
 
 if TYPE_CHECKING:
     from srigl_core.testing.conformance import BackendConformance

@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._arrays.dtypes import result_dtype, round_to
+from srigl_core._arrays.operations import HOST_ARRAYS
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._update import MaskUpdate, UpdateSettings
 from srigl_core.contract import OPERATIONS, Capabilities, MatmulGradients
 from srigl_core.errors import SriglError, ValueTypeError
-from srigl_core.host_arrays import HOST_ARRAYS
-from srigl_core.mask_update import MaskUpdate, UpdateSettings
 from srigl_core.reference.mask_update import make_update, srigl_update
 from srigl_core.testing.kernel_capabilities import OPTIONAL_SETTINGS, KernelCapabilities, in_full
 from srigl_core.testing.law import LawViolation
-from srigl_core.value_types import result_dtype, round_to
 
 __all__ = ["FunctionBackend", "declare"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from srigl_core._registry import get_backend
 from srigl_core.contract import Backend, MatmulGradients
-from srigl_core.registry import get_backend
 from srigl_core.testing.comparisons import assert_near, assert_same_bits, assert_within
 from srigl_core.testing.flush_mode import flushing_subnormals
 from srigl_core.testing.kernel_capabilities import KernelCapabilities, capabilities_of

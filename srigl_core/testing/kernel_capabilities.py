@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
+from srigl_core._arrays.dtypes import VALUE_TYPES
 from srigl_core.contract import ACTIVATIONS, OPERATIONS, Backend, Capabilities
 from srigl_core.errors import SriglError
-from srigl_core.value_types import VALUE_TYPES
 
 __all__ = ["OPTIONAL_SETTINGS", "KernelCapabilities", "capabilities_of", "in_full", "left_out"]
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._arrays.dtypes import accumulator_dtype
+from srigl_core._format.weight import CondensedWeight
 from srigl_core.testing.bounds import Outcome
-from srigl_core.value_types import accumulator_dtype
 
 __all__ = ["expected_gradients", "expected_product"]
 

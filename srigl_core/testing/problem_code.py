@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight
 from srigl_core.testing.law import Law
 from srigl_core.testing.problems import MatmulProblem, UpdateProblem
 

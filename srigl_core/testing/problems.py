@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._arrays.dtypes import result_dtype, value_dtype
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._update import UpdateSettings
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.errors import SriglError
-from srigl_core.mask_update import UpdateSettings
 from srigl_core.reference.mask_update import srigl_update
 from srigl_core.testing.bounds import float_limits
 from srigl_core.testing.kernel_capabilities import KernelCapabilities
-from srigl_core.value_types import result_dtype, value_dtype
 
 __all__ = [
     "BATCHES",

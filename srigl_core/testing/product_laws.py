@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._arrays.dtypes import round_to
+from srigl_core._arrays.float_mode import subnormals_are_flushed
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._plan import Plan, prepare
 from srigl_core.contract import Backend
-from srigl_core.float_mode import subnormals_are_flushed
-from srigl_core.plan import Plan, prepare
 from srigl_core.testing.bounds import Outcome
 from srigl_core.testing.comparisons import assert_near, assert_same_bits, assert_within
 from srigl_core.testing.flush_mode import can_flush_subnormals, flushing_subnormals
@@ -30,7 +31,6 @@ from srigl_core.testing.problems import (
     with_subnormal_terms,
 )
 from srigl_core.testing.thread_calls import in_threads
-from srigl_core.value_types import round_to
 
 __all__ = ["PRODUCT_LAWS"]
 

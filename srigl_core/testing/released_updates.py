@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.mask_update import UpdateSettings
+from srigl_core._update import UpdateSettings
 from srigl_core.testing.problems import UpdateProblem
 
 __all__ = ["N_RELEASED_UPDATES", "ReleasedUpdate", "released_updates"]

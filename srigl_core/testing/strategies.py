@@ -13,7 +13,8 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._arrays.dtypes import value_dtype
+from srigl_core._format.weight import CondensedWeight
 from srigl_core.testing.kernel_capabilities import KernelCapabilities
 from srigl_core.testing.problems import (
     BATCHES,
@@ -31,7 +32,6 @@ from srigl_core.testing.problems import (
     random_numbers,
     update_problem,
 )
-from srigl_core.value_types import value_dtype
 
 __all__ = [
     "DrawnChooser",

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from srigl_core._registry import get_backend, is_backend
 from srigl_core.contract import OPERATIONS, Backend
 from srigl_core.errors import SriglError, ValueTypeError
-from srigl_core.registry import get_backend, is_backend
 from srigl_core.testing.function_backend import PARAMETERS, FunctionBackend
 
 __all__ = ["as_backend"]

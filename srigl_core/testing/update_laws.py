@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from srigl_core._api import update_mask
+from srigl_core._update import MaskUpdate
 from srigl_core.contract import Backend
-from srigl_core.dispatch import update_mask
 from srigl_core.errors import SriglError
-from srigl_core.mask_update import MaskUpdate
 from srigl_core.reference import mask_update as reference
 from srigl_core.testing.comparisons import assert_same_bits
 from srigl_core.testing.flush_mode import flushing_subnormals

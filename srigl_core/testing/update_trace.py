@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.condensed_file import write_whole
+from srigl_core._arrays.operations import HOST_ARRAYS
+from srigl_core._format.file import write_whole
+from srigl_core._update import UpdateSettings
 from srigl_core.errors import FileFormatError, SriglError
-from srigl_core.host_arrays import HOST_ARRAYS
-from srigl_core.mask_update import UpdateSettings
 from srigl_core.reference.explain import UpdateExplanation, explain_update
 
 __all__ = ["TraceVerdict", "UpdateTrace", "check_trace"]

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from srigl_core.condensed_mask import CondensedMask
-from srigl_core.condensed_trainer import CondensedTrainer
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._format.connections import CondensedMask
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._training.condensed_trainer import CondensedTrainer
+from srigl_core._update import CondensedUpdate
 from srigl_core.errors import SriglError
-from srigl_core.mask_update import CondensedUpdate
 from srigl_core.reference.init import sparse_init
 from srigl_core.torch import capture
 from srigl_core.torch.linear import CondensedLinear

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.torch.conv import CondensedConv2d
 from srigl_core.torch.replacement import (

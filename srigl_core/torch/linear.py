@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from srigl_core.array_checks import check_generator, check_integer
-from srigl_core.condensed_mask import CondensedMask
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._arrays.checks import check_generator, check_integer
+from srigl_core._format.connections import CondensedMask
+from srigl_core._format.weight import CondensedWeight
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.distributions import nnz_budget as budget_of

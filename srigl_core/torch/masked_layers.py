@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from srigl_core._training.trainer import SparseTrainer
+from srigl_core._update import MaskUpdate
 from srigl_core.errors import SriglError
-from srigl_core.mask_update import MaskUpdate
 from srigl_core.reference.init import sparse_init
 from srigl_core.torch.optimizer_state import remap_state
 from srigl_core.torch.targets import Target
 from srigl_core.torch.tensors import as_numpy, from_numpy
-from srigl_core.trainer import SparseTrainer
 
 __all__ = ["MaskedLayers"]
 

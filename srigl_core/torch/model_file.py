@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from srigl_core.condensed_file import FORMAT_VERSION, read_whole, write_whole
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._arrays.dtypes import VALUE_TYPES
+from srigl_core._format.file import FORMAT_VERSION, read_whole, write_whole
+from srigl_core._format.weight import CondensedWeight
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
 from srigl_core.torch.conv import CondensedConv2d
 from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.replacement import condensed_modules, linear_of, replace_modules
 from srigl_core.torch.tensors import as_numpy, from_numpy
-from srigl_core.value_types import VALUE_TYPES
 
 __all__ = ["load_model", "save_model"]
 

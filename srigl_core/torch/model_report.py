@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from srigl_core._recommendation import dense_nanoseconds
 from srigl_core.contract import Backend
-from srigl_core.recommendation import dense_nanoseconds
 from srigl_core.torch.replacement import condensed_modules, linear_of
 
 __all__ = ["BATCHES", "LayerReport", "ModelReport", "report"]

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from srigl_core.array_checks import check_integer
-from srigl_core.condensed_file import write_whole
+from srigl_core._arrays.checks import check_integer
+from srigl_core._format.file import write_whole
 from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
 from srigl_core.torch.conv import CondensedConv2d
 from srigl_core.torch.linear import CondensedLinear

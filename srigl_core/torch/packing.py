@@ -25,11 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._arrays.operations import HOST_ARRAYS
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._registry import check_dtype, get_backend
 from srigl_core.contract import ArrayKind, PreparedWeight
 from srigl_core.errors import SriglError
-from srigl_core.host_arrays import HOST_ARRAYS
-from srigl_core.registry import check_dtype, get_backend
 from srigl_core.torch.tensors import as_numpy
 
 __all__ = ["Packing", "condensed_weight", "packing_of"]

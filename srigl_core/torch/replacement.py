@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.torch.conv import CondensedConv2d
 from srigl_core.torch.linear import CondensedLinear

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from srigl_core.value_types import value_dtype
+from srigl_core._arrays.dtypes import value_dtype
 
 __all__ = ["as_numpy", "from_numpy"]
 

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from srigl_core.condensed_trainer import CondensedTrainer
+from srigl_core._training.condensed_trainer import CondensedTrainer
+from srigl_core._training.trainer import SparseTrainer
+from srigl_core._training.training_state import LayerOptions
+from srigl_core._update import CondensedUpdate, MaskUpdate
 from srigl_core.contract import Backend
 from srigl_core.errors import SriglError
-from srigl_core.mask_update import CondensedUpdate, MaskUpdate
 from srigl_core.reference.init import INITS
 from srigl_core.reference.schedule import UpdateSchedule
 from srigl_core.torch.condensed_layers import CondensedLayers
@@ -20,8 +22,6 @@ from srigl_core.torch.masked_layers import MaskedLayers
 from srigl_core.torch.ranks import check_agreement
 from srigl_core.torch.targets import check_optimizer, find_targets
 from srigl_core.torch.tensors import as_numpy
-from srigl_core.trainer import SparseTrainer
-from srigl_core.training_state import LayerOptions
 
 __all__ = ["MODES", "SRigL"]
 

@@ -31,7 +31,7 @@ from hypothesis import settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 from srigl_core import Backend, SriglError
-from srigl_core.cli.machine import machine_facts, package_versions
+from srigl_core._machine import machine_facts, package_versions
 from srigl_core.testing import LAWS, Law, LawResult
 from srigl_core.testing.targets import as_backend
 from srigl_core.testing.verification import law_named, try_law

@@ -24,13 +24,13 @@ from simulated import KERNELS, SETTINGS, simulated_backend
 from through_host import ThroughHost
 
 from srigl_core import CondensedWeight, get_backend, prepare, update_mask
+from srigl_core._arrays.dtypes import VALUE_TYPES, round_to, value_dtype
 from srigl_core.backends.cupy_gpu import condensed_matmul
 from srigl_core.backends.cupy_gpu.conversions import converted
 from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
 from srigl_core.backends.cupy_gpu.mask_update import count_not_finite
 from srigl_core.errors import SriglError
 from srigl_core.testing import verify
-from srigl_core.value_types import VALUE_TYPES, round_to, value_dtype
 
 SHAPES = [  # n_in, n_active, fan_in, batch
     *((100, 20, 60, batch) for batch in (1, 2, 4, 8)),

@@ -20,13 +20,13 @@ from host_device import (
     tight_empty,
 )
 
+from srigl_core._arrays.operations import HostArrays
 from srigl_core.backends import cupy_gpu
 from srigl_core.backends.cupy_gpu import condensed_matmul
 from srigl_core.backends.cupy_gpu.device import DeviceProperties
 from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
 from srigl_core.backends.cupy_gpu.variants import Variant, variants
 from srigl_core.contract import Capabilities
-from srigl_core.host_arrays import HostArrays
 
 MOST_COPIED_BYTES = 1 << 30
 

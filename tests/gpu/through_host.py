@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from srigl_core.condensed_weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._update import MaskUpdate, UpdateSettings
 from srigl_core.contract import MatmulGradients, PreparedWeight
-from srigl_core.mask_update import MaskUpdate, UpdateSettings
 
 __all__ = ["ThroughHost"]
 

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 from srigl_core import CondensedWeight
+from srigl_core._arrays.dtypes import accumulator_dtype, round_to
 from srigl_core.contract import Capabilities, MatmulGradients
 from srigl_core.errors import BackendUnavailableError
 from srigl_core.reference.activations import activate
 from srigl_core.testing import ConformanceError, KernelCapabilities, check_kernel, declare, verify
-from srigl_core.value_types import accumulator_dtype, round_to
 
 SOURCE = Path(__file__).with_name("condensed_matmul.c")
 FLOATS = frozenset({"float32", "float64"})

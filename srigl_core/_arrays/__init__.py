@@ -1,0 +1,1 @@
+"""Arrays: dtypes, checks, and the array libraries that callers use."""

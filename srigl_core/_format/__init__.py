@@ -1,0 +1,1 @@
+"""The condensed format: connections, weights and files."""

@@ -1,0 +1,237 @@
+"""Condensed weights in safetensors files: plain arrays plus metadata.
+
+A layer called ``fc1`` is stored as ``fc1.values``, ``fc1.indices`` and ``fc1.active``, with its
+dense shape and the name of its value type in the metadata; other arrays are stored as they are.
+bfloat16 is stored as uint16, since safetensors' NumPy loader does not know it. Everything read is
+validated before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_core._arrays.dtypes import VALUE_TYPES, index_dtype, value_dtype
+from srigl_core._format.weight import CondensedWeight
+from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
+
+__all__ = ["FORMAT_VERSION", "load_condensed", "read_whole", "save_condensed", "write_whole"]
+
+FORMAT_VERSION = "1"
+
+_VERSION_KEY = "srigl_core.format_version"
+_LAYERS_KEY = "srigl_core.layers"
+_RESERVED = "__metadata__"
+_PARTS = ("values", "indices", "active")
+
+
+def save_condensed(
+    path: str | os.PathLike[str],
+    tensors: CondensedWeight | Mapping[str, CondensedWeight | NDArray[Any]],
+) -> None:
+    """Write condensed weights, and arrays that go with them such as biases, to one file.
+
+    Parameters
+    ----------
+    path : path-like
+        Replaced as a whole: a reader sees the old file or the new one.
+    tensors : CondensedWeight, or mapping of str to CondensedWeight or ndarray
+        One weight alone is called "weight".
+
+    Raises
+    ------
+    ValueTypeError
+        If something else is to be saved, or an array of a dtype safetensors does not store, or a
+        name is no string.
+    SriglError
+        If two names collide, or a name cannot be stored.
+    """
+    from safetensors.numpy import save
+
+    if isinstance(tensors, CondensedWeight):
+        tensors = {"weight": tensors}
+    if not isinstance(tensors, Mapping):
+        raise ValueTypeError(
+            f"tensors must be a CondensedWeight or a mapping of names to weights and arrays, got "
+            f"{type(tensors).__name__}"
+        )
+    arrays: dict[str, NDArray[Any]] = {}
+    layers: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        _check_name(name)
+        parts = _weight_arrays(name, tensor) if isinstance(tensor, CondensedWeight) else None
+        if isinstance(tensor, CondensedWeight):
+            layers[name] = {"shape": list(tensor.shape), "dtype": tensor.dtype.name}
+        for key, array in (parts or {name: _plain_array(name, tensor)}).items():
+            if key in arrays:
+                raise SriglError(f"two tensors would be stored as {key!r}; rename one")
+            if key == _RESERVED:
+                raise SriglError(f"safetensors keeps the name {key!r} for itself; rename the array")
+            arrays[key] = array
+    metadata = {_VERSION_KEY: FORMAT_VERSION, _LAYERS_KEY: json.dumps(layers)}
+    write_whole(Path(path), save(arrays, metadata=metadata))
+
+
+def load_condensed(path: str | os.PathLike[str]) -> dict[str, CondensedWeight | NDArray[Any]]:
+    """Read a file written by `save_condensed`.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    dict of str to CondensedWeight or ndarray
+
+    Raises
+    ------
+    FileFormatError
+        If the file is truncated, of another format or version, or what it holds is not a valid
+        condensed weight: a wrong dtype or shape, an index out of range or out of order.
+    OSError
+        If the file cannot be read.
+    """
+    arrays, metadata = read_whole(path, "np")
+    try:
+        return _tensors(arrays, _layers(metadata))
+    except SriglError as error:
+        raise FileFormatError(f"{os.fspath(path)!r}: {error}") from error
+
+
+def _weight_arrays(name: str, weight: CondensedWeight) -> dict[str, NDArray[Any]]:
+    values = weight.values
+    if values.dtype.name == "bfloat16":
+        values = values.view(np.uint16)
+    parts = (values, weight.indices, weight.active)
+    return {f"{name}.{part}": array for part, array in zip(_PARTS, parts, strict=True)}
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise ValueTypeError(f"tensor name {name!r} must be a string, got {type(name).__name__}")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise SriglError(f"tensor name {name!r} is no valid Unicode; rename it") from None
+
+
+def _plain_array(name: str, array: object) -> NDArray[Any]:
+    storable = isinstance(array, np.ndarray) and array.dtype.kind in "fiub"
+    storable = storable and not isinstance(array, np.ma.MaskedArray)
+    if not isinstance(array, np.ndarray) or not storable or array.dtype.itemsize > 8:
+        came = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise ValueTypeError(
+            f"{name!r} is {came}; safetensors files hold condensed weights and NumPy arrays of "
+            f"float, int or bool (view bfloat16 as uint16)"
+        )
+    return np.asarray(array, order="C")
+
+
+def read_whole(
+    path: str | os.PathLike[str], framework: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the tensors of a safetensors file, of a framework that it knows, and its metadata.
+
+    Raises
+    ------
+    FileFormatError
+        If it is no such file, or a part of one.
+    OSError
+        If it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {os.fspath(path)!r}")
+    try:
+        with safe_open(os.fspath(path), framework=framework) as file:
+            metadata = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise FileFormatError(
+            f"{os.fspath(path)!r} is not a whole safetensors file ({error}); save it again"
+        ) from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, or leave what is there as it is if that fails."""
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _layers(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    version = metadata.get(_VERSION_KEY)
+    if version is None:
+        raise FileFormatError(
+            "the file has no srigl_core.format_version; it was not written by save_condensed"
+        )
+    if version != FORMAT_VERSION:
+        raise FileFormatError(
+            f"the file is of format version {version!r}, but this srigl-core reads "
+            f"{FORMAT_VERSION!r}; use the srigl-core that wrote it, or a newer one"
+        )
+    try:
+        layers = json.loads(metadata[_LAYERS_KEY])
+        return {
+            str(name): {"shape": tuple(layer["shape"]), "dtype": layer["dtype"]}
+            for name, layer in layers.items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise FileFormatError(
+            f"the metadata {_LAYERS_KEY!r} does not describe layers ({error!r}); save it again"
+        ) from error
+
+
+def _tensors(
+    arrays: dict[str, NDArray[Any]], layers: Mapping[str, Mapping[str, Any]]
+) -> dict[str, CondensedWeight | NDArray[Any]]:
+    tensors: dict[str, CondensedWeight | NDArray[Any]] = {}
+    for name, layer in layers.items():
+        missing = [f"{name}.{part}" for part in _PARTS if f"{name}.{part}" not in arrays]
+        if missing:
+            raise FileFormatError(f"layer {name!r} lacks {', '.join(map(repr, missing))}")
+        parts = [arrays.pop(f"{name}.{part}") for part in _PARTS]
+        try:
+            tensors[name] = _weight(*parts, **layer)
+        except SriglError as error:
+            raise FileFormatError(f"layer {name!r}: {error}") from error
+    collisions = tensors.keys() & arrays.keys()
+    if collisions:
+        raise FileFormatError(f"{sorted(collisions)} name both a layer and an array")
+    return tensors | arrays
+
+
+def _weight(
+    values: NDArray[Any],
+    indices: NDArray[Any],
+    active: NDArray[Any],
+    *,
+    shape: tuple[int, int],
+    dtype: str,
+) -> CondensedWeight:
+    if dtype not in VALUE_TYPES:
+        raise FileFormatError(f"dtype {dtype!r} is none of {', '.join(VALUE_TYPES)}")
+    stored = np.dtype(np.uint16) if dtype == "bfloat16" else np.dtype(dtype)
+    if values.dtype != stored:
+        raise FileFormatError(f"values are {values.dtype}, but {dtype} is stored as {stored}")
+    weight = CondensedWeight(values.view(value_dtype(dtype)), indices, active, shape)
+    for what, array, due in (
+        ("indices", indices, index_dtype(shape[1])),
+        ("active", active, np.dtype(np.int64)),
+    ):
+        if array.dtype != due:
+            raise FileFormatError(f"{what} are {array.dtype}, but must be {due}")
+    return weight

@@ -1,0 +1,144 @@
+"""Condensed or dense: which form of a layer is faster, by a small model or by measuring."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from srigl_core._arrays.checks import check_integer
+from srigl_core.contract import Backend
+from srigl_core.errors import SriglError
+
+if TYPE_CHECKING:
+    from srigl_core._format.weight import CondensedWeight
+
+__all__ = ["Recommendation", "dense_nanoseconds", "recommend"]
+
+# Nanoseconds for each weight of a float32 layer by batch, with one thread, by the fastest dense
+# product of benchmarks/results/cpu.json (3072 inputs, 768 neurons; a test compares). Times hold on
+# that machine; ratios to the condensed kernels, measured there too, travel better.
+_DENSE_BATCH = (1, 2, 4, 8, 16, 64, 256, 2048)
+_DENSE_NANOSECONDS = (0.0511, 0.0628, 0.0819, 0.153, 0.299, 1.20, 4.56, 38.0)
+
+_MEASURED_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Which form of a layer to use at a batch size, and how sure that is.
+
+    Parameters
+    ----------
+    batch : int
+    condensed, dense : float
+        Nanoseconds of a product.
+    measured : bool
+        Whether they were measured here and now, each with the threads it takes by itself, or are
+        the model's, for one thread.
+    """
+
+    batch: int
+    condensed: float
+    dense: float
+    measured: bool
+
+    @property
+    def speed_up(self) -> float:
+        """How many times faster the condensed product is; below 1 the dense one wins."""
+        return self.dense / self.condensed
+
+    @property
+    def use(self) -> str:
+        """The faster form: "condensed" or "dense"."""
+        return "condensed" if self.speed_up >= 1 else "dense"
+
+    def __str__(self) -> str:
+        source = "measured" if self.measured else "estimated, one thread"
+        return (
+            f"{self.use} at batch {self.batch}: condensed {self.condensed / 1e3:,.1f} us, dense "
+            f"{self.dense / 1e3:,.1f} us, {self.speed_up:.2f}x ({source})"
+        )
+
+
+def recommend(
+    weight: CondensedWeight,
+    *,
+    batch: int,
+    backend: str | Backend | None = None,
+    measure: bool = False,
+) -> Recommendation:
+    """Say whether a layer is faster condensed or dense.
+
+    Parameters
+    ----------
+    weight : CondensedWeight
+    batch : int
+        Rows of x, at least 1.
+    backend : str, Backend or None
+        As in `srigl_core.get_backend`.
+    measure : bool
+        Time both forms of this layer, which takes about 0.1 s and the dense weight's memory.
+        Otherwise a model estimates them, from what was measured on one machine.
+
+    Returns
+    -------
+    Recommendation
+
+    Raises
+    ------
+    SriglError
+        If the backend has no model of its speed; with ``measure=True`` it needs none.
+
+    Examples
+    --------
+    >>> import srigl_core
+    >>> weight = srigl_core.CondensedWeight.random((768, 3072), fan_in=307, rng=0)
+    >>> advice = srigl_core.recommend(weight, batch=64, backend="numba")
+    >>> advice.use
+    'condensed'
+    """
+    batch = check_integer(batch, "batch", least=1)
+    plan = weight.plan(backend)
+    if measure:
+        condensed, dense = _measured(weight, batch, plan)
+    else:
+        estimate = plan.nanoseconds(batch)
+        if estimate is None:
+            raise SriglError(
+                f"backend {plan.backend.name!r} has no model of its speed; pass measure=True"
+            )
+        condensed, dense = estimate, dense_nanoseconds(weight, batch)
+    return Recommendation(batch, condensed, dense, measure)
+
+
+def dense_nanoseconds(weight: CondensedWeight, batch: int) -> float:
+    """Return about what the masked dense product of a layer takes with one thread."""
+    last = _DENSE_NANOSECONDS[-1] / _DENSE_BATCH[-1]
+    each = float(np.interp(batch, _DENSE_BATCH, _DENSE_NANOSECONDS))
+    each += max(0, batch - _DENSE_BATCH[-1]) * last
+    n_out, n_in = weight.shape
+    return each * n_out * n_in * max(4, weight.dtype.itemsize) / 4
+
+
+def _measured(
+    weight: CondensedWeight, batch: int, plan: Callable[..., object]
+) -> tuple[float, float]:
+    """Time both in turns, so that what disturbs one disturbs the other, and take the medians."""
+    dense = weight.to_dense().astype(np.result_type(weight.dtype, np.float32)).T
+    x = np.ones((batch, weight.shape[1]), dense.dtype)
+    contenders: tuple[Callable[[], object], ...] = (lambda: plan(x), lambda: x @ dense)
+    for contender in contenders:
+        contender()
+    samples: tuple[list[float], list[float]] = ([], [])
+    end = time.perf_counter() + _MEASURED_SECONDS
+    while time.perf_counter() < end or len(samples[0]) < 3:
+        for contender, times in zip(contenders, samples, strict=True):
+            start = time.perf_counter()
+            contender()
+            times.append(time.perf_counter() - start)
+    return 1e9 * statistics.median(samples[0]), 1e9 * statistics.median(samples[1])

@@ -1,0 +1,1 @@
+"""Training drivers, free of frameworks."""

@@ -1,0 +1,137 @@
+"""Pay what a first use costs, compiling above all, before it matters."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from srigl_core._api import update_mask
+from srigl_core._arrays.checks import check_integer
+from srigl_core._arrays.dtypes import round_to, value_dtype
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._plan import checked_threads, prepare
+from srigl_core.contract import Backend
+
+__all__ = ["warmup"]
+
+_SHAPE, _FAN_IN, _SOME_ABLATED = (4096, 1024), 102, 3584  # work for all threads at batch 1
+
+
+def warmup(
+    *,
+    batch: int | Iterable[int] = (1, 8, 64, 256),
+    dtype: DTypeLike = "float32",
+    backward: bool = False,
+    update: bool = False,
+    threads: int | None = None,
+    backend: str | Backend | None = None,
+    weight: CondensedWeight | None = None,
+) -> dict[str, float]:
+    """Use a backend once in each of the ways named, so that later uses find it compiled.
+
+    Parameters
+    ----------
+    batch : int or iterable of int
+        Batch sizes to be ready for; sizes near each other mostly share a kernel.
+    dtype : dtype-like
+        Of the inputs, one of the value types or its name; of the weight too, if none is given.
+    backward : bool
+        Also the gradients.
+    update : bool
+        Also the mask update.
+    threads : int or None
+        Threads that will be asked for; None is both one and the backend's default.
+    backend : str, Backend or None
+        As in `srigl_core.get_backend`.
+    weight : CondensedWeight or None
+        The layer to use; None is random ones at 90% sparsity, with and without ablated neurons.
+
+    Returns
+    -------
+    dict of str to float
+        Seconds that each step took, in order.
+
+    Raises
+    ------
+    SriglError
+        If an argument is out of its range, or the backend does not offer the operation.
+    ValueTypeError
+        If an argument is of the wrong kind.
+    BackendUnavailableError
+        If the backend asked for cannot run here.
+
+    Notes
+    -----
+    Inputs are C-contiguous, writeable and read-only; products are with a bias and without. Where a
+    backend keeps what it compiled, the next process only has to load it.
+
+    Examples
+    --------
+    >>> import srigl_core
+    >>> layer = srigl_core.CondensedWeight.random((8, 16), fan_in=2, rng=0)
+    >>> seconds = srigl_core.warmup(batch=(1, 64), update=True, backend="reference", weight=layer)
+    >>> list(seconds)
+    ['prepare', 'product, batch 1', 'product, batch 64', 'update']
+    """
+    kind = value_dtype(dtype)
+    batches = batch if isinstance(batch, Iterable) else (batch,)
+    sizes = [check_integer(size, "batch", least=1) for size in batches]
+    each_threads = (1, None) if threads is None else (checked_threads(threads),)
+    rng = np.random.default_rng(0)
+    seconds: dict[str, float] = {}
+
+    def normal(*shape: int) -> NDArray[Any]:
+        return round_to(rng.standard_normal(shape), kind)
+
+    @contextmanager
+    def timed(step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[step] = time.perf_counter() - start
+
+    with timed("prepare"):
+        weights = [weight] if weight is not None else _random_weights(kind, rng)
+        plans = [prepare(layer, backend=backend) for layer in weights]
+    n_out, n_in = weights[0].shape
+    for size in sizes:
+        x, grad = normal(size, n_in), normal(size, n_out)
+        inputs, biases = (x, _read_only(x)), (None, normal(n_out))
+        with timed(f"product, batch {size}"):
+            for plan, given, bias, n in itertools.product(plans, inputs, biases, each_threads):
+                plan(given, bias, threads=n)
+        if backward:
+            with timed(f"gradients, batch {size}"):
+                for plan, given, n in itertools.product(plans, inputs, each_threads):
+                    plan.backward(grad, given, threads=n)
+    if update:
+        with timed("update"):
+            for layer, n in itertools.product(weights, each_threads):
+                update_mask(
+                    layer.to_dense(),
+                    normal(n_out, n_in),
+                    layer.to_mask(),
+                    nnz_budget=layer.nnz,
+                    drop_fraction=0.3,
+                    backend=backend,
+                    threads=n,
+                )
+    return seconds
+
+
+def _random_weights(kind: np.dtype[Any], rng: np.random.Generator) -> list[CondensedWeight]:
+    return [
+        CondensedWeight.random(_SHAPE, fan_in=_FAN_IN, n_active=n_active, dtype=kind, rng=rng)
+        for n_active in (None, _SOME_ABLATED)
+    ]
+
+
+def _read_only(array: NDArray[Any]) -> NDArray[Any]:
+    view = array.view()
+    view.flags.writeable = False
+    return view
