@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from srigl_core import CondensedWeight, SparseTrainer, condensed_matmul
+from srigl_core import CondensedWeight, SparseTrainer, TrainingConfig, condensed_matmul
 from srigl_core.reference import UpdateSchedule, dense_gradient, remap_state, sparse_init
 
 STEPS, BATCH, RATE, MOMENTUM = 1000, 256, 0.05, 0.9
@@ -14,7 +14,7 @@ def main() -> None:
     teacher[0, :4] = 0.5  # 4 of the 20 inputs matter
     shapes = {"hidden": (64, 20), "output": (1, 64)}
     schedule = UpdateSchedule(t_end=750, delta_t=20)
-    trainer = SparseTrainer(shapes, sparsity=0.8, schedule=schedule, seed=0)
+    trainer = SparseTrainer(shapes, sparsity=0.8, schedule=schedule, config=TrainingConfig(seed=0))
 
     weights = {name: sparse_init(mask, rng=rng) for name, mask in trainer.masks.items()}
     momenta = {name: np.zeros_like(weight) for name, weight in weights.items()}

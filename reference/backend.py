@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._format.weight import CondensedWeight
-from srigl_core._update import MaskUpdate, UpdateSettings
-from srigl_core.contract import Capabilities, MatmulGradients
+from srigl_core._update import CondensedUpdate, GradientRows, MaskUpdate, UpdateSettings
+from srigl_core.contract import OPERATIONS, Capabilities, MatmulGradients
 from srigl_core.reference import condensed_matmul
+from srigl_core.reference.condensed_update import srigl_condensed_update
 from srigl_core.reference.mask_update import srigl_update
 
 __all__ = ["ReferenceBackend"]
@@ -22,7 +23,7 @@ class ReferenceBackend:
     """NumPy only, correct before fast."""
 
     name = "reference"
-    capabilities = Capabilities(priority=0)
+    capabilities = Capabilities(operations=frozenset(OPERATIONS), priority=0)
 
     def prepare(self, weight: CondensedWeight) -> ReferencePrepared:
         """Return `weight` as it is."""
@@ -39,6 +40,18 @@ class ReferenceBackend:
     ) -> MaskUpdate:
         """Return the update of SPEC 4."""
         return srigl_update(weight, grad, mask, settings)
+
+    def update_condensed(
+        self,
+        weight: CondensedWeight,
+        gradient_rows: GradientRows,
+        settings: UpdateSettings,
+        *,
+        block_rows: int,
+        threads: int | None,
+    ) -> CondensedUpdate:
+        """Return the condensed update of SPEC 4."""
+        return srigl_condensed_update(weight, gradient_rows, settings, block_rows=block_rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -85,24 +85,17 @@ def explain_update(
     grad: ArrayLike,
     mask: Mask,
     new_mask: Mask,
-    *,
-    nnz_budget: int,
-    drop_fraction: float,
-    gamma_sal: float | None = 0.3,
-    min_salient: int | None = None,
-    saliency_scope: str = "inactive",
-    grown_init: float = 0.0,
+    settings: UpdateSettings,
 ) -> UpdateExplanation:
     """Compare `new_mask`, computed elsewhere, with the definition's.
 
     Parameters
     ----------
     weight, grad, mask
-        The update's input, as in `update_mask`.
+        The arguments of the update, as in `update_mask`.
     new_mask : ndarray of bool, shape of `weight`
-        The mask to be explained.
-    nnz_budget, drop_fraction, gamma_sal, min_salient, saliency_scope, grown_init
-        As in `update_mask`.
+        The mask to explain.
+    settings : UpdateSettings
 
     Returns
     -------
@@ -119,16 +112,14 @@ def explain_update(
     >>> weight = np.array([[0.0, 0.1, -0.9], [0.5, 0.0, 0.4]])
     >>> grad = np.array([[-3.0, 0.0, 1.0], [1.0, 2.0, 0.0]])
     >>> mask = weight != 0
-    >>> print(explain_update(weight, grad, mask, mask, nnz_budget=4, drop_fraction=0.25))
+    >>> settings = UpdateSettings(nnz_budget=4, drop_fraction=0.25)
+    >>> print(explain_update(weight, grad, mask, mask, settings))
     first difference at stage 'grown', as if gradients were ranked with their sign
       rows      [0]
       positions [(0, 0), (0, 1)]
       expected  [(0, 0)] of 4 places, not in the other
       got       [(0, 1)] of 4 places, not in the first
     """
-    settings = UpdateSettings(
-        nnz_budget, drop_fraction, gamma_sal, min_salient, saliency_scope, grown_init
-    )
     w, g, m = check_update_arrays(weight, grad, mask)
     settings.check_fits(w.shape, w.dtype)
     got = as_mask(new_mask, mask.shape, "new_mask").reshape(w.shape)

@@ -34,16 +34,7 @@ State = TypeVar("State")
 
 
 def update_mask(
-    weight: ArrayLike,
-    grad: ArrayLike,
-    mask: Mask,
-    *,
-    nnz_budget: int,
-    drop_fraction: float,
-    gamma_sal: float | None = 0.3,
-    min_salient: int | None = None,
-    saliency_scope: str = "inactive",
-    grown_init: float = 0.0,
+    weight: ArrayLike, grad: ArrayLike, mask: Mask, settings: UpdateSettings
 ) -> MaskUpdate:
     """Return the SRigL update of one layer's mask.
 
@@ -55,18 +46,7 @@ def update_mask(
         The dense gradient G of that step, the mean over the window.
     mask : ndarray of bool, same shape
         Any mask; it need not be constant fan-in.
-    nnz_budget : int
-        Weights the layer may have, B.
-    drop_fraction : float
-        Share of the active weights to prune, zeta, in [0, 1].
-    gamma_sal : float or None
-        Ablate neurons with fewer salient weights than this share of the fan-in.
-    min_salient : int or None
-        The same threshold as a count; needs ``gamma_sal=None``. With neither, none is ablated.
-    saliency_scope : {"inactive", "all"}
-        Where the largest gradients are looked for: the paper's way, or the released code's.
-    grown_init : float
-        Value of a newly active weight.
+    settings : UpdateSettings
 
     Returns
     -------
@@ -79,7 +59,7 @@ def update_mask(
         If a setting is out of range, shapes differ, `grad` or an active weight is not finite, or
         the budget leaves the active neurons no weight. Nothing is changed.
     ValueTypeError
-        If a dtype is not of its kind.
+        If a dtype is not supported.
 
     Notes
     -----
@@ -95,7 +75,8 @@ def update_mask(
     >>> weight = np.array([[0.0, 0.1, -0.9], [0.5, 0.0, 0.4]])
     >>> grad = np.array([[-3.0, 0.0, 1.0], [1.0, 2.0, 0.0]])
     >>> mask = np.array([[False, True, True], [True, False, True]])
-    >>> update = update_mask(weight, grad, mask, nnz_budget=4, drop_fraction=0.25)
+    >>> settings = UpdateSettings(nnz_budget=4, drop_fraction=0.25)
+    >>> update = update_mask(weight, grad, mask, settings)
     >>> update.mask
     array([[ True, False,  True],
            [ True, False,  True]])
@@ -103,9 +84,6 @@ def update_mask(
     array([[ 0. ,  0. , -0.9],
            [ 0.5,  0. ,  0.4]])
     """
-    settings = UpdateSettings(
-        nnz_budget, drop_fraction, gamma_sal, min_salient, saliency_scope, grown_init
-    )
     return checked_update(srigl_update, weight, grad, mask, settings)
 
 

@@ -6,24 +6,17 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from srigl_core._arrays.checks import check_integer
+from srigl_core._cost_model import dense_nanoseconds
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._plan import plan_of
 from srigl_core.contract import Backend
 from srigl_core.errors import SriglError
 
-if TYPE_CHECKING:
-    from srigl_core._format.weight import CondensedWeight
-
-__all__ = ["Recommendation", "dense_nanoseconds", "recommend"]
-
-# Nanoseconds for each weight of a float32 layer by batch, with one thread, by the fastest dense
-# product of benchmarks/results/cpu.json (3072 inputs, 768 neurons; a test compares). Times hold on
-# that machine; ratios to the condensed kernels, measured there too, travel better.
-_DENSE_BATCH = (1, 2, 4, 8, 16, 64, 256, 2048)
-_DENSE_NANOSECONDS = (0.0511, 0.0628, 0.0819, 0.153, 0.299, 1.20, 4.56, 38.0)
+__all__ = ["Recommendation", "recommend"]
 
 _MEASURED_SECONDS = 0.05
 
@@ -103,7 +96,7 @@ def recommend(
     'condensed'
     """
     batch = check_integer(batch, "batch", least=1)
-    plan = weight.plan(backend)
+    plan = plan_of(weight, backend)
     if measure:
         condensed, dense = _measured(weight, batch, plan)
     else:
@@ -114,15 +107,6 @@ def recommend(
             )
         condensed, dense = estimate, dense_nanoseconds(weight, batch)
     return Recommendation(batch, condensed, dense, measure)
-
-
-def dense_nanoseconds(weight: CondensedWeight, batch: int) -> float:
-    """Return about what the masked dense product of a layer takes with one thread."""
-    last = _DENSE_NANOSECONDS[-1] / _DENSE_BATCH[-1]
-    each = float(np.interp(batch, _DENSE_BATCH, _DENSE_NANOSECONDS))
-    each += max(0, batch - _DENSE_BATCH[-1]) * last
-    n_out, n_in = weight.shape
-    return each * n_out * n_in * max(4, weight.dtype.itemsize) / 4
 
 
 def _measured(

@@ -229,7 +229,8 @@ def _imported(name: str) -> frozenset[str]:
 def _path(name: str) -> Path | None:
     """Return the installed file of one of the kernels' modules; None if it is none."""
     package, _, last = name.rpartition(".")
-    if not package.startswith(("srigl_core.reference", "srigl_core.backends")):
+    kernels = ("srigl_core.reference", "srigl_core.backends")
+    if not package.startswith(kernels) and name != "srigl_core._activations":
         return None
     spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations if spec else None) or ()

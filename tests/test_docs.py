@@ -115,7 +115,7 @@ def test_a_trace_is_recorded_in_frameworks(framework, tmp_path, monkeypatch):
     before = random_mask((8, 16), fan_in=4, rng=rng)
     numbers, grad = rng.standard_normal((2, 8, 16), np.float32)
     settings = {"nnz_budget": 32, "drop_fraction": 0.3}
-    after = update_mask(numbers * before, grad, before, **settings).mask
+    after = update_mask(numbers * before, grad, before, UpdateSettings(**settings)).mask
     if framework == "PyTorch":
         torch = pytest.importorskip("torch")
         mask, weight = torch.tensor(before), torch.tensor(numbers * before, requires_grad=True)
@@ -277,12 +277,12 @@ def test_worked_example_shows_what_the_page_says_of_it(worked):
     assert everywhere[2, 0]
     assert not everywhere[0, 2]
     default = {name: value for name, value in worked["settings"].items() if name != "gamma_sal"}
-    assert 3 not in update_mask(weight, grad, mask, **default).ablated
+    assert 3 not in update_mask(weight, grad, mask, UpdateSettings(**default)).ablated
     assert mask[3, 2]
     assert weight[3, 2] == 0
     assert abs(weight[0, 3]) == abs(weight[2, 0])
     new_mask = np.array(worked["result"]["mask"], bool)
-    assert explain_update(weight, grad, mask, new_mask, **worked["settings"])
+    assert explain_update(weight, grad, mask, new_mask, UpdateSettings(**worked["settings"]))
 
 
 def table(title, cells, counts=None):

@@ -155,12 +155,12 @@ def random_case(seed, *, ties=False):
 
 def explain(case, new_mask):
     weight, grad, mask, settings = case
-    return explain_update(weight, grad, mask, new_mask, **vars(settings))
+    return explain_update(weight, grad, mask, new_mask, UpdateSettings(**vars(settings)))
 
 
 def right_mask(case):
     weight, grad, mask, settings = case
-    return update_mask(weight, grad, mask, **vars(settings)).mask
+    return update_mask(weight, grad, mask, UpdateSettings(**vars(settings))).mask
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -177,14 +177,18 @@ def test_right_masks_match(ties):
 
 def test_released_updates_match_in_the_released_scope(released_updates):
     for case in released_updates:
-        assert explain_update(case.weight, case.grad, case.mask, case.new_mask, **case.settings)
+        assert explain_update(
+            case.weight, case.grad, case.mask, case.new_mask, UpdateSettings(**case.settings)
+        )
 
 
 def test_released_updates_are_recognised_as_the_other_scope(released_updates):
     n_recognised = 0
     for case in released_updates:
         settings = {**case.settings, "saliency_scope": "inactive"}
-        found = explain_update(case.weight, case.grad, case.mask, case.new_mask, **settings)
+        found = explain_update(
+            case.weight, case.grad, case.mask, case.new_mask, UpdateSettings(**settings)
+        )
         if not found:
             assert "the other saliency_scope gives (decision O3)" in found.slip
             assert found.stage == "R"
@@ -257,7 +261,7 @@ def places(explanation):
 
 def test_the_case_for_the_deviations_ablates_and_prunes_and_grows():
     case = large_case()
-    update = update_mask(*case[:3], **vars(case[3]))
+    update = update_mask(*case[:3], UpdateSettings(**vars(case[3])))
     assert 0 < update.ablated.size < 12
     assert update.threshold > 3
     assert update.n_grown > 10
@@ -313,10 +317,10 @@ def test_a_row_with_another_fan_in_is_named(change):
 def test_another_threshold_is_named():
     case = large_case()
     weight, grad, mask, settings = case
-    right = update_mask(weight, grad, mask, **vars(settings))
+    right = update_mask(weight, grad, mask, UpdateSettings(**vars(settings)))
     for threshold in (right.threshold - 2, right.threshold + 2):
         other = {**vars(settings), "gamma_sal": None, "min_salient": threshold}
-        update = update_mask(weight, grad, mask, **other)
+        update = update_mask(weight, grad, mask, UpdateSettings(**other))
         assert update.threshold == threshold
         explanation = explain(case, update.mask)
         assert (explanation.stage, explanation.slip) == ("threshold", None)
@@ -333,7 +337,7 @@ def test_another_threshold_is_named():
 def test_ablated_rows_that_no_threshold_gives_are_named():
     case = large_case()
     weight, grad, mask, settings = case
-    right = update_mask(weight, grad, mask, **vars(settings))
+    right = update_mask(weight, grad, mask, UpdateSettings(**vars(settings)))
     most = int(np.argmax(right.salient_counts))
     new_mask = right.mask.copy()
     new_mask[most] = False
@@ -412,10 +416,12 @@ def test_a_convolution_is_explained():
     weight, grad = rng.standard_normal((2, 4, 3, 2, 2))
     mask = rng.random((4, 3, 2, 2)) < 0.5
     settings = {"nnz_budget": 24, "drop_fraction": 0.3}
-    new_mask = update_mask(weight, grad, mask, **settings).mask
-    assert explain_update(weight, grad, mask, new_mask, **settings)
+    new_mask = update_mask(weight, grad, mask, UpdateSettings(**settings)).mask
+    assert explain_update(weight, grad, mask, new_mask, UpdateSettings(**settings))
     new_mask[0] = ~new_mask[0]
-    assert explain_update(weight, grad, mask, new_mask, **settings).rows.tolist() == [0]
+    assert explain_update(
+        weight, grad, mask, new_mask, UpdateSettings(**settings)
+    ).rows.tolist() == [0]
 
 
 def test_a_mask_of_another_shape_or_dtype_is_an_error():

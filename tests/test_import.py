@@ -61,7 +61,7 @@ LOADED = f"import json, sys; print(json.dumps([m for m in {HEAVY!r} if m in sys.
         "import srigl_core.reference",
         "from srigl_core import *",
         "from srigl_core.reference import *",
-        "import srigl_core._format.file, srigl_core._training.trainer, srigl_core.testing",
+        "import srigl_core._format.file, srigl_core._training.sparse_trainer, srigl_core.testing",
         "import srigl_core._arrays.libraries",
     ],
 )

@@ -333,7 +333,7 @@ def test_arrays_of_two_libraries_are_refused_by_name(library):
     weight, x, grad, bias = arrays_of(np.float32)
     theirs, ours = library.make(x), library.make(bias)
     its = library_of(theirs).describe(theirs)
-    message = f"x is {its}, bias a NumPy array: pass both as one kind"
+    message = f"x is {its}, bias a NumPy array; pass arrays of one library"
     for plan in (prepare(weight), prepare(weight, backend="reference")):
         with pytest.raises(ValueTypeError, match=message):
             plan(theirs, bias)
@@ -392,7 +392,7 @@ def test_devices_are_told_apart(torch, monkeypatch):
     assert device_of(tensor) == "cpu"
     tensor.device = "/job:localhost/replica:0/task:0/device:GPU:1"
     assert device_of(tensor) == "cuda"
-    lender, _ = library_of(tensor).lend(tensor)
+    lender, _ = library_of(tensor).export(tensor)
     assert lender.__dlpack_device__() == (2, 1)
 
 
@@ -406,7 +406,7 @@ def test_bfloat16_does_not_pass_dlpack_and_is_passed_as_bits(torch):
     read = as_float_array(tensor, "x")
     assert read.dtype == bfloat16
     assert read.ctypes.data == tensor.data_ptr()
-    back = library_of(tensor).adopt(read, tensor)
+    back = library_of(tensor).to_caller(read, tensor)
     assert back.dtype == torch.bfloat16
     assert back.data_ptr() == tensor.data_ptr()
 
@@ -432,7 +432,7 @@ def test_jax_arrays_are_read_only_and_refused_as_out(jax):
     assert not np.from_dlpack(given, copy=True).flags.writeable
     plan = prepare(weight)
     out = jax.device_put(np.zeros((3, 8), np.float32))
-    remedy = r"out of type \w+ cannot be written; leave out away, or pass all arrays as NumPy's"
+    remedy = r"out of type \w+ cannot be written; leave out out, or pass all arrays as NumPy, "
     with pytest.raises(ValueTypeError, match=remedy):
         plan(given, out=out)
     with pytest.raises(ValueTypeError, match="cannot be written"):
@@ -446,12 +446,12 @@ def test_a_read_only_array_never_becomes_a_tensor_that_can_write_it(torch):
     alias = torch.from_dlpack(frozen)
     alias[0] = 1
     assert frozen[0] == 1  # that is the trap
-    made = library_of(alias).adopt(frozen, alias)
+    made = library_of(alias).to_caller(frozen, alias)
     made[0] = 2
     assert frozen[0] == 1
     bits = np.zeros(3, bfloat16)
     bits.flags.writeable = False
-    library_of(alias).adopt(bits, alias)[0] = 1
+    library_of(alias).to_caller(bits, alias)[0] = 1
     assert not bits[0]
 
 
@@ -666,9 +666,9 @@ def test_jax_gets_no_float64_that_it_would_round_silently(jax):
 
 
 def test_jax_takes_memory_over_without_a_copy(jax):
-    array = prepare(arrays_of(np.float32)[0])._arrays.empty((5000, 8), np.dtype(np.float32))
+    array = prepare(arrays_of(np.float32)[0]).arrays.empty((5000, 8), np.dtype(np.float32))
     array[:] = 1
-    made = library_of(jax.numpy.ones(3)).adopt(array, jax.numpy.ones(3))
+    made = library_of(jax.numpy.ones(3)).to_caller(array, jax.numpy.ones(3))
     assert made.unsafe_buffer_pointer() == array.ctypes.data
 
 

@@ -23,7 +23,7 @@ def activate_row(backend_names):
         pytest.skip("the numba backend is not under test")
     from srigl_core.backends.numba_cpu import epilogue
 
-    return lambda row, name: epilogue.activate_row(row, epilogue.activation_code(name))
+    return lambda row, name: epilogue.activate_row(row, ACTIVATIONS[name].code)
 
 
 def assert_within_budget(found, z, activation):

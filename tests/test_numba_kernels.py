@@ -20,7 +20,7 @@ from srigl_core import CondensedWeight
 from srigl_core._arrays.dtypes import value_dtype
 from srigl_core.backends.numba_cpu import column_blocks, condensed_matmul, threads
 from srigl_core.backends.numba_cpu.column_blocks import GROUP_ROWS, ColumnBlocks
-from srigl_core.backends.numba_cpu.connections import Connections
+from srigl_core.backends.numba_cpu.compressed_rows import CompressedRows
 from srigl_core.backends.numba_cpu.neuron_lanes import NeuronLanes
 from srigl_core.backends.numba_cpu.processor import has_avx512
 from srigl_core.backends.numba_cpu.register_lookup import RegisterLookup
@@ -106,7 +106,7 @@ def row_product(layout, weight, x, bias, *, compact=False, activation="none", n_
             surrounded(bias[weight.active] if compact else bias, np.nan),
             columns,
             out,
-            ACTIVATIONS.index(activation),
+            ACTIVATIONS[activation].code,
             n,
         )
     assert good
@@ -149,7 +149,7 @@ def test_a_row_layout_sums_each_connection_once_whatever_the_shape(
         columns = weight.active if compact else np.arange(n_out)
 
         x, bias = (rng.standard_normal(size).astype(kind) for size in ((batch, n_in), n_out))
-        activation = str(rng.choice(ACTIVATIONS))
+        activation = str(rng.choice(list(ACTIVATIONS)))
         expected = expected_product(weight, x, bias, activation)
         for n_threads in thread_counts:
             got = row_product(
@@ -233,7 +233,7 @@ def tile_product(layout, values, x, bias, columns, caches, **options):
             surrounded(bias, np.nan),
             columns,
             out,
-            ACTIVATIONS.index(options.get("activation", "none")),
+            ACTIVATIONS[options.get("activation", "none")].code,
             first=first,
             tiles=-(-(x.shape[0] - first) // lanes),
             lanes=lanes,
@@ -268,13 +268,13 @@ def test_tiles_sum_each_connection_once_whatever_the_shape(
         first, runs, batch = number % 3 * 7, 1 + number % 4, batches[number % 5]
         size = first + batch
         weight = CondensedWeight.random((n_out, n_in), fan_in=fan_in, n_active=n_active, rng=rng)
-        connections = Connections.of_neurons(weight.indices, weight.shape[1])
+        connections = CompressedRows.of_neurons(weight.indices, weight.shape[1])
         layout = blocks_of(caches, connections, layout_lanes, kind, block)
         assert layout.offsets.dtype == (np.uint8 if block <= 256 else np.uint16)
         assert layout.counts.shape == (-(-n_in // layout.block), n_active)
         options = {"lanes": lanes, "first": first, "runs": runs}
 
-        activation = ACTIVATIONS[number % 5]
+        activation = list(ACTIVATIONS)[number % 5]
         x, bias = (rng.standard_normal(shape).astype(kind) for shape in ((size, n_in), n_out))
         got = tile_product(
             layout, weight.values, x, bias, weight.active, caches, activation=activation, **options
@@ -312,7 +312,7 @@ def test_tiles_along_the_columns_sum_each_connection_once_however_uneven(
         batch = int(rng.integers(1, 2 * lanes + 6))
         layout = blocks_of(
             caches,
-            Connections.of_columns(weight.indices, weight.shape[1]),
+            CompressedRows.of_columns(weight.indices, weight.shape[1]),
             layout_lanes,
             kind,
             block,
@@ -336,7 +336,7 @@ def test_tiles_take_blocks_of_as_many_columns_as_their_offsets_can_number(caches
     rng = np.random.default_rng(0)
     weight = with_integers(CondensedWeight.random((3, 65_530), fan_in=500, rng=rng), rng)
     caches(1 << 30, 1 << 30)
-    layout = ColumnBlocks(Connections.of_neurons(weight.indices, weight.shape[1]), 8, F32)
+    layout = ColumnBlocks(CompressedRows.of_neurons(weight.indices, weight.shape[1]), 8, F32)
     assert (layout.block, layout.counts.dtype) == (65_536, np.uint32)
     x = rng.integers(-8, 9, (9, 65_530)).astype(F32)
     got = tile_product(
@@ -365,7 +365,7 @@ def test_the_gradient_of_values_sums_each_batch_row_once_whatever_the_shape(
         n_out, fan_in = n_active + 5 * (number % 2), min(n_in, 1 + number % 7)
         batch = batches[number % 5]
         weight = CondensedWeight.random((n_out, n_in), fan_in=fan_in, n_active=n_active, rng=rng)
-        connections = Connections.of_neurons(weight.indices, weight.shape[1])
+        connections = CompressedRows.of_neurons(weight.indices, weight.shape[1])
         layout = blocks_of(caches, connections, layout_lanes, kind, block)
 
         x, grad = (rng.standard_normal((batch, n)).astype(kind) for n in (n_in, n_out))
@@ -383,7 +383,7 @@ def test_tiles_take_a_row_that_is_connected_to_every_column_of_a_block(caches, b
     rng = np.random.default_rng(0)
     n_in, lanes = 2 * block - 3, 8
     weight = with_integers(CondensedWeight.random((5, n_in), fan_in=n_in, rng=rng), rng)
-    connections = Connections.of_neurons(weight.indices, n_in)
+    connections = CompressedRows.of_neurons(weight.indices, n_in)
     layout = blocks_of(caches, connections, lanes, F32, block)
     assert layout.block == block
     x, grad = (rng.integers(-8, 9, (9, n)).astype(F32) for n in (n_in, 5))
@@ -404,7 +404,7 @@ def test_numbers_that_are_not_finite_in_the_last_batch_row_reach_their_gradients
         (1, lanes - 1, lanes, lanes + 1), (1, 2, 3, 5, 7), (np.inf, -np.inf, np.nan)
     ):
         weight = CondensedWeight.random((20, widths[-1]), fan_in=fan_in, rng=rng)
-        connections = Connections.of_neurons(weight.indices, weight.shape[1])
+        connections = CompressedRows.of_neurons(weight.indices, weight.shape[1])
         layout = blocks_of(caches, connections, layout_lanes, kind, block)
         x, grad = (rng.standard_normal((batch, n)).astype(kind) for n in (widths[-1], 20))
         x[-1, weight.indices[:5].ravel()] = special

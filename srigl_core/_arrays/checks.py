@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import value_dtype
-from srigl_core._arrays.libraries import borrowed, library_of
+from srigl_core._arrays.libraries import as_array, library_of
 from srigl_core.errors import SriglError, ValueTypeError
 
 __all__ = [
@@ -78,8 +78,8 @@ def _on_host(array: object, what: str) -> NDArray[Any] | None:
     """Return an array as one of NumPy's, of the same memory; None for what is no array."""
     if isinstance(array, np.ndarray):
         return np.asarray(array)  # numpy.matrix has products of its own
-    remedy = "a NumPy array, for example what its .numpy() or numpy.asarray(...) gives"
-    found: NDArray[Any] | None = borrowed(array, what, _read, remedy)
+    hint = "a NumPy array, for example what its .numpy() or numpy.asarray(...) gives"
+    found: NDArray[Any] | None = as_array(array, what, _read, hint)
     return found
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "accumulator_dtype",
     "as_float_view",
     "index_dtype",
+    "is_half",
     "result_dtype",
     "round_to",
     "value_dtype",
@@ -104,9 +105,14 @@ def index_dtype(n_in: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if n_in <= 65536 else np.uint32)
 
 
+def is_half(dtype: np.dtype[Any]) -> bool:
+    """Whether `dtype` is one of the two 16-bit value types."""
+    return dtype.char in ("e", "E")  # NumPy's float16 and ml_dtypes' bfloat16; their names are slow
+
+
 def as_float_view(array: NDArray[Any]) -> NDArray[Any]:
     """Return `array` itself, or its exact float32 copy where it holds 16-bit numbers."""
-    return array.astype(np.float32) if array.dtype.itemsize == 2 else array
+    return array.astype(np.float32) if is_half(array.dtype) else array
 
 
 def round_to(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:

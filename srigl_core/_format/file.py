@@ -106,11 +106,11 @@ def load_condensed(path: str | os.PathLike[str]) -> dict[str, CondensedWeight | 
 
 
 def _weight_arrays(name: str, weight: CondensedWeight) -> dict[str, NDArray[Any]]:
-    values = weight.values
-    if values.dtype.name == "bfloat16":
-        values = values.view(np.uint16)
-    parts = (values, weight.indices, weight.active)
-    return {f"{name}.{part}": array for part, array in zip(_PARTS, parts, strict=True)}
+    arrays = {**weight.value_arrays, "indices": weight.indices, "active": weight.active}
+    return {
+        f"{name}.{part}": array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+        for part, array in arrays.items()
+    }
 
 
 def _check_name(name: object) -> None:
@@ -228,10 +228,10 @@ def _weight(
     if values.dtype != stored:
         raise FileFormatError(f"values are {values.dtype}, but {dtype} is stored as {stored}")
     weight = CondensedWeight(values.view(value_dtype(dtype)), indices, active, shape)
-    for what, array, due in (
+    for what, array, expected in (
         ("indices", indices, index_dtype(shape[1])),
         ("active", active, np.dtype(np.int64)),
     ):
-        if array.dtype != due:
-            raise FileFormatError(f"{what} are {array.dtype}, but must be {due}")
+        if array.dtype != expected:
+            raise FileFormatError(f"{what} are {array.dtype}, but must be {expected}")
     return weight

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from srigl_core.contract import ACTIVATIONS
 from srigl_core.reference.activations import activate
 
 __all__ = ["FloatLimits", "Outcome", "first_violation", "float_limits"]
-
-_LIPSCHITZ = {"none": 1.0, "relu": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.10}
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,9 @@ class Outcome:
             if self.activation == "none":
                 bound = before + out.roundoff * z + out.smallest
             else:
-                inside = _LIPSCHITZ[self.activation] * before + 8 * acc.roundoff * (z + y)
+                inside = ACTIVATIONS[self.activation].lipschitz * before + 8 * acc.roundoff * (
+                    z + y
+                )
                 bound = inside + out.roundoff * y + out.smallest
             return np.where(self.unchecked, np.inf, bound).astype(np.float64)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from srigl_core._plan import plan_of
 from srigl_core._registry import get_backend
 from srigl_core.contract import Backend, MatmulGradients
 from srigl_core.testing.comparisons import assert_near, assert_same_bits, assert_within
@@ -38,7 +39,7 @@ _law = registering(GRADIENT_LAWS, "condensed_matmul_backward", matmul_problem)
 def gradients_are_within_the_error_bound(backend: Backend, problem: MatmulProblem) -> None:
     """dx, dvalues and dbias obey the bound of SPEC 2; those of 16-bit values are float32."""
     expected = expected_gradients(problem.weight, problem.grad, problem.x)
-    plan = problem.weight.plan(backend)
+    plan = plan_of(problem.weight, backend)
     got = plan.backward(problem.grad, problem.x)
     for name, gradient in _each(got):
         if name != "x" and gradient.dtype.itemsize == 2:
@@ -50,9 +51,9 @@ def gradients_are_within_the_error_bound(backend: Backend, problem: MatmulProble
 def gradients_agree_with_other_oracles(backend: Backend, problem: MatmulProblem) -> None:
     """The reference and SciPy CSR give the same gradients, within twice the bound."""
     expected = expected_gradients(problem.weight, problem.grad, problem.x)
-    got = problem.weight.plan(backend).backward(problem.grad, problem.x)
+    got = plan_of(problem.weight, backend).backward(problem.grad, problem.x)
     for oracle in sorted({"reference", "scipy"} - {backend.name}):
-        other = problem.weight.plan(get_backend(oracle)).backward(problem.grad, problem.x)
+        other = plan_of(problem.weight, get_backend(oracle)).backward(problem.grad, problem.x)
         for (name, mine), (_, theirs) in zip(_each(got), _each(other), strict=True):
             bound = 2 * expected[name].bound(mine.dtype)
             assert_near(mine, theirs, bound, f"the gradient of {name}, beside that of {oracle},")
@@ -69,7 +70,7 @@ def unconnected_places_do_not_reach_gradients(backend: Backend, problem: MatmulP
     grad[..., ablated] = special_numbers(grad[..., ablated].shape, 1)
     x[..., unconnected] = special_numbers(x[..., unconnected].shape, 2)
     expected = expected_gradients(problem.weight, problem.grad, problem.x)
-    got = problem.weight.plan(backend).backward(grad, x, wrt=("x", "values"))
+    got = plan_of(problem.weight, backend).backward(grad, x, wrt=("x", "values"))
     for name, gradient in _each(got):
         assert_within(gradient, expected[name], f"with NaN elsewhere, the gradient of {name}")
 
@@ -91,7 +92,7 @@ def non_finite_gradients_propagate(backend: Backend, problem: MatmulProblem) -> 
     }
     for what, case in cases.items():
         expected = expected_gradients(case.weight, case.grad, case.x)
-        got = case.weight.plan(backend).backward(case.grad, case.x)
+        got = plan_of(case.weight, backend).backward(case.grad, case.x)
         for name, gradient in _each(got):
             assert_within(gradient, expected[name], f"with NaN and inf in {what}, that of {name}")
 
@@ -99,7 +100,7 @@ def non_finite_gradients_propagate(backend: Backend, problem: MatmulProblem) -> 
 @_law(against="itself", within="no bit")
 def same_inputs_give_the_same_gradients(backend: Backend, problem: MatmulProblem) -> None:
     """Gradients have the same bits again, on any number of threads, also in a flushing thread."""
-    plan = problem.weight.plan(backend)
+    plan = plan_of(problem.weight, backend)
     first = plan.backward(problem.grad, problem.x)
     repeats = [plan.backward(problem.grad, problem.x, threads=t) for t in (1, 2, 3, 8)]
     with flushing_subnormals():
@@ -121,7 +122,7 @@ def _subnormal_problem(choose: Chooser, able: KernelCapabilities) -> MatmulProbl
 def subnormal_gradients_are_honoured(backend: Backend, problem: MatmulProblem) -> None:
     """Subnormal gradients reach dx and dbias, also in a thread that flushes such numbers."""
     expected = expected_gradients(problem.weight, problem.grad, problem.x)
-    plan = problem.weight.plan(backend)
+    plan = plan_of(problem.weight, backend)
     with flushing_subnormals():
         flushed = plan.backward(problem.grad, problem.x, wrt=("x", "bias"))
     for got in (plan.backward(problem.grad, problem.x, wrt=("x", "bias")), flushed):
@@ -138,7 +139,7 @@ def gradients_are_written_to_out(backend: Backend, problem: MatmulProblem) -> No
     out = MatmulGradients(
         **{name: out_array(outcome.z.shape, problem) for name, outcome in expected.items()}
     )
-    got = problem.weight.plan(backend).backward(problem.grad, problem.x, out=out)
+    got = plan_of(problem.weight, backend).backward(problem.grad, problem.x, out=out)
     for (name, gradient), (_, given) in zip(_each(got), _each(out), strict=True):
         if gradient is not given:
             raise LawViolation(f"the gradient of {name} was not returned as given in out")
@@ -150,7 +151,7 @@ def gradients_are_written_to_out(backend: Backend, problem: MatmulProblem) -> No
 def each_gradient_may_be_asked_for_alone(backend: Backend, problem: MatmulProblem) -> None:
     """Whichever gradients are asked for are right, and the others are None."""
     expected = expected_gradients(problem.weight, problem.grad, problem.x)
-    plan = problem.weight.plan(backend)
+    plan = plan_of(problem.weight, backend)
     for wrt in [wrt for size in (1, 2) for wrt in combinations(expected, size)]:
         found = dict(_each(plan.backward(problem.grad, problem.x, wrt=wrt)))
         if set(found) != set(wrt):
@@ -162,11 +163,11 @@ def each_gradient_may_be_asked_for_alone(backend: Backend, problem: MatmulProble
 @_law(against="itself", within="no bit")
 def with_values_has_its_own_gradients(backend: Backend, problem: MatmulProblem) -> None:
     """Gradients of plan.with_values(v) are those of a plan made anew; the old plan's stay."""
-    plan = problem.weight.plan(backend)
+    plan = plan_of(problem.weight, backend)
     first = plan.backward(problem.grad, problem.x)
     other = problem.weight.with_values(problem.weight.values[::-1, ::-1])
     changed = plan.with_values(other.values).backward(problem.grad, problem.x)
-    fresh = other.plan(backend).backward(problem.grad, problem.x)
+    fresh = plan_of(other, backend).backward(problem.grad, problem.x)
     _assert_same_gradients(changed, fresh, "of with_values,")
     _assert_same_gradients(plan.backward(problem.grad, problem.x), first, "of the old plan,")
 
@@ -174,7 +175,7 @@ def with_values_has_its_own_gradients(backend: Backend, problem: MatmulProblem) 
 @_law(against="extended precision, and itself", within="the error bound of SPEC 2, and no bit")
 def earlier_calls_leave_gradients_alone(backend: Backend, problem: MatmulProblem) -> None:
     """What counts is what grad and x hold now; gradients stay as they are at later calls."""
-    plan = problem.weight.plan(backend)
+    plan = plan_of(problem.weight, backend)
     grad, x = np.array(problem.grad), np.array(problem.x)
     if "condensed_matmul" in backend.capabilities.operations:
         plan(-x)
@@ -194,7 +195,7 @@ def earlier_calls_leave_gradients_alone(backend: Backend, problem: MatmulProblem
 @_law(against="itself", within="no bit")
 def threads_may_share_a_plan_for_gradients(backend: Backend, problem: MatmulProblem) -> None:
     """Called from several threads at once, a plan gives each the bits of its own gradients."""
-    plan = problem.weight.plan(backend)
+    plan = plan_of(problem.weight, backend)
     grads = (problem.grad, -problem.grad, np.zeros_like(problem.grad))
     cases = [(grad, problem.x) for grad in grads]
     alone = [plan.backward(*case) for case in cases]
@@ -215,7 +216,7 @@ def gradients_do_not_write_their_inputs(backend: Backend, problem: MatmulProblem
     weight = problem.weight
     inputs = (problem.grad, problem.x, weight.values, weight.indices)
     before = [array.tobytes() for array in inputs]
-    weight.plan(backend).backward(problem.grad, problem.x)
+    plan_of(weight, backend).backward(problem.grad, problem.x)
     if before != [array.tobytes() for array in inputs]:
         raise LawViolation("an input was written")
 
@@ -233,7 +234,7 @@ def _each(gradients: MatmulGradients) -> Iterator[tuple[str, NDArray[Any]]]:
 @_law(against="the reference's product", within="the error bounds of both")
 def gradient_of_x_is_the_adjoint(backend: Backend, problem: MatmulProblem) -> None:
     """<grad, A x> is <dx, x>: dx is the adjoint of the product."""
-    plan = problem.weight.plan(backend)
+    plan = plan_of(problem.weight, backend)
     dx = plan.backward(problem.grad, problem.x, wrt=("x",)).x
     assert dx is not None
     expected = expected_gradients(problem.weight, problem.grad, problem.x)["x"]
@@ -249,7 +250,7 @@ def gradient_of_x_is_the_adjoint(backend: Backend, problem: MatmulProblem) -> No
 def gradient_of_values_is_that_of_differences(backend: Backend, problem: MatmulProblem) -> None:
     """Where one value changes, <grad, A x> changes by that times the value's gradient."""
     weight = problem.weight
-    dvalues = weight.plan(backend).backward(problem.grad, problem.x, wrt=("values",)).values
+    dvalues = plan_of(weight, backend).backward(problem.grad, problem.x, wrt=("values",)).values
     assert dvalues is not None
     expected = expected_gradients(weight, problem.grad, problem.x)["values"]
     bound = expected.bound(dvalues.dtype)

@@ -373,7 +373,14 @@ def update_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> Up
         drop_fraction = _just_too_little(rng, int(np.count_nonzero(mask)))
     if gamma_sal is not None and is_too_little:
         gamma_sal = _just_too_little(rng, nnz_budget // n_out)
-    settings = UpdateSettings(nnz_budget, drop_fraction, gamma_sal, min_salient, scope, grown_init)
+    settings = UpdateSettings(
+        nnz_budget,
+        drop_fraction,
+        gamma_sal=gamma_sal,
+        min_salient=min_salient,
+        saliency_scope=scope,
+        grown_init=grown_init,
+    )
     if nnz_budget < n_out and not _is_enough(weight, grad, mask, settings):
         settings = replace(settings, nnz_budget=n_out)
     return UpdateProblem(weight, grad, mask, settings)

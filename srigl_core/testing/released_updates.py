@@ -55,7 +55,10 @@ def _unpacked(arrays: Mapping[str, NDArray[Any]], case: dict[str, Any]) -> Relea
         return bits.astype(bool).reshape(shape)
 
     settings = UpdateSettings(
-        case["nnz_budget"], case["drop_fraction"], case["gamma_sal"], saliency_scope="all"
+        case["nnz_budget"],
+        case["drop_fraction"],
+        gamma_sal=case["gamma_sal"],
+        saliency_scope="all",
     )
     unpacked = ReleasedUpdate(
         arrays[f"w{number}"],

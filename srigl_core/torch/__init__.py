@@ -9,6 +9,7 @@ except ImportError as error:
         f'srigl_core.torch needs PyTorch ({error}); install it: pip install "srigl-core[torch]"'
     ) from error
 
+from srigl_core.torch.arrays import TorchArrays
 from srigl_core.torch.conv import CondensedConv2d
 from srigl_core.torch.conversion import condense, to_csr, to_masked_dense
 from srigl_core.torch.folding import Folding, fold_ablated
@@ -26,6 +27,7 @@ __all__ = [
     "LayerReport",
     "ModelReport",
     "SRigL",
+    "TorchArrays",
     "condense",
     "export_onnx",
     "fold_ablated",

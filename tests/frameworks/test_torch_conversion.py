@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from training_options import training_options
 
 import srigl_core
 from srigl_core import CondensedWeight, FileFormatError, LayerOptions, SriglError, ValueTypeError
@@ -65,7 +66,7 @@ def trained(make, dtype=torch.float64, **options):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     options = {"sparsity": 0.7, "gamma_sal": 0.9, "schedule": 40, "seed": 1} | options
     schedule = srigl_core.reference.UpdateSchedule(t_end=1000, delta_t=2, alpha=0.5)
-    srigl = SRigL(model, optimizer, **options | {"schedule": schedule})
+    srigl = SRigL(model, optimizer, **training_options(**options | {"schedule": schedule}))
     for _ in range(4):
         optimizer.zero_grad()
         model(batch(make, dtype)).square().mean().backward()

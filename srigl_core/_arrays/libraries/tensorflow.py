@@ -16,14 +16,14 @@ __all__ = ["TensorflowTensors"]
 class TensorflowTensors(ArrayLibrary):
     """TensorFlow's eager tensors and variables, which nobody may write."""
 
-    def owns(self, kind: type) -> bool:
-        """Return whether `kind` is a class of tensors or variables."""
+    def owns(self, cls: type) -> bool:
+        """Return whether `cls` is a class of tensors or variables."""
         tensorflow = sys.modules.get("tensorflow")
         classes = [getattr(tensorflow, name, None) for name in ("Tensor", "Variable")]
-        return issubclass(kind, tuple(c for c in classes if c is not None))
+        return issubclass(cls, tuple(c for c in classes if c is not None))
 
     def describe(self, array: object) -> str:
-        """Return what it is."""
+        """Return a noun phrase for error messages."""
         return "a TensorFlow tensor"
 
     def device(self, array: Any) -> str:
@@ -39,7 +39,7 @@ class TensorflowTensors(ArrayLibrary):
                 f"numbers; call outside tf.function, or through tf.numpy_function"
             )
 
-    def lend(self, array: Any) -> tuple[Any, np.dtype[Any] | None]:
+    def export(self, array: Any) -> tuple[Any, np.dtype[Any] | None]:
         """Return what lends the tensor's memory, and bfloat16 as its bits."""
         tf, dtype = sys.modules["tensorflow"], None
         tensor = tf.convert_to_tensor(array)
@@ -47,11 +47,11 @@ class TensorflowTensors(ArrayLibrary):
             tensor, dtype = tf.bitcast(tensor, tf.uint16), bfloat16()
         return _Lender(tf.experimental.dlpack.to_dlpack(tensor), _place(tensor)), dtype
 
-    def adopt(self, array: Any, like: Any) -> Any:
+    def to_caller(self, array: Any, like: Any) -> Any:
         """Return a tensor of the array's memory."""
         tf = sys.modules["tensorflow"]
         if array.dtype.isbuiltin != 1:  # bfloat16
-            return tf.bitcast(self.adopt(array.view(np.uint16), like), tf.bfloat16)
+            return tf.bitcast(self.to_caller(array.view(np.uint16), like), tf.bfloat16)
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
     def check_writable(self, array: Any, what: str) -> None:

@@ -1,4 +1,4 @@
-"""The plans of the connections that were used last, so that a call packs nothing anew."""
+"""A cache of plans, so that a call repacks nothing."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._plan import Plan, prepare
 
-__all__ = ["forget", "plan_for"]
+__all__ = ["evict", "plan_for"]
 
 _MOST = 256
-"""Connections to keep plans of: more than the layers of a network."""
+"""Plans to keep: more than the layers of a network."""
 
 _BITS = {size: np.dtype(f"u{size}") for size in (2, 4, 8)}
 
-_kept: dict[tuple[bytes, str], tuple[Plan, NDArray[Any]]] = {}
-"""By connections and type: a plan, and the bits of its values. The newest are last."""
+_cache: dict[tuple[bytes, str], tuple[Plan, NDArray[Any]]] = {}
+"""Plans and the bits of their values, by connections and dtype; the newest are last."""
 
 _lock = threading.Lock()
 
@@ -38,19 +38,18 @@ def plan_for(
     shape : tuple of int
         Dense shape, (n_out, n_in).
     values, indices, active : ndarray
-        Of the weight; copied where they are kept.
+        Of the weight; copied when a plan is made.
     key : ndarray of uint32, (4,)
-        Says what `shape`, `indices` and `active` are.
+        Identifies `shape`, `indices` and `active`.
 
     Returns
     -------
     Plan
-        The one kept, if its values are these to the bit; else one that shares all that is packed
-        of the connections.
+        The cached plan if its values are the same bits, else one that shares the packed indices.
     """
     name = key.tobytes(), values.dtype.char
     bits = values.view(_BITS[values.itemsize])
-    plan, its_bits = _kept.get(name, (None, bits))
+    plan, its_bits = _cache.get(name, (None, bits))
     if plan is not None and (bits == its_bits).all():
         return plan
     if plan is None:
@@ -58,16 +57,16 @@ def plan_for(
     else:
         plan = plan.with_values(values)
     with _lock:
-        _kept.pop(name, None)
-        _kept[name] = plan, plan.weight.values.view(bits.dtype)
-        while len(_kept) > _MOST:
-            del _kept[next(iter(_kept))]
+        _cache.pop(name, None)
+        _cache[name] = plan, plan.weight.values.view(bits.dtype)
+        while len(_cache) > _MOST:
+            del _cache[next(iter(_cache))]
     return plan
 
 
-def forget(key: Any) -> None:
+def evict(key: Any) -> None:
     """Drop the plans of these connections."""
     wanted = np.asarray(key).tobytes()
     with _lock:
-        for name in [name for name in _kept if name[0] == wanted]:
-            del _kept[name]
+        for name in [name for name in _cache if name[0] == wanted]:
+            del _cache[name]

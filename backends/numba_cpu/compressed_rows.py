@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.value_types import load
 
-__all__ = ["Connections", "aligned_empty", "arranged", "position_dtype"]
+__all__ = ["CompressedRows", "aligned_empty", "arranged", "position_dtype"]
 
 Array = NDArray[Any]
 _ALIGNMENT = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Connections:
+class CompressedRows:
     """The rows of a sparse matrix, as compressed rows whose values lie in a condensed weight.
 
     Parameters
@@ -40,14 +40,14 @@ class Connections:
     entries: Array
 
     @classmethod
-    def of_neurons(cls, indices: Array, n_in: int) -> Connections:
+    def of_neurons(cls, indices: Array, n_in: int) -> CompressedRows:
         """Return a row for each active neuron: what the forward product sums."""
         n_active, fan_in = indices.shape
         entries = np.arange(indices.size, dtype=position_dtype(indices.size))
         return cls(n_in, np.arange(n_active + 1) * fan_in, indices.ravel(), entries)
 
     @classmethod
-    def of_columns(cls, indices: Array, n_in: int) -> Connections:
+    def of_columns(cls, indices: Array, n_in: int) -> CompressedRows:
         """Return a row for each input, of active neurons: what the gradient of x sums."""
         n_active, fan_in = indices.shape
         columns = indices.ravel()
@@ -63,7 +63,7 @@ class Connections:
 
     @cached_property
     def density(self) -> float:
-        """Connections as a share of all there could be."""
+        """Connections as a share of all possible ones."""
         return self.columns.size / max(1, self.n_rows * self.n_inputs)
 
 
