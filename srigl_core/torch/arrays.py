@@ -44,7 +44,7 @@ class TorchArrays(ArrayOps):
     def as_float_array(self, array: object, what: str) -> Any:
         """Return `array` as a tensor of a value type, of the same memory."""
         tensor = self._as_tensor(array, what)
-        numpy_dtype(tensor.dtype)
+        numpy_dtype(tensor.dtype, what)
         return tensor
 
     def as_mask(self, mask: object, shape: tuple[int, ...] | None) -> Any:
@@ -158,8 +158,6 @@ class TorchArrays(ArrayOps):
         if isinstance(array, torch.Tensor):
             return array.detach()
         try:
-            if isinstance(array, np.ndarray):
-                return from_numpy(array)
             return torch.from_dlpack(array)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise ValueTypeError(

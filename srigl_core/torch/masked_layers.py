@@ -143,11 +143,18 @@ class MaskedLayers:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the trainer's state; weights and optimiser state are the caller's."""
-        return self.trainer.state_dict()
+        state = self.trainer.state_dict()
+        if self._hidden:
+            state["hidden"] = {name: as_numpy(part) for name, part in self._hidden.items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a trainer's state, and mask the weights by it."""
         self.trainer.load_state_dict(state)
+        self._hidden = {
+            name: from_numpy(part).to(self._targets[name].parameter)
+            for name, part in state.get("hidden", {}).items()
+        }
         self._take_over_masks()
         self._mask_weights()
 

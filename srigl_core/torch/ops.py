@@ -99,9 +99,9 @@ def _empty_product(
 ) -> Any:
     """Check the arguments and return an empty result: the kernel of fake tensors."""
     spec = product_spec(
-        spec_of(x),
+        spec_of(x, "x"),
         (active.shape[0], in_features),
-        numpy_dtype(values.dtype),
+        numpy_dtype(values.dtype, "values"),
         bias_shape=None if bias is None else bias.shape,
         activation=activation,
     )
@@ -168,10 +168,10 @@ def _empty_gradients(
 ) -> tuple[Any, Any, Any]:
     """Check the arguments and return the gradients' tensors; without elements if not needed."""
     gradient_specs(
-        spec_of(grad),
-        spec_of(x) if needs_values else None,
+        spec_of(grad, "grad"),
+        spec_of(x, "x") if needs_values else None,
         (active.shape[0], in_features),
-        spec_of(values),
+        spec_of(values, "values"),
     )
     sums = torch.float64 if grad.dtype is torch.float64 else torch.float32
     return (

@@ -23,7 +23,7 @@ _DTYPES = {
 
 
 @functools.cache
-def numpy_dtype(dtype: Any) -> np.dtype[Any]:
+def numpy_dtype(dtype: Any, what: str = "tensor") -> np.dtype[Any]:
     """Return the NumPy dtype of a `torch.dtype`; that of bfloat16 is from ``ml_dtypes``.
 
     Raises
@@ -31,7 +31,7 @@ def numpy_dtype(dtype: Any) -> np.dtype[Any]:
     ValueTypeError
         If it is not a value type.
     """
-    return value_dtype(_DTYPES.get(dtype, str(dtype)), "tensor of dtype")
+    return value_dtype(_DTYPES.get(dtype, str(dtype)), f"{what} of dtype")
 
 
 def torch_dtype(dtype: np.dtype[Any]) -> Any:
@@ -39,9 +39,9 @@ def torch_dtype(dtype: np.dtype[Any]) -> Any:
     return getattr(torch, dtype.name)
 
 
-def spec_of(tensor: Any) -> ArraySpec:
+def spec_of(tensor: Any, what: str) -> ArraySpec:
     """Return the shape and the NumPy dtype of a tensor; also of a fake one."""
-    return ArraySpec(tuple(tensor.shape), numpy_dtype(tensor.dtype))
+    return ArraySpec(tuple(tensor.shape), numpy_dtype(tensor.dtype, what))
 
 
 def as_numpy(tensor: Any) -> NDArray[Any]:
