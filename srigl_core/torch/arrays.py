@@ -21,7 +21,7 @@ __all__ = ["TorchArrays"]
 
 
 class TorchArrays(ArrayOps):
-    """PyTorch tensors on one type of device, for backends such as one of Triton kernels.
+    """PyTorch tensors on one type of device, for example for a backend with Triton kernels.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class TorchArrays(ArrayOps):
 
     Notes
     -----
-    Tensors are on the device that is current; gradients are not recorded.
+    New tensors are on the current device. Gradients are not recorded.
     """
 
     def __init__(self, device: str) -> None:
@@ -42,7 +42,7 @@ class TorchArrays(ArrayOps):
         return no_grad
 
     def as_float_array(self, array: object, what: str) -> Any:
-        """Return `array` as a tensor of a value type, of the same memory."""
+        """Return `array` as a tensor of a value type that shares its memory."""
         tensor = self._as_tensor(array, what)
         numpy_dtype(tensor.dtype, what)
         return tensor
@@ -59,7 +59,7 @@ class TorchArrays(ArrayOps):
         return tensor
 
     def as_out(self, out: object, shape: tuple[int, ...], inputs: dict[str, Any]) -> Any:
-        """Return `out` as a tensor of the same memory."""
+        """Return `out` as a tensor that shares its memory."""
         library_of(out).check_writable(out, "out")
         tensor = self.as_float_array(out, "out")
         if tensor.shape != shape:
@@ -70,7 +70,7 @@ class TorchArrays(ArrayOps):
         return tensor
 
     def as_workspace(self, workspace: object, others: dict[str, Any]) -> Any:
-        """Return `workspace` as a tensor of the same memory."""
+        """Return `workspace` as a tensor that shares its memory."""
         library_of(workspace).check_writable(workspace, "workspace")
         tensor = self._as_tensor(workspace, "workspace")
         if tensor.dtype != torch.uint8:
@@ -104,7 +104,7 @@ class TorchArrays(ArrayOps):
     def round_to(self, array: Any, dtype: np.dtype[Any]) -> Any:
         """Return a tensor rounded once to `dtype`."""
         if array.dtype == torch.float64 and dtype.name == "bfloat16":
-            array = _rounded_to_odd(array)  # PyTorch goes by float32, which would round twice
+            array = _rounded_to_odd(array)  # PyTorch would round twice, first to float32
         return array.to(torch_dtype(dtype))
 
     def share_memory(self, one: Any, other: Any) -> bool:
@@ -147,14 +147,13 @@ class TorchArrays(ArrayOps):
         return as_numpy(mask.reshape(mask.shape[0], -1).sum(dim=1))
 
     def _as_tensor(self, array: object, what: str) -> Any:
-        """Return `array` as a tensor of the same memory, on this device."""
+        """Return `array`, which must be on this device, as a tensor that shares its memory."""
         if device_of(array) != self._device:
             raise ValueTypeError(
                 f"{what} of type {type(array).__name__} is on device {device_of(array)}, but this "
                 f"backend takes arrays on {self._device}; move it there"
             )
-        library = library_of(array)
-        library.check(array, what)
+        library_of(array).check(array, what)
         if isinstance(array, torch.Tensor):
             return array.detach()
         try:
@@ -177,7 +176,7 @@ class TorchArrays(ArrayOps):
 
 
 def _rounded_to_odd(array: Any) -> Any:
-    """Return float64 as float32, with the last bit of inexact numbers set (see `round_to`)."""
+    """Return float64 as float32, with the last bit of inexact numbers set (round to odd)."""
     nearest = array.float()
     inexact = (nearest.double() != array) & torch.isfinite(nearest)
     away = inexact & (nearest.abs().double() > array.abs())

@@ -1,4 +1,4 @@
-"""The methods of dynamic sparse training, found by entry point."""
+"""The registry of dynamic sparse training methods."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ENTRY_POINT_GROUP = "srigl_core.methods"
 class Method(Protocol):
     """A method of dynamic sparse training.
 
-    An entry point of the group ``srigl_core.methods`` names a class, or another callable without
-    arguments, that returns one.
+    A package registers a method by an entry point of the group ``srigl_core.methods``. The entry
+    point names a class or another callable that takes no arguments and returns the method.
 
     Attributes
     ----------
@@ -66,8 +66,8 @@ class Method(Protocol):
         Parameters
         ----------
         weight : array, (n_out, ...)
-            After the optimiser's step. Where the masks of the two passes differ it holds the
-            weights of both.
+            After the optimiser's step. If the two passes have different masks it holds the weights
+            of both.
         grad : array, same shape, or None
             The mean dense gradient of the window; None if the method uses no gradients.
         mask : array of bool, same shape

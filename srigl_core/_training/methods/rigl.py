@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._update import MaskUpdate, UpdateSettings
-from srigl_core.contract import Backend
 from srigl_core.reference.baselines import update_rigl
 from srigl_core.reference.init import random_unstructured_mask
 
@@ -16,7 +15,7 @@ __all__ = ["Rigl"]
 
 
 class Rigl:
-    """The unstructured method that SRigL is compared with."""
+    """Unstructured dynamic sparse training, the baseline of SRigL."""
 
     constant_fan_in = on_device = False
     uses_gradients = True
@@ -24,18 +23,11 @@ class Rigl:
     def initial_mask(
         self, shape: tuple[int, ...], nnz_budget: int, rng: np.random.Generator
     ) -> NDArray[np.bool_]:
-        """Draw positions of the whole layer."""
+        """Draw positions anywhere in the layer."""
         return random_unstructured_mask(shape, nnz=nnz_budget, rng=rng)
 
     def update(
-        self,
-        weight: Any,
-        grad: Any,
-        mask: Any,
-        settings: UpdateSettings,
-        *,
-        rng: np.random.Generator,
-        backend: Backend | None,
+        self, weight: Any, grad: Any, mask: Any, settings: UpdateSettings, *, rng: Any, backend: Any
     ) -> MaskUpdate:
         """Prune the smallest weights, and grow where gradients are largest."""
         return update_rigl(

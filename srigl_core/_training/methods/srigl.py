@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from srigl_core._api import apply_update
 from srigl_core._format.connections import flat_shape
 from srigl_core._update import MaskUpdate, UpdateSettings
-from srigl_core.contract import Backend
 from srigl_core.errors import SriglError
 from srigl_core.reference.init import random_mask
 
@@ -29,14 +28,7 @@ class Srigl:
         return random_mask(shape, fan_in=initial_fan_in(shape, nnz_budget), rng=rng)
 
     def update(
-        self,
-        weight: Any,
-        grad: Any,
-        mask: Any,
-        settings: UpdateSettings,
-        *,
-        rng: np.random.Generator,
-        backend: Backend | None,
+        self, weight: Any, grad: Any, mask: Any, settings: UpdateSettings, *, rng: Any, backend: Any
     ) -> MaskUpdate:
         """Prune, grow and ablate."""
         return apply_update(weight, grad, mask, settings, backend=backend)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from srigl_core._training.methods.rigl import Rigl
 from srigl_core._update import MaskUpdate, UpdateSettings
-from srigl_core.contract import Backend
 from srigl_core.reference.baselines import update_static
 
 __all__ = ["Static"]
@@ -20,14 +17,7 @@ class Static(Rigl):
     uses_gradients = False
 
     def update(
-        self,
-        weight: Any,
-        grad: Any,
-        mask: Any,
-        settings: UpdateSettings,
-        *,
-        rng: np.random.Generator,
-        backend: Backend | None,
+        self, weight: Any, grad: Any, mask: Any, settings: UpdateSettings, *, rng: Any, backend: Any
     ) -> MaskUpdate:
         """Return the same mask."""
         return update_static(weight, mask)
