@@ -166,7 +166,17 @@ class CondensedTrainer(TrainerSkeleton):
         weights: Mapping[str, CondensedWeight],
         gradients: Mapping[str, GradientRows],
     ) -> CondensedUpdate:
-        weight = self._checked_weight(name, weights)
+        weight = entry_of("weights", weights, name)
+        if not isinstance(weight, CondensedWeight):
+            raise ValueTypeError(
+                f"weight must be a CondensedWeight, got {type(weight).__name__}; "
+                f"CondensedWeight.from_connections(values, trainer.connections[name]) makes one"
+            )
+        if self.connections[name] != weight.connections:
+            raise SriglError(
+                "weight has other connections than the trainer; use the weights that step returns, "
+                "and do not change their connections"
+            )
         rows = entry_of("gradients", gradients, name)
         settings = self._update_settings(name)
         return update_condensed(weight, rows, settings, backend=self._backend)
@@ -189,7 +199,7 @@ class CondensedTrainer(TrainerSkeleton):
         for what, mine in (("connections", self.connections), ("ever_active", self._ever_active)):
             if state[what].keys() != mine.keys():
                 raise SriglError(
-                    f"state has {what} of {list(state[what])}, but here they are of "
+                    f"state has {what} of {list(state[what])}, but the trainer has those of "
                     f"{list(mine)}; make the trainer with the same arguments"
                 )
         connections, ever_active = {}, {}
@@ -199,8 +209,7 @@ class CondensedTrainer(TrainerSkeleton):
                 connections[name] = Connections(saved["indices"], saved["active"], shape)
                 if connections[name].nnz > most:
                     raise SriglError(
-                        f"connections in state are {connections[name].nnz}, but the budget is "
-                        f"{most}"
+                        f"state has {connections[name].nnz} connections, but the budget is {most}"
                     )
         for name, bits in state["ever_active"].items():
             ever_active[name] = np.array(bits, np.uint8)
@@ -211,20 +220,6 @@ class CondensedTrainer(TrainerSkeleton):
             self.connections, self._ever_active = connections, ever_active
 
         return set_masks
-
-    def _checked_weight(self, name: str, weights: Mapping[str, CondensedWeight]) -> CondensedWeight:
-        weight = entry_of("weights", weights, name)
-        if not isinstance(weight, CondensedWeight):
-            raise ValueTypeError(
-                f"weight must be a CondensedWeight, got {type(weight).__name__}; "
-                f"CondensedWeight.from_connections(values, trainer.connections[name]) makes one"
-            )
-        if self.connections[name] != weight.connections:
-            raise SriglError(
-                "weight has other connections than the trainer; use the weights that step returns, "
-                "and do not change their connections"
-            )
-        return weight
 
     def _row_counts(self, name: str) -> NDArray[np.int64]:
         n_out, n_in = flat_shape(self.budgets[name].shape)

@@ -84,22 +84,18 @@ def srigl_update(
     >>> connections.indices.tolist(), values.tolist(), momentum["mu"].tolist()
     ([[0], [0]], [[3.0], [0.0]], [[3.0], [0.0]])
     """
-    is_condensed = isinstance(mask, Connections)
     library_of(weight).check(weight, "weight")
-    if is_condensed and weight.shape != mask.indices.shape:
+    if not isinstance(mask, Connections):
+        report = apply_update(weight, grad, mask, settings)
+        new_state = remap_state(state, mask, report.mask)
+        return SriglUpdate(report.weight, report.mask, new_state, report)
+    if weight.shape != mask.indices.shape:
         raise SriglError(
             f"weight has shape {weight.shape}, but with Connections it must be the values, of "
             f"shape {mask.indices.shape}"
         )
-    report = apply_update(
-        mask.scatter(weight) if is_condensed else weight,
-        grad.reshape(mask.shape) if is_condensed else grad,
-        mask.to_mask() if is_condensed else mask,
-        settings,
-    )
-    if not is_condensed:
-        new_state = remap_state(state, mask, report.mask)
-        return SriglUpdate(report.weight, report.mask, new_state, report)
+    dense, dense_grad = mask.scatter(weight), grad.reshape(mask.shape)
+    report = apply_update(dense, dense_grad, mask.to_mask(), settings)
     evict(mask.key)
     connections = Connections.from_mask(report.mask)
     new_state = remap_state(state, mask, connections)

@@ -130,14 +130,5 @@ def _layer_report(name: str, linear: Any, backend: str | Backend | None) -> Laye
         plan = plan_of(weight, backend)
         times = [(plan.nanoseconds(batch), dense_nanoseconds(weight, batch)) for batch in BATCHES]
         speed_ups = tuple(None if ours is None else dense / ours for ours, dense in times)
-    size = weight.memory_report()
-    return LayerReport(
-        name,
-        weight.shape,
-        weight.sparsity,
-        weight.fan_in,
-        weight.n_active,
-        size.condensed,
-        size.dense,
-        speed_ups,
-    )
+    size, counts = weight.memory_report(), (weight.sparsity, weight.fan_in, weight.n_active)
+    return LayerReport(name, weight.shape, *counts, size.condensed, size.dense, speed_ups)

@@ -17,13 +17,6 @@ __all__ = ["as_numpy", "from_numpy", "numpy_dtype", "on_device_of", "spec_of", "
 
 _ON_CPU = nullcontext()
 
-_DTYPES = {
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float32: "float32",
-    torch.float64: "float64",
-}
-
 
 @functools.cache
 def numpy_dtype(dtype: Any, what: str = "tensor") -> np.dtype[Any]:
@@ -34,7 +27,7 @@ def numpy_dtype(dtype: Any, what: str = "tensor") -> np.dtype[Any]:
     ValueTypeError
         If it is not a value type.
     """
-    return value_dtype(_DTYPES.get(dtype, str(dtype)), f"{what} of dtype")
+    return value_dtype(str(dtype).removeprefix("torch."), f"{what} of dtype")
 
 
 def torch_dtype(dtype: np.dtype[Any]) -> Any:

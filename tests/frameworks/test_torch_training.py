@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
 from training_options import training_options
 
-from srigl_core import LayerOptions, SriglError, TrainingConfig, ValueTypeError
+from srigl_core import LayerOptions, SriglError, ValueTypeError
 from srigl_core.reference import UpdateSchedule
 
 torch = pytest.importorskip("torch")
@@ -62,16 +63,29 @@ def batch(shape, step, dtype=torch.float64):
     return x, torch.randint(0, 5, (16,), generator=generator)
 
 
+@pytest.fixture(params=["masked", "condensed"])
+def mode(request):
+    return request.param
+
+
+def attach(model, optimizer=None, **options):
+    if optimizer is None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return SRigL(model, optimizer, **training_options(**(OPTIONS | options)))
+
+
 class Run:
     """A model in training."""
 
     def __init__(self, mode, *, make=perceptron, optimizer="momentum", parts=1, **options):
-        self.model, self.shape, self.parts = make(), INPUTS[make], parts
-        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
-        self.srigl = SRigL(
-            self.model, self.optimizer, mode=mode, **training_options(**(OPTIONS | options))
-        )
+        self.model, self.shape, self.parts = make(), INPUTS.get(make, (20,)), parts
+        self.optimizer = OPTIMIZERS.get(optimizer, optimizer)(self.model.parameters())
+        self.srigl = attach(self.model, self.optimizer, mode=mode, **options)
         self.n_steps = self.n_updates = 0
+
+    def loss(self, step, dtype=torch.float64):
+        x, y = batch(self.shape, step, dtype)
+        return nn.functional.cross_entropy(self.model(x), y)
 
     def go(self, steps):
         for _ in range(steps):
@@ -82,31 +96,44 @@ class Run:
                 some = slice(part, None, self.parts)
                 loss = nn.functional.cross_entropy(self.model(x[some]), y[some])
                 (loss / self.parts).backward()
-            self.srigl.after_backward()
-            self.optimizer.step()
-            self.n_updates += bool(self.srigl.step())
+            self.finish()
         return self
+
+    def finish(self):
+        """End a step after its backward passes."""
+        self.srigl.after_backward()
+        self.optimizer.step()
+        self.n_updates += bool(self.srigl.step())
 
     def masks(self):
         return {name: self.srigl.mask(name) for name in self.srigl.trainer.budgets}
 
     def weights(self):
         """Return the dense weight of each layer, as a matrix."""
-        found = {}
+        weights = {}
         for name in self.srigl.trainer.budgets:
             layer = self.model.get_submodule(name)
             layer = layer.linear if isinstance(layer, CondensedConv2d) else layer
             dense = layer.to_linear() if isinstance(layer, CondensedLinear) else layer
-            found[name] = dense.weight.detach().flatten(1)
-        return found
+            weights[name] = dense.weight.detach().flatten(1)
+        return weights
 
 
 def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("make", [perceptron, convolutional])
+def assert_same_training(masked, condensed, n_updates):
+    """Two runs have the same masks, and the same weights up to rounding."""
+    assert masked.n_updates == condensed.n_updates == n_updates
+    assert same(condensed.masks(), {name: masked.srigl.mask(name) for name in condensed.masks()})
+    for name, weight in masked.weights().items():
+        torch.testing.assert_close(condensed.weights()[name], weight)
+
+
+@pytest.mark.parametrize(
+    ("make", "optimizer"), [*((perceptron, name) for name in OPTIMIZERS), (convolutional, "Adam")]
+)
 def test_masked_training_keeps_masks_weights_and_state_in_step(make, optimizer):
     run = Run("masked", make=make, optimizer=optimizer)
     seen = []
@@ -122,16 +149,15 @@ def test_masked_training_keeps_masks_weights_and_state_in_step(make, optimizer):
             assert not layer.weight[~mask].any()
             assert layer.weight.grad.any()
             assert not layer.weight.grad[~before[name]].any()
-            for held in run.optimizer.state[layer.weight].values():
-                if torch.is_tensor(held) and held.shape == mask.shape:
-                    assert not held[~mask].any()
+            for part in run.optimizer.state[layer.weight].values():
+                if torch.is_tensor(part) and part.shape == mask.shape:
+                    assert not part[~mask].any()
     assert run.n_updates == 3
     assert not same(seen[0], seen[-1])
     assert same(seen[0], seen[1])
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "Adam"])
-@pytest.mark.parametrize("make", [perceptron, convolutional])
+@pytest.mark.parametrize(("make", "optimizer"), [(perceptron, "Adam"), (convolutional, "momentum")])
 def test_condensed_and_masked_training_have_the_same_masks_for_20_updates(make, optimizer):
     masked = Run("masked", make=make, optimizer=optimizer)
     condensed = Run("condensed", make=make, optimizer=optimizer)
@@ -141,11 +167,9 @@ def test_condensed_and_masked_training_have_the_same_masks_for_20_updates(make, 
         masked.go(3)
         condensed.go(3)
         assert same(masked.masks(), condensed.masks())
-    assert masked.n_updates == condensed.n_updates == 20
+    assert_same_training(masked, condensed, 20)
     assert not same(masked.masks(), start)
     assert any(n < len(start[name]) for name, n in condensed.srigl.trainer.n_active.items())
-    for name, weight in masked.weights().items():
-        torch.testing.assert_close(condensed.weights()[name], weight)
     dense = sum(p.numel() for p in masked.model.parameters())
     assert sum(p.numel() for p in condensed.model.parameters()) < 0.45 * dense
 
@@ -169,15 +193,11 @@ def test_condensed_and_masked_training_have_the_same_masks_for_20_updates(make, 
 )
 def test_both_modes_agree_whatever_the_options(options):
     masked, condensed = Run("masked", **options).go(12), Run("condensed", **options).go(12)
-    assert masked.n_updates == condensed.n_updates == 4
-    for name, mask in condensed.masks().items():
-        assert torch.equal(masked.srigl.mask(name), mask)
-    for name, weight in masked.weights().items():
-        torch.testing.assert_close(condensed.weights()[name], weight)
+    assert_same_training(masked, condensed, 4)
 
 
 def discarded(run, x, *, set_to_none=True):
-    run.model(3 * x).square().sum().backward()  # another network's loss, say
+    run.model(3 * x).square().sum().backward()  # as for the loss of another network
     run.optimizer.zero_grad(set_to_none=set_to_none)
 
 
@@ -229,13 +249,8 @@ def test_gradients_that_the_optimizer_does_not_get_do_not_move_connections(what)
                 (loss if extra is None else loss + extra).backward()
                 if what == "of the input in place":
                     ASIDE[what](run, x)
-            run.srigl.after_backward()
-            run.optimizer.step()
-            run.n_updates += bool(run.srigl.step())
-    assert condensed.n_updates == 4
-    assert same(masked.masks(), condensed.masks())
-    for name, weight in masked.weights().items():
-        torch.testing.assert_close(condensed.weights()[name], weight)
+            run.finish()
+    assert_same_training(masked, condensed, 4)
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
@@ -253,12 +268,7 @@ def test_groups_of_parameters_keep_their_options_in_both_modes(scheduled):
     def weighted(run):
         return [p for group in run.optimizer.param_groups[:2] for p in group["params"]]
 
-    OPTIMIZERS["grouped"] = grouped
-    try:
-        runs = [Run(mode, optimizer="grouped") for mode in ("masked", "condensed")]
-    finally:
-        del OPTIMIZERS["grouped"]
-    masked, condensed = runs
+    masked, condensed = runs = [Run(mode, optimizer=grouped) for mode in ("masked", "condensed")]
     options = [
         [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
         for run in runs
@@ -272,34 +282,22 @@ def test_groups_of_parameters_keep_their_options_in_both_modes(scheduled):
             run.go(1)
             if scheduled:
                 scheduler.step()
-    assert masked.n_updates == condensed.n_updates == 6
-    assert same(masked.masks(), condensed.masks())
-    for name, weight in masked.weights().items():
-        torch.testing.assert_close(condensed.weights()[name], weight)
+    assert_same_training(masked, condensed, 6)
 
 
-@pytest.mark.parametrize("mode", ["masked", "condensed"])
 def test_a_frozen_layer_is_left_out_or_named(mode):
     def frozen():
         model = perceptron()
         model[0].requires_grad_(False)
         return model
 
-    INPUTS[frozen] = (20,)
-    try:
-        for options in (
-            {"exclude": ["0"]},
-            {"layers": {"0": LayerOptions(dense=True)}, "sparsity": 0.5},
-        ):
-            run, weight = Run(mode, make=frozen, **options), frozen()[0].weight
-            run.go(9)
-            assert run.n_updates == 3
-            assert torch.equal(run.model[0].weight, weight)
-        run = Run(mode, make=frozen).go(2)
-    finally:
-        del INPUTS[frozen]
-    held = run.model[0].weight if mode == "masked" else run.model[0].values
-    assert not held.requires_grad
+    dense = {"layers": {"0": LayerOptions(dense=True)}, "sparsity": 0.5}
+    for options in ({"exclude": ["0"]}, dense):
+        run = Run(mode, make=frozen, **options).go(9)
+        assert run.n_updates == 3
+        assert torch.equal(run.model[0].weight, frozen()[0].weight)
+    run = Run(mode, make=frozen).go(2)
+    assert not next(run.model[0].parameters()).requires_grad
     before = run.masks(), run.weights()
     with pytest.raises(SriglError, match=r"layer '0' has no gradient.*frozen"):
         run.go(1)
@@ -309,37 +307,30 @@ def test_a_frozen_layer_is_left_out_or_named(mode):
 
 
 def test_an_optimizer_that_has_its_parameters_twice_moves_the_condensed_ones():
-    """As LBFGS does, in a list of its own."""
-    model = perceptron()
-    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
-    SRigL(model, optimizer, mode="condensed", **training_options(**OPTIONS))
-    before = [p.detach().clone() for p in model.parameters()]
-    x, y = batch((20,), 0)
+    """LBFGS has its parameters in another list, too."""
+    run = Run("condensed", optimizer=lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=2))
+    before = [p.detach().clone() for p in run.model.parameters()]
 
     def closure():
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), y)
+        run.optimizer.zero_grad()
+        loss = run.loss(0)
         loss.backward()
         return loss
 
-    optimizer.step(closure)
-    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    run.optimizer.step(closure)
+    assert not any(torch.equal(p, q) for p, q in zip(run.model.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("mode", ["masked", "condensed"])
 def test_a_scaler_that_is_switched_off_skips_no_step(mode):
     run, scaler = Run(mode), torch.amp.GradScaler("cpu", enabled=False)
-    x, y = batch(run.shape, 0)
-    loss = nn.functional.cross_entropy(run.model(x), y) * float("inf")
-    scaler.scale(loss).backward()
+    scaler.scale(run.loss(0) * float("inf")).backward()
     run.srigl.after_backward(scaler=scaler)
     scaler.step(run.optimizer)
     run.srigl.step()
     assert run.srigl.trainer.step_count == 1
 
 
-@pytest.mark.parametrize("mode", ["masked", "condensed"])
-def test_a_copy_of_all_of_it_goes_on_the_same_and_on_its_own(mode):
+def test_a_deep_copy_trains_the_same_and_independently(mode):
     run = Run(mode, optimizer="Adam", grad_window=3).go(4)
     twin = copy.deepcopy(run)
     assert not same(twin.go(8).masks(), run.masks())
@@ -348,20 +339,16 @@ def test_a_copy_of_all_of_it_goes_on_the_same_and_on_its_own(mode):
     assert same(run.weights(), twin.weights())
     twin.srigl.detach()
     with pytest.raises(SriglError, match=r"has an SRigL already|no dense layer is left"):
-        SRigL(run.model, run.optimizer, **training_options(**OPTIONS))
+        attach(run.model, run.optimizer)
 
 
-@pytest.mark.parametrize("mode", ["masked", "condensed"])
 def test_a_model_may_be_converted_between_steps(mode):
     run = Run(mode, optimizer="SGD", grad_window=3)
     run.model.float()
     for step in range(4):
         run.optimizer.zero_grad()
-        x, y = batch(run.shape, step, torch.float32)
-        nn.functional.cross_entropy(run.model(x), y).backward()
-        run.srigl.after_backward()
-        run.optimizer.step()
-        run.n_updates += bool(run.srigl.step())
+        run.loss(step, torch.float32).backward()
+        run.finish()
     assert run.n_updates == 1
 
 
@@ -377,15 +364,15 @@ def test_replicas_that_an_update_would_not_see_are_refused():
         layer._replicate_for_data_parallel()
 
 
-def test_what_is_kept_of_a_window_is_held_once(monkeypatch):
-    """In the layers' own type, and without a second copy when the update reads it."""
+def test_a_window_is_stored_once(monkeypatch):
+    """It has the layers' dtype, and an update makes no second copy."""
     module = importlib.import_module("srigl_core.torch.condensed_layers")
     model = convolutional(torch.bfloat16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    srigl = SRigL(model, optimizer, mode="condensed", **training_options(**OPTIONS))
+    srigl = attach(model, optimizer, mode="condensed")
 
-    def held():
-        # Not those of other types, which stand for tensors where something was compiled.
+    def tensor_bytes():
+        # Without the fake tensors of compiled code, which are of other types.
         tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
         tensors = [x for x in tensors if x.is_cpu and not torch._is_functional_tensor(x)]
         return sum({x.data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
@@ -396,18 +383,18 @@ def test_what_is_kept_of_a_window_is_held_once(monkeypatch):
         nn.functional.cross_entropy(model(x.repeat(8, 1, 1, 1)), y.repeat(8)).backward()
 
     seen = []
-    monkeypatch.setattr(module, "mean_of_ranks", lambda block, _: seen.append(held()) or block)
+    spy = lambda block, _: seen.append(tensor_bytes()) or block  # noqa: E731
+    monkeypatch.setattr(module, "mean_of_ranks", spy)
     for number in range(3):
         step(number)
         srigl.after_backward()
         optimizer.step()
-        before = held()
+        before = tensor_bytes()
         srigl.step()
     assert seen
     assert max(seen) < before + 100_000  # a layer's block; the window itself has half a million
 
 
-@pytest.mark.parametrize("mode", ["masked", "condensed"])
 def test_a_scaled_loss_gives_the_same_masks_and_a_skipped_step_does_not_count(mode):
     plain, scaled = Run(mode).go(9), Run(mode)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -415,8 +402,7 @@ def test_a_scaled_loss_gives_the_same_masks_and_a_skipped_step_does_not_count(mo
     while scaled.n_steps - skipped < 9:
         scaled.optimizer.zero_grad()
         overflows = scaled.n_steps == 5 and not skipped
-        x, y = batch(scaled.shape, scaled.n_steps - skipped + 1)
-        loss = nn.functional.cross_entropy(scaled.model(x), y)
+        loss = scaled.loss(scaled.n_steps - skipped + 1)
         scaler.scale(loss * (float("inf") if overflows else 1)).backward()
         scaler.unscale_(scaled.optimizer)
         scaled.srigl.after_backward(scaler=scaler)
@@ -432,7 +418,6 @@ def test_a_scaled_loss_gives_the_same_masks_and_a_skipped_step_does_not_count(mo
 
 
 @pytest.mark.parametrize("cut", [4, 5, 6])
-@pytest.mark.parametrize("mode", ["masked", "condensed"])
 def test_resume_is_exact_also_in_the_middle_of_a_window(mode, cut):
     whole = Run(mode, optimizer="Adam", grad_window=3).go(12)
     first = Run(mode, optimizer="Adam", grad_window=3).go(cut)
@@ -481,7 +466,7 @@ def test_projections_of_attention_are_masked_by_name():
     model = nn.MultiheadAttention(16, 4, batch_first=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     names = ["in_proj_weight", "out_proj"]
-    srigl = SRigL(model, optimizer, include=names, **training_options(**OPTIONS))
+    srigl = attach(model, optimizer, include=names)
     for step in range(6):
         optimizer.zero_grad()
         x = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(step))
@@ -511,25 +496,16 @@ GEOMETRIES = [
 def test_a_condensed_convolution_is_the_masked_one(geometry):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 6, **geometry)).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     masked = copy.deepcopy(model)
-    SRigL(
-        masked,
-        torch.optim.SGD(masked.parameters(), lr=0.1),
-        sparsity=0.5,
-        schedule=9,
-        config=TrainingConfig(seed=2),
-    )
-    SRigL(
-        model, optimizer, sparsity=0.5, schedule=9, mode="condensed", config=TrainingConfig(seed=2)
-    )
+    attach(masked, sparsity=0.5)
+    attach(model, sparsity=0.5, mode="condensed")
     assert isinstance(model[0], CondensedConv2d)
     x = torch.randn(3, 4, 9, 8, dtype=torch.float64, requires_grad=True)
-    wanted, got = masked(x), model(x)
-    torch.testing.assert_close(got, wanted)
-    direction = torch.randn_like(wanted)
-    (dx,) = torch.autograd.grad(got, x, direction)
-    torch.testing.assert_close(dx, torch.autograd.grad(wanted, x, direction)[0])
+    expected, result = masked(x), model(x)
+    torch.testing.assert_close(result, expected)
+    direction = torch.randn_like(expected)
+    (dx,) = torch.autograd.grad(result, x, direction)
+    torch.testing.assert_close(dx, torch.autograd.grad(expected, x, direction)[0])
 
 
 def test_a_convolution_says_what_input_it_takes():
@@ -551,22 +527,18 @@ def parametrized():
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
 
 
-def hooked():
+def hooked(register):
     model = perceptron()
-    model[0].register_forward_hook(lambda *_: None)
+    register(model[0])
     return model
 
 
-def weight_hooked():
-    model = perceptron()
-    model[2].weight.register_hook(lambda grad: grad.clamp(-1, 1))
-    return model
-
-
-def backward_hooked():
-    model = perceptron()
-    model[2].register_full_backward_pre_hook(lambda *_: None)
-    return model
+CONDENSED = {"mode": "condensed", "sparsity": 0.5}
+HOOKS = {
+    "hooks": lambda layer: layer.register_forward_hook(print),
+    "hooks of a weight": lambda layer: layer.weight.register_hook(print),
+    "hooks of the backward pass": lambda layer: layer.register_full_backward_pre_hook(print),
+}
 
 
 BAD = {
@@ -578,36 +550,20 @@ BAD = {
     "bias": (perceptron, {"include": ["0.bias"]}, r"'0.bias' has a weight of shape \(32,\)"),
     "too small": (perceptron, {"sparsity": 0.995}, r"layer '\d': nnz_budget=\d+ gives each"),
     "sparsity": (perceptron, {"sparsity": 1.5}, "sparsity=1.5"),
-    "unstructured": (
-        perceptron,
-        {"mode": "condensed", "method": "rigl"},
-        "'rigl' has no constant fan-in",
-    ),
+    "unstructured": (perceptron, CONDENSED | {"method": "rigl"}, "'rigl' cannot train condensed"),
     "shared": (tied, {}, "layer '0' shares its weight"),
     "computed": (parametrized, {}, "layer '0' computes its weight"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(8)), {}, "layer '0' has no weight yet"),
-    "hooks": (hooked, {"mode": "condensed"}, "layer '0' has hooks"),
-    "hooks of a weight": (weight_hooked, {"mode": "condensed"}, "layer '2' has hooks"),
-    "hooks of the backward pass": (
-        backward_hooked,
-        {"mode": "condensed"},
-        "layer '2' has hooks",
-    ),
-    "groups": (
-        lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)),
-        {"mode": "condensed", "sparsity": 0.5},
-        "layer '0' has groups=2",
-    ),
-    "three axes": (
+    "groups": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), CONDENSED, "has groups=2"),
+    "axes": (
         lambda: nn.Sequential(nn.Conv1d(4, 4, 3)),
-        {"mode": "condensed", "sparsity": 0.5},
-        r"layer '0' \(Conv1d, weight\) cannot be condensed",
+        CONDENSED,
+        r"'0' \(Conv1d, weight\) cannot",
     ),
-    "the model itself": (
-        lambda: nn.Linear(8, 8),
-        {"mode": "condensed"},
-        "only nn.Linear and nn.Conv2d within a model",
-    ),
+    "the model itself": (lambda: nn.Linear(8, 8), CONDENSED, "only nn.Linear and nn.Conv2d within"),
+} | {
+    what: (partial(hooked, register), CONDENSED, "layer '0' has hooks")
+    for what, register in HOOKS.items()
 }
 
 
@@ -618,34 +574,31 @@ def test_what_cannot_be_attached_is_said_and_the_model_is_left_as_it_was(what):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1)), *model.parameters()], lr=0.1)
     modules, before = list(model.modules()), copy.deepcopy(model.state_dict())
     with pytest.raises(SriglError, match=message):
-        SRigL(model, optimizer, **training_options(**(OPTIONS | options)))
+        attach(model, optimizer, **options)
     assert list(model.modules()) == modules
-    for name, held in model.state_dict().items():
-        assert what == "lazy" or torch.equal(held, before[name])
+    for name, tensor in model.state_dict().items():
+        assert what == "lazy" or torch.equal(tensor, before[name])
 
 
 def test_an_optimizer_of_other_parameters_and_a_second_attachment_are_refused():
     model = perceptron()
-    with pytest.raises(SriglError, match="layer '0': the optimizer does not hold its weight"):
-        SRigL(
-            model, torch.optim.SGD(perceptron().parameters(), lr=0.1), **training_options(**OPTIONS)
-        )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(SriglError, match="layer '0': the optimizer does not hold its weight"):
+        attach(perceptron(), optimizer)
     with pytest.raises(ValueTypeError, match="got list"):
-        SRigL(model, [optimizer], **training_options(**OPTIONS))
+        attach(model, [optimizer])
     with pytest.raises(ValueTypeError, match=r"model must be a torch.nn.Module"):
-        SRigL("model", optimizer, **training_options(**OPTIONS))
-    first = SRigL(model, optimizer, **training_options(**OPTIONS))
+        attach("model", optimizer)
+    first = attach(model, optimizer)
     for whole in (model, nn.Sequential(nn.ReLU(), model[:3])):
         with pytest.raises(SriglError, match=r"layer '(1\.)?0' has an SRigL already"):
-            SRigL(whole, optimizer, **training_options(**OPTIONS))
+            attach(whole, optimizer)
     first.detach()
-    SRigL(model, optimizer, **training_options(**(OPTIONS | {"mode": "condensed"}))).detach()
+    attach(model, optimizer, mode="condensed").detach()
     with pytest.raises(SriglError, match="no dense layer is left"):
-        SRigL(model, optimizer, **training_options(**OPTIONS))
+        attach(model, optimizer)
 
 
-@pytest.mark.parametrize("mode", ["masked", "condensed"])
 def test_a_model_that_changed_after_attaching_is_noticed(mode):
     run = Run(mode)
     run.model[2] = nn.Linear(32, 24).double()
@@ -653,70 +606,61 @@ def test_a_model_that_changed_after_attaching_is_noticed(mode):
         run.go(1)
 
 
-@pytest.mark.parametrize("mode", ["masked", "condensed"])
-def test_a_loop_that_forgets_a_call_is_told(mode):
+def test_a_missing_call_in_a_loop_is_an_error(mode):
     run = Run(mode).go(2)
-    x, y = batch(run.shape, 3)
     run.optimizer.zero_grad()
     with pytest.raises(SriglError, match=r"layer '0'.*after loss.backward"):
         run.srigl.after_backward()
-    nn.functional.cross_entropy(run.model(x), y).backward()
+    run.loss(3).backward()
     run.optimizer.zero_grad()
     with pytest.raises(SriglError, match=r"layer '0'.*before zero_grad"):
         run.srigl.after_backward()
-    nn.functional.cross_entropy(run.model(x), y).backward()
+    run.loss(3).backward()
     run.optimizer.step()
     with pytest.raises(SriglError, match="gradient was"):
         run.srigl.step()
     assert run.srigl.trainer.step_count == 2
 
 
-@pytest.mark.parametrize("mode", ["masked", "condensed"])
 def test_between_windows_nothing_is_kept(mode):
     run = Run(mode).go(1)
     assert not run.srigl.trainer.needs_grad
     assert len(run.srigl.state_dict()["window"]) == 0
-    before = count_tensors()
-    run.n_steps = 0
     x, y = batch(run.shape, 9)
-    for _ in range(3):
-        nn.functional.cross_entropy(run.model(x), y).backward()
-    assert count_tensors() <= before + 2
+    assert tensors_kept_of_a_step(run.model, x, y) <= 0
 
 
 @pytest.mark.parametrize("end", ["detached", "let go"])
 def test_after_an_srigl_nothing_is_kept(end):
-    """Also in a window, where inputs and gradients are."""
+    """The window would keep inputs and gradients."""
     run = Run("condensed").go(2)
     assert run.srigl.trainer.needs_grad
-    model, shape = run.model, run.shape
+    model, (x, y) = run.model, batch(run.shape, 9)
     if end == "detached":
         run.srigl.detach()
     else:
         del run
-    x, y = batch(shape, 9)
-    before = count_tensors()
+    assert tensors_kept_of_a_step(model, x, y) <= 0
+
+
+def tensors_kept_of_a_step(model, x, y):
+    counts = []
     for _ in range(3):
         nn.functional.cross_entropy(model(x), y).backward()
-    assert count_tensors() <= before
+        gc.collect()
+        counts.append(sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects()))
+    return counts[-1] - counts[0]
 
 
 def test_condensed_training_keeps_no_dense_weight_alive():
     model = perceptron()
     weights = [weakref.ref(model[i].weight) for i in (0, 2, 4)]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    srigl = SRigL(model, optimizer, **training_options(**OPTIONS), mode="condensed")
+    srigl = attach(model, mode="condensed")
     gc.collect()
     assert [weight() for weight in weights] == [None, None, None]
     srigl.detach()
 
 
-def count_tensors():
-    gc.collect()
-    return sum(issubclass(type(held), torch.Tensor) for held in gc.get_objects())
-
-
-@pytest.mark.parametrize("mode", ["masked", "condensed"])
 def test_a_gradient_that_is_not_finite_changes_nothing(mode):
     run = Run(mode).go(2)
     before = run.masks()
@@ -735,7 +679,7 @@ import sys
 import torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from srigl_core import SriglError
+from srigl_core import SriglError, TrainingConfig
 from srigl_core.reference import UpdateSchedule
 from srigl_core.torch import SRigL
 
@@ -745,7 +689,8 @@ def train(rank, world, group, mode, fault):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     seed = 1 + (fault == "seed" and rank == world - 1)
     srigl = SRigL(
-        model, optimizer, mode=mode, sparsity=0.7, gamma_sal=0.9, seed=seed, process_group=group,
+        model, optimizer, mode=mode, sparsity=0.7, process_group=group,
+        config=TrainingConfig(gamma_sal=0.9, seed=seed),
         schedule=UpdateSchedule(t_end=1000, delta_t=3, alpha=0.5),
     )
     unwrapped = fault == "unwrapped"
@@ -821,7 +766,7 @@ def test_a_wrapped_model_is_refused():
     nn.Module.__init__(wrapped)
     wrapped.module = model
     with pytest.raises(SriglError, match="attach SRigL to the model itself first"):
-        SRigL(wrapped, torch.optim.SGD(model.parameters(), lr=0.1), **training_options(**OPTIONS))
+        attach(wrapped)
 
 
 def test_the_report_names_every_layer():
