@@ -13,7 +13,7 @@ from srigl_core.errors import BackendUnavailableError
 
 try:
     from jax.experimental.buffer_callback import buffer_callback
-except ImportError:  # before JAX 0.6.1, and where it is removed
+except ImportError:  # before JAX 0.6.1, or if a later JAX removes it
     buffer_callback = None
 
 __all__ = ["check_on_cpu", "host_call"]

@@ -1,8 +1,8 @@
 """Inputs and output gradients of condensed layers, recorded for mask updates.
 
-A mask update needs a dense gradient, which a condensed layer has not. It is rebuilt from these, a
-block of rows at a time. Only backward passes that reach the optimiser count: `torch.autograd.grad`
-and gradients zeroed before the step do not.
+A condensed layer has no dense gradient, but a mask update needs one. It is rebuilt from these
+arrays, a block of rows at a time. Only backward passes that reach the optimiser count:
+`torch.autograd.grad` and gradients zeroed before the step do not.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def packing_of(values: Any, indices: Any, active: Any, counts: Any, n_in: int) -
 def condensed_weight(
     values: Any, indices: Any, active: Any, counts: Any, n_in: int
 ) -> CondensedWeight:
-    """Return a copy of the weight that a layer's tensors describe, those of `packing_of`.
+    """Return a copy of the weight that a layer's tensors, as in `packing_of`, describe.
 
     Raises
     ------

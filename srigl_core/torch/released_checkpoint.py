@@ -132,7 +132,7 @@ def _unwrapped(weights: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _layers(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the layers in the released scheduler's order; those with a weight are not searched."""
+    """Yield the layers in the released scheduler's order. It does not search within a layer."""
     if isinstance(getattr(module, "weight", None), torch.Tensor):
         if type(module) not in _NOT_LAYERS:
             yield prefix, module
