@@ -110,12 +110,8 @@ def test_arguments_that_do_not_fit_are_errors():
     weight, x, _, bias = problem("float32")
     plan = prepare(weight, backend=TensorBackend())
     wrong = (
-        (
-            ValueTypeError,
-            "x of dtype .int32. is not supported",
-            lambda: plan(x.numpy().astype("i4")),
-        ),
-        (ValueTypeError, "x of dtype 'torch.int32' is not a number type", lambda: plan(x.int())),
+        (ValueTypeError, "x of dtype 'int32' is not", lambda: plan(x.numpy().astype("i4"))),
+        (ValueTypeError, "x of dtype 'int32' is not supported", lambda: plan(x.int())),
         (SriglError, "out has shape", lambda: plan(x, out=torch.empty(3))),
         (SriglError, "shares memory with x", lambda: plan(x, out=x[..., :6])),
         (SriglError, "share memory", lambda: plan(x, out=torch.empty(6).expand(2, 5, 6))),
