@@ -184,6 +184,8 @@ def _exported(model: Any, inputs: tuple[Any, ...], *, opset_version: int, **opti
         raise SriglError(
             f"opset={opset_version}: PyTorch can export the model for opset {written} only"
         )
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with the paths of source files
     return program.model_proto
 
 
