@@ -261,13 +261,8 @@ def update_condensed(
 
     Parameters
     ----------
-    weight : CondensedWeight, (n_out, n_in)
-        After the optimiser's step.
-    gradient_rows : callable of two ints
-        Returns rows ``start`` to ``stop`` of the dense gradient G, ablated neurons included: an
-        array of a value type, (stop - start, n_in). It is called twice for every row and must
-        return the same numbers both times.
-    settings : UpdateSettings
+    weight, gradient_rows, settings
+        As in `srigl_core.reference.update_condensed`, the definition.
     block_rows : int or None
         Rows in a block; None is about 2^18 numbers. Never changes the result.
     backend : str, Backend or None
@@ -282,17 +277,9 @@ def update_condensed(
     Raises
     ------
     SriglError
-        If a setting is out of range, a block has another shape, a number is not finite, or the
-        budget leaves the active neurons no weight. Nothing is changed.
-    ValueTypeError
-        If `weight` is not a condensed weight, or a block is not an array of a value type.
+        As in `srigl_core.reference.update_condensed`.
     BackendUnavailableError
         If the backend that was named cannot run here.
-
-    Notes
-    -----
-    SPEC 2 (Backward) and 4. The update is that of `update_mask` on the dense arrays, bit for bit.
-    `srigl_core.reference.update_condensed` is the definition.
     """
     chosen: Any = get_backend(backend, operation="update_condensed")
     check_condensed(weight)
