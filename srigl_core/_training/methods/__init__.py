@@ -39,7 +39,7 @@ class LayerState:
     """
 
     weight: Any
-    grad: Any | None
+    grad: Any
     mask: Any
     settings: UpdateSettings
     rng: np.random.Generator
