@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CHECKS = HERE / "check_kernels.py"
-TESTS = HERE.parent / "test_cupy.py"
+TESTS = HERE / "test_cupy.py"
 SANITIZER = "compute-sanitizer"
 UNSUPPORTED = "Device not supported"
 """What the sanitizer says on a virtual machine that hides the device's debugger."""
