@@ -34,9 +34,9 @@ def condensed_matmul(
     Parameters
     ----------
     x : array, (..., n_in)
-        float16, bfloat16, float32 or float64, any strides; NumPy's, PyTorch's, JAX's, CuPy's or
-        TensorFlow's, or an object with ``__dlpack__``, ``__array_interface__`` or
-        ``__cuda_array_interface__``. Read where it lies, and never written.
+        float16, bfloat16, float32 or float64, any strides; NumPy's, PyTorch's, JAX's or CuPy's, or
+        an object with ``__dlpack__``, ``__array_interface__`` or ``__cuda_array_interface__``.
+        Read where it lies, and never written.
     weight : CondensedWeight, (n_out, n_in)
     bias : array, (n_out,), or None
         Of the same library and on the same device as `x`. Cast to the result's dtype.
@@ -47,7 +47,7 @@ def condensed_matmul(
         outputs ``act(bias)``.
     out : array, (..., n_out) or (..., n_active), or None
         Where to write, of any value type; must not share memory with an input. Of the same library
-        as `x`, unless that lets nobody write, as JAX and TensorFlow do.
+        as `x`. JAX arrays are read-only and cannot be `out`.
     backend : str, Backend or None
         As in `get_backend`.
     threads : int or None
@@ -58,7 +58,9 @@ def condensed_matmul(
     array, (..., n_out), or (..., n_active) if `compact`
         `out`, or a new array of dtype ``numpy.result_type(x, values)``, of the library and on the
         device that `x` is of. It carries no gradient: autograd and tracing are for
-        `srigl_core.torch` and `srigl_core.jax`.
+        `srigl_core.torch` and `srigl_core.jax`. For any other object that exports its memory,
+        such as a TensorFlow tensor, the result is a NumPy array, or a CuPy array on a CUDA device;
+        ``tf.experimental.dlpack.from_dlpack(y.__dlpack__())`` imports it without a copy.
 
     Raises
     ------

@@ -24,7 +24,6 @@ HEAVY = (
     "cupy",
     "torch",
     "jax",
-    "tensorflow",
     "hypothesis",
     "pytest",
     "typer",
