@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -103,7 +104,7 @@ def _fuzzed(content: dict[str, Any]) -> str:
     examples = [row["examples"] for row in rows]
     n_failures = sum(row["failures"] for row in rows)
     return (
-        f"Right kernels pass: `make fuzz` tried the laws of what each offers on "
+        f"Right kernels pass: `make thorough` tried the laws of what each offers on "
         f"{', '.join(backends)}, {min(examples):,} problems or more a law and {sum(examples):,} in "
         f"all, and {n_failures} failed ([its table](../benchmarks/results/fuzz.json))."
     )
@@ -129,7 +130,7 @@ def _table(kernel: str, rejections: list[Rejection]) -> str:
 
 
 def main() -> None:
-    """Try all mutants, and write the page."""
+    """Try all mutants, and write the page; exit 1 if a mutant is not rejected."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--processes", type=int, default=2)
@@ -139,7 +140,11 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
         rejections = list(pool.map(rejection, mutants))
+    options.file.parent.mkdir(parents=True, exist_ok=True)
     options.file.write_text(page(rejections, f"{datetime.now(UTC):%Y-%m-%d}"))
+    accepted = [str(each.mutant) for each in rejections if each.shape is None]
+    if accepted:
+        sys.exit(f"not rejected by the law that it names: {', '.join(accepted)}")
 
 
 if __name__ == "__main__":
