@@ -24,9 +24,8 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from srigl_core.benchmarks.on_gpu import report as gpu_report
 from srigl_core.benchmarks.readme import block
-from srigl_core.benchmarks.report import page as cpu_report
+from srigl_core.benchmarks.report import page as measured_page
 from srigl_core.benchmarks.results import load_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,10 +97,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def _measured() -> dict[str, str]:
     """Return the pages that are made from the JSON."""
     cpu = load_results(ROOT / RESULTS / "cpu.json")
-    made = {f"{RESULTS}/cpu.md": cpu_report(cpu, "cpu.png")}
+    made = {f"{RESULTS}/cpu.md": measured_page(cpu, "cpu.png")}
     on_gpu = "Not measured yet."
     if (ROOT / RESULTS / "gpu.json").exists():
-        made[f"{RESULTS}/gpu.md"] = gpu_report.page(load_results(ROOT / RESULTS / "gpu.json"))
+        made[f"{RESULTS}/gpu.md"] = measured_page(load_results(ROOT / RESULTS / "gpu.json"))
         on_gpu = "Every case and every contender: [GPU kernels](gpu.md)."
     found = json.loads((ROOT / RESULTS / "overhead.json").read_text(encoding="utf-8"))
     rows = "".join(f"| {call} | {time:.2f} |\n" for call, time in found["median_us"].items())

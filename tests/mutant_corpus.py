@@ -26,7 +26,7 @@ from typing import Any
 from srigl_core.contract import Capabilities
 from srigl_core.testing import KernelCapabilities
 
-__all__ = ["MUTANTS", "Mutant", "MutantError", "apply_diff", "load_backend"]
+__all__ = ["COMPILED", "MUTANTS", "Mutant", "MutantError", "apply_diff", "load_backend"]
 
 FOLDER = Path(__file__).with_name("mutants")
 
@@ -37,7 +37,10 @@ BACKENDS = {
 }
 """Module and class of the backend of each kernel that is Python; "cupy_gpu" is CUDA."""
 
-NOT_COMPILED = ("backends/numba_cpu/condensed_matmul.py",)
+COMPILED = ("numba_cpu", "cupy_gpu")
+"""Kernels that are compiled, so that a mutant takes seconds."""
+
+WITHOUT_KERNELS = ("backends/numba_cpu/condensed_matmul.py",)
 """Files of numba_cpu without kernels. Where others are changed, float32 alone is tried: they are
 compiled anew for each type."""
 
@@ -162,7 +165,7 @@ def load_backend(kernel: str, file: str, change: Change) -> Any:
     if not _uses(module, changed):
         raise MutantError(f"the backend of {kernel} does not use {file}")
     backend = getattr(_Modules(changed, change)(module), name)()
-    if kernel == "numba_cpu" and file not in NOT_COMPILED:
+    if kernel == "numba_cpu" and file not in WITHOUT_KERNELS:
         backend.capabilities = KernelCapabilities(value_dtypes=frozenset({"float32"}))
     return backend
 

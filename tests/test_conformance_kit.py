@@ -188,7 +188,7 @@ def test_an_update_may_return_what_it_has(returns):
 
 def test_an_update_of_few_settings_is_asked_for_no_others():
     def kernel(weight, grad, mask, nnz_budget, drop_fraction):
-        settings = mask_update.UpdateSettings(nnz_budget, drop_fraction, None)
+        settings = mask_update.UpdateSettings(nnz_budget, drop_fraction, gamma_sal=None)
         return mask_update.srigl_update(weight, grad, mask, settings).mask
 
     report = check_kernel(kernel, "update_mask", max_examples=20)

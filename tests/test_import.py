@@ -27,7 +27,6 @@ HEAVY = (
     "cupy",
     "torch",
     "jax",
-    "tensorflow",
     "hypothesis",
     "pytest",
     "typer",

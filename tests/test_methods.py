@@ -5,42 +5,30 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from srigl_core import SparseTrainer, SriglError, TrainingConfig, list_methods
+from srigl_core import MaskUpdate, Method, SparseTrainer, SriglError, TrainingConfig, list_methods
 from srigl_core._training import methods
-from srigl_core._update import MaskUpdate
 from srigl_core.reference import UpdateSchedule
 
 
-class TwoMasks:
-    """The largest weights in the forward pass; gradients also reach as many others."""
-
-    constant_fan_in = uses_gradients = on_device = False
-
-    def initial_mask(self, shape, nnz_budget, rng):
-        mask = np.zeros(shape, bool)
-        mask.reshape(-1)[rng.choice(mask.size, nnz_budget, replace=False)] = True
-        return mask
-
-    def update(self, weight, grad, mask, settings, *, rng, backend):
-        order = np.argsort(-np.abs(weight), axis=None, kind="stable")
-        forward, backward = np.zeros((2, *weight.shape), bool)
-        forward.reshape(-1)[order[: settings.nnz_budget]] = True
-        backward.reshape(-1)[order[: 2 * settings.nnz_budget]] = True
-        rows = np.flatnonzero(~forward.any(axis=1))
-        new_weight = np.where(backward, weight, 0)
-        counts = int((mask & ~forward).sum()), int((forward & ~mask).sum())
-        return MaskUpdate(
-            forward, new_weight, rows, rows[:0], None, *counts, backward_mask=backward
-        )
+def two_masks(layer):
+    """Use the largest weights in the forward pass, and train as many others."""
+    order = np.argsort(-np.abs(layer.weight), axis=None, kind="stable")
+    forward, backward = np.zeros((2, *layer.weight.shape), bool)
+    forward.reshape(-1)[order[: layer.settings.nnz_budget]] = True
+    backward.reshape(-1)[order[: 2 * layer.settings.nnz_budget]] = True
+    rows = np.flatnonzero(~forward.any(axis=1))
+    counts = int((layer.mask & ~forward).sum()), int((forward & ~layer.mask).sum())
+    new_weight = np.where(backward, layer.weight, 0)
+    return MaskUpdate(forward, new_weight, rows, rows[:0], None, *counts, backward_mask=backward)
 
 
 @pytest.fixture
 def registered(monkeypatch):
-    """Let a package's entry point name `TwoMasks`."""
+    """Let a package's entry point name a method."""
     found = methods.entry_points
 
     def entry_points(**selection):
-        own = SimpleNamespace(name="two_masks", load=lambda: TwoMasks)
+        own = SimpleNamespace(name="two_masks", load=lambda: Method(two_masks))
         ours = [own] if selection.get("name", own.name) == own.name else []
         return [*found(**selection), *ours]
 

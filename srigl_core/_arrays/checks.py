@@ -33,8 +33,8 @@ def as_float_array(array: object, what: str) -> NDArray[Any]:
     Parameters
     ----------
     array : array
-        NumPy's, PyTorch's, JAX's or TensorFlow's, a memoryview, or an object with
-        ``__array_interface__`` or ``__dlpack__``; in the host's memory.
+        NumPy's, PyTorch's or JAX's, a memoryview, or an object with ``__array_interface__`` or
+        ``__dlpack__``; in the host's memory.
     what : str
         Its name, for error messages.
 

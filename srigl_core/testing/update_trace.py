@@ -191,7 +191,7 @@ def _verdicts(arrays: dict[str, NDArray[Any]]) -> Iterator[TraceVerdict]:
         if unknown:
             raise FileFormatError(f"update {number} has settings {', '.join(sorted(unknown))}")
         try:
-            found = explain_update(weight, grad, before, after, **said)
+            found = explain_update(weight, grad, before, after, UpdateSettings(**said))
         except SriglError as error:
             yield TraceVerdict(number, layer, None, str(error))
         else:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -627,6 +628,8 @@ def test_other_values_share_the_packing_and_have_their_own_product(plan_on, kern
 
 # Processes of their own
 
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--import-mode=importlib"]
+
 
 def run(script, **environment):
     return subprocess.run(
@@ -826,3 +829,18 @@ print("done")
             **processor,
         )
     )
+
+
+def test_activations_keep_to_their_budget_in_code_for_a_generic_processor(tmp_path):
+    """Its vectors are shorter, and on x86 it has no fused multiplication and addition."""
+    tests = Path(__file__).parents[1] / "test_numba_epilogue.py"
+    generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    process = subprocess.run(
+        [*PYTEST, str(tests)],
+        env={**os.environ, **generic, "SRIGL_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]

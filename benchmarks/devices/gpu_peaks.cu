@@ -1,7 +1,7 @@
-// What a CUDA device does at most: multiply-adds in registers, reads of shared memory.
+// Peak rates of a CUDA device: multiply-adds in registers, and reads of shared memory.
 //
-// Each kernel is a loop with enough independent work to hide its latency. What it sums up is written
-// at the end, so that the compiler has to do it.
+// Each kernel is a loop with enough independent work to hide its latency. The sums are written at the
+// end, so that the compiler cannot leave the loop out.
 //
 // Grid: enough blocks to fill the device, of THREADS threads.
 //   out  (blocks * THREADS)
@@ -31,8 +31,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   out[static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x] = total;
 }
 
-// A thread reads repeats * READS times 16 bytes; a warp's lie side by side, so no bank is asked for
-// twice. Where it reads depends on the repeat: else the compiler would read once.
+// A thread reads repeats * READS times 16 bytes. The reads of a warp are adjacent, so that no two need
+// the same bank. The address depends on the repeat; otherwise the compiler would read only once.
 extern "C" __global__ void __launch_bounds__(THREADS) shared_reads(float* out, int repeats) {
   __shared__ float4 tile[WINDOW + (READS - 1) * STEP];
   for (int i = threadIdx.x; i < WINDOW + (READS - 1) * STEP; i += THREADS) {

@@ -1,9 +1,9 @@
-"""The thread pools of several libraries in one process: how large each is, and when all sleep.
+"""The thread pools of the libraries in one process: their sizes, and when their threads sleep.
 
-The threads of a pool go on spinning for a while after a call, in case another one follows: 8 ms
-with GNU's OpenMP, 30 ms and more with OpenBLAS. Where there are no more cores than threads, they
-are in the way of the next contender's, whose time then doubles, or becomes a time slice of the
-scheduler. So before a contender is timed on several threads, the process rests until none runs.
+The threads of a pool spin for a while after a call, in case another one follows: 8 ms with GNU's
+OpenMP, 30 ms and more with OpenBLAS. Where there are no more cores than threads, they delay the
+next contender, whose time then doubles, or becomes a time slice of the scheduler. Before a
+contender is timed on several threads, the process therefore sleeps until no thread runs.
 """
 
 from __future__ import annotations
@@ -20,18 +20,13 @@ from srigl_core.errors import SriglError
 __all__ = ["check_threads", "environment", "relevant_environment", "rest", "thread_limit"]
 
 _WINDOW_SECONDS = 0.008
-"""Two ticks of Linux's clock, in which the time of running threads is counted."""
+"""Two ticks of Linux's clock, which counts the time of running threads."""
 
 _LONGEST_REST_SECONDS = 0.25
 _SPINNING = 0.15
-"""Share of a window that a resting process may use."""
+"""Share of a window below which the process counts as asleep."""
 
-_SIZES = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "NUMBA_NUM_THREADS",
-)
+_SIZES = tuple(f"{library}_NUM_THREADS" for library in ("OMP", "OPENBLAS", "MKL", "NUMBA"))
 _AVX2 = {
     "NUMBA_CPU_NAME": "haswell",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -42,21 +37,14 @@ _AVX2 = {
 
 
 def check_threads(threads: int) -> None:
-    """Raise SriglError if the process has not so many cores."""
+    """Raise SriglError if the process has fewer cores."""
     cores = n_cores()
     if not 1 <= threads <= cores:
         raise SriglError(f"threads={threads} is out of range: this process may use {cores} cores")
 
 
 def environment(threads: int, instructions: str) -> dict[str, str]:
-    """Return the variables to set for a process that measures.
-
-    Parameters
-    ----------
-    threads : int
-        The most that will be asked for.
-    instructions : {"native", "avx2"}
-    """
+    """Return the environment variables of a process that measures on at most `threads` threads."""
     variables = {name: str(threads) for name in _SIZES}
     variables["OPENBLAS_THREAD_TIMEOUT"] = "18"  # spin for 2**18 cycles, not 2**26
     return variables | (_AVX2 if instructions == "avx2" else {})
@@ -64,7 +52,7 @@ def environment(threads: int, instructions: str) -> dict[str, str]:
 
 @contextmanager
 def thread_limit(threads: int) -> Iterator[None]:
-    """Hold BLAS and PyTorch to so many threads; ours is told in each call."""
+    """Hold BLAS and PyTorch to this many threads; our kernels take the number with each call."""
     from threadpoolctl import threadpool_limits
 
     torch = sys.modules.get("torch")
@@ -80,7 +68,7 @@ def thread_limit(threads: int) -> Iterator[None]:
 
 
 def rest() -> None:
-    """Sleep until no thread of this process runs, or a quarter of a second."""
+    """Sleep until no thread of this process runs, at most for a quarter of a second."""
     ends = time.perf_counter() + _LONGEST_REST_SECONDS
     while time.perf_counter() < ends:
         started, used = time.perf_counter(), time.process_time()
@@ -91,14 +79,7 @@ def rest() -> None:
 
 
 def relevant_environment() -> dict[str, str]:
-    """Return what is set of the variables that decide how the libraries run."""
-    names = (
-        *_SIZES,
-        "OPENBLAS_THREAD_TIMEOUT",
-        "OMP_WAIT_POLICY",
-        "GOMP_SPINCOUNT",
-        "KMP_BLOCKTIME",
-        "NUMBA_THREADING_LAYER",
-        *_AVX2,
-    )
+    """Return the environment variables that are set and affect the libraries."""
+    pools = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "NUMBA_THREADING_LAYER")
+    names = (*_SIZES, "OPENBLAS_THREAD_TIMEOUT", *pools, *_AVX2)
     return {name: os.environ[name] for name in names if name in os.environ}
