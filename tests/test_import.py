@@ -71,6 +71,17 @@ def test_importing_loads_no_backend_and_no_framework(statement):
     assert run(f"{statement}; {LOADED}") == []
 
 
+def test_importing_loads_numpy_and_no_other_package():
+    program = """
+import importlib.metadata, json, sys
+before = set(sys.modules)
+import srigl_core
+packages = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(json.dumps(sorted(packages & importlib.metadata.packages_distributions().keys())))
+"""
+    assert run(program) == ["numpy", "srigl_core"]
+
+
 def test_using_the_reference_loads_no_backend_and_no_framework():
     program = (
         "import numpy as np, srigl_core as s; "

@@ -42,7 +42,8 @@ def seen(array: Any) -> Any:
         "data": (array.data.ptr, False),
         "version": 3,
     }
-    return np.asarray(SimpleNamespace(__array_interface__=interface)).view(dtype)
+    owner = SimpleNamespace(__array_interface__=interface, array=array)  # keeps the memory alive
+    return np.asarray(owner).view(dtype)
 
 
 class HostedDevice(CupyDevice):
