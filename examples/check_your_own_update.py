@@ -1,4 +1,4 @@
-"""Check a mask update of your own: see where it first departs from the definition, and how."""
+"""Compare your own mask update with the definition: the first step that differs, and where."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from srigl_core.reference import explain_update, random_mask, update_mask
 def my_update(
     weight: np.ndarray, grad: np.ndarray, mask: np.ndarray, settings: UpdateSettings
 ) -> np.ndarray:
-    """Prune and grow row by row, a plausible misreading: magnitudes compete within their row."""
+    """Prune and grow row by row: a plausible mistake, since weights compete across all rows."""
     fan_in = settings.nnz_budget // len(mask)
     new_mask = np.zeros_like(mask)
     for row in range(len(mask)):

@@ -1,6 +1,6 @@
-"""Train an MLP and a small ConvNet on digits by SRigL, masked and condensed: masks, time, memory.
+"""Train an MLP and a small ConvNet on digits with SRigL: masks, time and memory of both modes.
 
-Each run has a process of its own, so that its memory can be told. `--quick` takes seconds.
+Each run has its own process, so that its memory can be measured. With `--quick` it takes seconds.
 """
 
 import argparse
@@ -41,7 +41,7 @@ BATCH, SPARSITY = 64, 0.9
 
 
 def train(network: str, mode: str, steps: int, width: int) -> dict[str, object]:
-    """Return what became of one run."""
+    """Return the accuracy, time, memory and connections of one run."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     digits = load_digits()
@@ -86,7 +86,7 @@ def train(network: str, mode: str, steps: int, width: int) -> dict[str, object]:
 
 
 def shared(some: list[list[int]], others: list[list[int]]) -> str:
-    """Return how many connections are the same: rounding may decide near ties another way."""
+    """Return the share of equal connections; rounding may decide near ties differently."""
     same = sum(len(set(a) & set(b)) for a, b in zip(some, others, strict=True))
     return f"{same / sum(map(len, some)):.2%}"
 
@@ -133,17 +133,17 @@ def main() -> None:
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
                     sys.exit(done.stderr)
-                found = json.loads(done.stdout)
+                result = json.loads(done.stdout)
                 if mode == "masked":
-                    masked = found["connections"]
+                    masked = result["connections"]
                 table.add_row(
                     network,
                     mode,
-                    f"{found['accuracy']:.1%}",
-                    f"{found['milliseconds']:.2f}",
-                    f"{found['tensors'] / 2**20:.1f} MiB",
-                    f"{found['growth'] / 2**20:+.0f} MiB",
-                    shared(masked, found["connections"]) if mode == "condensed" else "",
+                    f"{result['accuracy']:.1%}",
+                    f"{result['milliseconds']:.2f}",
+                    f"{result['tensors'] / 2**20:.1f} MiB",
+                    f"{result['growth'] / 2**20:+.0f} MiB",
+                    shared(masked, result["connections"]) if mode == "condensed" else "",
                 )
                 progress.advance(task)
     Console(width=100).print(table)
