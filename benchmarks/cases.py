@@ -134,7 +134,7 @@ def chosen_cases(*, quick: bool, threads: Sequence[int], masks: Path | None) -> 
         A few of them, for a minute.
     threads : sequence of int
     masks : Path or None
-        Folder with files of condensed weights, such as ``srigl demo`` writes; their layers are
+        Folder with files of condensed weights, such as the demo writes; their layers are
         measured, each beside a random one of the same numbers.
 
     Raises
@@ -237,6 +237,6 @@ def _learned_layers(folder: Path) -> list[Layer]:
     if not layers:
         raise SriglError(
             f"masks={str(folder)!r} holds no float32 layer of {_LEAST_LEARNED} places or more in "
-            f"its {len(files)} .safetensors files; srigl demo --out FOLDER writes such files"
+            f"its {len(files)} .safetensors files; examples/demo writes such files"
         )
     return layers

@@ -57,7 +57,7 @@ def cpu(
     ] = None,
     masks: Annotated[
         Path | None,
-        typer.Option(help="Folder with .safetensors of srigl demo: its layers are measured too."),
+        typer.Option(help="Folder with .safetensors of the demo: their layers are measured too."),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="For each case, about.")] = 0.6,
     cliffs: Annotated[
