@@ -35,7 +35,7 @@ help:
 	@echo "make clean   remove .venv and build outputs"
 
 demo: $(demo-ready)
-	$(python) -m srigl_core.cli demo
+	$(python) examples/demo
 
 test: $(test-ready)
 	SRIGL_TEST_BACKENDS=reference,numba,scipy $(python) -m pytest --import-mode=importlib -n 2 --hypothesis-profile=quick

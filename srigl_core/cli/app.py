@@ -98,24 +98,3 @@ def check_trace(
     console.print(f"{len(verdicts)} updates, {len(wrong)} of them not the definition's")
     if wrong:
         raise typer.Exit(1)
-
-
-@app.command()
-@one_line_errors
-def demo(
-    full: Annotated[bool, typer.Option("--full", help="Also SET, and twice the seeds.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("srigl-demo"),
-    seed: Annotated[int, typer.Option(min=0, help="The first of the seeds.")] = 0,
-) -> None:
-    """Train on handwritten digits, dense and sparse; save, load and time the result."""
-    from srigl_core.demo.experiment import Experiment
-    from srigl_core.demo.run import run_demo
-
-    experiment = Experiment.full(seed) if full else Experiment.short(seed)
-    console = make_console()
-    report = run_demo(experiment, out, console=console)
-    backends = [backend for network in report["networks"] for backend in network["backends"]]
-    wrong = sorted({backend["backend"] for backend in backends if not backend["agrees"]})
-    if wrong:
-        console.print(f"predictions differ from the dense network's: {', '.join(wrong)}")
-        raise typer.Exit(1)
