@@ -260,7 +260,7 @@ def test_semantics_shows_the_numbers_of_the_worked_example(worked):
     ):
         assert f"```text\n{block}\n```" in SEMANTICS, block
     for row in (
-        f"| 4.2 | `n`, of which non-zero | {steps['n_weights']}, {steps['n_nonzero']} |",
+        f"| 4.2 | `n`, number of non-zero weights | {steps['n_weights']}, {steps['n_nonzero']} |",
         f"| 4.2 | `n_keep`, `n_prune` | {steps['n_keep']}, {steps['n_prune']} |",
         f"| 4.4 | `k0 = B // n_out` | {steps['fan_in_unablated']} |",
         f"| 4.4 | `t = max(1, floor(gamma_sal * k0))` | {steps['threshold_asked']} |",
