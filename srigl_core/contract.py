@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core._arrays.dtypes import VALUE_TYPES
+from srigl_core._arrays.dtypes import VALUE_TYPES, accumulator_dtype, round_to
 
 if TYPE_CHECKING:
     from srigl_core._format.weight import CondensedWeight
@@ -28,6 +28,8 @@ __all__ = [
     "Capabilities",
     "MatmulGradients",
     "PreparedWeight",
+    "accumulator_dtype",
+    "round_to",
 ]
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
