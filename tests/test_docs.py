@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 FRAMEWORK_EXAMPLES = sorted(ROOT.glob("examples/frameworks/*.py"))
+KERNELS = [ROOT / "docs" / "write-a-kernel.md", *sorted(ROOT.glob("examples/kernels/**/*.py"))]
 README = (ROOT / "README.md").read_text()
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text()
 DECISIONS = (ROOT / "docs" / "decisions.md").read_text()
@@ -140,6 +141,18 @@ def test_a_trace_is_recorded_in_frameworks(framework, tmp_path, monkeypatch):
         np.testing.assert_array_equal(recorded["0.weight"], numbers * before)
         np.testing.assert_array_equal(recorded["0.mask_after"], after)
     assert (before != after).any()
+
+
+@pytest.mark.parametrize("path", named(KERNELS))
+def test_kernels_use_public_names_only(path):
+    pages = "".join(page.read_text() for page in ROOT.glob("docs/api/*.md"))
+    documented = re.findall(r"^::: (srigl_core(?:\.[a-z]\w*)*)$", pages, re.MULTILINE)
+    imports = re.findall(r"from (srigl_core\S*) import (\([^)]*\)|.*)", path.read_text())
+    assert imports
+    for module, names in imports:
+        assert module in documented
+        assert set(re.findall(r"\w+", names)) <= set(importlib.import_module(module).__all__)
+    assert not re.search(r"srigl_core[\w.]*\._", path.read_text())
 
 
 def run_example(script, *options, folder, arguments=()):
