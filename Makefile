@@ -61,7 +61,7 @@ gpu: $(test-ready)
 	$(python) tests/gpu/on_device.py
 
 gpu-compile: $(test-ready)
-	$(python) tests/gpu/compile_gate.py --arch 75 80 90 100 120 --table docs/gpu_kernels.md
+	$(python) tests/gpu/compile_gate.py --arch 75 80 90 100 120 --json benchmarks/results/gpu_kernels.json
 
 clean:
 	rm -rf .venv build *.egg-info

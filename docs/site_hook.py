@@ -1,6 +1,6 @@
 """What the documentation site has beside the pages in this folder; mkdocs calls the functions here.
 
-- Pages of the project that lie elsewhere, and those of the measurements, made from the JSON.
+- Pages of the project that lie elsewhere, and those made from the laws and from JSON.
 - Links between all of these, written as a git host needs them, lead to the same places in the site.
 - Names of the API, "SPEC n" and "decision On" become links.
 - The modules lie in four folders; the API pages are read from one tree of links to them.
@@ -15,6 +15,7 @@ import json
 import logging
 import posixpath
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from mkdocs.structure.pages import Page
 from srigl_core.benchmarks.readme import block
 from srigl_core.benchmarks.report import page as measured_page
 from srigl_core.benchmarks.results import load_results
+from srigl_core.testing.laws import laws_page
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
@@ -42,8 +44,11 @@ PLACES = {
     f"{RESULTS}/cpu.md": "measured/cpu.md",
     f"{RESULTS}/gpu.md": "measured/gpu.md",
     f"{RESULTS}/frameworks.md": "measured/frameworks.md",
+    f"{RESULTS}/gpu_kernels.json": "gpu_kernels.md",
+    f"{RESULTS}/mutants.json": "mutants.md",
+    "srigl_core/testing/laws.py": "laws.md",
 }
-"""Pages that are not in this folder, and where the site has them."""
+"""Pages that are not in this folder, or what they are made from, and where the site has them."""
 
 _ORIGINS = {place: path for path, place in PLACES.items()}
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)[^)#\s]+(?=[)#])")
@@ -80,7 +85,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages from elsewhere, and whatever else pages link to."""
-    made = _measured()
+    made = _measured() | _kernel_pages()
     copied = [path for path in PLACES if path not in made and (ROOT / path).exists()]
     pages = made | {path: (ROOT / path).read_text(encoding="utf-8") for path in copied}
     for path, content in pages.items():
@@ -131,6 +136,22 @@ Every case and every contender, and what the machine allows: [CPU kernels](cpu.m
 Networks, convolutions and training in PyTorch: [Frameworks](frameworks.md).
 """
     return made
+
+
+def _kernel_pages() -> dict[str, str]:
+    """Return the pages of the laws, of the wrong kernels, and of what the GPU kernels need."""
+    sys.path.append(str(ROOT / "tests"))
+    from gpu.compile_gate import page as gpu_kernels_page
+    from mutants.table import page as mutants_page
+
+    names = ("gpu_kernels", "mutants", "fuzz")
+    paths = [ROOT / RESULTS / f"{name}.json" for name in names]
+    kernels, mutants, fuzzed = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    return {
+        f"{RESULTS}/gpu_kernels.json": gpu_kernels_page(kernels),
+        f"{RESULTS}/mutants.json": mutants_page(mutants, fuzzed),
+        "srigl_core/testing/laws.py": laws_page(),
+    }
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -52,20 +52,22 @@ def verify(
     ] = None,
     op: Annotated[
         str | None,
-        typer.Option(help="Only the laws of this operation, which is what a function computes."),
+        typer.Option(help="Only the laws of this operation; the one that a function computes."),
     ] = None,
     max_examples: Annotated[int, typer.Option(min=1, help="Problems for each law.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Of the problems.")] = 0,
-    report: Annotated[Path | None, typer.Option(help="JSON to write all outcomes to.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the problems.")] = 0,
+    report: Annotated[Path | None, typer.Option(help="JSON file to write the results to.")] = None,
     xfails: Annotated[
-        Path | None, typer.Option(help="Lines 'law: reason' of laws that are expected to fail.")
+        Path | None,
+        typer.Option(help="File of laws that are expected to fail: lines 'law: reason'."),
     ] = None,
     list_laws: Annotated[
         bool, typer.Option("--list", help="Print the laws; check nothing.")
     ] = False,
 ) -> None:
     """Check that kernels obey the laws of the condensed matmul and the mask update."""
-    from srigl_core.cli.verify import laws_page, read_xfails, verify_kernels
+    from srigl_core.cli.verify import read_xfails, verify_kernels
+    from srigl_core.testing.laws import laws_page
 
     if list_laws:
         typer.echo(laws_page())
@@ -86,9 +88,9 @@ def verify(
 @app.command()
 @one_line_errors
 def check_trace(
-    trace: Annotated[Path, typer.Argument(help="What UpdateTrace.save wrote.")],
+    trace: Annotated[Path, typer.Argument(help="A file that UpdateTrace.save wrote.")],
 ) -> None:
-    """Check mask updates that were recorded in somebody's training against the definition."""
+    """Check mask updates recorded during training against the definition."""
     from srigl_core.testing import check_trace
 
     verdicts, console = check_trace(trace), make_console()
