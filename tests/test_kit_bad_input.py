@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import subprocess
 import sys
 
@@ -98,12 +97,6 @@ def test_what_makes_a_backend_may_be_a_partial_or_have_defaults():
         as_backend(Sized)
 
 
-@pytest.mark.parametrize("kernel", [Sized, ReferenceBackend()])
-def test_a_backend_is_not_taken_for_a_function(kernel):
-    with pytest.raises(SriglError, match=r"must be a function, got .*srigl_core\.testing\.verify"):
-        check_kernel(kernel)
-
-
 def test_a_class_is_not_declared():
     with pytest.raises(SriglError, match="Sized is a class; give it the attributes"):
         declare(xfails={PRODUCT_LAW.name: "a guess"})(Sized)
@@ -183,11 +176,6 @@ def test_options_that_are_not_valid_are_refused_before_anything_is_tried(folder)
     assert "no text in UTF-8" in refused("reference", "--xfails", "xfails.txt")
 
 
-def test_a_function_whose_parameters_cannot_be_read_is_refused():
-    with pytest.raises(SriglError, match="wrap it in a function of Python"):
-        FunctionBackend(math.hypot)
-
-
 def test_what_is_edited_goes_before_what_is_installed(folder, monkeypatch):
     installed = folder / "installed"
     installed.mkdir()
@@ -218,16 +206,6 @@ def test_a_function_may_return_a_product_in_spite_of_out():
 def test_integers_that_end_early_are_an_error():
     with pytest.raises(SriglError, match="drawn for a kernel of other capabilities"):
         check_law("reference", PRODUCT_LAW.name, [0, 0, 0])
-
-
-def test_a_failure_of_many_problems_is_shown_on_a_small_one():
-    def grows_nothing(weight, grad, mask):
-        return mask
-
-    report = verify(FunctionBackend(grows_nothing, "update_mask"), max_examples=40)
-    shapes = [result.failure.shape for result in report.failures]
-    assert shapes
-    assert max(max(shape) for shape in shapes) <= 3
 
 
 WEIGHT, GRAD = np.array([[0.5, 0.0]]), np.array([[0.0, 2.0]])

@@ -146,7 +146,7 @@ class FunctionBackend:
         *,
         threads: int | None,
     ) -> MaskUpdate:
-        """Return the function's update; what it does not return is completed correctly."""
+        """Return the function's update, with the correct values for what it does not return."""
         arrays = {"weight": weight, "grad": grad, "mask": mask}
         try:
             result = self.call(**arrays, **asdict(settings), settings=settings, threads=threads)

@@ -126,7 +126,7 @@ def non_finite_gradients_propagate(backend: Backend, problem: MatmulProblem) -> 
 
 @_law("itself", "bit for bit")
 def same_inputs_give_the_same_gradients(backend: Backend, problem: MatmulProblem) -> None:
-    """Gradients have the same bits again, on any number of threads, also in a flushing thread."""
+    """Repeated gradients have the same bits, on any number of threads and in a flushing thread."""
     plan = prepare(problem.weight, backend=backend)
     first = _backward(plan, problem)
     repeats = [_backward(plan, problem, threads=threads) for threads in (1, 2, 3, 8)]
@@ -148,7 +148,7 @@ def subnormal_gradients_are_honoured(backend: Backend, problem: MatmulProblem) -
 
 @_law("extended precision", "within the error bound of SPEC 2")
 def gradients_are_written_to_out(backend: Backend, problem: MatmulProblem) -> None:
-    """With out= each gradient is written there whole, in its type, and nothing else is."""
+    """With out= each element of a gradient is written there, in its type, and nothing else is."""
     if not capabilities_of(backend).out:
         raise NotApplicable("it returns its results")
     expected = _expected(problem)
@@ -178,7 +178,7 @@ def each_gradient_may_be_asked_for_alone(backend: Backend, problem: MatmulProble
 
 @_law("itself", "bit for bit")
 def with_values_has_its_own_gradients(backend: Backend, problem: MatmulProblem) -> None:
-    """Gradients of plan.with_values(v) are those of a plan made anew; the old plan's stay."""
+    """Gradients of plan.with_values(v) are those of a new plan; the old plan's do not change."""
     plan = prepare(problem.weight, backend=backend)
     first = _backward(plan, problem)
     other = problem.weight.with_values(problem.weight.values[::-1, ::-1])
@@ -193,7 +193,7 @@ def with_values_has_its_own_gradients(backend: Backend, problem: MatmulProblem) 
     "within the error bound of SPEC 2, and bit for bit",
 )
 def earlier_calls_leave_gradients_alone(backend: Backend, problem: MatmulProblem) -> None:
-    """Gradients depend on what grad and x hold now, and do not change at later calls."""
+    """Gradients are those of what grad and x hold now, and later calls do not change them."""
     plan = prepare(problem.weight, backend=backend)
     problem = replace(problem, grad=np.array(problem.grad), x=np.array(problem.x))
     if "condensed_matmul" in backend.capabilities.operations:
@@ -241,7 +241,7 @@ def gradient_of_x_is_the_adjoint(backend: Backend, problem: MatmulProblem) -> No
 
 @_law("the reference's product", "within the error bounds of both")
 def gradient_of_values_is_that_of_differences(backend: Backend, problem: MatmulProblem) -> None:
-    """Where one value changes, <grad, A x> changes by that times the value's gradient."""
+    """If one value changes, <grad, A x> changes by that change times the value's gradient."""
     weight = problem.weight
     dvalues = _backward(prepare(weight, backend=backend), problem, wrt=("values",)).values
     assert dvalues is not None

@@ -1,4 +1,4 @@
-"""Laws: what each states, and how one is checked on a problem."""
+"""What a law is, and how one is checked on a problem."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def non_finite_weights_and_biases_propagate(backend: Backend, problem: MatmulPro
 
 @_law("itself", "bit for bit")
 def same_inputs_give_the_same_bits(backend: Backend, problem: MatmulProblem) -> None:
-    """A product has the same bits again, on any number of threads, and after other work."""
+    """A repeated product has the same bits, on any number of threads, and after other work."""
     plan = prepare(problem.weight, backend=backend)
     first = _call(plan, problem)
     for threads in (1, 2, 3, 8, None):
@@ -226,7 +226,7 @@ def subnormals_are_honoured_in_any_thread_mode(backend: Backend, problem: Matmul
 
 @_law("itself", "bit for bit")
 def with_values_is_a_fresh_plan(backend: Backend, problem: MatmulProblem) -> None:
-    """plan.with_values(v) has the bits of a plan made anew for v; the old plan stays as it was."""
+    """plan.with_values(v) has the bits of a new plan for v; the old plan does not change."""
     plan = prepare(problem.weight, backend=backend)
     first = _call(plan, problem)
     values = problem.weight.values[::-1, ::-1]
@@ -241,7 +241,7 @@ def with_values_is_a_fresh_plan(backend: Backend, problem: MatmulProblem) -> Non
     "within the error bound of SPEC 2, and bit for bit",
 )
 def earlier_calls_leave_no_trace(backend: Backend, problem: MatmulProblem) -> None:
-    """A product depends on what x and the bias hold now, and does not change at later calls."""
+    """A product is that of what x and the bias hold now, and later calls do not change it."""
     plan = prepare(problem.weight, backend=backend)
     x, bias = np.array(problem.x), None if problem.bias is None else np.array(problem.bias)
     reused = replace(problem, x=x, bias=bias)
@@ -287,7 +287,7 @@ def permuted_neurons_permute_the_product(backend: Backend, problem: MatmulProble
 
 @_law("itself", "within twice the bound")
 def permuted_inputs_do_not_matter(backend: Backend, problem: MatmulProblem) -> None:
-    """Inputs in another order, and connections with them, give the same product."""
+    """Inputs in another order, with connections in that order, give the same product."""
     weight = problem.weight
     place = np.random.default_rng(0).permutation(weight.shape[1])
     columns = place[weight.indices]
@@ -308,7 +308,7 @@ def permuted_inputs_do_not_matter(backend: Backend, problem: MatmulProblem) -> N
 
 @_law("itself", "within three times the bound")
 def product_is_linear_in_the_input(backend: Backend, problem: MatmulProblem) -> None:
-    """The products of two inputs add up to that of their sum; that of -x is minus that of x."""
+    """The product of a sum is the sum of the products; that of -x is minus that of x."""
     if "none" not in capabilities_of(backend).activations:
         raise NotApplicable("it always applies an activation")
     plan = prepare(problem.weight, backend=backend)
@@ -325,7 +325,7 @@ def product_is_linear_in_the_input(backend: Backend, problem: MatmulProblem) -> 
 
 @_law("itself", "within twice the bound")
 def batch_rows_do_not_interact(backend: Backend, problem: MatmulProblem) -> None:
-    """A row of a batch has the product that it has alone, whatever the other rows hold."""
+    """A row of a batch has the same product alone, whatever the other rows hold."""
     x = problem.x.reshape(-1, problem.x.shape[-1])
     if len(x) < 2:
         raise NotApplicable("there are no two rows")

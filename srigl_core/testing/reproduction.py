@@ -1,4 +1,4 @@
-"""Python that shows a failure again, to be pasted."""
+"""Python code that reproduces a failure."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def update_does_not_write_its_inputs(backend: Backend, problem: UpdateProblem) -
 
 @_law("itself", "bit for bit")
 def same_inputs_give_the_same_update(backend: Backend, problem: UpdateProblem) -> None:
-    """An update is the same again, on any number of threads, also in a flushing thread."""
+    """An update is the same when repeated, on any number of threads, also in a flushing thread."""
     first = _update(backend, problem)
     repeats = [_update(backend, problem, threads=threads) for threads in (1, 2, 3, 8)]
     with flushing_subnormals():
@@ -97,7 +97,7 @@ def _with_enough_budget(problem: UpdateProblem) -> UpdateProblem:
 
 @_law("itself", "bit for bit")
 def earlier_updates_stay(backend: Backend, problem: UpdateProblem) -> None:
-    """An update does not change at later ones."""
+    """Later updates do not change an earlier one."""
     one, other = _both_ways(problem)
     first = _update(backend, one)
     kept = copy.deepcopy(first)
