@@ -33,8 +33,8 @@ def main() -> None:
     wrong = my_update(weight, grad, mask, **settings)
     print("my update:", explain_update(weight, grad, mask, wrong, **settings))
 
-    slipped = update_mask(weight, grad, mask, nnz_budget=16 * 8 - 1, drop_fraction=0.3).mask
-    print("with a truncated budget:", explain_update(weight, grad, mask, slipped, **settings))
+    truncated = update_mask(weight, grad, mask, nnz_budget=16 * 8 - 1, drop_fraction=0.3).mask
+    print("with a truncated budget:", explain_update(weight, grad, mask, truncated, **settings))
 
 
 if __name__ == "__main__":
