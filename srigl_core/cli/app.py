@@ -46,19 +46,20 @@ def verify(
         list[str] | None,
         typer.Argument(
             metavar="KERNEL",
-            help="A registered backend, or module:attribute, which may be a class or a function. "
-            "All backends that can run here, if none is named.",
+            help="A registered backend, or the module:attribute of a class or a function. "
+            "By default all backends that can run here.",
         ),
     ] = None,
     op: Annotated[
         str | None,
-        typer.Option(help="Only the laws of this operation, which is what a function computes."),
+        typer.Option(help="Check only the laws of this operation; a function computes one."),
     ] = None,
     max_examples: Annotated[int, typer.Option(min=1, help="Problems for each law.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Of the problems.")] = 0,
-    report: Annotated[Path | None, typer.Option(help="JSON to write all outcomes to.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the problems.")] = 0,
+    report: Annotated[Path | None, typer.Option(help="JSON file for all outcomes.")] = None,
     xfails: Annotated[
-        Path | None, typer.Option(help="Lines 'law: reason' of laws that are expected to fail.")
+        Path | None,
+        typer.Option(help="File of lines 'law: reason', for laws that are expected to fail."),
     ] = None,
     list_laws: Annotated[
         bool, typer.Option("--list", help="Print the laws; check nothing.")
@@ -86,9 +87,9 @@ def verify(
 @app.command()
 @one_line_errors
 def check_trace(
-    trace: Annotated[Path, typer.Argument(help="What UpdateTrace.save wrote.")],
+    trace: Annotated[Path, typer.Argument(help="A file of UpdateTrace.save.")],
 ) -> None:
-    """Check mask updates that were recorded in somebody's training against the definition."""
+    """Check mask updates that were recorded in training against the definition."""
     from srigl_core.testing import check_trace
 
     verdicts, console = check_trace(trace), make_console()
