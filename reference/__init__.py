@@ -1,7 +1,7 @@
-"""The executable definition, NumPy only: read like the paper, correct before fast.
+"""The executable definition, in NumPy: it reads like the paper, and puts correctness before speed.
 
 `condensed_matmul` is a module with `forward`, `backward` and `dense_gradient`; it computes on
-checked two-dimensional arrays. For checked arguments of any shape call
+two-dimensional arrays and checks nothing. For arguments of any shape, checked, call
 ``srigl_core.condensed_matmul(..., backend="reference")``.
 """
 

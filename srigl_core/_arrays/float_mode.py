@@ -1,8 +1,8 @@
-"""Keep subnormal numbers alive whatever mode the calling thread is in (SPEC 2).
+"""Compute with subnormal numbers, whatever mode the calling thread is in (SPEC 2).
 
-XLA's CPU threads, ``torch.set_flush_denormal`` and code built with ``-ffast-math`` switch the
-processor to replacing subnormals by zero. Noticing that costs two Python float operations; only a
-thread found in that mode pays for the switch to IEEE arithmetic and back.
+XLA's CPU threads, ``torch.set_flush_denormal`` and code built with ``-ffast-math`` make the
+processor replace subnormals by zero. Detecting that takes two Python float operations. Only a
+thread in that mode pays for the switch to IEEE arithmetic and back.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def honour_subnormals() -> AbstractContextManager[None]:
     Raises
     ------
     SriglError
-        If the thread flushes them and the platform's C library offers no ``fesetenv``.
+        If the thread flushes them and the platform's C library has no ``fesetenv``.
     """
     return _ieee_environment() if subnormals_are_flushed() else nullcontext()
 

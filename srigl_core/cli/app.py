@@ -46,8 +46,8 @@ def verify(
         list[str] | None,
         typer.Argument(
             metavar="KERNEL",
-            help="A registered backend, or module:attribute, which may be a class or a function. "
-            "All backends that can run here, if none is named.",
+            help="A registered backend, or the module:attribute of a class or a function. "
+            "By default all backends that can run here.",
         ),
     ] = None,
     op: Annotated[
