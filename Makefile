@@ -35,7 +35,7 @@ help:
 	@echo "make clean   remove .venv and build outputs"
 
 demo: $(demo-ready)
-	$(python) -m srigl_core.cli demo
+	$(python) examples/demo
 
 test: $(test-ready)
 	SRIGL_TEST_BACKENDS=reference,numba,scipy $(python) -m pytest --import-mode=importlib -n 2 --hypothesis-profile=quick
@@ -61,7 +61,7 @@ gpu: $(test-ready)
 	$(python) tests/gpu/on_device.py
 
 gpu-compile: $(test-ready)
-	$(python) tests/gpu/compile_gate.py --arch 75 80 90 100 120 --table docs/gpu_kernels.md
+	$(python) tests/gpu/compile_gate.py --arch 75 80 90 100 120 --json benchmarks/results/gpu_kernels.json
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -2,7 +2,7 @@
 
 mkdocs calls the functions here. They
 
-- add pages from other folders, and pages of measurements, which are generated from JSON;
+- add pages from other folders, and pages that are generated from the laws and from JSON;
 - convert links, which are written as a git host needs them, to links within the site;
 - turn names of the API, "SPEC n" and "decision On" into links;
 - show mkdocstrings the package as one tree, since its modules are in four folders.
@@ -17,6 +17,7 @@ import json
 import logging
 import posixpath
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from mkdocs.structure.pages import Page
 from srigl_core.benchmarks.readme import block
 from srigl_core.benchmarks.report import page as measured_page
 from srigl_core.benchmarks.results import load_results
+from srigl_core.testing.laws import laws_page
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
@@ -44,8 +46,11 @@ PLACES = {
     f"{RESULTS}/cpu.md": "measured/cpu.md",
     f"{RESULTS}/gpu.md": "measured/gpu.md",
     f"{RESULTS}/frameworks.md": "measured/frameworks.md",
+    f"{RESULTS}/gpu_kernels.json": "gpu_kernels.md",
+    f"{RESULTS}/mutants.json": "mutants.md",
+    "srigl_core/testing/laws.py": "laws.md",
 }
-"""Pages that are not in this folder, and their places in the site."""
+"""Pages that are not in this folder, or the files that they are generated from, and their places."""
 
 _ORIGINS = {place: path for path, place in PLACES.items()}
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)[^)#\s]+(?=[)#])")
@@ -82,7 +87,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add pages from other folders, and the files that pages link to."""
-    made = _measured()
+    made = _measured() | _kernel_pages()
     copied = [path for path in PLACES if path not in made and (ROOT / path).exists()]
     pages = made | {path: (ROOT / path).read_text(encoding="utf-8") for path in copied}
     for path, content in pages.items():
@@ -133,6 +138,22 @@ The numbers come from JSON files in the project; [Benchmarks](../README.md) desc
 [Frameworks](frameworks.md) has networks, convolutions and training in PyTorch.
 """
     return made
+
+
+def _kernel_pages() -> dict[str, str]:
+    """Return the pages of the laws, of the wrong kernels, and of what the GPU kernels need."""
+    sys.path.append(str(ROOT / "tests"))
+    from gpu.compile_gate import page as gpu_kernels_page
+    from mutants.table import page as mutants_page
+
+    names = ("gpu_kernels", "mutants", "fuzz")
+    paths = [ROOT / RESULTS / f"{name}.json" for name in names]
+    kernels, mutants, fuzzed = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    return {
+        f"{RESULTS}/gpu_kernels.json": gpu_kernels_page(kernels),
+        f"{RESULTS}/mutants.json": mutants_page(mutants, fuzzed),
+        "srigl_core/testing/laws.py": laws_page(),
+    }
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:

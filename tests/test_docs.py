@@ -30,6 +30,7 @@ from srigl_core.reference.ranking import largest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+KERNELS = [ROOT / "docs" / "write-a-kernel.md", *sorted(ROOT.glob("examples/kernels/**/*.py"))]
 README = (ROOT / "README.md").read_text()
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text()
 DECISIONS = (ROOT / "docs" / "decisions.md").read_text()
@@ -86,6 +87,18 @@ def test_snippets_run(page, tmp_path, monkeypatch, capsys):
 def test_readme_starts_with_one_snippet_of_fifteen_lines():
     first = [line for line in snippets(ROOT / "README.md")[0].splitlines() if line.strip()]
     assert 10 <= len(first) <= 16
+
+
+@pytest.mark.parametrize("path", named(KERNELS))
+def test_kernels_use_public_names_only(path):
+    pages = "".join(page.read_text() for page in ROOT.glob("docs/api/*.md"))
+    documented = re.findall(r"^::: (srigl_core(?:\.[a-z]\w*)*)$", pages, re.MULTILINE)
+    imports = re.findall(r"from (srigl_core\S*) import (\([^)]*\)|.*)", path.read_text())
+    assert imports
+    for module, names in imports:
+        assert module in documented
+        assert set(re.findall(r"\w+", names)) <= set(importlib.import_module(module).__all__)
+    assert not re.search(r"srigl_core[\w.]*\._", path.read_text())
 
 
 def test_readme_and_make_run_the_same_tests():

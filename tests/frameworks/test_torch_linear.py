@@ -21,7 +21,7 @@ from srigl_core import BackendUnavailableError, CondensedWeight, SriglError, Val
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.testing.bounds import first_violation
 from srigl_core.testing.oracles import expected_gradients, expected_product
-from srigl_core.testing.problems import SeededChooser, matmul_problem
+from srigl_core.testing.problems import SeededSource, matmul_problem
 
 torch = pytest.importorskip("torch")
 
@@ -86,7 +86,7 @@ def assert_right(layer, x):
 
 def test_products_and_gradients_are_within_the_error_bound():
     for seed in range(120):
-        assert_product_and_gradients_are_right(matmul_problem(SeededChooser(seed)))
+        assert_product_and_gradients_are_right(matmul_problem(SeededSource(seed)))
 
 
 def assert_product_and_gradients_are_right(problem):

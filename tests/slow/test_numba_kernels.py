@@ -795,7 +795,7 @@ from srigl_core.backends.numba_cpu import threads
 from srigl_core.backends.numba_cpu.processor import has_avx512
 from srigl_core.testing import LAWS, NotApplicable, check_law
 from srigl_core.testing.kernel_capabilities import capabilities_of
-from srigl_core.testing.problems import SeededChooser
+from srigl_core.testing.problems import SeededSource
 
 assert not has_avx512()
 weight = srigl_core.CondensedWeight.random((768, 3072), fan_in=307, rng=0)
@@ -811,7 +811,7 @@ def check_laws(*value_dtypes):  # each type of value, and more so each number of
         if law.operation == "update_mask":
             continue
         for seed in range(10):
-            problem = law.build(SeededChooser(seed, len(law.name)), narrowed)
+            problem = law.build(SeededSource(seed, len(law.name)), narrowed)
             try:
                 check_law("numba", law, problem)
             except NotApplicable:

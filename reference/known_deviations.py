@@ -1,4 +1,4 @@
-"""The slips that mask updates are known to have, each as the definition with one step replaced."""
+"""Known deviations of other mask updates, each as the definition with one step replaced."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from srigl_core.reference.mask_update import (
 )
 from srigl_core.reference.ranking import largest
 
-__all__ = ["SLIPS", "Problem", "Steps", "Trace"]
+__all__ = ["DEVIATIONS", "Problem", "Steps", "Trace"]
 
 Mask = NDArray[np.bool_]
 Rows = NDArray[np.int64]
@@ -27,7 +27,7 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A checked update, before it is made."""
+    """The checked arguments of an update."""
 
     weight: NDArray[Any]
     grad: NDArray[Any]
@@ -51,7 +51,7 @@ class Trace:
 
 
 class Steps:
-    """The definition's steps; a slip overrides one of them."""
+    """The definition's steps; a deviation overrides one of them."""
 
     def __init__(self, problem: Problem) -> None:
         self.weight, self.grad, self.mask = problem.weight, problem.grad, problem.mask
@@ -59,7 +59,7 @@ class Steps:
         self.n_out, self.n_in = problem.mask.shape
 
     def run(self) -> Trace:
-        """Return what every stage gives."""
+        """Return the result of every stage."""
         n_keep, n_prune = self.counts()
         by_magnitude = largest(self.weight, self.mask, n_keep)
         by_gradient = self.by_gradient(n_keep, n_prune)
@@ -114,7 +114,7 @@ class Steps:
         return grow(self.grad, kept, survives, fan_in)
 
     def salient_share(self) -> float | None:
-        """gamma_sal times the fan-in with no neuron ablated, before it becomes a count."""
+        """Return gamma_sal times the fan-in with no neuron ablated, before rounding."""
         gamma_sal = self.settings.gamma_sal
         return None if gamma_sal is None else gamma_sal * (self.settings.nnz_budget // self.n_out)
 
@@ -210,10 +210,7 @@ class _LastOfRowKept(Steps):
 class _KeptBeforeAblation(Steps):
     def kept(self, survives: Mask, n_keep: int, fan_in: int) -> Mask:
         everywhere = prune(self.weight, self.mask, np.ones(self.n_out, np.bool_), n_keep, self.n_in)
-        kept = everywhere & survives[:, None]
-        for row in np.flatnonzero(np.count_nonzero(kept, axis=1) > fan_in):
-            kept[row] = largest(self.weight[row], kept[row], fan_in)
-        return kept
+        return prune(self.weight, everywhere, survives, everywhere.size, fan_in)
 
 
 class _InactiveZerosKept(Steps):
@@ -263,7 +260,7 @@ class _TiesToHighestIndex(Steps):
         return replace(trace, **back)
 
 
-SLIPS: dict[str, type[Steps]] = {
+DEVIATIONS: dict[str, type[Steps]] = {
     "as if n_prune were rounded to nearest": _RoundedCounts,
     "as the other saliency_scope gives (decision O3)": _OtherScope,
     "as sparsimony: n_keep gradients are salient instead of n_prune (decision S5)": (
@@ -299,6 +296,6 @@ SLIPS: dict[str, type[Steps]] = {
 
 
 def _signed_ranks(scores: NDArray[Any]) -> NDArray[np.int64]:
-    """Return positive numbers in the order of `scores`, equal where they are equal."""
+    """Return positive integers that are ordered, and equal, as the scores are."""
     ranks = np.unique(scores.astype(np.float64), return_inverse=True)[1]
     return ranks.reshape(scores.shape) + 1
