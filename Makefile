@@ -67,7 +67,7 @@ clean:
 	rm -rf .venv build *.egg-info
 
 .venv/bin/python:
-	@for candidate in python3.13 python3.12 python3.11 python3 python; do \
+	@for candidate in python3.14 python3.13 python3.12 python3.11 python3 python; do \
 	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    exec "$$candidate" -m venv .venv; \
 	  fi; \

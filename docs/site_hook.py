@@ -39,6 +39,7 @@ FOLDERS = ("reference", "backends", "benchmarks")
 PLACES = {
     "README.md": "first_steps.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
     "examples/kernels/c_kernel/README.md": "kernel_in_c.md",
     "benchmarks/README.md": "measured/method.md",
