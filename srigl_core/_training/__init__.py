@@ -1,1 +1,1 @@
-"""Training drivers, free of frameworks."""
+"""Training drivers that need no framework."""

@@ -1,4 +1,4 @@
-"""The training driver for condensed weights: no dense array is kept."""
+"""The training driver for condensed weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from srigl_core._format.weight import CondensedWeight
 from srigl_core._registry import get_backend
 from srigl_core._training.config import TrainingConfig
 from srigl_core._training.methods.srigl import SRIGL, initial_fan_in
-from srigl_core._training.skeleton import TrainerSkeleton, error_context
+from srigl_core._training.skeleton import TrainerSkeleton, entry_of, error_context
 from srigl_core._update import CondensedUpdate, GradientRows
 from srigl_core.contract import Backend
 from srigl_core.errors import SriglError, ValueTypeError
@@ -26,18 +26,19 @@ __all__ = ["CondensedTrainer"]
 class CondensedTrainer(TrainerSkeleton):
     """Drive SRigL training of condensed layers, step by step.
 
-    In every training step, after the optimiser's: call `step`. If an update is due, it needs the
+    In every training step, after the optimiser's, call `step`. If an update is due it needs the
     condensed weights and, for each layer, a function that returns rows of the dense gradient's mean
-    over the window. Masks and updates are those of `SparseTrainer` with the same arguments.
+    over the window. Masks and updates are those of `SparseTrainer` with the same arguments. No
+    dense array is kept.
 
     Parameters
     ----------
     shapes, sparsity, schedule, config
-        As in `SparseTrainer`; the method must be "srigl". A dense layer is not condensed.
+        As in `SparseTrainer`. The method must be "srigl"; dense layers are not condensed.
     backend : str, Backend or None
-        For the updates, as in `get_backend`.
+        Computes the updates; see `get_backend`.
     track_itop : bool
-        Whether to keep one bit for each position, which `itop_rates` needs.
+        Whether to keep one bit for each position of a layer. `itop_rates` needs them.
 
     Attributes
     ----------
@@ -55,8 +56,8 @@ class CondensedTrainer(TrainerSkeleton):
 
     Notes
     -----
-    SPEC 2 (Backward), 4 and 5. The caller forms the gradient's rows. For a window longer than one
-    step it has to keep the inputs and output gradients of all steps.
+    SPEC 2 (Backward), 4 and 5. The caller computes the rows of the gradient. For a window longer
+    than one step it must keep the inputs and output gradients of all steps.
 
     Examples
     --------
@@ -139,8 +140,8 @@ class CondensedTrainer(TrainerSkeleton):
             The sparse layers' weights after the optimiser's step, with the connections of
             `connections`.
         gradients : mapping of str to callable
-            For each layer the `gradient_rows` of `srigl_core.update_condensed`: rows ``start`` to
-            ``stop`` of the dense gradient's mean over the window. Called if an update is due.
+            The `gradient_rows` of `srigl_core.update_condensed` for each layer, called if an update
+            is due. They return rows of the dense gradient's mean over the window.
 
         Returns
         -------
@@ -166,10 +167,9 @@ class CondensedTrainer(TrainerSkeleton):
         gradients: Mapping[str, GradientRows],
     ) -> CondensedUpdate:
         weight = self._checked_weight(name, weights)
-        if name not in gradients:
-            raise SriglError("gradients lacks it; an update needs them all")
+        rows = entry_of("gradients", gradients, name)
         settings = self._update_settings(name)
-        return update_condensed(weight, gradients[name], settings, backend=self._backend)
+        return update_condensed(weight, rows, settings, backend=self._backend)
 
     def _take(self, name: str, update: CondensedUpdate) -> None:
         self.connections[name] = update.weight.connections
@@ -213,9 +213,7 @@ class CondensedTrainer(TrainerSkeleton):
         return set_masks
 
     def _checked_weight(self, name: str, weights: Mapping[str, CondensedWeight]) -> CondensedWeight:
-        if name not in weights:
-            raise SriglError("weights lacks it; an update needs them all")
-        weight = weights[name]
+        weight = entry_of("weights", weights, name)
         if not isinstance(weight, CondensedWeight):
             raise ValueTypeError(
                 f"weight must be a CondensedWeight, got {type(weight).__name__}; "
@@ -223,8 +221,8 @@ class CondensedTrainer(TrainerSkeleton):
             )
         if self.connections[name] != weight.connections:
             raise SriglError(
-                "weight has other connections than the trainer; take over what step returns, and "
-                "change connections in no other way"
+                "weight has other connections than the trainer; use the weights that step returns, "
+                "and do not change their connections"
             )
         return weight
 

@@ -15,18 +15,18 @@ __all__ = ["LayerOptions", "TrainingConfig"]
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """The settings in which one layer differs.
+    """Settings of one layer that differ from the others'.
 
     Parameters
     ----------
     dense : bool
-        Keep every weight; the other layers become sparser for it.
+        Keep every weight. The other layers become sparser in return.
     ablate : bool or None
-        Whether its neurons may be ablated. None is the default: all layers but the last.
+        Whether neurons may be ablated. By default those of all layers except the last may.
     sparsity : float or None
-        A sparsity of its own.
+        The layer's own sparsity.
     nnz_budget : int or None
-        A number of weights of its own.
+        The layer's own number of weights.
 
     Raises
     ------
@@ -43,7 +43,7 @@ class LayerOptions:
         if not isinstance(self.dense, bool) or not isinstance(self.ablate, bool | None):
             raise ValueTypeError(f"{self!r}: dense must be True or False, and ablate that or None")
         if self.dense + (self.sparsity is not None) + (self.nnz_budget is not None) > 1:
-            raise SriglError(f"{self!r} says the layer's budget more than once; give one of them")
+            raise SriglError(f"{self!r} sets the layer's budget more than once; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,22 +56,22 @@ class TrainingConfig(UpdateOptions):
         "srigl" (constant fan-in), "rigl", "set", "static", or a method that a package registers in
         the entry-point group ``srigl_core.methods``.
     distribution : {"erk", "uniform"}
-        How the weights are distributed over the layers.
+        Distribution of the weights over the layers.
     gamma_sal, min_salient, saliency_scope, grown_init
         As in `UpdateOptions`.
     grad_window : int
         The number of steps, up to the update's own, whose gradients are averaged.
     layers : mapping of str to LayerOptions
-        Layers that differ.
+        Options of single layers, by name.
     ablate_last : bool
         Whether neurons of the last layer, the network's outputs, may be ablated.
     seed : int
-        Seed of the initial masks and of SET's growth.
+        Seed of the initial masks and of random growth.
 
     Raises
     ------
     SriglError
-        If a setting is out of its range.
+        If a setting is out of range.
     ValueTypeError
         If a setting has the wrong type.
 

@@ -20,7 +20,7 @@ from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.distributions import LayerBudget, erk, nnz_budget, uniform
 from srigl_core.reference.schedule import UpdateSchedule
 
-__all__ = ["TrainerSkeleton", "error_context"]
+__all__ = ["TrainerSkeleton", "entry_of", "error_context"]
 
 _STATE_VERSION = 1
 
@@ -28,7 +28,7 @@ Update = TypeVar("Update")
 
 
 class TrainerSkeleton(ABC):
-    """What the drivers share; a subclass stores the masks.
+    """The part that all training drivers share; subclasses store the masks.
 
     Parameters
     ----------
@@ -48,11 +48,9 @@ class TrainerSkeleton(ABC):
         if not isinstance(config, TrainingConfig):
             raise ValueTypeError(f"config must be a TrainingConfig, got {type(config).__name__}")
         self.config = config
-        self._schedule = (
-            schedule
-            if isinstance(schedule, UpdateSchedule)
-            else UpdateSchedule.for_training(schedule)
-        )
+        if not isinstance(schedule, UpdateSchedule):
+            schedule = UpdateSchedule.for_training(schedule)
+        self._schedule = schedule
         check_integer(config.grad_window, "grad_window", least=1, most=self._schedule.delta_t)
         self._options = _layer_options(shapes, config)
         self.budgets = _budgets(shapes, sparsity, config.distribution, self._options)
@@ -73,7 +71,7 @@ class TrainerSkeleton(ABC):
 
     @property
     def sparse_layers(self) -> list[str]:
-        """Names of the layers that are updated: all but those kept dense."""
+        """Names of the layers that are updated: all except those kept dense."""
         return [name for name, options in self._options.items() if not options.dense]
 
     @property
@@ -151,9 +149,9 @@ class TrainerSkeleton(ABC):
         set_masks()
 
     def _advance(self, update: Callable[[str], Update], take: Callable[[str, Update], None]) -> Any:
-        """Count a step. If an update is due, compute it for every layer, and take over all.
+        """Count a step, and update every layer if an update is due.
 
-        An error in one layer leaves everything as it was.
+        `update` computes a layer's update, `take` stores it. An error in one layer changes nothing.
         """
         updates: dict[str, Update] = {}
         rng_state = self._rng.bit_generator.state
@@ -187,10 +185,10 @@ class TrainerSkeleton(ABC):
 
     @abstractmethod
     def _masks_from(self, state: Mapping[str, Any]) -> Callable[[], None]:
-        """Check the masks of a state, and return what takes them over."""
+        """Check the masks of a state, and return a function that stores them."""
 
     def _fingerprint(self) -> dict[str, Any]:
-        """Return the settings that shape a run; backends do not, since all give the same bits."""
+        """Return the settings that decide a run's masks; all backends give the same bits."""
         return {
             "method": self.config.method,
             "layers": {
@@ -229,7 +227,7 @@ def _update_options(config: TrainingConfig) -> dict[str, Any]:
 def _layer_options(
     shapes: Mapping[str, tuple[int, ...]], config: TrainingConfig
 ) -> dict[str, LayerOptions]:
-    """Return the options of every layer, with `ablate` decided."""
+    """Return the options of every layer; `ablate` is True or False."""
     if not isinstance(shapes, Mapping):
         raise ValueTypeError("shapes must be a dict from the layers' names to shapes")
     if not shapes:
@@ -256,23 +254,28 @@ def _budgets(
     for i, (name, option) in enumerate(options.items()):
         with error_context(name):
             n_out, n_in = flat_shape(shapes[name])
+            budget = option.nnz_budget
+            if option.sparsity is not None:
+                budget = nnz_budget(n_out * n_in, option.sparsity)
             if option.dense:
                 dense.append(i)
-            elif option.sparsity is not None:
-                own = nnz_budget(n_out * n_in, option.sparsity)
-                fixed[i] = check_integer(own, "nnz_budget", least=1)
-            elif option.nnz_budget is not None:
-                fixed[i] = check_integer(
-                    option.nnz_budget, "nnz_budget", least=1, most=n_out * n_in
-                )
+            elif budget is not None:
+                fixed[i] = check_integer(budget, "nnz_budget", least=1, most=n_out * n_in)
     share = erk if distribution == "erk" else uniform
     layers = share(shapes, sparsity, dense=dense, fixed=fixed)
     return dict(zip(shapes, layers, strict=True))
 
 
+def entry_of(what: str, arguments: Mapping[str, Any], layer: str) -> Any:
+    """Return a layer's entry of an argument of `step`."""
+    if layer not in arguments:
+        raise SriglError(f"{what} lacks it; an update needs them all")
+    return arguments[layer]
+
+
 @contextmanager
 def error_context(layer: str) -> Iterator[None]:
-    """Put the layer's name before the message of a SriglError."""
+    """Prefix the message of a SriglError with the layer's name."""
     try:
         yield
     except SriglError as error:

@@ -1,7 +1,4 @@
-"""The training driver for dense weights: masks, budgets, schedule and gradient windows.
-
-Free of frameworks and of layer types: layers are names with shapes, weights and gradients arrays.
-"""
+"""The training driver for dense weights and masks."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from srigl_core._arrays.operations import HOST_ARRAYS, ArrayOps
 from srigl_core._registry import get_backend
 from srigl_core._training.config import TrainingConfig
 from srigl_core._training.methods import LayerState
-from srigl_core._training.skeleton import TrainerSkeleton, error_context
+from srigl_core._training.skeleton import TrainerSkeleton, entry_of, error_context
 from srigl_core._update import MaskUpdate
 from srigl_core.contract import Backend
 from srigl_core.errors import SriglError, ValueTypeError
@@ -29,24 +26,25 @@ __all__ = ["SparseTrainer"]
 class SparseTrainer(TrainerSkeleton):
     """Drive dynamic sparse training of a network, step by step.
 
-    In every training step, after the backward pass: pass the dense gradients to `accumulate` if
-    `needs_grad` is True, let the optimiser step, then call `step` and take over what it returns.
-    Between updates multiply gradients by the backward masks (or weights by `masks`).
+    In every training step, after the backward pass, pass the dense gradients to `accumulate` if
+    `needs_grad` is True. After the optimiser's step call `step`, and replace the weights by those
+    that it returns. Between updates multiply gradients by the backward masks (or weights by
+    `masks`). The trainer knows neither frameworks nor layer types: a layer is a name with a shape.
 
     Parameters
     ----------
     shapes : mapping of str to tuple of int
-        The layers' weights, original shapes, in network order.
+        Shape of each layer's weight, in network order.
     sparsity : float
         Of the whole network, in [0, 1).
     schedule : UpdateSchedule or int
         When to update. An int is the number of training steps, of which the first 75% update
         every 100 steps.
     config : TrainingConfig or None
-        Method, distribution, settings of the updates, layers that differ, seed.
+        Method, distribution, update settings, options of single layers, seed.
     backend : str, Backend or None
-        For the updates, as in `get_backend`. With a GPU backend weights, gradients and masks stay
-        on the device: only counts of rows and numbers are copied to the host.
+        Computes the updates; see `get_backend`. With a GPU backend weights, gradients and masks
+        stay on the device, and only counts and single numbers are copied to the host.
 
     Attributes
     ----------
@@ -55,10 +53,10 @@ class SparseTrainer(TrainerSkeleton):
     budgets : dict of str to LayerBudget
     config : TrainingConfig
     device : str
-        The device of weights, gradients and masks: "cpu" or "cuda".
+        Where weights, gradients and masks are: "cpu" or "cuda".
     masks : dict of str to array of bool
-        The masks of the forward pass in the layers' shapes, replaced at updates; a dense layer's
-        is all True. NumPy arrays are read-only; a GPU backend has its own arrays.
+        Masks of the forward pass, in the layers' shapes. Updates replace them. The mask of a dense
+        layer is all True. Masks are read-only NumPy arrays, or arrays of a GPU backend.
 
     Raises
     ------
@@ -67,8 +65,8 @@ class SparseTrainer(TrainerSkeleton):
 
     Notes
     -----
-    SPEC 4 and 5; the paper, sec. 3. The trainer holds the sum of a window's gradients, one dense
-    array a layer, from the window's first step to the update.
+    SPEC 4 and 5; the paper, sec. 3. From the window's first step to the update the trainer holds
+    the sum of the gradients, one dense array for each layer.
 
     Examples
     --------
@@ -123,7 +121,7 @@ class SparseTrainer(TrainerSkeleton):
         self._window: dict[str, tuple[Any, int]] = {}
 
     def backward_mask(self, name: str) -> Any:
-        """Return the mask of a layer's gradient; only methods with two masks have another one."""
+        """Return the mask of a layer's gradient: the mask itself, unless the method has two."""
         return self._backward_masks.get(name, self.masks[name])
 
     def itop_rates(self) -> dict[str, float]:
@@ -181,8 +179,8 @@ class SparseTrainer(TrainerSkeleton):
         -------
         dict of str to MaskUpdate
             Empty if no update is due. Otherwise one for each sparse layer, with arrays of the
-            weight's library: `weight` replaces the layer's, and optimiser state has to be remapped
-            by the masks (`srigl_core.reference.remap_state`).
+            weight's library. `weight` replaces the layer's, and optimiser state must be remapped by
+            the old and the new mask (`srigl_core.reference.remap_state`).
 
         Raises
         ------
@@ -207,10 +205,8 @@ class SparseTrainer(TrainerSkeleton):
         }
 
     def _update(self, name: str, weights: Mapping[str, Any]) -> MaskUpdate:
-        if name not in weights:
-            raise SriglError("weights lacks it; an update needs them all")
-        arrays, grad = self._arrays, None
-        with arrays.execution_context(weights[name]):
+        weight, grad, arrays = entry_of("weights", weights, name), None, self._arrays
+        with arrays.execution_context(weight):
             if self._method.uses_gradients:
                 if name not in self._window:
                     raise SriglError(
@@ -219,7 +215,7 @@ class SparseTrainer(TrainerSkeleton):
                         f"is True"
                     )
                 grad = arrays.divide(*self._window[name])
-            weight = arrays.as_float_array(weights[name], "weight")
+            weight = arrays.as_float_array(weight, "weight")
             settings = self._update_settings(name)
             return self._method.update(
                 LayerState(weight, grad, self.masks[name], settings, self._rng, self._backend)
@@ -269,7 +265,7 @@ class SparseTrainer(TrainerSkeleton):
     def _checked_masks(
         self, masks: Mapping[str, Any], names: list[str]
     ) -> dict[str, NDArray[np.bool_]]:
-        """Return the masks of a state, if they are those of `names`."""
+        """Check that a state has masks of these layers, and return them."""
         if list(masks) != names and masks.keys() != set(names):
             raise SriglError(f"state has masks of {list(masks)}, but the layers are {names}")
         checked = {}
@@ -281,7 +277,7 @@ class SparseTrainer(TrainerSkeleton):
         return checked
 
     def _checked_window(self, window: Mapping[str, Any]) -> dict[str, tuple[NDArray[Any], int]]:
-        """Return a state's sums of gradients and numbers of calls."""
+        """Check and return a state's sums of gradients, each with its number of calls."""
         checked = {}
         for name, (total, calls) in window.items():
             with error_context(name):

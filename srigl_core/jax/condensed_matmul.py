@@ -1,4 +1,4 @@
-"""The product with a condensed weight, for JAX's transformations (SPEC 2)."""
+"""The product with a condensed weight under JAX's transformations (SPEC 2)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from srigl_core.jax.plan_cache import plan_for
 __all__ = ["condensed_linear"]
 
 _MOST_COPIED_BYTES = 1 << 20
-"""Bytes of a result up to which the plan's fast path and a copy are faster than ``out=``."""
+"""The largest result for which the plan's fast path and a copy are faster than ``out=``."""
 
 
 def condensed_linear(
@@ -35,14 +35,14 @@ def condensed_linear(
     *,
     activation: str | None = None,
 ) -> Any:
-    """Return ``act(x @ (W*M).T + bias)``; differentiable, within ``jit``, ``grad`` and ``vmap``.
+    """Return ``act(x @ (W*M).T + bias)``. It works under ``jit``, ``grad`` and ``vmap``.
 
     Parameters
     ----------
     x : array, (..., n_in)
         float16, bfloat16, float32 or float64.
     values : array, (n_active, k)
-        The weight at the connections.
+        The weights at the connections.
     connections : Connections
     bias : array, (n_out,), or None
     activation : str or None
@@ -51,23 +51,24 @@ def condensed_linear(
     Returns
     -------
     array, (..., n_out)
-        Of dtype ``result_type(x, values)``.
+        Its dtype is ``result_type(x, values)``.
 
     Raises
     ------
     SriglError
         If a shape does not fit, or `activation` is unknown.
     ValueTypeError
-        If a dtype is not supported, or float16 meets bfloat16.
+        If a dtype is not supported, or float16 and bfloat16 are mixed.
     BackendUnavailableError
-        If an array is on another device than a CPU.
+        If an array is not on the CPU.
 
     Notes
     -----
-    Gradients have the dtypes of what they are of; forward mode and second derivatives are not
-    offered. The derivative of a smooth activation takes one more product, for its argument. Under
-    ``vmap`` over `x` alone the mapped axis joins the batch; over weights, one product follows the
-    other. Subnormal numbers count, though JAX's CPU threads flush them.
+    A gradient has the dtype of its argument. Forward mode and second derivatives are not supported.
+    The gradient of a smooth activation takes one more product, for the argument of its derivative.
+    Under ``vmap`` over `x` alone the mapped axis becomes part of the batch. Under ``vmap`` over
+    weights there is one product for each weight. Subnormal numbers are not flushed, although JAX's
+    CPU threads flush them.
 
     Examples
     --------
@@ -121,7 +122,7 @@ def _product(
 def _gradient(
     name: str, like: Any, grad: Any, x: Any | None, values: Any, connections: Connections
 ) -> Any:
-    """Return one of the gradients by itself, so that XLA leaves out those that nobody uses."""
+    """Return one gradient. Each is a call of its own, so that XLA removes unused ones."""
     inputs = () if x is None else (x,)
     function = _Gradient(connections.shape, name)
     operands = _operands(grad, values, connections)
@@ -147,7 +148,7 @@ def _forward(
 def _backward(activation: str, kept: Any, grad: Any) -> tuple[Any, ...]:
     x, values, connections, bias, y = kept
     if activation == "relu":
-        # By its bits, since XLA takes a subnormal number for 0.
+        # Compares bits, because XLA treats subnormal numbers as 0.
         is_positive = jax.lax.bitcast_convert_type(y, f"int{8 * y.dtype.itemsize}") > 0
         grad = jnp.where(is_positive, grad, 0)
     elif activation != "none":
@@ -170,16 +171,16 @@ _ACTIVATIONS = {
     name: _OWN.get(name, partial(activation.formula, xp=_FUNCTIONS))
     for name, activation in ACTIVATIONS.items()
 }
-"""JAX's own functions where it has them, else the formulas of the table."""
+"""JAX's own functions where it has them, otherwise the formulas of the table."""
 
 _differentiable = jax.custom_vjp(_layer, nondiff_argnums=(4,))
 _differentiable.defvjp(_forward, _backward)
-_linear = jax.jit(_differentiable, static_argnums=(4,))  # so that it is traced once outside of jit
+_linear = jax.jit(_differentiable, static_argnums=(4,))  # outside of jit it is traced only once
 
 
 @dataclass(frozen=True)
 class _Product:
-    """Writes a product: what `host_call` calls."""
+    """Computes a product; called by `host_call`."""
 
     shape: tuple[int, int]
     activation: str
@@ -196,7 +197,7 @@ class _Product:
 
 @dataclass(frozen=True)
 class _Gradient:
-    """Writes one gradient of a product."""
+    """Computes one gradient of a product; called by `host_call`."""
 
     shape: tuple[int, int]
     name: str
@@ -219,12 +220,12 @@ def _each_weight(
     *others: NDArray[Any],
     joins: bool,
 ) -> Iterator[tuple[Any, ...]]:
-    """Yield plan, result, batch and the others for each weight that ``vmap`` has mapped over.
+    """Yield plan, result, batch and other arrays for each weight that ``vmap`` maps over.
 
     Parameters
     ----------
     joins : bool
-        Whether mapped axes of the batch can just be part of it, if it alone is mapped.
+        Whether mapped axes become part of the batch if only the batch is mapped.
     """
     n_mapped = values.ndim - 2
     if not n_mapped:

@@ -1,4 +1,4 @@
-"""The connections of a layer as a pytree, which jitted functions take beside the values."""
+"""The connections of a layer as a pytree, an argument of jitted functions."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _MOST_INPUTS = 2**31 - 1
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Connections:
-    """Which inputs each active neuron has.
+    """The connections of a constant fan-in layer.
 
-    A pytree: a jitted function takes it as an argument, and is not compiled again for connections
-    of the same shapes. Make it with `from_condensed`, `from_mask` or `of`, outside of ``jit``. Do
-    not change its arrays, since `key` identifies them.
+    Connections are a pytree. A jitted function that takes them as an argument is not compiled again
+    for other connections of the same shapes. Make them with `from_condensed`, `from_mask` or `of`,
+    outside of ``jit``. Do not change the arrays, which `key` identifies.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class Connections:
     active : array of int32, (n_active,)
         Row numbers, ascending.
     key : array of uint32, (4,)
-        A hash of `shape`, `indices` and `active`, by which packed layouts are found.
+        A hash of `shape`, `indices` and `active`, the key of cached layouts.
     shape : tuple of int
         Dense shape, (n_out, n_in).
     """
@@ -50,9 +50,9 @@ class Connections:
         Parameters
         ----------
         indices : array of integers, (n_active, k)
-            Strictly ascending within a row.
+            Column numbers, strictly ascending within a row.
         active : array of integers, (n_active,)
-            Strictly ascending.
+            Row numbers, strictly ascending.
         shape : tuple of int
             Dense shape, (n_out, n_in).
 
@@ -78,7 +78,7 @@ class Connections:
         Raises
         ------
         SriglError
-            If the rows do not all have the same number of True or none.
+            If the rows that are not empty have different numbers of True.
         """
         return _on_device(host.Connections.from_mask(mask))
 
@@ -93,16 +93,18 @@ class Connections:
         return int(self.indices.shape[-1])
 
     def to_mask(self) -> Any:
-        """Return the mask, an array of bool, (n_out, n_in); also within ``jit``."""
+        """Return the mask, an array of bool, (n_out, n_in). It works within ``jit``."""
         return self.scatter(jax.numpy.ones(self.indices.shape, bool))
 
     def scatter(self, values: Any) -> Any:
         """Return a dense array with `values` at the connections and 0 elsewhere.
 
+        It is differentiable and works within ``jit``.
+
         Parameters
         ----------
         values : array, (n_active, k)
-            Of any dtype. Differentiable; also within ``jit``.
+            An array of any dtype.
 
         Returns
         -------
@@ -114,10 +116,12 @@ class Connections:
     def gather(self, dense: Any) -> Any:
         """Return the elements of a dense array at the connections.
 
+        It is differentiable and works within ``jit``.
+
         Parameters
         ----------
         dense : array, (n_out, ...)
-            With as many elements as the dense weight. Differentiable; also within ``jit``.
+            An array with the size of the dense weight.
 
         Returns
         -------
@@ -126,7 +130,7 @@ class Connections:
         return dense.reshape(self.shape)[self.active[:, None], self.indices]
 
     def __repr__(self) -> str:
-        if not hasattr(self.indices, "ndim"):  # jax.tree.map may put any objects in place of arrays
+        if not hasattr(self.indices, "ndim"):  # jax.tree.map may replace arrays by any objects
             leaves = f"indices={self.indices}, active={self.active}, key={self.key}"
             return f"Connections({self.shape}, {leaves})"
         return f"Connections({self.shape}, n_active={self.n_active}, fan_in={self.fan_in})"
@@ -138,7 +142,7 @@ jax.tree_util.register_dataclass(
 
 
 def from_condensed(weight: CondensedWeight) -> tuple[Any, Connections]:
-    """Return a condensed weight as JAX arrays: its values, and its connections.
+    """Return the values and the connections of a condensed weight, with JAX arrays.
 
     Parameters
     ----------
@@ -147,7 +151,7 @@ def from_condensed(weight: CondensedWeight) -> tuple[Any, Connections]:
     Returns
     -------
     values : array, (n_active, k)
-        To be trained.
+        The trainable parameters.
     connections : Connections
 
     Raises
@@ -165,7 +169,7 @@ def from_condensed(weight: CondensedWeight) -> tuple[Any, Connections]:
 
 
 def to_condensed(values: Any, connections: Connections) -> CondensedWeight:
-    """Return values and connections as a condensed weight; outside of ``jit``.
+    """Return values and connections as a condensed weight. It cannot be called within ``jit``.
 
     Parameters
     ----------
@@ -183,7 +187,7 @@ def to_condensed(values: Any, connections: Connections) -> CondensedWeight:
 
 def _on_device(connections: host.Connections) -> Connections:
     if connections.shape[1] > _MOST_INPUTS:
-        raise SriglError(f"n_in={connections.shape[1]} exceeds int32, in which JAX numbers columns")
+        raise SriglError(f"n_in={connections.shape[1]} exceeds the int32 indices used with JAX")
     return Connections(
         jax.numpy.array(connections.indices.astype(np.int32)),
         jax.numpy.array(connections.active.astype(np.int32)),

@@ -1,4 +1,4 @@
-"""Have JAX call a function of NumPy arrays in the middle of a computation, on the CPU."""
+"""Calls of Python functions from jitted JAX computations on the CPU."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from srigl_core.errors import BackendUnavailableError
 
 try:
     from jax.experimental.buffer_callback import buffer_callback
-except ImportError:  # an older JAX, or one that has outgrown it
+except ImportError:  # before JAX 0.6.1, and where it is removed
     buffer_callback = None
 
 __all__ = ["check_on_cpu", "host_call"]
 
 
 def check_on_cpu(*arrays: Any) -> None:
-    """Raise BackendUnavailableError if an array is on another device; a tracer is on none."""
+    """Raise BackendUnavailableError if an array, not a tracer, is on another device."""
     for array in arrays:
         if not isinstance(array, jax.core.Tracer):
             _check_platform(next(iter(array.devices())).platform)
@@ -29,53 +29,54 @@ def check_on_cpu(*arrays: Any) -> None:
 def host_call(
     function: Callable[..., None], shape: tuple[int, ...], dtype: np.dtype[Any], *operands: Any
 ) -> Any:
-    """Return what `function` writes when the operands have been computed.
+    """Return the array that `function` writes at run time.
 
-    Called through XLA's foreign function interface, where JAX has a way from there to Python: it
-    hands over its own memory, while ``jax.pure_callback`` makes arrays of it, and copies results.
+    JAX's ``buffer_callback`` passes XLA's memory to `function`. Without it ``jax.pure_callback`` is
+    used, which is slower because it makes JAX arrays of the operands and copies the result.
 
     Parameters
     ----------
     function : callable
-        Called as ``function(out, *operands)`` with NumPy arrays; `out` is to be written. Hashable,
-        and equal to what is to be compiled alike. Under ``vmap`` all have a leading axis more, of
-        length 1 where an operand is not mapped.
-    shape, dtype
-        Of `out`.
+        Called as ``function(out, *operands)`` with NumPy arrays; it must write `out`. It must be
+        hashable, and equal to functions that may share compiled code. Each ``vmap`` adds a leading
+        axis to all arrays, of length 1 for operands that are not mapped.
+    shape : tuple of int
+        Shape of `out`.
+    dtype : numpy.dtype
+        Dtype of `out`.
     operands : array
 
     Raises
     ------
     BackendUnavailableError
-        If it is to run on another device; in a jitted function JAX says so when it runs.
+        If it runs on another device. In a jitted function JAX raises the error at run time.
     """
-    if buffer_callback is not None:
-        result = jax.ShapeDtypeStruct(shape, dtype)
-        return buffer_callback(_Lent(function), result, vmap_method="expand_dims")(*operands)
-    _check_platform(jax.default_backend())
-    returned = _Returned(function, shape, dtype, operands[0].ndim)
     result = jax.ShapeDtypeStruct(shape, dtype)
-    return jax.pure_callback(returned, result, *operands, vmap_method="expand_dims")
+    if buffer_callback is not None:
+        return buffer_callback(_OnBuffers(function), result, vmap_method="expand_dims")(*operands)
+    _check_platform(jax.default_backend())
+    returning = _OnArrays(function, shape, dtype, operands[0].ndim)
+    return jax.pure_callback(returning, result, *operands, vmap_method="expand_dims")
 
 
 @dataclass(frozen=True)
-class _Lent:
-    """Calls a function with buffers of XLA's."""
+class _OnBuffers:
+    """Calls a function with XLA's buffers, for ``buffer_callback``."""
 
     function: Callable[..., None]
 
     def __call__(self, context: Any, out: Any, *operands: Any) -> None:
         try:
             arrays = [np.asarray(buffer) for buffer in (out, *operands)]
-        except RuntimeError:  # which is what JAX says of a GPU's
+        except RuntimeError:  # raised by JAX for buffers on a GPU
             _check_platform("another device")
             raise
         self.function(*arrays)
 
 
 @dataclass(frozen=True)
-class _Returned:
-    """Calls a function with an array of its own to write, and returns that."""
+class _OnArrays:
+    """Calls a function with a new array to write, and returns it, for ``jax.pure_callback``."""
 
     function: Callable[..., None]
     shape: tuple[int, ...]
@@ -94,6 +95,6 @@ class _Returned:
 def _check_platform(platform: str) -> None:
     if platform != "cpu":
         raise BackendUnavailableError(
-            f"srigl_core.jax computes on the CPU, and this is on {platform}; call a plan outside "
-            f"of jit instead: srigl_core.prepare(weight, backend='cupy')(x)"
+            f"srigl_core.jax computes on the CPU, but an array is on {platform}; call a plan "
+            f"outside of jit instead: srigl_core.prepare(weight, backend='cupy')(x)"
         )

@@ -1,4 +1,4 @@
-"""The mask update of one layer, and of its optimiser's state, in JAX's arrays (SPEC 4)."""
+"""The mask update of a layer and of its optimiser state, with JAX arrays (SPEC 4)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class SriglUpdate(NamedTuple):
     Attributes
     ----------
     weight : array
-        Dense, or the values at the new connections, like the argument.
+        The new dense weight or values, like the argument.
     mask : array of bool, or Connections
-        Like the argument.
+        The new mask or connections, like the argument.
     state : pytree
-        The optimiser's state.
+        The optimiser's new state.
     report : MaskUpdate
-        The counts and the rows ablated and revived; its `mask` and `weight` are dense.
+        Counts, and the rows that were ablated and revived. `mask` and `weight` are dense.
     """
 
     weight: Any
@@ -45,25 +45,24 @@ def srigl_update(
     settings: UpdateSettings,
     state: Any = None,
 ) -> SriglUpdate:
-    """Return a layer with its mask updated; outside of ``jit``.
+    """Update the mask of a layer. It cannot be called within ``jit``.
 
     Parameters
     ----------
     weight : array
-        After the optimiser's step: dense, (n_out, ...), where `mask` is an array, or the values,
-        (n_active, k), where it is `Connections`.
+        The layer's weight after the optimiser's step. It is dense, (n_out, ...), if `mask` is an
+        array. If `mask` is `Connections` it is the values, (n_active, k).
     grad : array, (n_out, ...)
-        The dense gradient, of all connections that there could be: that of a loss which has
+        The dense gradient: the gradient of the loss with respect to
         ``connections.scatter(values)`` in place of the layer's weight.
     mask : array of bool, (n_out, ...), or Connections
     settings : UpdateSettings
     state : pytree
-        The optimiser's state of this layer; its arrays of the weight's shape are remapped.
+        The optimiser's state of this layer. Arrays of the weight's shape are remapped.
 
     Returns
     -------
     SriglUpdate
-        The arguments are not changed.
 
     Raises
     ------
@@ -89,8 +88,8 @@ def srigl_update(
     library_of(weight).check(weight, "weight")
     if is_condensed and weight.shape != mask.indices.shape:
         raise SriglError(
-            f"weight has shape {weight.shape}, but beside Connections it must be the values, "
-            f"{mask.indices.shape}"
+            f"weight has shape {weight.shape}, but with Connections it must be the values, of "
+            f"shape {mask.indices.shape}"
         )
     report = apply_update(
         mask.scatter(weight) if is_condensed else weight,
@@ -113,16 +112,18 @@ def remap_state(state: Any, before: Any, after: Any) -> Any:
     Parameters
     ----------
     state : pytree
-        Of one layer: arrays of the weight's shape are remapped. Or of several: whatever in it has
-        the structure of `before` is, as the moments that optax keeps have that of the parameters.
-        Everything else, such as a step count, is returned as it is.
-    before, after : array of bool, Connections, or pytree of such
-        Of one layer; or in the structure of the parameters, with None for those without a mask.
+        The state of one layer or of several. For one layer, arrays of the weight's shape are
+        remapped. For several, parts with the structure of `before` are remapped, such as the
+        moments in optax. Everything else, such as a step count, is returned unchanged.
+    before, after : array of bool, Connections, or pytree of them
+        The mask or the connections of one layer. For several layers, a pytree in the structure of
+        the parameters, with None for parameters without a mask.
 
     Returns
     -------
     pytree
-        As `state`; arrays of the shape of a layer's values have that of its new ones.
+        The state in the structure of `state`. Arrays in the shape of a layer's values get the shape
+        of its new values.
 
     Raises
     ------

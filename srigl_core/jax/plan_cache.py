@@ -1,4 +1,4 @@
-"""A cache of plans, so that a call repacks nothing."""
+"""A cache of plans by the connections' key, so that connections are packed once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from srigl_core._plan import Plan, prepare
 __all__ = ["evict", "plan_for"]
 
 _MOST = 256
-"""Plans to keep: more than the layers of a network."""
+"""The number of cached plans, more than a network has layers."""
 
 _BITS = {size: np.dtype(f"u{size}") for size in (2, 4, 8)}
 
 _cache: dict[tuple[bytes, str], tuple[Plan, NDArray[Any]]] = {}
-"""Plans and the bits of their values, by connections and dtype; the newest are last."""
+"""Plans and the bits of their values, by key and dtype. The newest are last."""
 
 _lock = threading.Lock()
 
@@ -38,14 +38,15 @@ def plan_for(
     shape : tuple of int
         Dense shape, (n_out, n_in).
     values, indices, active : ndarray
-        Of the weight; copied when a plan is made.
+        Arrays of the weight, copied when a plan is made.
     key : ndarray of uint32, (4,)
         Identifies `shape`, `indices` and `active`.
 
     Returns
     -------
     Plan
-        The cached plan if its values are the same bits, else one that shares the packed indices.
+        The cached plan if its values have the same bits. Otherwise a new plan that shares the
+        packed connections of a cached one, if there is one.
     """
     name = key.tobytes(), values.dtype.char
     bits = values.view(_BITS[values.itemsize])

@@ -1,4 +1,4 @@
-"""SRigL for PyTorch: layers that are condensed, and what trains a model with them or with masks."""
+"""SRigL for PyTorch: condensed layers, sparse training and conversion of models."""
 
 from srigl_core.errors import BackendUnavailableError
 

@@ -21,7 +21,7 @@ __all__ = ["TorchArrays"]
 
 
 class TorchArrays(ArrayOps):
-    """PyTorch tensors on one type of device, for backends such as one of Triton kernels.
+    """PyTorch tensors on one type of device, for example for a backend with Triton kernels.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class TorchArrays(ArrayOps):
 
     Notes
     -----
-    Tensors are on the device that is current; gradients are not recorded.
+    New tensors are on the current device. Gradients are not recorded.
     """
 
     def __init__(self, device: str) -> None:
@@ -95,7 +95,7 @@ class TorchArrays(ArrayOps):
 
     def round_to(self, array: Any, dtype: np.dtype[Any]) -> Any:
         if array.dtype == torch.float64 and dtype.name == "bfloat16":
-            array = _rounded_to_odd(array)  # PyTorch goes by float32, which would round twice
+            array = _rounded_to_odd(array)  # PyTorch would round twice, first to float32
         return array.to(torch_dtype(dtype))
 
     def share_memory(self, one: Any, other: Any) -> bool:
@@ -130,14 +130,13 @@ class TorchArrays(ArrayOps):
         return as_numpy(mask.reshape(mask.shape[0], -1).sum(dim=1))
 
     def _as_tensor(self, array: object, what: str) -> Any:
-        """Return `array` as a tensor of the same memory, on this device."""
+        """Return `array`, which must be on this device, as a tensor that shares its memory."""
         if device_of(array) != self._device:
             raise ValueTypeError(
                 f"{what} of type {type(array).__name__} is on device {device_of(array)}, but this "
                 f"backend takes arrays on {self._device}; move it there"
             )
-        library = library_of(array)
-        library.check(array, what)
+        library_of(array).check(array, what)
         if isinstance(array, torch.Tensor):
             return array.detach()
         try:
@@ -160,7 +159,7 @@ class TorchArrays(ArrayOps):
 
 
 def _rounded_to_odd(array: Any) -> Any:
-    """Return float64 as float32, with the last bit of inexact numbers set (see `round_to`)."""
+    """Return float64 as float32, with the last bit of inexact numbers set (round to odd)."""
     nearest = array.float()
     inexact = (nearest.double() != array) & torch.isfinite(nearest)
     away = inexact & (nearest.abs().double() > array.abs())

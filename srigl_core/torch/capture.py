@@ -1,9 +1,8 @@
-"""Inputs and output gradients of condensed layers, kept for a mask update when asked for.
+"""Inputs and output gradients of condensed layers, recorded for mask updates.
 
-A layer without a dense weight has no dense gradient, but a mask update needs it: it is formed from
-these, a block of rows at a time. It is the dense form of the gradient that the optimiser gets: what
-is no part of that, such as the gradient of an input alone, or one that was zeroed since, is none of
-the dense one either.
+A mask update needs a dense gradient, which a condensed layer has not. It is rebuilt from these, a
+block of rows at a time. Only backward passes that reach the optimiser count: `torch.autograd.grad`
+and gradients zeroed before the step do not.
 """
 
 from __future__ import annotations
@@ -18,83 +17,81 @@ __all__ = ["Captured", "is_capturing", "record", "start"]
 
 
 class Captured(list[tuple[Any, Any]]):
-    """For each product that a layer's gradient is of: its input, (rows, n_in), and dL/dz, as flat.
+    """The input, (rows, n_in), and output gradient, (rows, n_out), of each product of a layer.
 
     Parameters
     ----------
     indices : torch.Tensor
     values : torch.nn.Parameter
-        The layer's.
+        Tensors of the layer.
     """
 
     def __init__(self, indices: Any, values: Any) -> None:
         super().__init__()
         self._indices, self._values, self._last_pass = indices, values, -1
-        self._kind = values.dtype, values.device
-        # Asked for here, since within an op's kernel a tensor has none.
+        self._dtype_and_device = values.dtype, values.device
+        # Looked up here, because tensors inside the kernel of an op have no graph.
         self._accumulator = (
             torch.autograd.graph.get_gradient_edge(values).node if values.requires_grad else None
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
-        kept = start(copy.deepcopy(self._indices, memo), copy.deepcopy(self._values, memo))
-        kept.extend(copy.deepcopy(list(self), memo))
-        return kept
+        captured = start(copy.deepcopy(self._indices, memo), copy.deepcopy(self._values, memo))
+        captured.extend(copy.deepcopy(list(self), memo))
+        return captured
 
     def add(self, x: Any, grad: Any) -> None:
-        """Keep a product, if its backward pass is one that adds to the values' gradient."""
+        """Add a product if its backward pass accumulates the gradient of the values."""
         this_pass = torch._C._current_graph_task_id()
-        if this_pass >= 0:  # which it is not where an op is called by hand
-            if not self._is_added_to():
-                return  # as of torch.autograd.grad
+        if this_pass >= 0:  # negative outside of autograd, where an op is called directly
+            if not self._accumulates():
+                return  # for example in torch.autograd.grad
             if this_pass != self._last_pass and _is_zero(self._values.grad):
-                self.clear()  # the gradient that these were of has been zeroed
+                self.clear()  # the gradient of the earlier products has been zeroed
             self._last_pass = this_pass
         self.append((_copied(x), _copied(grad)))
 
-    def _is_added_to(self) -> bool:
-        """Whether the backward pass that runs accumulates a gradient for the values."""
-        known = self._accumulator
-        if known is None or self._kind != (self._values.dtype, self._values.device):
-            return True  # to all knowledge: a tensor that was converted has another one by now
+    def _accumulates(self) -> bool:
+        """Return whether the running backward pass accumulates the gradient of the values."""
+        node, values = self._accumulator, self._values
+        if node is None or self._dtype_and_device != (values.dtype, values.device):
+            return True  # assumed: a converted tensor has another node
         try:
-            return bool(torch._C._will_engine_execute_node(known))
-        except RuntimeError:  # which it raises where torch.autograd.grad is asked for the values'
+            return bool(torch._C._will_engine_execute_node(node))
+        except RuntimeError:  # raised if torch.autograd.grad computes the gradient of the values
             return False
 
 
 _capturing: weakref.WeakValueDictionary[int, Captured] = weakref.WeakValueDictionary()
-"""By the address of a layer's indices; who lets go of a list, captures no more."""
+"""Recorded products by the address of a layer's indices, while their list is alive."""
 
 
 def start(indices: Any, values: Any) -> Captured:
-    """Return a list that is filled with what passes a layer, for as long as the list is held.
+    """Record the products of a layer while the returned list is alive.
 
     Parameters
     ----------
     indices, values : torch.Tensor
-        The layer's, to be held as long.
+        Tensors of the layer. The list keeps them alive.
     """
-    kept = Captured(indices, values)
-    _capturing[indices.data_ptr()] = kept
-    return kept
+    captured = _capturing[indices.data_ptr()] = Captured(indices, values)
+    return captured
 
 
 def is_capturing(indices: Any) -> bool:
-    """Whether the layer with these indices is being captured."""
+    """Return whether products of the layer with these indices are recorded."""
     return bool(_capturing) and indices.data_ptr() in _capturing
 
 
 def record(indices: Any, x: Any, grad: Any) -> None:
-    """Keep a backward pass, if the layer is being captured."""
-    if _capturing:
-        found = _capturing.get(indices.data_ptr())
-        if found is not None:
-            found.add(x, grad)
+    """Record a product in its backward pass if the layer is captured."""
+    captured = _capturing.get(indices.data_ptr()) if _capturing else None
+    if captured is not None:
+        captured.add(x, grad)
 
 
 def _copied(array: Any) -> Any:
-    """Return a copy with two axes: a compiled graph uses its buffers again."""
+    """Return a copy with two axes; a compiled graph reuses its buffers."""
     return array.detach().clone(memory_format=torch.contiguous_format).view(-1, array.shape[-1])
 
 

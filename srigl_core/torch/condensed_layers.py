@@ -1,4 +1,4 @@
-"""Condensed training: no dense weight, and of the dense gradient one block of rows at a time."""
+"""Condensed training: no dense weights, and dense gradients a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from srigl_core.torch.replacement import (
     linear_of,
     replace_modules,
 )
-from srigl_core.torch.targets import Target
-from srigl_core.torch.tensors import as_numpy
+from srigl_core.torch.targets import Target, submodule
+from srigl_core.torch.tensors import as_numpy, from_numpy
 
 __all__ = ["CondensedLayers"]
 
@@ -35,7 +35,7 @@ _Pairs = list[tuple[Any, Any]]
 
 
 class CondensedLayers:
-    """The sparse layers of a model, condensed.
+    """The condensed layers of a model.
 
     Parameters
     ----------
@@ -64,23 +64,18 @@ class CondensedLayers:
         self._window: list[tuple[dict[str, _Pairs], float]] = []
 
     def attach(self, init: str | None, rng: np.random.Generator) -> None:
-        """Put condensed layers in place of the dense ones, in the model and in the optimiser."""
-        made = {}
+        """Replace the dense layers by condensed ones, in the model and in the optimiser."""
+        modules = {}
         for name, target in self._targets.items():
-            mask = self.trainer.connections[name]
-            weight = _initial_weight(target, mask, init, rng)
-            made[name] = condensed_layer(target, weight, self.trainer.budgets[name].nnz_budget)
-        replace_modules(self._model, made)
-        for name, module in made.items():
-            layer = self._layers[name] = linear_of(module)
-            places = _places(self.trainer.connections[name])
-            replace_parameter(
-                self._optimizer,
-                self._targets[name].parameter,
-                layer.values,
-                partial(_gathered, places, layer.values),
-            )
-        self._targets.clear()  # with the dense weights
+            weight = _initial_weight(target, self.trainer.connections[name], init, rng)
+            modules[name] = condensed_layer(target, weight, self.trainer.budgets[name].nnz_budget)
+        replace_modules(self._model, modules)
+        for name, module in modules.items():
+            layer, old = linear_of(module), self._targets[name].parameter
+            self._layers[name] = layer
+            remap = partial(_gathered, _places(self.trainer.connections[name]), layer.values)
+            replace_parameter(self._optimizer, old, layer.values, remap)
+        self._targets.clear()  # so that the dense weights are freed
         self._capture_if_needed()
 
     def mask(self, name: str) -> Any:
@@ -95,9 +90,9 @@ class CondensedLayers:
         return {name: mask.digest().hex() for name, mask in self.trainer.connections.items()}
 
     def after_backward(self, loss_scale: float) -> None:
-        """End a step of the window, in which any number of backward passes was captured.
+        """End a step of the window, after any number of captured backward passes.
 
-        What was captured is scaled with the loss still.
+        The captured gradients still have the scale of the loss.
         """
         self._check_in_place()
         if self._capturing:
@@ -105,22 +100,22 @@ class CondensedLayers:
                 if not pairs or self._layers[name].values.grad is None:
                     raise SriglError(
                         f"layer {name!r} has no gradient; call after_backward after "
-                        f"loss.backward() and before zero_grad(), and exclude layers that are "
-                        f"frozen or take no part"
+                        f"loss.backward() and before zero_grad(), and exclude frozen or unused "
+                        f"layers"
                     )
             step = {name: list(pairs) for name, pairs in self._capturing.items()}
             self.discard_step()
             self._window.append((step, loss_scale))
 
     def step(self) -> Mapping[str, CondensedUpdate]:
-        """Update connections, values and optimiser state if it is due."""
+        """Update connections, values and optimiser state if an update is due."""
         self._check_in_place()
         weights, gradients = {}, {}
         if self.trainer.is_due:
             if not self._window:
                 raise SriglError(
-                    "no gradient was kept for this step's update; call after_backward after each "
-                    "loss.backward() and before the optimizer's step"
+                    "no gradient was recorded for this step's update; call after_backward after "
+                    "each loss.backward() and before the optimizer's step"
                 )
             weights = {name: layer.to_condensed() for name, layer in self._layers.items()}
             gradients = {name: self._gradient_rows(name) for name in self._layers}
@@ -128,32 +123,28 @@ class CondensedLayers:
         for name, update in updates.items():
             layer = self._layers[name]
             layer.load_condensed_(update.weight)
-            remap_state(
-                self._optimizer,
-                layer.values,
-                partial(_remapped, update),
-            )
+            remap_state(self._optimizer, layer.values, partial(_remapped, update))
         if updates:
             self._window.clear()
         self._capture_if_needed()
         return updates
 
     def discard_gradients(self) -> None:
-        """Forget the window's inputs and gradients."""
+        """Discard the inputs and gradients of the window."""
         self._window.clear()
         self.discard_step()
 
     def discard_step(self) -> None:
-        """Forget what was captured since the last step."""
+        """Discard the inputs and gradients captured since the last step."""
         for pairs in self._capturing.values():
             pairs.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the trainer's state and the window; all else is the model's and optimiser's."""
+        """Return the trainer's state and the window."""
         return {**self.trainer.state_dict(), "window": self._window}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a trainer's state; the layers are to have theirs from the model's."""
+        """Load the trainer's state. The model must have its state already."""
         if "window" not in state:
             raise SriglError("state is not a whole state_dict(): it lacks window")
         try:
@@ -176,15 +167,14 @@ class CondensedLayers:
         self._capture_if_needed()
 
     def detach(self) -> None:
-        """Keep nothing of what passes the layers any more."""
+        """Stop capturing inputs and gradients."""
         self._capturing = {}
 
     def _capture_if_needed(self) -> None:
         self.detach()
         if self.trainer.needs_grad:
-            self._capturing = {
-                n: capture.start(x.indices, x.values) for n, x in self._layers.items()
-            }
+            layers = self._layers.items()
+            self._capturing = {name: capture.start(x.indices, x.values) for name, x in layers}
 
     def _moved(self, name: str, pairs: _Pairs) -> _Pairs:
         device = self._layers[name].values.device
@@ -192,18 +182,14 @@ class CondensedLayers:
 
     def _check_in_place(self) -> None:
         for name, layer in self._layers.items():
-            try:
-                found = self._model.get_submodule(name)
-            except AttributeError:
-                found = None
-            if linear_of(found) is not layer:
+            if linear_of(submodule(self._model, name)) is not layer:
                 raise SriglError(
-                    f"layer {name!r} is another one than SRigL attached; change the model first "
-                    f"and attach then"
+                    f"layer {name!r} has been replaced since SRigL was attached; change the model "
+                    f"first, then attach SRigL"
                 )
 
     def _gradient_rows(self, name: str) -> Callable[[int, int], NDArray[Any]]:
-        """Return what forms rows of the mean dense gradient, on all ranks together."""
+        """Return a function of rows of the mean dense gradient of all ranks."""
         steps = [(step[name], 1 / (scale * len(self._window))) for step, scale in self._window]
 
         def rows(start: int, stop: int) -> NDArray[Any]:
@@ -211,7 +197,7 @@ class CondensedLayers:
             for pairs, factor in steps:
                 for x, grad in pairs:
                     dtype = _sum_dtype(x, grad)
-                    # Converted here, so that no second window of another type is ever held.
+                    # Converted here, so that there is no second copy of the window.
                     part = (grad[:, start:stop].t().to(dtype) @ x.to(dtype)) * factor
                     total = part if total is None else total.add_(part)
             return as_numpy(mean_of_ranks(total, self._group))
@@ -220,38 +206,39 @@ class CondensedLayers:
 
 
 def _initial_weight(
-    target: Target, mask: Connections, init: str | None, rng: np.random.Generator
+    target: Target, connections: Connections, init: str | None, rng: np.random.Generator
 ) -> CondensedWeight:
-    """Return a dense layer's weights at the connections, drawn anew if asked to."""
+    """Return the weights of a dense layer at the connections, or new ones if `init` is set."""
     dense = target.parameter.detach()
     if init is not None:
-        drawn = sparse_init(mask.to_mask().reshape(target.shape), init, rng=rng, dtype=np.float64)
-        dense = torch.from_numpy(drawn).to(dense)
-    values = as_numpy(dense.reshape(mask.shape)[_places(mask)])
-    return CondensedWeight.from_connections(values, mask)
+        mask = connections.to_mask().reshape(target.shape)
+        dense = torch.from_numpy(sparse_init(mask, init, rng=rng, dtype=np.float64)).to(dense)
+    values = as_numpy(dense.reshape(connections.shape)[_places(connections)])
+    return CondensedWeight.from_connections(values, connections)
 
 
-def _places(mask: Connections) -> tuple[Any, Any]:
-    """Return the rows and columns of a mask's connections, to index a dense tensor with."""
-    return torch.from_numpy(mask.active)[:, None], torch.from_numpy(mask.indices.astype(np.int64))
+def _places(connections: Connections) -> tuple[Any, Any]:
+    """Return rows and columns of the connections, for indexing a dense tensor."""
+    rows, columns = from_numpy(connections.active), connections.indices.astype(np.int64)
+    return rows[:, None], torch.from_numpy(columns)
 
 
-def _gathered(places: tuple[Any, Any], like: Any, held: Any) -> Any:
-    """Return a dense layer's optimiser state at the connections, as long as the budget."""
-    flat = torch.zeros_like(like, dtype=held.dtype, requires_grad=False)
-    found = held.reshape(len(held), -1)[places].reshape(-1)
-    flat[: found.numel()] = found
+def _gathered(places: tuple[Any, Any], values: Any, state: Any) -> Any:
+    """Return a dense layer's optimiser state at the connections, in the shape of `values`."""
+    gathered = state.reshape(len(state), -1)[places].reshape(-1)
+    flat = torch.zeros_like(values, dtype=state.dtype, requires_grad=False)
+    flat[: gathered.numel()] = gathered
     return flat
 
 
-def _remapped(update: CondensedUpdate, held: Any) -> Any:
-    """Return optimiser state after an update, as long as the budget."""
-    source = torch.from_numpy(update.source.reshape(-1)).to(held.device)
-    flat = torch.zeros_like(held)
-    flat[: source.numel()] = torch.where(source < 0, 0, held[source.clamp(min=0)])
+def _remapped(update: CondensedUpdate, state: Any) -> Any:
+    """Return optimiser state after an update, in the shape of the old state."""
+    source = torch.from_numpy(update.source.reshape(-1)).to(state.device)
+    flat = torch.zeros_like(state)
+    flat[: source.numel()] = torch.where(source < 0, 0, state[source.clamp(min=0)])
     return flat
 
 
 def _sum_dtype(*parts: Any) -> Any:
-    """Return the type that sums are kept in."""
+    """Return the dtype of sums of products."""
     return torch.float64 if torch.float64 in {part.dtype for part in parts} else torch.float32

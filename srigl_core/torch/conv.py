@@ -1,4 +1,4 @@
-"""Convolutions by the condensed product."""
+"""Convolutions computed by the condensed product."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from torch import nn
 from srigl_core.errors import SriglError
 from srigl_core.torch.linear import CondensedLinear
 
-__all__ = ["CondensedConv2d"]
+__all__ = ["GEOMETRY", "CondensedConv2d"]
+
+GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+"""The attributes that `CondensedConv2d` shares with ``torch.nn.Conv2d``."""
 
 
 class CondensedConv2d(nn.Module):  # type: ignore[misc] # torch is untyped here
     """A 2-D convolution whose output channels have a constant number of inputs each.
 
-    A channel's inputs are places of its window, ``in_channels * kh * kw`` of them, in the order of
-    a flattened ``nn.Conv2d`` weight. A window of one place, stride 1 and no padding is a product
-    over the channels; any other is unfolded first, which makes ``kh * kw`` copies of the input.
+    The possible inputs of a channel are the ``in_channels * kh * kw`` numbers of its window, in the
+    order of a flattened ``nn.Conv2d`` weight. A 1x1 convolution with stride 1 and no padding is a
+    product over the channels. Any other is unfolded first, which makes ``kh * kw`` copies of the
+    input.
 
     Parameters
     ----------
     linear : CondensedLinear
-        From ``in_channels * kh * kw`` places to the output channels.
+        Maps the ``in_channels * kh * kw`` numbers of a window to the output channels.
     kernel_size, stride, dilation : tuple of int
     padding : tuple of int, or {"same", "valid"}
     padding_mode : {"zeros", "reflect", "replicate", "circular"}
@@ -30,11 +34,11 @@ class CondensedConv2d(nn.Module):  # type: ignore[misc] # torch is untyped here
     Raises
     ------
     SriglError
-        If the window does not divide the layer's inputs.
+        If `linear` has no whole number of input channels.
 
     Notes
     -----
-    SPEC 1: a convolution is the same layer flattened to (out, in * kh * kw).
+    SPEC 1: a convolution's weight is flattened to (out, in * kh * kw).
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class CondensedConv2d(nn.Module):  # type: ignore[misc] # torch is untyped here
         if linear.in_features % window:
             raise SriglError(
                 f"kernel_size={kernel_size} has {window} places, which do not divide the layer's "
-                f"{linear.in_features} inputs; these are in_channels * kh * kw"
+                f"{linear.in_features} inputs; it needs in_channels * kh * kw inputs"
             )
         self.linear = linear
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
@@ -61,19 +65,12 @@ class CondensedConv2d(nn.Module):  # type: ignore[misc] # torch is untyped here
 
     @classmethod
     def like(cls, conv: Any, linear: CondensedLinear) -> CondensedConv2d:
-        """Return one with the geometry of a ``torch.nn.Conv2d``."""
-        return cls(
-            linear,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            padding_mode=conv.padding_mode,
-        )
+        """Return a convolution with the geometry of a ``torch.nn.Conv2d``."""
+        return cls(linear, **{name: getattr(conv, name) for name in GEOMETRY})
 
     @property
     def is_product(self) -> bool:
-        """Whether it is a product over the channels, with nothing to unfold."""
+        """Whether the convolution is a product over the channels, with nothing to unfold."""
         return (
             self.kernel_size == (1, 1)
             and self.stride == (1, 1)
@@ -107,15 +104,15 @@ class CondensedConv2d(nn.Module):  # type: ignore[misc] # torch is untyped here
         return result.transpose(1, 2).unflatten(2, (height, width))
 
     def _paddings(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return the rows and columns to add before, and behind."""
+        """Return the rows and columns to add before the image, and those to add after it."""
         if self.padding == "valid":
             return (0, 0), (0, 0)
         if self.padding == "same":
             total = [self.dilation[i] * (self.kernel_size[i] - 1) for i in range(2)]
             before = (total[0] // 2, total[1] // 2)
             return before, (total[0] - before[0], total[1] - before[1])
-        given: tuple[int, int] = self.padding  # type: ignore[assignment]
-        return given, given
+        padding: tuple[int, int] = self.padding  # type: ignore[assignment]
+        return padding, padding
 
     def extra_repr(self) -> str:
         """Return the geometry."""

@@ -1,4 +1,4 @@
-"""Condensed layers in place of a trained model's masked ones, and the other way."""
+"""Conversion of a trained model's layers from masked to condensed, and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.errors import SriglError, ValueTypeError
-from srigl_core.torch.conv import CondensedConv2d
+from srigl_core.torch.conv import GEOMETRY, CondensedConv2d
 from srigl_core.torch.replacement import (
     check_can_be_condensed,
     condensed_layer,
@@ -33,40 +33,41 @@ __all__ = ["condense", "dense_layer", "to_csr", "to_masked_dense"]
 def condense(
     model: Any, masks: Mapping[str, Any] | SRigL | str, *, exclude: Iterable[str] = ()
 ) -> Any:
-    """Put condensed layers in place of a trained model's masked ones, in place.
+    """Replace the masked layers of a trained model by condensed ones, in place.
 
     Parameters
     ----------
     model : torch.nn.Module
-        With dense weights in ``nn.Linear`` and ``nn.Conv2d`` layers.
+        A model with dense weights in ``nn.Linear`` and ``nn.Conv2d`` layers.
     masks : mapping of str to tensor or ndarray of bool, SRigL, or "nonzero"
-        By the layer's name, of the weight's shape; constant fan-in. Of a layer whose mask is all
-        True nothing can be left out: it stays dense. "nonzero" takes every weight that is not 0.0.
+        Constant fan-in masks by layer name, in the shapes of the weights. A layer whose mask is all
+        True stays dense. With "nonzero" the active weights are those that are not 0.0.
     exclude : iterable of str
         Names of layers to leave dense.
 
     Returns
     -------
     torch.nn.Module
-        `model` itself. Bias, device, dtype, mode and what requires a gradient are kept.
+        `model` itself. Bias, device, dtype, mode and `requires_grad` are kept.
 
     Raises
     ------
     SriglError
-        If a mask is not constant fan-in, is of another shape or of no layer, or a layer cannot be
-        condensed, or none is left to be. Names the layer; the model is left as it was.
+        If a mask is not constant fan-in, does not fit its layer or names no layer, if a layer
+        cannot be condensed, or if there is nothing to condense. The message names the layer, and
+        the model is not changed.
     ValueTypeError
-        If `masks` is something else, or a mask not of bool.
+        If `masks` has the wrong type, or a mask is not bool.
 
     Warnings
     --------
-    "nonzero" is for weights that carry no mask at all. Weights just grown are 0.0 and active, so
-    that zeros alone do not give the mask of a model in training: rows with one fewer are refused,
-    and a layer where every row has the same number of them would lose these connections.
+    Use "nonzero" only if there are no masks. Newly grown weights are active although they are 0.0,
+    so zeros do not give the mask of a model in training. Rows that have fewer nonzero weights than
+    others are refused, but if all rows lack equally many, these connections are lost.
 
     Notes
     -----
-    The weights are new parameters, which an optimiser made before does not know.
+    The weights are new parameters. An existing optimiser does not update them.
 
     Examples
     --------
@@ -76,33 +77,33 @@ def condense(
     >>> condense(model, {"0": mask})[0].fan_in
     2
     """
-    left_out = {exclude} if isinstance(exclude, str) else set(exclude)
+    excluded = {exclude} if isinstance(exclude, str) else set(exclude)
     if isinstance(masks, str):
         if masks != "nonzero":
             raise SriglError(f"masks={masks!r} is unknown; give masks by name, or 'nonzero'")
-        targets = find_targets(model, None, left_out)
-        found = {name: as_numpy(target.parameter) != 0 for name, target in targets.items()}
-        remedy = "; weights just grown are 0.0 and active: give the masks instead of 'nonzero'"
+        targets = find_targets(model, None, excluded)
+        by_layer = {name: as_numpy(target.parameter) != 0 for name, target in targets.items()}
+        hint = "; newly grown weights are active although they are 0.0: give masks, not 'nonzero'"
     else:
-        given = {name.removesuffix(".weight"): mask for name, mask in _by_name(masks).items()}
-        found = {name: mask for name, mask in given.items() if name not in left_out}
-        for name in found.keys() & condensed_modules(model).keys():
+        by_layer = {name.removesuffix(".weight"): mask for name, mask in _by_name(masks).items()}
+        by_layer = {name: mask for name, mask in by_layer.items() if name not in excluded}
+        for name in by_layer.keys() & condensed_modules(model).keys():
             raise SriglError(f"layer {name!r} is condensed already")
-        targets = find_targets(model, list(found), left_out)
-        remedy = ""
-    made = {}
+        targets = find_targets(model, list(by_layer), excluded)
+        hint = ""
+    layers = {}
     for name, target in targets.items():
-        mask = _checked_mask(target, found[name])
+        mask = _checked_mask(target, by_layer[name])
         if not mask.all():
-            made[name] = _condensed(target, mask, remedy)
-    if not made:
-        raise SriglError("no layer has a mask with anything to leave out; nothing to condense")
-    replace_modules(model, made)
+            layers[name] = _condensed(target, mask, hint)
+    if not layers:
+        raise SriglError("all masks are True everywhere; there is nothing to condense")
+    replace_modules(model, layers)
     return model
 
 
 def to_masked_dense(model: Any) -> Any:
-    """Put dense layers with zeros in place of a model's condensed ones, in place.
+    """Replace the condensed layers of a model by dense ones with zeros, in place.
 
     Parameters
     ----------
@@ -111,22 +112,22 @@ def to_masked_dense(model: Any) -> Any:
     Returns
     -------
     torch.nn.Module
-        `model` itself, with ``nn.Linear`` and ``nn.Conv2d``. Bias, device, dtype, mode and what
-        requires a gradient are kept; the masks are not.
+        `model` itself, with ``nn.Linear`` and ``nn.Conv2d``. Bias, device, dtype, mode and
+        `requires_grad` are kept; the masks are not.
 
     Raises
     ------
     SriglError
-        If a layer has an activation of its own, or is the model itself. Names the layer; the model
-        is left as it was.
+        If a layer has an activation, or is the model itself. The message names the layer, and the
+        model is not changed.
     """
     layers = condensed_modules(model)
     for name, layer in layers.items():
         activation = linear_of(layer).activation
         if activation not in (None, "none"):
             raise SriglError(
-                f"layer {name!r} has activation={activation!r}, which a dense layer has not; put "
-                f"the activation into the model as a module of its own, and set the layer's to None"
+                f"layer {name!r} has activation={activation!r}, but a dense layer has none; add "
+                f"a module for the activation to the model, and set the layer's to None"
             )
     made = {layer: dense_layer(layer) for layer in set(layers.values())}
     replace_modules(model, {name: made[layer] for name, layer in layers.items()})
@@ -134,7 +135,7 @@ def to_masked_dense(model: Any) -> Any:
 
 
 def to_csr(model: Any) -> dict[str, scipy.sparse.csr_array]:
-    """Return the weights of a model's condensed layers as SciPy CSR arrays, by name.
+    """Return the weights of a model's condensed layers as SciPy CSR arrays.
 
     Parameters
     ----------
@@ -143,8 +144,8 @@ def to_csr(model: Any) -> dict[str, scipy.sparse.csr_array]:
     Returns
     -------
     dict of str to scipy.sparse.csr_array
-        New arrays, (n_out, n_in), with active zeros stored; a convolution's as its flattened
-        weight. 16-bit values become float32.
+        New arrays by layer name, (n_out, n_in); weights of convolutions are flattened. Active
+        zeros are stored. 16-bit values become float32.
     """
     layers = condensed_modules(model)
     return {name: linear_of(layer).to_condensed().to_csr() for name, layer in layers.items()}
@@ -164,28 +165,26 @@ def _by_name(masks: Mapping[str, Any] | SRigL) -> dict[str, Any]:
 def _checked_mask(target: Target, mask: Any) -> NDArray[np.bool_]:
     array = as_numpy(mask) if isinstance(mask, torch.Tensor) else mask
     if not isinstance(array, np.ndarray) or array.dtype != np.bool_:
-        came = getattr(array, "dtype", type(mask).__name__)
+        dtype = getattr(array, "dtype", type(mask).__name__)
         raise ValueTypeError(
-            f"the mask of layer {target.name!r} must be a tensor or array of bool, got {came}; "
+            f"the mask of layer {target.name!r} must be a tensor or array of bool, got {dtype}; "
             f"convert with .bool()"
         )
     if array.shape != target.shape:
         raise SriglError(
-            f"the mask of layer {target.name!r} has shape {array.shape}, but its weight "
+            f"the mask of layer {target.name!r} has shape {array.shape}, but its weight has "
             f"{target.shape}; give the mask of that layer"
         )
     return array
 
 
-def _condensed(target: Target, mask: NDArray[np.bool_], remedy: str) -> Any:
-    """Return the condensed layer for a dense one."""
+def _condensed(target: Target, mask: NDArray[np.bool_], hint: str) -> Any:
+    """Return the condensed layer that replaces a dense one."""
     check_can_be_condensed(target)
     try:
         weight = CondensedWeight.from_dense(as_numpy(target.parameter), mask)
     except SriglError as error:
-        raise type(error)(
-            f"layer {target.name!r}: {error}{remedy}; or exclude the layer"
-        ) from error
+        raise type(error)(f"layer {target.name!r}: {error}{hint}; or exclude the layer") from error
     return condensed_layer(target, weight)
 
 
@@ -204,17 +203,9 @@ def dense_layer(layer: Any) -> Any:
     dense = linear_of(layer).to_linear()
     if not isinstance(layer, CondensedConv2d):
         return dense
-    conv = nn.Conv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
-        padding_mode=layer.padding_mode,
-        bias=dense.bias is not None,
-        device="meta",
-    )
+    geometry = {name: getattr(layer, name) for name in GEOMETRY}
+    sizes = layer.in_channels, layer.out_channels
+    conv = nn.Conv2d(*sizes, **geometry, bias=dense.bias is not None, device="meta")
     weight = dense.weight.detach().reshape(conv.weight.shape)
     conv.weight = nn.Parameter(weight, requires_grad=dense.weight.requires_grad)
     conv.bias = dense.bias

@@ -1,9 +1,9 @@
-"""Ablated neurons removed from a model without a change of what it computes (SPEC 5, Folding).
+"""Removal of ablated neurons from a model without a change of its results (SPEC 5, Folding).
 
-An ablated neuron n gives the constant ``c = act(b[n])``. Where nothing but elementwise activations
-lies before the next layer, ``W_next[:, n] * c`` is added to that one's bias, and the neuron and its
-column there go. In a condensed next layer each row keeps its fan-in: in place of a column that went
-it has another one, with value 0.
+An ablated neuron n outputs the constant ``c = act(b[n])``. If only elementwise activations follow
+before the next linear layer, ``W_next[:, n] * c`` is added to the next layer's bias, and the neuron
+and column n are removed. The rows of a condensed next layer keep their fan-in: another column with
+value 0 replaces a removed one.
 """
 
 from __future__ import annotations
@@ -18,34 +18,33 @@ from numpy.typing import NDArray
 from torch import nn
 
 from srigl_core._format.weight import CondensedWeight
-from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.errors import SriglError
 from srigl_core.torch.conv import CondensedConv2d
-from srigl_core.torch.linear import ACTIVATION_FUNCTIONS, CondensedLinear
+from srigl_core.torch.linear import (
+    ACTIVATION_FUNCTIONS,
+    CondensedLinear,
+    dense_like,
+    set_like,
+    weight_of,
+)
 from srigl_core.torch.replacement import has_hooks
+from srigl_core.torch.targets import check_module
 
 __all__ = ["Folding", "fold_ablated"]
 
-_ELEMENTWISE = (
-    nn.Dropout,
-    nn.GELU,
-    nn.Identity,
-    nn.ReLU,
-    nn.SiLU,
-    nn.Sigmoid,
-    nn.Tanh,
-)
+_ELEMENTWISE = (nn.Dropout, nn.GELU, nn.Identity, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Tanh)
 
 
 @dataclass(frozen=True)
 class Folding:
-    """What `fold_ablated` did; printing it gives a line for each layer.
+    """The result of `fold_ablated`; printing it gives a line for each layer.
 
     Parameters
     ----------
     removed : dict of str to int
-        Neurons removed, by layer.
+        The number of removed neurons, by layer.
     left : dict of str to str
-        Layers with ablated neurons that were left as they are, and why.
+        The reason why ablated neurons were not removed, by layer.
     """
 
     removed: dict[str, int]
@@ -53,13 +52,13 @@ class Folding:
 
     def __str__(self) -> str:
         lines = [f"{name}: {n} ablated neurons removed" for name, n in self.removed.items()]
-        lines += [f"{name}: left as it is, {why}" for name, why in self.left.items()]
+        lines += [f"{name}: not changed, {reason}" for name, reason in self.left.items()]
         return "\n".join(lines) or "no layer has ablated neurons"
 
 
 @dataclass
 class _Place:
-    """A module of a chain, and where it is."""
+    """A module of a chain and its place in the model."""
 
     owner: Any
     attribute: str
@@ -68,38 +67,38 @@ class _Place:
 
 
 def fold_ablated(model: Any, example_input: Any | None = None) -> Folding:
-    """Remove ablated neurons, in place, where what follows allows it exactly.
+    """Remove ablated neurons, in place, where this does not change the model's results.
 
-    That is where an ``nn.Sequential``, with others in it or not, has a linear layer, activations,
-    and a linear layer again: `CondensedLinear` or ``nn.Linear``; ``ReLU``, ``GELU``, ``SiLU``,
-    ``Sigmoid``, ``Tanh``, ``Identity``, ``Dropout`` in evaluation, and a `CondensedLinear`'s own.
+    It is possible in an ``nn.Sequential`` where activations and then another linear layer follow a
+    linear layer; nested ones are searched too. Linear layers are `CondensedLinear` and
+    ``nn.Linear``. Activations are ``ReLU``, ``GELU``, ``SiLU``, ``Sigmoid``, ``Tanh``,
+    ``Identity``, ``Dropout`` in evaluation mode, and that of a `CondensedLinear`.
 
     Parameters
     ----------
     model : torch.nn.Module
-    example_input : torch.Tensor, tuple of such, or None
-        What the model takes: it is run with it before and after, in evaluation mode, and must give
-        the same up to rounding. That shows a model that uses the layers of an ``nn.Sequential`` in
+    example_input : torch.Tensor, tuple of torch.Tensor, or None
+        If set, the model is evaluated with this input before and after the change, and both results
+        must agree up to rounding. This finds models that use the layers of an ``nn.Sequential`` in
         other ways than one after the other.
 
     Returns
     -------
     Folding
-        Of layers with ablated neurons, those of ``nn.Linear`` being rows of zeros: how many were
-        removed, or why they were left.
+        The removed neurons of each layer, and why others were kept. The ablated neurons of an
+        ``nn.Linear`` are its rows of zeros.
 
     Raises
     ------
     SriglError
-        If the model gives something else for `example_input` afterwards; it is left as it was.
+        If the result for `example_input` differs. The model is not changed.
     ValueTypeError
-        If `model` is no module.
+        If `model` is not a module.
 
     Notes
     -----
-    Results differ by rounding alone. A row of the next layer that lost columns has others with
-    value 0 instead, so that a NaN or infinity in one of these does reach it. Layers that changed
-    are new ones, with new parameters.
+    Results differ by rounding only. A row of the next layer that lost a column has another one with
+    value 0, through which a NaN or an infinity can reach it. Changed layers have new parameters.
 
     Examples
     --------
@@ -115,8 +114,7 @@ def fold_ablated(model: Any, example_input: Any | None = None) -> Folding:
     >>> model[2].in_features
     2
     """
-    if not isinstance(model, nn.Module):
-        raise ValueTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     removed: dict[str, int] = {}
     left: dict[str, str] = {}
     changed: list[_Place] = []
@@ -127,8 +125,8 @@ def fold_ablated(model: Any, example_input: Any | None = None) -> Folding:
             if not ablated.any():
                 continue
             between, following = _following(chain, i)
-            why = _obstacle(ablated, place, between, following, uses)
-            if why is None and following is not None:
+            reason = _obstacle(ablated, place, between, following, uses)
+            if reason is None and following is not None:
                 constants = _constants(place.module, ablated, between)
                 if np.isfinite(constants).all():
                     place.module, following.module = (
@@ -138,20 +136,20 @@ def fold_ablated(model: Any, example_input: Any | None = None) -> Folding:
                     removed[place.name] = int(ablated.sum())
                     changed += [place, following]
                     continue
-                why = "as a bias of one is not finite"
-            left[place.name] = str(why)
-    for name, why in _elsewhere(model):
+                reason = "as the output of an ablated neuron is not finite"
+            left[place.name] = str(reason)
+    for name, reason in _outside_chains(model):
         if name not in removed:
-            left.setdefault(name, why)
+            left.setdefault(name, reason)
     _commit(model, changed, example_input)
     return Folding(removed, left)
 
 
-# ---------------------------------------------------------------- where
+# ---------------------------------------------------------------- chains of modules
 
 
 def _chains(model: Any) -> Iterator[list[_Place]]:
-    """Yield the modules of each outermost nn.Sequential in the order they are used."""
+    """Yield the modules of each outermost nn.Sequential in the order of their use."""
     modules = dict(model.named_modules())
     for name, module in modules.items():
         owner = modules[name.rpartition(".")[0]]
@@ -161,12 +159,12 @@ def _chains(model: Any) -> Iterator[list[_Place]]:
 
 
 def _is_chain(module: Any) -> bool:
-    """Whether a module does nothing but use its parts one after the other."""
+    """Return whether a module only calls its parts one after the other."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def _places(chain: Any, prefix: str) -> Iterator[_Place]:
-    # named_children() would leave out a module that is there for the second time.
+    # named_children() would leave out the second use of a module.
     for attribute, module in chain._modules.items():
         name = f"{prefix}.{attribute}" if prefix else attribute
         if _is_chain(module) and not has_hooks(module):
@@ -176,7 +174,7 @@ def _places(chain: Any, prefix: str) -> Iterator[_Place]:
 
 
 def _uses(model: Any) -> dict[int, int]:
-    """Return how often each module and parameter is there, by ``id``."""
+    """Return how often each module and parameter is used, by ``id``."""
     counts: dict[int, int] = {}
     parts = [m for _, m in model.named_modules(remove_duplicate=False)]
     parts += [p for _, p in model.named_parameters(remove_duplicate=False)]
@@ -186,7 +184,7 @@ def _uses(model: Any) -> dict[int, int]:
 
 
 def _following(chain: list[_Place], i: int) -> tuple[list[_Place], _Place | None]:
-    """Return the activations behind a place, and what is behind them."""
+    """Return the activations that follow a place, and the place after them."""
     j = i + 1
     while j < len(chain) and type(chain[j].module) in _ELEMENTWISE:
         j += 1
@@ -204,7 +202,7 @@ def _obstacle(
     if following is None:
         return "as no linear layer follows in its nn.Sequential"
     if type(following.module) not in (nn.Linear, CondensedLinear):
-        return f"as {following.name} ({type(following.module).__name__}) lies behind it"
+        return f"as {following.name} ({type(following.module).__name__}) follows it"
     if ablated.all():
         return "as none of its neurons is active"
     for part in (place, *between, following):
@@ -215,12 +213,12 @@ def _obstacle(
     for part in (place, following):
         counted = (part.module, *part.module.parameters())
         if any(uses.get(id(one), 1) > 1 for one in counted):
-            return f"as {part.name} is shared with another place of the model"
+            return f"as {part.name} is used more than once in the model"
     return None
 
 
-def _elsewhere(model: Any) -> Iterator[tuple[str, str]]:
-    """Yield the layers with ablated neurons, and why one that was in no chain is left."""
+def _outside_chains(model: Any) -> Iterator[tuple[str, str]]:
+    """Yield the layers with ablated neurons, and the reason to keep one that is in no chain."""
     inner: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, CondensedConv2d):
@@ -231,11 +229,11 @@ def _elsewhere(model: Any) -> Iterator[tuple[str, str]]:
             yield name, "as it is in no nn.Sequential"
 
 
-# ---------------------------------------------------------------- what
+# ---------------------------------------------------------------- new layers
 
 
 def _ablated(layer: Any) -> NDArray[np.bool_]:
-    """Return which neurons a layer computes nothing for, none if it is no linear layer."""
+    """Return which neurons of a linear layer are ablated; empty for other modules."""
     if type(layer) is CondensedLinear:
         ablated = np.ones(layer.out_features, np.bool_)
         ablated[layer.active[: layer.n_active].cpu().numpy()] = False
@@ -249,10 +247,9 @@ def _ablated(layer: Any) -> NDArray[np.bool_]:
 def _constants(
     layer: Any, ablated: NDArray[np.bool_], between: list[_Place]
 ) -> NDArray[np.float64]:
-    """Return what the ablated neurons give behind the activations."""
+    """Return the outputs of the ablated neurons after the activations."""
     with torch.no_grad():
-        values = layer.values if isinstance(layer, CondensedLinear) else layer.weight
-        bias = values.new_zeros(len(ablated)) if layer.bias is None else layer.bias
+        bias = weight_of(layer).new_zeros(len(ablated)) if layer.bias is None else layer.bias
         constants = bias[torch.from_numpy(ablated).to(bias.device)]
         activation = getattr(layer, "activation", None)
         if activation not in (None, "none"):
@@ -264,48 +261,46 @@ def _constants(
 
 
 def _without_neurons(layer: Any, ablated: NDArray[np.bool_]) -> Any:
-    """Return a layer with the active neurons alone."""
-    kept = torch.from_numpy(np.flatnonzero(~ablated))
-    bias = None if layer.bias is None else layer.bias.detach()[kept.to(layer.bias.device)]
+    """Return a layer without the ablated neurons."""
+    kept = torch.from_numpy(np.flatnonzero(~ablated)).to(weight_of(layer).device)
+    bias = None if layer.bias is None else layer.bias.detach()[kept]
     if isinstance(layer, nn.Linear):
-        return _linear_like(layer, layer.weight.detach()[kept.to(layer.weight.device)], bias)
+        return dense_like(layer, layer.weight.detach()[kept], bias)
     old = layer.to_condensed()
-    weight = CondensedWeight(
-        old.values, old.indices, np.arange(old.n_active), (old.n_active, old.shape[1])
-    )
+    shape = old.n_active, old.shape[1]
+    weight = CondensedWeight(old.values, old.indices, np.arange(old.n_active), shape)
     return _condensed_like(layer, weight, bias)
 
 
 def _without_inputs(layer: Any, dropped: NDArray[np.bool_], constants: NDArray[np.float64]) -> Any:
-    """Return a layer that has in its bias what the dropped inputs gave."""
+    """Return a layer without the dropped inputs; its bias has their contributions."""
     if isinstance(layer, nn.Linear):
         dense, device = layer.weight.detach(), layer.weight.device
         gone, kept = (torch.from_numpy(np.flatnonzero(d)).to(device) for d in (dropped, ~dropped))
-        given = dense[:, gone].double() @ torch.from_numpy(constants).to(device)
-        return _linear_like(layer, dense[:, kept], _raised(layer, given, dense.dtype))
+        addend = dense[:, gone].double() @ torch.from_numpy(constants).to(device)
+        return dense_like(layer, dense[:, kept], _with_addend(layer, addend))
     old = layer.to_condensed()
-    everyone = np.zeros(len(dropped))
-    everyone[dropped] = constants
-    given = np.zeros(old.shape[0])
-    goes = dropped[old.indices]
-    terms = np.where(goes, old.values.astype(np.float64) * everyone[old.indices], 0)
-    given[old.active] = terms.sum(axis=1)
-    weight = _repacked(old, dropped)
-    bias = _raised(layer, torch.from_numpy(given).to(layer.values.device), layer.values.dtype)
-    return _condensed_like(layer, weight, bias)
+    inputs = np.zeros(len(dropped))
+    inputs[dropped] = constants
+    is_dropped = dropped[old.indices]
+    terms = np.where(is_dropped, old.values.astype(np.float64) * inputs[old.indices], 0)
+    sums = np.zeros(old.shape[0])
+    sums[old.active] = terms.sum(axis=1)
+    addend = torch.from_numpy(sums).to(layer.values.device)
+    return _condensed_like(layer, _repacked(old, dropped), _with_addend(layer, addend))
 
 
-def _raised(layer: Any, given: Any, kind: Any) -> Any:
-    """Return a layer's bias with what is given to it, rounded once."""
+def _with_addend(layer: Any, addend: Any) -> Any:
+    """Return a layer's bias plus a float64 vector, rounded once."""
     if layer.bias is None:
-        return given.to(kind)
-    return (layer.bias.detach().double() + given).to(layer.bias.dtype)
+        return addend.to(weight_of(layer).dtype)
+    return (layer.bias.detach().double() + addend).to(layer.bias.dtype)
 
 
 def _repacked(old: CondensedWeight, dropped: NDArray[np.bool_]) -> CondensedWeight:
-    """Return a weight without the dropped columns, of the same fan-in if as many are left.
+    """Return a weight without the dropped columns, and with the same fan-in if enough are left.
 
-    A row that had a dropped column has the lowest one instead that it had not, with value 0.
+    In each row the lowest unused columns, with value 0, replace the dropped ones.
     """
     renumbered = np.cumsum(~dropped) - 1
     n_in = int(np.count_nonzero(~dropped))
@@ -324,54 +319,38 @@ def _repacked(old: CondensedWeight, dropped: NDArray[np.bool_]) -> CondensedWeig
     return CondensedWeight(values, indices, old.active, (old.shape[0], n_in))
 
 
-def _linear_like(layer: Any, weight: Any, bias: Any | None) -> Any:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.clone(), requires_grad=layer.weight.requires_grad)
-    return _with_bias(made, layer, layer.weight, bias)
-
-
 def _condensed_like(layer: Any, weight: CondensedWeight, bias: Any | None) -> Any:
-    device = layer.values.device
-    made = CondensedLinear.from_condensed(weight, activation=layer.activation, device=device)
-    made.values.requires_grad_(layer.values.requires_grad)
-    return _with_bias(made, layer, layer.values, bias)
+    options = {"activation": layer.activation, "device": layer.values.device}
+    return set_like(layer, CondensedLinear.from_condensed(weight, **options), bias)
 
 
-def _with_bias(made: Any, layer: Any, weight: Any, bias: Any | None) -> Any:
-    if bias is not None:
-        like = weight if layer.bias is None else layer.bias
-        made.bias = nn.Parameter(bias.clone(), requires_grad=like.requires_grad)
-    return made.train(layer.training)
-
-
-# ---------------------------------------------------------------- putting them in
+# ---------------------------------------------------------------- replacement and check
 
 
 def _commit(model: Any, changed: list[_Place], example_input: Any | None) -> None:
-    """Put new layers in place, and the old ones back if the model gives something else then."""
+    """Replace layers, and undo it if the result for `example_input` differs."""
     before = [(p.owner, p.attribute, getattr(p.owner, p.attribute)) for p in changed]
-    wanted = None if example_input is None else _result(model, example_input)
+    expected = None if example_input is None else _result(model, example_input)
     for place in changed:
         setattr(place.owner, place.attribute, place.module)
     if example_input is None:
         return
     try:
-        got = _result(model, example_input)
-        why = _difference(got, wanted)
-    except Exception as error:  # a model may raise whatever it likes
-        why = f"fails on example_input ({type(error).__name__}: {error})"
-    if why:
+        difference = _difference(_result(model, example_input), expected)
+    except Exception as error:  # a model may raise anything
+        difference = f"fails on example_input ({type(error).__name__}: {error})"
+    if difference:
         for owner, attribute, module in before:
             setattr(owner, attribute, module)
         raise SriglError(
-            f"the model {why} with the ablated neurons of its nn.Sequentials removed, so it uses "
-            f"their layers in other ways than one after the other; it is left as it was"
+            f"the model {difference} without the ablated neurons of its nn.Sequentials, so it uses "
+            f"their layers in other ways than one after the other; it was not changed"
         )
 
 
 def _result(model: Any, example_input: Any) -> Any:
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    # Copies, since a model may write to what it is given, and is run twice.
+    # The model runs twice and may write to its inputs.
     inputs = tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in inputs)
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -382,21 +361,21 @@ def _result(model: Any, example_input: Any) -> Any:
             module.training = mode
 
 
-def _difference(got: Any, wanted: Any) -> str:
-    """Say how two results differ by more than rounding does, or nothing."""
-    if isinstance(wanted, Mapping):
-        got, wanted = ([result[key] for key in wanted] for result in (got, wanted))
-    if isinstance(wanted, tuple | list):
-        return next(filter(None, map(_difference, got, wanted)), "")
-    if not isinstance(wanted, torch.Tensor) or not wanted.is_floating_point():
+def _difference(result: Any, expected: Any) -> str:
+    """Describe a difference that exceeds rounding, or return an empty string."""
+    if isinstance(expected, Mapping):
+        result, expected = ([part[key] for key in expected] for part in (result, expected))
+    if isinstance(expected, tuple | list):
+        return next(filter(None, map(_difference, result, expected)), "")
+    if not isinstance(expected, torch.Tensor) or not expected.is_floating_point():
         return ""
-    if got.shape != wanted.shape:
-        return f"gives a result of shape {tuple(got.shape)} instead of {tuple(wanted.shape)}"
-    differs = (got != wanted) & ~(got.isnan() & wanted.isnan())
+    if result.shape != expected.shape:
+        return f"gives a result of shape {tuple(result.shape)} instead of {tuple(expected.shape)}"
+    differs = (result != expected) & ~(result.isnan() & expected.isnan())
     if not differs.any():
         return ""
-    # Rounding is known to be relative to what is summed, not to the result: far less than this.
-    scale = float(wanted[wanted.isfinite()].abs().max()) if wanted.isfinite().any() else 1.0
-    allowed = torch.finfo(wanted.dtype).eps ** 0.5 * max(1.0, scale)
-    far = float((got.double() - wanted.double())[differs].abs().max())
-    return "" if far <= allowed else f"gives a result that differs by {far:.3g}"
+    # A generous bound: rounding errors are relative to the terms of sums, not to the results.
+    scale = float(expected[expected.isfinite()].abs().max()) if expected.isfinite().any() else 1.0
+    allowed = torch.finfo(expected.dtype).eps ** 0.5 * max(1.0, scale)
+    largest = float((result.double() - expected.double())[differs].abs().max())
+    return "" if largest <= allowed else f"gives a result that differs by {largest:.3g}"

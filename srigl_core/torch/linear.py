@@ -22,10 +22,10 @@ from srigl_core.torch.ops import condensed_inference, condensed_linear
 from srigl_core.torch.packing import condensed_weight
 from srigl_core.torch.tensors import as_numpy, from_numpy, numpy_dtype, torch_dtype
 
-__all__ = ["ACTIVATION_FUNCTIONS", "CondensedLinear"]
+__all__ = ["ACTIVATION_FUNCTIONS", "CondensedLinear", "dense_like", "set_like", "weight_of"]
 
 _MOST = 2**31 - 1
-"""What the indices, which PyTorch cannot index with as unsigned ones, can number."""
+"""The indices are int32, because PyTorch cannot index with unsigned integers."""
 
 _FUSED = {
     "relu": nn.functional.relu,
@@ -37,61 +37,59 @@ ACTIVATION_FUNCTIONS = {
     name: _FUSED.get(name, partial(activation.formula, xp=torch))
     for name, activation in ACTIVATIONS.items()
 }
-"""PyTorch's own functions where it has them, else the formulas of the table."""
+"""PyTorch's own functions where it has them, otherwise the formulas of the table."""
 
 
 class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
-    """A linear layer with a constant number of inputs at every active neuron, and no dense weight.
+    """A linear layer with constant fan-in and without a dense weight.
 
-    ``y = activation(x @ (W * M).T + bias)``, from the connected inputs only. It is trained as any
-    layer is, and has no dense gradient either; `srigl_core.torch.SRigL` moves its connections.
-    Every tensor keeps its shape whatever the mask, so that an optimiser's state, a compiled graph
-    and `DistributedDataParallel` outlive a mask update.
+    It computes ``y = activation(x @ (W * M).T + bias)`` from the connected inputs only. Any
+    optimiser can train it, and no dense gradient is computed. `srigl_core.torch.SRigL` moves its
+    connections. All tensors keep their shapes when the mask changes, so optimiser state, compiled
+    graphs and `DistributedDataParallel` stay valid.
 
     Parameters
     ----------
     in_features, out_features : int
     nnz_budget : int or None
-        Weights to make room for, B. Give this, `sparsity` or `fan_in`.
+        Length of `values`, B. Exactly one of `nnz_budget`, `sparsity` and `fan_in` must be set.
     sparsity : float or None
-        In [0, 1): the budget is that of `srigl_core.reference.nnz_budget`.
+        In [0, 1). The budget follows by `srigl_core.reference.nnz_budget`.
     fan_in : int or None
-        The budget is as many for every neuron.
+        The budget is ``out_features * fan_in``.
     bias : bool
     activation : str or None
-        One of `srigl_core.contract.ACTIVATIONS`. Where no gradient is asked for it is computed in
-        the product's kernel.
+        One of `srigl_core.contract.ACTIVATIONS`. The product's kernel applies it if no gradient is
+        recorded.
     device : torch.device or None
     dtype : torch.dtype or None
         float16, bfloat16, float32 or float64.
     rng : numpy.random.Generator, int or None
-        Draws connections and values, or seeds what does; None draws a seed from PyTorch's
+        Generator or seed for the connections and the values. None draws a seed from PyTorch's
         generator.
 
     Attributes
     ----------
     values : torch.nn.Parameter, (nnz_budget,)
-        The active weights row by row, ``n_active * fan_in`` of them; behind them zeros, whose
-        gradient is zero.
+        The ``n_active * fan_in`` active weights row by row, then zeros, whose gradient is zero.
     indices : torch.Tensor of int32, (nnz_budget,)
-        The values' column numbers, ascending within a row; zeros behind them.
+        The column of each value, ascending within a row, then zeros.
     active : torch.Tensor of int32, (out_features,)
-        The rows that are not ablated, ascending; behind them -1.
+        The rows that are not ablated, ascending, then -1.
     counts : torch.Tensor of int64, (2,)
-        n_active and the fan-in.
+        The number of active neurons and the fan-in.
     bias : torch.nn.Parameter, (out_features,), or None
 
     Raises
     ------
     SriglError
-        If a number is out of range, or not exactly one of the budgets is given.
+        If a number is out of range, or not exactly one of the budgets is set.
 
     Notes
     -----
-    SPEC 1 and 2. Initial values and bias are uniform within ``sqrt(1 / fan_in)`` (SPEC 5), which
-    is how `torch.nn.Linear` draws them, of the inputs that there are. What a backend makes of the
-    tensors is kept for as long as they are unchanged: what that means for writes through ``.data``
-    is said in `srigl_core.torch.packing`.
+    SPEC 1 and 2. Initial values and biases are uniform within ``sqrt(1 / fan_in)`` (SPEC 5), as in
+    `torch.nn.Linear`. Packed layouts are cached until a tensor changes; see
+    `srigl_core.torch.packing` for writes through ``.data``.
 
     Examples
     --------
@@ -147,12 +145,12 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
         self.register_parameter("bias", None if numbers is None else nn.Parameter(numbers))
 
     def reset_parameters(self, rng: np.random.Generator | int | None = None) -> None:
-        """Draw connections, values and bias anew; all neurons are active then.
+        """Draw connections, values and bias. All neurons become active.
 
         Parameters
         ----------
         rng : numpy.random.Generator, int or None
-            As the constructor's.
+            As in the constructor.
         """
         if rng is None:
             rng = int(torch.randint(2**63 - 1, ()))
@@ -179,7 +177,7 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
         activation: str | None = None,
         device: Any | None = None,
     ) -> CondensedLinear:
-        """Return a layer with a condensed weight's connections and values.
+        """Return a layer with the connections and values of a condensed weight.
 
         Parameters
         ----------
@@ -187,14 +185,14 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
         bias : torch.Tensor or array, (n_out,), or None
             Copied.
         nnz_budget : int or None
-            Weights to make room for; None is as many as there are.
+            Length of `values`; None is the weight's number of values.
         activation : str or None
         device : torch.device or None
 
         Raises
         ------
         SriglError
-            If `weight` has more than `nnz_budget` values, or `bias` another shape.
+            If `weight` has more than `nnz_budget` values, or `bias` has the wrong shape.
         """
         check_condensed(weight)
         n_out, n_in = weight.shape
@@ -217,74 +215,64 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
     ) -> CondensedLinear:
         """Return a layer with the weights of `linear` where `mask` is True.
 
-        Device, dtype, mode and what requires a gradient are kept; numbers are copied.
+        Device, dtype, mode and `requires_grad` are kept; numbers are copied.
 
         Parameters
         ----------
         linear : torch.nn.Linear
         mask : torch.Tensor or ndarray of bool, (out_features, in_features)
-            Constant fan-in: every row has the same number of True, or none.
+            A constant fan-in mask: each row has the same number of True, or none.
         nnz_budget : int or None
-            Weights to make room for; None is as many as there are.
+            Length of `values`; None is the mask's number of True.
 
         Raises
         ------
         SriglError
-            If `mask` is not constant fan-in; says which rows are not.
+            If `mask` is not constant fan-in. The message names the rows.
         ValueTypeError
-            If `linear` is no linear layer, or `mask` not of bool.
+            If `linear` is not a linear layer, or `mask` is not bool.
         """
         if not isinstance(linear, nn.Linear):
             raise ValueTypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         mask = as_numpy(mask) if isinstance(mask, torch.Tensor) else mask
         weight = CondensedWeight.from_dense(as_numpy(linear.weight), mask)
-        layer = cls.from_condensed(
-            weight, linear.bias, nnz_budget=nnz_budget, device=linear.weight.device
-        )
-        layer.values.requires_grad_(linear.weight.requires_grad)
-        if layer.bias is not None:
-            layer.bias.requires_grad_(linear.bias.requires_grad)
-        layer.train(linear.training)
+        layer = cls.from_condensed(weight, nnz_budget=nnz_budget, device=linear.weight.device)
+        set_like(linear, layer, _copy(linear.bias))
         return layer
 
     def to_linear(self) -> Any:
-        """Return a `torch.nn.Linear` with the masked dense weight; it has no activation.
+        """Return a `torch.nn.Linear` with the masked dense weight and without an activation.
 
-        Device, dtype, mode and what requires a gradient are kept; numbers are copied.
+        Device, dtype, mode and `requires_grad` are kept; numbers are copied.
         """
         dense = self.values.new_zeros((self.out_features, self.in_features))
         rows, columns, n_used = self._places()
         dense[rows, columns] = self.values.detach()[:n_used].view(columns.shape)
-        linear = nn.Linear(*dense.shape[::-1], bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(dense, requires_grad=self.values.requires_grad)
-        if self.bias is not None:
-            copy = self.bias.detach().clone()
-            linear.bias = nn.Parameter(copy, requires_grad=self.bias.requires_grad)
-        return linear.train(self.training)
+        return dense_like(self, dense, _copy(self.bias))
 
     def to_condensed(self) -> CondensedWeight:
-        """Return connections and values, a copy in the host's memory."""
+        """Return a copy of connections and values in the host's memory."""
         buffers = self.indices, self.active, self.counts
         return condensed_weight(self.values, *buffers, self.in_features)
 
     def load_condensed_(self, weight: CondensedWeight) -> None:
-        """Take over connections and values, in place: no tensor is replaced.
+        """Copy connections and values into the layer's tensors.
 
         Parameters
         ----------
         weight : CondensedWeight, (out_features, in_features)
-            Rounded to the values' dtype.
+            Rounded to the dtype of `values`.
 
         Raises
         ------
         SriglError
-            If its shape differs, or it has more than `nnz_budget` values; nothing is changed.
+            If its shape differs, or it has more than `nnz_budget` values. The layer is not changed.
         """
         check_condensed(weight)
         if weight.shape != (self.out_features, self.in_features) or weight.nnz > self.nnz_budget:
             raise SriglError(
                 f"{weight!r} does not fit a layer of shape {(self.out_features, self.in_features)} "
-                f"with room for {self.nnz_budget} values; make one with from_condensed"
+                f"with room for {self.nnz_budget} values; make a layer with from_condensed"
             )
         parts = (
             (self.values, from_numpy(weight.values.reshape(-1)), 0),
@@ -299,7 +287,7 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
 
     @property
     def nnz_budget(self) -> int:
-        """Number of weights that there is room for, B."""
+        """Length of `values`, B."""
         return int(self.values.shape[0])
 
     @property
@@ -322,7 +310,7 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
         return mask
 
     def _places(self) -> tuple[Any, Any, int]:
-        """Return the rows and columns of the connections, to index with, and their number."""
+        """Return rows and columns of the connections, for indexing, and their number."""
         n_active, fan_in = self.counts.tolist()
         rows = self.active[:n_active].long()[:, None]
         columns = self.indices[: n_active * fan_in].long().view(n_active, fan_in)
@@ -330,7 +318,7 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
 
     def forward(self, x: Any) -> Any:
         """Return the product with `x`, (..., in_features), as (..., out_features)."""
-        buffers = self._buffers  # an attribute that is a tensor takes long to find
+        buffers = self._buffers  # faster than attribute access
         tensors = (
             x,
             self.values,
@@ -347,22 +335,17 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
 
     def extra_repr(self) -> str:
         """Return sizes, activation and whether there is a bias."""
-        facts: dict[str, object] = {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-        }
-        if not self.counts.is_meta:
-            facts |= {"fan_in": self.fan_in, "n_active": self.n_active}
-        facts |= {"nnz_budget": self.nnz_budget, "bias": self.bias is not None}
-        if self.activation is not None:
-            facts["activation"] = self.activation
-        return ", ".join(f"{name}={value}" for name, value in facts.items())
+        names = ["in_features", "out_features"]
+        names += [] if self.counts.is_meta else ["fan_in", "n_active"]
+        sizes = [f"{name}={getattr(self, name)}" for name in [*names, "nnz_budget"]]
+        activation = [] if self.activation is None else [f"activation={self.activation}"]
+        return ", ".join([*sizes, f"bias={self.bias is not None}", *activation])
 
     def _replicate_for_data_parallel(self) -> Any:
         if torch.is_grad_enabled() and is_capturing(self.indices):
             raise SriglError(
-                "the mask update needs what passes a layer, and does not see replicas of it; use "
-                "DistributedDataParallel in place of DataParallel, or train masked"
+                "a mask update needs the layer's inputs and gradients, but does not see those of "
+                "replicas; use DistributedDataParallel in place of DataParallel, or train masked"
             )
         return super()._replicate_for_data_parallel()
 
@@ -371,24 +354,47 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _check_state(self, state: Any, prefix: str) -> None:
-        """Raise SriglError if loading `state` would leave the layer without a valid mask."""
-        own = {**self._parameters, **self._buffers}
-        coming: dict[str, Any] = {}
-        for name, tensor in own.items():
-            found = coming[name] = state.get(prefix + name, tensor)
-            if found is not None and tensor is not None and found.shape != tensor.shape:
+        """Raise SriglError if the layer would have no valid mask after loading `state`."""
+        tensors: dict[str, Any] = {}
+        for name, own in {**self._parameters, **self._buffers}.items():
+            new = tensors[name] = state.get(prefix + name, own)
+            if new is not None and own is not None and new.shape != own.shape:
                 raise SriglError(
-                    f"{prefix + name} of the state has shape {tuple(found.shape)}, but the layer's "
-                    f"has {tuple(tensor.shape)}; make the layer with the same features and "
-                    f"nnz_budget"
+                    f"{prefix + name} of the state has shape {tuple(new.shape)}, but the layer's "
+                    f"has {tuple(own.shape)}; make the layer with the same features and nnz_budget"
                 )
-        del coming["bias"]
-        if any(tensor.is_meta for tensor in coming.values()):
+        del tensors["bias"]
+        if any(tensor.is_meta for tensor in tensors.values()):
             return
         try:
-            condensed_weight(**coming, n_in=self.in_features)
+            condensed_weight(**tensors, n_in=self.in_features)
         except SriglError as error:
             raise SriglError(f"the state has no valid mask, {prefix}{error}") from error
+
+
+def weight_of(layer: Any) -> Any:
+    """Return the weight parameter of a condensed or a dense linear layer."""
+    return layer.values if isinstance(layer, CondensedLinear) else layer.weight
+
+
+def set_like(source: Any, layer: Any, bias: Any | None) -> Any:
+    """Set the bias of a new linear layer, and its mode and `requires_grad` to those of `source`."""
+    weight_of(layer).requires_grad_(weight_of(source).requires_grad)
+    if bias is not None:
+        trained = weight_of(source) if source.bias is None else source.bias
+        layer.bias = nn.Parameter(bias, requires_grad=trained.requires_grad)
+    return layer.train(source.training)
+
+
+def dense_like(source: Any, weight: Any, bias: Any | None) -> Any:
+    """Return an ``nn.Linear`` with mode and `requires_grad` of `source`."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight)
+    return set_like(source, linear, bias)
+
+
+def _copy(bias: Any | None) -> Any | None:
+    return None if bias is None else bias.detach().clone()
 
 
 def _checked_budget(
@@ -400,13 +406,13 @@ def _checked_budget(
     *,
     least: int | None = None,
 ) -> int:
-    """Return how many values to make room for; by default enough for every neuron."""
+    """Check sizes and budgets, and return the number of values, at least `least` or `n_out`."""
     check_integer(n_in, "in_features", least=1, most=_MOST)
     check_integer(n_out, "out_features", least=1, most=_MOST)
     if (nnz_budget is not None) + (sparsity is not None) + (fan_in is not None) != 1:
         raise SriglError(
-            f"nnz_budget={nnz_budget!r}, sparsity={sparsity!r} and fan_in={fan_in!r}: give "
-            f"exactly one of them"
+            f"nnz_budget={nnz_budget!r}, sparsity={sparsity!r} and fan_in={fan_in!r}: exactly one "
+            f"of them must be set"
         )
     if fan_in is not None:
         return n_out * check_integer(fan_in, "fan_in", least=1, most=n_in)

@@ -1,10 +1,9 @@
-"""Masked training: dense weights and gradients that are zero where the mask is."""
+"""Masked training: dense weights and gradients that are zero where the mask is False."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,16 +19,13 @@ from srigl_core.errors import BackendUnavailableError, SriglError
 from srigl_core.reference.init import sparse_init
 from srigl_core.torch.optimizer_state import remap_state
 from srigl_core.torch.targets import Target
-from srigl_core.torch.tensors import as_numpy, from_numpy
+from srigl_core.torch.tensors import as_numpy, from_numpy, on_device_of
 
 __all__ = ["MaskedLayers", "update_backend"]
 
 
 def update_backend(targets: dict[str, Target]) -> Backend | None:
-    """Return a backend that updates weights on their CUDA device; None if there is none.
-
-    The weights must all be on one device.
-    """
+    """Return a backend for weights that are all on one CUDA device, or None."""
     parameters = [target.parameter for target in targets.values()]
     if any(device_of(p) != "cuda" or p.device != parameters[0].device for p in parameters):
         return None
@@ -40,7 +36,7 @@ def update_backend(targets: dict[str, Target]) -> Backend | None:
 
 
 class MaskedLayers:
-    """The sparse weights of a model, masked.
+    """The masked weights of a model.
 
     Parameters
     ----------
@@ -61,14 +57,13 @@ class MaskedLayers:
         self._hidden: dict[str, Any] = {}
 
     def attach(self, init: str | None, rng: np.random.Generator) -> None:
-        """Mask the weights, having drawn them anew if asked to."""
-        for name, target in self._targets.items():
-            if init is not None:
-                mask = self._trainer_mask(name)
-                drawn = sparse_init(mask, init, rng=rng, dtype=np.float64)
+        """Mask the weights; draw new ones first if `init` is not None."""
+        if init is not None:
+            for name, target in self._targets.items():
+                drawn = sparse_init(self._trainer_mask(name), init, rng=rng, dtype=np.float64)
                 with torch.no_grad():
                     target.parameter.copy_(torch.from_numpy(drawn))
-        self._take_over_masks()
+        self._copy_masks()
         self._mask_weights()
 
     def mask(self, name: str) -> Any:
@@ -83,7 +78,7 @@ class MaskedLayers:
         }
 
     def after_backward(self, loss_scale: float) -> None:
-        """Hand dense gradients, unscaled by now, to the trainer if it needs them; mask them."""
+        """Pass the dense gradients to the trainer if it needs them, then mask them."""
         sparse = [self._targets[name] for name in self.trainer.sparse_layers]
         for target in sparse:
             target.check_in_place(self._model)
@@ -97,12 +92,12 @@ class MaskedLayers:
             if gradient is None:
                 continue
             if self.trainer.needs_grad:
-                with _on_device_of(gradient):
+                with on_device_of(gradient):
                     self.trainer.accumulate(target.name, self._for_trainer(gradient))
             gradient.masked_fill_(self._no_gradient[target.name], 0)
 
     def step(self) -> Mapping[str, MaskUpdate]:
-        """Mask the weights, and update masks, weights and optimiser state if an update is due."""
+        """Mask the weights. If an update is due, update masks, weights and optimiser state."""
         for target in self._targets.values():
             target.check_in_place(self._model)
         self._hide_weights()
@@ -113,62 +108,63 @@ class MaskedLayers:
                 weight = target.parameter.detach()
                 hidden = self._hidden.get(name)
                 weights[name] = self._for_trainer(weight if hidden is None else weight + hidden)
-        with _on_device_of(next(iter(self._targets.values())).parameter):
+        with on_device_of(next(iter(self._targets.values())).parameter):
             updates = self.trainer.step(weights)
         if updates:
             before = dict(self._no_gradient)
-            self._take_over_masks()
+            self._copy_masks()
             for name, update in updates.items():
-                parameter = self._targets[name].parameter
-                weight = update.weight
-                weight = from_numpy(weight) if isinstance(weight, np.ndarray) else weight
+                parameter, weight = self._targets[name].parameter, update.weight
                 with torch.no_grad():
-                    parameter.copy_(weight)
-                gone = before[name] | self._no_gradient[name]
-                remap_state(self._optimizer, parameter, partial(_zeroed, gone))
+                    parameter.copy_(
+                        from_numpy(weight) if isinstance(weight, np.ndarray) else weight
+                    )
+                reset = before[name] | self._no_gradient[name]
+                remap_state(self._optimizer, parameter, partial(_zeroed, reset))
             self._hidden.clear()
             self._hide_weights()
             self._mask_weights()
         return updates
 
     def discard_step(self) -> None:
-        """Take nothing of a step that the optimiser skips."""
+        """Do nothing: a skipped step leaves no gradients here."""
 
     def detach(self) -> None:
-        """Let go of the model, in which nothing was put."""
+        """Do nothing: the model holds no reference to this object."""
 
     def discard_gradients(self) -> None:
-        """Forget the window's gradients."""
+        """Discard the gradients of the window."""
         self.trainer.discard_gradients()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the trainer's state; weights and optimiser state are the caller's."""
+        """Return the trainer's state and the hidden weights."""
         state = self.trainer.state_dict()
         if self._hidden:
             state["hidden"] = {name: as_numpy(part) for name, part in self._hidden.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a trainer's state, and mask the weights by it."""
+        """Load the trainer's state, and mask the weights."""
         self.trainer.load_state_dict(state)
         self._hidden = {
             name: from_numpy(part).to(self._targets[name].parameter)
             for name, part in state.get("hidden", {}).items()
         }
-        self._take_over_masks()
+        self._copy_masks()
         self._mask_weights()
 
     def _for_trainer(self, tensor: Any) -> Any:
-        """Return a tensor itself, or as an array on the host if the trainer is there."""
+        """Return a tensor, as a NumPy array if the trainer computes on another device."""
         return tensor if self.trainer.device == device_of(tensor) else as_numpy(tensor)
 
     def _trainer_mask(self, name: str) -> Any:
-        """Return a mask of the trainer as a NumPy array."""
+        """Return the trainer's mask of a layer as a NumPy array."""
         mask = self.trainer.masks[name]
         like = self._targets[name].parameter
         return mask if isinstance(mask, np.ndarray) else as_numpy(_as_tensor(mask, like))
 
-    def _take_over_masks(self) -> None:
+    def _copy_masks(self) -> None:
+        """Copy the trainer's masks to tensors on the devices of the weights."""
         for name, target in self._targets.items():
             like = target.parameter
             mask, backward = self.trainer.masks[name], self.trainer.backward_mask(name)
@@ -181,7 +177,7 @@ class MaskedLayers:
                 target.parameter.masked_fill_(self._inactive[name], 0)
 
     def _hide_weights(self) -> None:
-        """Move weights that only the backward pass uses out of the parameters."""
+        """Move weights that only the backward pass uses from the parameters to `_hidden`."""
         for name, target in self._targets.items():
             if self._no_gradient[name] is not self._inactive[name]:
                 trained = target.parameter.detach().masked_fill(~self._inactive[name], 0)
@@ -194,9 +190,5 @@ def _as_tensor(mask: Any, like: Any) -> Any:
     return library_of(like).to_caller(mask, like).to(like.device)
 
 
-def _on_device_of(tensor: Any) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def _zeroed(where: Any, held: Any) -> Any:
-    return held.masked_fill(where, 0)
+def _zeroed(where: Any, state: Any) -> Any:
+    return state.masked_fill(where, 0)

@@ -1,4 +1,4 @@
-"""What a model's condensed layers are, and what they save."""
+"""The sizes and expected speed-ups of a model's condensed layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from srigl_core.torch.replacement import condensed_modules, linear_of
 __all__ = ["BATCHES", "LayerReport", "ModelReport", "report"]
 
 BATCHES = (1, 64)
-"""Rows of a product for which a speed-up is told."""
+"""The batch sizes of the reported speed-ups."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class LayerReport:
     ----------
     name : str
     shape : tuple of int
-        Of the dense weight, (n_out, n_in); of a convolution, flattened.
+        Shape of the dense weight, (n_out, n_in); that of a convolution is flattened.
     sparsity : float
         Share of the dense weight that is inactive.
     fan_in, n_active : int
     condensed_bytes, dense_bytes : int
-        Of the weight, as `srigl_core.CondensedWeight.memory_report` counts them.
+        Bytes of the weight, as in `srigl_core.CondensedWeight.memory_report`.
     speed_ups : tuple of float or None
-        How many times faster than the masked dense product it is expected to be with one thread, by
-        the model of `srigl_core.recommend`, for each of `BATCHES`; below 1 dense is faster. None
-        where the backend has no such model, and off the CPU. An image is as many rows of a
-        convolution's product as its result has places.
+        Expected speed-up over the masked dense product with one thread, for each of `BATCHES`, by
+        the model of `srigl_core.recommend`. Below 1 the dense product is faster. None if the
+        backend has no model, or on another device than the CPU. In a convolution each place of the
+        result is a row of the product.
     """
 
     name: str
@@ -65,7 +65,7 @@ class ModelReport:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes that they would have dense."""
+        """Bytes of the dense weights."""
         return sum(layer.dense_bytes for layer in self.layers)
 
     def __str__(self) -> str:
@@ -91,24 +91,22 @@ class ModelReport:
             )
         total = f"{self.condensed_bytes:,}", f"{self.dense_bytes:,}"
         table.append(("total", "", "", "", "", *total, *("" for _ in BATCHES)))
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in table
-        )
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = []
+        for row in table:
+            cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
+        return "\n".join(lines)
 
 
 def report(model: Any, *, backend: str | Backend | None = None) -> ModelReport:
-    """Return what a model's condensed layers are and what they save; print it for a table.
+    """Return sizes and expected speed-ups of a model's condensed layers; print it for a table.
 
     Parameters
     ----------
     model : torch.nn.Module
     backend : str, Backend or None
-        Whose speed to tell, as in `srigl_core.get_backend`.
+        The backend of the speed-ups, as in `srigl_core.get_backend`.
 
     Returns
     -------
@@ -117,7 +115,7 @@ def report(model: Any, *, backend: str | Backend | None = None) -> ModelReport:
     Raises
     ------
     ValueTypeError
-        If `model` is no module.
+        If `model` is not a module.
     """
     layers = condensed_modules(model)
     return ModelReport(

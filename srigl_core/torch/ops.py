@@ -1,17 +1,17 @@
 """The condensed product as PyTorch operators: kernels, fake kernels, gradients and autocast.
 
 - ``srigl_core::condensed_linear`` has a gradient.
-- ``srigl_core::condensed_linear_backward`` is that gradient, and has one as well.
-- ``srigl_core::condensed_inference`` applies the activation in the kernel and has no gradient. An
-  operator with a gradient of its own takes twice as long to reach its kernel.
+- ``srigl_core::condensed_linear_backward`` is that gradient. It has a gradient, too.
+- ``srigl_core::condensed_inference`` applies the activation in the kernel and has no gradient. This
+  halves the time to reach the kernel.
 
-Every tensor of a layer keeps its shape whatever the mask, so that compiled graphs stay valid.
+All tensors of a layer keep their shapes when the mask changes, so compiled graphs stay valid. The
+kernels take the arguments of the schemas, in their order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,18 +21,17 @@ from srigl_core._product_spec import gradient_specs, product_spec
 from srigl_core.contract import MatmulGradients
 from srigl_core.torch import capture
 from srigl_core.torch.packing import Packing, packing_of
-from srigl_core.torch.tensors import as_numpy, numpy_dtype, spec_of, torch_dtype
+from srigl_core.torch.tensors import as_numpy, numpy_dtype, on_device_of, spec_of, torch_dtype
 
 __all__ = ["condensed_inference", "condensed_linear", "condensed_linear_backward"]
 
 _WEIGHT = "Tensor values, Tensor indices, Tensor active, Tensor counts"
 _TAGS = (
     torch.Tag.pt2_compliant_tag,
-    torch.Tag.flexible_layout,  # any strides are taken: none need to be changed for us
-    # A captured graph would go on with values put in order when it was captured.
+    torch.Tag.flexible_layout,  # inputs may have any strides
+    # A captured graph would keep using the layout that was packed when it was captured.
     torch.Tag.cudagraph_unsafe,
 )
-_ON_CPU = nullcontext()
 _HALVES = {torch.float16, torch.bfloat16}
 _FLOATS = {*_HALVES, torch.float32, torch.float64}
 
@@ -58,27 +57,19 @@ condensed_inference = torch.ops.srigl_core.condensed_inference.default
 # ---------------------------------------------------------------- forward
 
 
-def _multiply(
-    x: Any,
-    values: Any,
-    indices: Any,
-    active: Any,
-    counts: Any,
-    bias: Any | None,
-    in_features: int,
-    activation: str = "none",
-) -> Any:
+def _multiply(x: Any, *layer: Any) -> Any:
     """Return the product in a new tensor: the kernel of CPU and CUDA."""
-    y = _empty_product(x, values, indices, active, counts, bias, in_features, activation)
+    y = _empty_product(x, *layer)
+    values, indices, active, counts, bias, in_features, *activation = layer
     if y.numel():
-        with _on_device_of(x):
+        with on_device_of(x):
             packing = packing_of(values, indices, active, counts, in_features)
             threads = torch.get_num_threads()
             try:
                 packing.plan.write_product(
                     _rows(_as_array(x, "x", packing)),
                     None if bias is None else _as_array(bias, "bias", packing),
-                    activation=activation,
+                    activation=activation[0] if activation else "none",
                     out=_rows(_as_array(y, "y", packing)),
                     threads=threads,
                 )
@@ -87,23 +78,15 @@ def _multiply(
     return y
 
 
-def _empty_product(
-    x: Any,
-    values: Any,
-    indices: Any,
-    active: Any,
-    counts: Any,
-    bias: Any | None,
-    in_features: int,
-    activation: str = "none",
-) -> Any:
+def _empty_product(x: Any, *layer: Any) -> Any:
     """Check the arguments and return an empty result: the kernel of fake tensors."""
+    values, _, active, _, bias, in_features, *activation = layer
     spec = product_spec(
         spec_of(x, "x"),
         (active.shape[0], in_features),
         numpy_dtype(values.dtype, "values"),
         bias_shape=None if bias is None else bias.shape,
-        activation=activation,
+        activation=activation[0] if activation else "none",
     )
     return x.new_empty(spec.shape, dtype=torch_dtype(spec.dtype))
 
@@ -111,30 +94,17 @@ def _empty_product(
 # ---------------------------------------------------------------- backward
 
 
-def _gradients(
-    grad: Any,
-    x: Any,
-    values: Any,
-    indices: Any,
-    active: Any,
-    counts: Any,
-    in_features: int,
-    needs_x: bool,
-    needs_values: bool,
-    needs_bias: bool,
-) -> tuple[Any, Any, Any]:
+def _gradients(grad: Any, x: Any, *layer: Any) -> tuple[Any, Any, Any]:
     """Return new tensors with the gradients: the kernel of CPU and CUDA."""
-    needs = needs_x, needs_values, needs_bias
-    dx, dvalues, dbias = results = _empty_gradients(
-        grad, x, values, indices, active, counts, in_features, *needs
-    )
+    dx, dvalues, dbias = results = _empty_gradients(grad, x, *layer)
+    values, indices, active, counts, in_features, needs_x, needs_values, needs_bias = layer
     if needs_values:
         capture.record(indices, x, grad)
     if not grad.numel():
         for result in results:
             result.zero_()
         return results
-    with _on_device_of(grad):
+    with on_device_of(grad):
         packing = packing_of(values, indices, active, counts, in_features)
         weight = packing.weight
         dvalues[weight.nnz :].zero_()
@@ -145,28 +115,18 @@ def _gradients(
             _as_array(dbias, "dbias", packing) if needs_bias else None,
         )
         rows = _rows(_as_array(x, "x", packing)) if needs_values else None
-        flat = _rows(_as_array(grad, "grad", packing))
+        grad_rows = _rows(_as_array(grad, "grad", packing))
         threads = torch.get_num_threads()
         try:
-            packing.plan.write_gradients(flat, rows, out=out, threads=threads)
+            packing.plan.write_gradients(grad_rows, rows, out=out, threads=threads)
         finally:
             _restore_threads(threads)
     return results
 
 
-def _empty_gradients(
-    grad: Any,
-    x: Any,
-    values: Any,
-    indices: Any,
-    active: Any,
-    counts: Any,
-    in_features: int,
-    needs_x: bool,
-    needs_values: bool,
-    needs_bias: bool,
-) -> tuple[Any, Any, Any]:
-    """Check the arguments and return the gradients' tensors; without elements if not needed."""
+def _empty_gradients(grad: Any, x: Any, *layer: Any) -> tuple[Any, Any, Any]:
+    """Check the arguments and return the gradients' tensors, empty if they are not needed."""
+    values, _, active, _, in_features, needs_x, needs_values, needs_bias = layer
     gradient_specs(
         spec_of(grad, "grad"),
         spec_of(x, "x") if needs_values else None,
@@ -183,9 +143,9 @@ def _empty_gradients(
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, values, indices, active, counts, _, ctx.in_features = inputs
-    # x itself is needed for the gradient of the values alone, and often large.
-    kept = x if ctx.needs_input_grad[1] else x.new_empty(0)
-    ctx.save_for_backward(kept, values, indices, active, counts)
+    # Only the gradient of the values needs x, which is often large.
+    saved = x if ctx.needs_input_grad[1] else x.new_empty(0)
+    ctx.save_for_backward(saved, values, indices, active, counts)
 
 
 def _backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
@@ -194,7 +154,7 @@ def _backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
     dx, dvalues, dbias = (
         part if needed else None for part, needed in zip(gradients, needs, strict=True)
     )
-    return dx, dvalues, None, None, None, dbias, None  # autograd casts it to the bias's dtype
+    return dx, dvalues, None, None, None, dbias, None  # autograd casts dbias to the bias's dtype
 
 
 def _keep_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -204,7 +164,7 @@ def _keep_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) ->
 
 
 def _double_backward(ctx: Any, ddx: Any, ddvalues: Any, ddbias: Any) -> tuple[Any, ...]:
-    """Return the gradients of the gradients, which are products of the same kinds again."""
+    """Return the gradients of the gradients, which are again products and their gradients."""
     grad, x, values, *mask = ctx.saved_tensors
     needs_grad, needs_x, needs_values = ctx.needs_input_grad[:3]
     n_in, parts = ctx.in_features, []
@@ -213,14 +173,14 @@ def _double_backward(ctx: Any, ddx: Any, ddvalues: Any, ddbias: Any) -> tuple[An
         if needs_grad:
             parts.append(condensed_linear(ddx, values, *mask, None, n_in))
         if needs_values:
-            asked = False, True, False
-            _, dvalues, _ = condensed_linear_backward(grad, ddx, values, *mask, n_in, *asked)
+            needs = False, True, False
+            _, dvalues, _ = condensed_linear_backward(grad, ddx, values, *mask, n_in, *needs)
     if ddvalues is not None:
         if needs_grad:
             parts.append(condensed_linear(x, ddvalues, *mask, None, n_in))
         if needs_x:
-            asked = True, False, False
-            dx, _, _ = condensed_linear_backward(grad, x, ddvalues, *mask, n_in, *asked)
+            needs = True, False, False
+            dx, _, _ = condensed_linear_backward(grad, x, ddvalues, *mask, n_in, *needs)
     if ddbias is not None and needs_grad:
         parts.append(ddbias.to(grad.dtype).expand_as(grad))
     dgrad = sum(parts[1:], parts[0]) if parts else None
@@ -233,8 +193,8 @@ def _double_backward(ctx: Any, ddx: Any, ddvalues: Any, ddbias: Any) -> tuple[An
 def _autocast(op: Any, device: str) -> Callable[..., Any]:
     """Return the kernel for autocast.
 
-    `x` and the result are rounded to autocast's dtype. The values are not: they would have to be
-    rounded and repacked at each call, and the product with the original values is more accurate.
+    `x` and the result are rounded to autocast's dtype. The values are not, because rounding and
+    repacking them at each call would take time and lose accuracy.
     """
 
     def kernel(x: Any, values: Any, *rest: Any) -> Any:
@@ -254,7 +214,7 @@ def _autocast(op: Any, device: str) -> Callable[..., Any]:
 
 
 def _as_array(tensor: Any, what: str, packing: Packing) -> Any:
-    """Return a tensor as an array of its memory, for the backend of the packing."""
+    """Return a tensor as an array of the packing's backend that shares its memory."""
     if tensor.is_cpu:
         return as_numpy(tensor)
     return packing.plan.arrays.as_float_array(tensor.detach(), what)
@@ -269,10 +229,6 @@ def _restore_threads(threads: int) -> None:
     """Restore PyTorch's number of threads, which Numba's OpenMP pool overwrites."""
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
-
-
-def _on_device_of(tensor: Any) -> AbstractContextManager[Any]:
-    return _ON_CPU if tensor.is_cpu else torch.cuda.device(tensor.device)
 
 
 # ---------------------------------------------------------------- registration

@@ -1,17 +1,17 @@
-"""The layouts that a backend makes of a layer's tensors, kept for as long as these are unchanged.
+"""A cache of the layouts that a backend packs a layer's tensors into.
 
-What depends on the mask is packed once, and values are put in order once for many products. An op
-is handed bare tensors, so that what was made of them is found by the identity of the indices.
+The connections are packed once for a mask, and the values once for many products. An op receives
+plain tensors, so the packing of a layer is found by the identity of its indices.
 
-A tensor is taken to be unchanged if it is the same object with the same memory, and PyTorch has
-counted no write to it. Two kinds of writes it does not count:
+A tensor counts as unchanged if it is the same object with the same memory, and PyTorch has counted
+no write to it. PyTorch does not count two sorts of writes:
 
-- Those of its fused optimisers: the step of any optimiser is taken to have written the values.
-- Those through ``.data`` or a NumPy view. On the CPU some of the values are compared, where a write
-  to all of them shows. Elsewhere, or for a few values, whoever writes like that is to call
+- Writes of its fused optimisers. After a step of any optimiser the values count as written.
+- Writes through ``.data`` or a NumPy view. On the CPU some of the values are compared, which finds
+  a write to all of them. On other devices, and after a write to a few values, call
   ``torch.autograd.graph.increment_version``.
 
-Where something may have changed, the numbers are compared, and packed if they did change.
+If a tensor may have changed, its numbers are compared, and packed again if they differ.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ register_optimizer_step_post_hook(_count_step)
 
 
 class _Seen:
-    """A tensor as it was when it was read."""
+    """The state of a tensor when it was read."""
 
     __slots__ = ("_address", "_memory", "_tensor", "_version")
 
@@ -56,12 +56,12 @@ class _Seen:
     def __init__(self, tensor: Any) -> None:
         self._tensor = weakref.ref(tensor)
         self._address = tensor.data_ptr()
-        self._memory = tensor.untyped_storage()  # kept, so that no other one gets the address
-        # Of tensors made in inference mode no writes are counted: they may always have changed.
+        self._memory = tensor.untyped_storage()  # kept alive, so that the address is not reused
+        # No writes are counted for tensors made in inference mode: they may always have changed.
         self._version = None if tensor.is_inference() else tensor._version
 
     def is_still(self, tensor: Any) -> bool:
-        """Whether `tensor` is that very one, and nothing has been written to it since."""
+        """Return whether `tensor` is the same tensor, without writes since."""
         return (
             self._tensor() is tensor
             and self._version is not None
@@ -71,7 +71,7 @@ class _Seen:
 
 
 class _SeenMask:
-    """The tensors that say which weights are active, as they were."""
+    """The state of the tensors that hold the mask."""
 
     __slots__ = ("_active", "_counts", "_indices", "_n_in")
 
@@ -89,7 +89,7 @@ class _SeenMask:
 
 
 class _SeenValues:
-    """The values as they were; on the CPU, with some of their numbers."""
+    """The state of the values; on the CPU, with some of their numbers."""
 
     __slots__ = ("_numbers", "_steps", "_tensor", "_thinned")
 
@@ -120,7 +120,7 @@ class Packing:
     plan : Plan
     device : torch.device
     seen_mask, seen_values
-        The tensors that it was made of.
+        The state of the tensors that were packed.
     evict : weakref.ref
         Removes the packing when the layer's indices are freed.
     """
@@ -142,7 +142,7 @@ _packings: dict[int, Packing] = {}
 
 
 def packing_of(values: Any, indices: Any, active: Any, counts: Any, n_in: int) -> Packing:
-    """Return a layer's weight as the backend of its device has it.
+    """Return a layer's weight, packed for the backend of its device.
 
     Parameters
     ----------
@@ -155,11 +155,11 @@ def packing_of(values: Any, indices: Any, active: Any, counts: Any, n_in: int) -
     Raises
     ------
     SriglError
-        If the tensors are no constant fan-in weight; says which one is not right.
+        If the tensors do not describe a constant fan-in weight. The message names the wrong one.
     BackendUnavailableError
         If no backend can run on their device.
     """
-    # Threads may pack at the same time: each has a packing of what it saw, and the last one stays.
+    # Threads may pack at the same time: each one uses its own packing, and the last one is kept.
     kept = _packings.get(id(indices))
     same_mask = kept is not None and (
         kept.seen_mask.is_still(indices, active, counts, n_in)
@@ -167,7 +167,7 @@ def packing_of(values: Any, indices: Any, active: Any, counts: Any, n_in: int) -
     )
     if kept is not None and same_mask and kept.seen_values.is_still(values):
         return kept
-    # Noted before the numbers are read, so that a write in between is found the next time.
+    # Recorded before the numbers are read, so that the next call finds a write in between.
     seen_values = _SeenValues(values)
     if kept is not None and same_mask and kept.weight.dtype == (numbers := as_numpy(values)).dtype:
         seen_mask, shape = kept.seen_mask, kept.weight.values.shape
@@ -185,12 +185,12 @@ def packing_of(values: Any, indices: Any, active: Any, counts: Any, n_in: int) -
 def condensed_weight(
     values: Any, indices: Any, active: Any, counts: Any, n_in: int
 ) -> CondensedWeight:
-    """Return the weight that a layer's tensors describe, a copy; arguments are `packing_of`'s.
+    """Return a copy of the weight that a layer's tensors describe, those of `packing_of`.
 
     Raises
     ------
     SriglError
-        If they describe none; says which tensor is not right.
+        If they do not describe a weight. The message names the wrong tensor.
     """
     n_out, room = len(active), min(len(values), len(indices))
     n_active, fan_in = (int(count) for count in as_numpy(counts))
@@ -209,7 +209,7 @@ def condensed_weight(
 
 
 def _prepare(weight: CondensedWeight, device: Any, kept: Packing | None) -> Plan:
-    """Return a plan of `weight`, which shares with a kept one all that is still right."""
+    """Return a plan of `weight` that shares what has not changed with the cached packing."""
     if (
         kept is not None
         and kept.device == device

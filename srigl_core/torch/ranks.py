@@ -1,4 +1,4 @@
-"""Data-parallel training: all ranks have the same masks, or learn which one has not."""
+"""Data-parallel training: checks that all ranks have the same masks."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ __all__ = ["check_agreement", "mean_of_ranks", "n_ranks"]
 
 
 def n_ranks(group: Any | None) -> int:
-    """Return how many processes train together; 1 where torch.distributed is not in use."""
+    """Return how many processes train together: 1 without torch.distributed."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     return int(dist.get_world_size(group))
 
 
 def check_agreement(digest: Callable[[], dict[str, str]], group: Any | None) -> None:
-    """Compare the digests of all layers' masks with the other ranks', if there are others.
-
-    Eight bytes a layer are exchanged.
+    """Compare the masks of all ranks by digests; the ranks exchange eight bytes for each layer.
 
     Raises
     ------
     SriglError
-        On every rank, if one differs from rank 0; names the ranks and the first such layer.
+        On all ranks if a rank differs from rank 0. The message names the ranks and the first layer.
     """
     if n_ranks(group) == 1:
         return
@@ -39,12 +37,12 @@ def check_agreement(digest: Callable[[], dict[str, str]], group: Any | None) -> 
         for d in digests.values()
     ]
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
-    everyones = [torch.empty_like(mine) for _ in range(n_ranks(group))]
-    dist.all_gather(everyones, mine, group=group)
-    wrong = [rank for rank, theirs in enumerate(everyones) if not torch.equal(theirs, everyones[0])]
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    by_rank = [torch.empty_like(own) for _ in range(n_ranks(group))]
+    dist.all_gather(by_rank, own, group=group)
+    wrong = [rank for rank, other in enumerate(by_rank) if not torch.equal(other, by_rank[0])]
     if wrong:
-        first = int((everyones[wrong[0]] != everyones[0]).nonzero()[0, 0])
+        first = int((by_rank[wrong[0]] != by_rank[0]).nonzero()[0, 0])
         raise SriglError(
             f"the masks of rank {', '.join(map(str, wrong))} differ from those of rank 0, first in "
             f"layer {list(digests)[first]!r}; every rank needs the same weights, seed, settings "
@@ -53,7 +51,7 @@ def check_agreement(digest: Callable[[], dict[str, str]], group: Any | None) -> 
 
 
 def mean_of_ranks(block: Any, group: Any | None) -> Any:
-    """Return the mean of a tensor over all ranks, the same bits on each; may overwrite `block`."""
+    """Return the mean of a tensor over all ranks, with equal bits on each; may overwrite it."""
     ranks = n_ranks(group)
     if ranks > 1:
         dist.all_reduce(block, group=group)

@@ -1,8 +1,8 @@
-"""Checkpoints of the SRigL authors' released code: dense weights, and masks beside them.
+"""Checkpoints of the SRigL authors' released code: dense weights and masks.
 
-Their training script saves a mapping with the model's state as ``model`` and that of its sparsity
-scheduler as ``pruner``. The latter holds ``backward_masks``: a list, in the order of the layers,
-with a mask for each sparse layer and None for each dense one.
+Their training script saves a mapping. ``model`` is the state of the model and ``pruner`` that of
+the sparsity scheduler. In it, ``backward_masks`` is a list in the order of the layers, with a mask
+for each sparse layer and None for each dense one.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
+from srigl_core.errors import FileFormatError, SriglError
+from srigl_core.torch.targets import check_module
 
 __all__ = ["load_released_checkpoint"]
 
 _NOT_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.SyncBatchNorm)
-"""Modules with a weight that the released scheduler does not count."""
+"""Modules with a weight that the released scheduler skips."""
 
 _WRAPPERS = ("module.", "_orig_mod.")
-"""What data-parallel training and compilation put before names."""
+"""Prefixes that data-parallel training and compilation add to names."""
 
-_ROWS_NAMED = 5
+_MOST_ROWS_SHOWN = 5
+_SAME_MODEL = "make the model with the architecture of the trained one"
 
 
 def load_released_checkpoint(
@@ -37,34 +39,35 @@ def load_released_checkpoint(
     Parameters
     ----------
     source : path-like, or mapping
-        A file, read with ``weights_only=True``, or what it holds: the model's state as ``model``
-        (or ``state_dict``), the scheduler's as ``pruner`` (or ``backward_masks`` itself).
+        A checkpoint file, which is read with ``weights_only=True``, or the mapping in it. The
+        mapping has the model's state as ``model`` or ``state_dict``, and the scheduler's state as
+        ``pruner`` or its ``backward_masks``.
     model : torch.nn.Module
-        Of the checkpoint's architecture, dense.
+        A dense model of the checkpoint's architecture.
 
     Returns
     -------
     dict of str to torch.Tensor of bool
-        The masks of the sparse layers by name, new tensors on the CPU: for `condense`.
+        The masks of the sparse layers by name, new tensors on the CPU. Pass them to `condense`.
 
     Raises
     ------
     FileFormatError
-        If the file cannot be read without running code in it, or lacks the weights or masks.
+        If the file cannot be read without running code in it, or lacks weights or masks.
     SriglError
-        If masks and layers do not match, or a mask is not constant fan-in: names the layer and the
-        rows. The model is left as it was.
+        If masks and layers do not match, or a mask is not constant fan-in. The message names the
+        layer and the rows. The model is not changed.
     OSError
         If the file cannot be read.
 
     Notes
     -----
-    The masks are matched to layers by order, as the released scheduler does: every module with a
-    ``weight`` but for normalisations. Shapes are compared, and a weight that is not zero outside
-    its mask is refused, as then the order is another one. Weights just grown are 0.0 and active.
+    Masks and layers are matched by their order, as in the released scheduler: a layer is a module
+    with a ``weight``, except normalisations. Shapes are compared. A weight that is not zero outside
+    its mask is refused, since it shows that the order differs. Newly grown weights are active
+    although they are 0.0.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     checkpoint = source if isinstance(source, Mapping) else _read(source)
     weights = _unwrapped(_weights(checkpoint))
     masks = _matched(_masks(checkpoint), model)
@@ -79,21 +82,24 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {os.fspath(path)!r}")
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise FileFormatError(
-            f"{os.fspath(path)!r} holds more than tensors and plain containers, as the released "
-            f"code's own files do (its configuration): where you trust it, load it with "
-            f"torch.load(path, weights_only=False) and give {{'model': held['model'], 'pruner': "
-            f"held['pruner']}} of that ({str(error).splitlines()[0]})"
+            f"{os.fspath(path)!r} holds more than tensors and plain containers, such as the "
+            f"configuration in the released code's files. If you trust it, load it with "
+            f"checkpoint = torch.load(path, weights_only=False) and pass {{'model': "
+            f"checkpoint['model'], 'pruner': checkpoint['pruner']}} "
+            f"({str(error).splitlines()[0]})"
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise FileFormatError(
-            f"{os.fspath(path)!r} is no whole PyTorch checkpoint ({error})"
+            f"{os.fspath(path)!r} is not a complete PyTorch checkpoint ({error})"
         ) from error
-    if not isinstance(held, Mapping):
-        raise FileFormatError(f"{os.fspath(path)!r} holds a {type(held).__name__}, not a mapping")
-    return held
+    if not isinstance(checkpoint, Mapping):
+        raise FileFormatError(
+            f"{os.fspath(path)!r} holds a {type(checkpoint).__name__}, not a mapping"
+        )
+    return checkpoint
 
 
 def _weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -101,8 +107,8 @@ def _weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(checkpoint.get(key), Mapping):
             return checkpoint[key]  # type: ignore[no-any-return]
     raise FileFormatError(
-        f"the checkpoint has {', '.join(map(str, checkpoint))}, but no model's state as 'model' or "
-        f"'state_dict'"
+        f"the checkpoint has {', '.join(map(str, checkpoint))}, but no state of a model as 'model' "
+        f"or 'state_dict'"
     )
 
 
@@ -112,9 +118,8 @@ def _masks(checkpoint: Mapping[str, Any]) -> Sequence[Any]:
     masks = holder.get("backward_masks")
     if not isinstance(masks, list | tuple):
         raise FileFormatError(
-            f"the checkpoint has {', '.join(map(str, checkpoint))}, but no list 'backward_masks' "
-            f"in 'pruner' or beside it; without masks, zeros alone do not tell which weights are "
-            f"active"
+            f"the checkpoint has {', '.join(map(str, checkpoint))}, but no list 'backward_masks', "
+            f"in 'pruner' or outside of it; zeros alone do not show which weights are active"
         )
     return masks
 
@@ -127,7 +132,7 @@ def _unwrapped(weights: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _layers(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the layers in the released scheduler's order: what has a weight is not looked into."""
+    """Yield the layers in the released scheduler's order; those with a weight are not searched."""
     if isinstance(getattr(module, "weight", None), torch.Tensor):
         if type(module) not in _NOT_LAYERS:
             yield prefix, module
@@ -137,14 +142,14 @@ def _layers(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _matched(masks: Sequence[Any], model: Any) -> dict[str, Any]:
-    """Return the masks that there are by the name of their layer, as tensors of bool."""
+    """Return the masks of the sparse layers by name, as tensors of bool."""
     layers = list(_layers(model))
     if len(masks) != len(layers):
         raise SriglError(
-            f"the checkpoint has {len(masks)} masks, but the model {len(layers)} layers with a "
-            f"weight ({', '.join(name for name, _ in layers)}); make the model as the one trained"
+            f"the checkpoint has {len(masks)} masks, but the model has {len(layers)} layers with a "
+            f"weight ({', '.join(name for name, _ in layers)}); {_SAME_MODEL}"
         )
-    found = {}
+    matched = {}
     for (name, layer), mask in zip(layers, masks, strict=True):
         if mask is None:
             continue
@@ -154,35 +159,28 @@ def _matched(masks: Sequence[Any], model: Any) -> dict[str, Any]:
             )
         if mask.shape != layer.weight.shape:
             raise SriglError(
-                f"the mask of layer {name!r} has shape {tuple(mask.shape)}, but its weight "
-                f"{tuple(layer.weight.shape)}; make the model as the one trained"
+                f"the mask of layer {name!r} has shape {tuple(mask.shape)}, but its weight has "
+                f"{tuple(layer.weight.shape)}; {_SAME_MODEL}"
             )
         active = mask.detach().cpu() != 0
         if not torch.equal(active.to(mask.dtype), mask.detach().cpu()):
             raise SriglError(f"the mask of layer {name!r} has other numbers than 0 and 1")
-        found[name] = active
-    return found
+        matched[name] = active
+    return matched
 
 
 def _check_state(weights: Mapping[str, Any], model: Any) -> None:
-    """Raise SriglError if loading the weights would not fill the model exactly."""
+    """Raise SriglError unless the weights are those of the model, by name and shape."""
     own = model.state_dict()
-    for what, names in (
-        ("lacks", own.keys() - weights.keys()),
-        ("has", weights.keys() - own.keys()),
-    ):
-        if names:
-            rest = "" if what == "lacks" else ", which the model has not"
-            raise SriglError(
-                f"the checkpoint {what} {', '.join(sorted(names))}{rest}; make the model as the "
-                f"one trained"
-            )
+    for owner, names, others in (("checkpoint", weights, own), ("model", own, weights)):
+        if missing := others.keys() - names.keys():
+            raise SriglError(f"the {owner} lacks {', '.join(sorted(missing))}; {_SAME_MODEL}")
     for name, tensor in own.items():
-        if getattr(weights[name], "shape", None) != tensor.shape:
+        shape = getattr(weights[name], "shape", None)
+        if shape != tensor.shape:
             raise SriglError(
-                f"{name!r} of the checkpoint has shape "
-                f"{tuple(getattr(weights[name], 'shape', ()))}, but the model's has "
-                f"{tuple(tensor.shape)}; make the model as the one trained"
+                f"{name!r} of the checkpoint has shape {tuple(shape or ())}, but the model's has "
+                f"{tuple(tensor.shape)}; {_SAME_MODEL}"
             )
 
 
@@ -191,7 +189,7 @@ def _check_mask(name: str, mask: Any, weight: Any) -> None:
     if outside:
         raise SriglError(
             f"layer {name!r} has {outside} weights that are not zero outside its mask; the masks "
-            f"are in another order than the model's layers, or of another step"
+            f"have another order than the model's layers, or are from another step"
         )
     counts = mask.flatten(1).sum(1)
     if not counts.any():
@@ -199,10 +197,10 @@ def _check_mask(name: str, mask: Any, weight: Any) -> None:
     usual = int(counts[counts > 0].mode().values)
     odd = torch.nonzero((counts != usual) & (counts > 0)).flatten().tolist()
     if odd:
-        shown = ", ".join(f"row {row} has {int(counts[row])}" for row in odd[:_ROWS_NAMED])
-        more = f", and {len(odd) - _ROWS_NAMED} more rows" if len(odd) > _ROWS_NAMED else ""
+        rows = [f"row {row} has {int(counts[row])}" for row in odd[:_MOST_ROWS_SHOWN]]
+        rows += [f"and {len(odd) - len(rows)} more rows"] if len(odd) > len(rows) else []
         raise SriglError(
             f"layer {name!r}: the mask is not constant fan-in: most active rows have {usual} "
-            f"weights, but {shown}{more}; a checkpoint of unstructured training (RigL, SET) "
-            f"cannot be condensed: load it as the dense model that it is"
+            f"weights, but {', '.join(rows)}; a checkpoint of unstructured training (RigL, SET) "
+            f"cannot be condensed: load it as a dense model"
         )

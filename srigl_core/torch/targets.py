@@ -1,4 +1,4 @@
-"""The weights of a model that are to be sparse."""
+"""The weights of a model that training makes sparse."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from torch import nn
 
 from srigl_core.errors import SriglError, ValueTypeError
 
-__all__ = ["Target", "check_optimizer", "find_targets"]
+__all__ = ["Target", "check_module", "check_optimizer", "find_targets", "submodule"]
 
-_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One weight.
+    """One weight of a model.
 
     Parameters
     ----------
     name : str
-        The module's, or the parameter's where that is not called ``weight``.
+        Name of the layer: of the module if the parameter is called ``weight``, else of the
+        parameter.
     owner : str
-        Name of the module whose it is.
+        Name of the module.
     module : torch.nn.Module
     attribute : str
-        What it is called there.
+        Name of the parameter in the module.
     parameter : torch.nn.Parameter
     """
 
@@ -41,101 +42,111 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The weight's."""
+        """Shape of the weight."""
         return tuple(self.parameter.shape)
 
     def check_in_place(self, model: Any) -> None:
-        """Raise SriglError if the model has another weight there by now."""
-        found: Any = model
-        for part in self.owner.split(".") if self.owner else ():
-            found = getattr(found, part, None)
-        if getattr(found, self.attribute, None) is not self.parameter:
+        """Raise SriglError if the weight has been replaced in the model."""
+        if getattr(submodule(model, self.owner), self.attribute, None) is not self.parameter:
             raise SriglError(
                 f"layer {self.name!r} has another weight than when SRigL was attached; change "
-                f"the model first and attach then"
+                f"the model first, then attach SRigL"
             )
+
+
+def submodule(model: Any, name: str) -> Any:
+    """Return a module of a model by name, or None if there is none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def check_module(model: Any) -> None:
+    """Raise ValueTypeError if `model` is not a module."""
+    if not isinstance(model, nn.Module):
+        raise ValueTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def find_targets(
     model: Any, include: Iterable[str] | None, exclude: Iterable[str]
 ) -> dict[str, Target]:
-    """Return the weights to be made sparse, in the model's order.
+    """Return the weights to make sparse, in the model's order.
 
     Parameters
     ----------
     model : torch.nn.Module
     include : iterable of str, or None
-        Names of modules or of parameters; None is every linear and convolutional layer.
+        Names of modules or of parameters; None means every linear and convolutional layer.
     exclude : iterable of str
-        Names that are left out.
+        Names to leave out.
 
     Raises
     ------
     SriglError
-        If a name is unknown, a weight is shared, is computed or not yet known, or none is left.
+        If a name is unknown, no weight is left, or a weight is shared, computed or uninitialised.
     ValueTypeError
-        If `model` is no module.
+        If `model` is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     modules = dict(model.named_modules())
     if include is None:
-        names = [name for name, module in modules.items() if isinstance(module, _KINDS)]
+        names = [name for name, module in modules.items() if isinstance(module, _LAYER_TYPES)]
     else:
         names = [include] if isinstance(include, str) else list(include)
-    left_out = {exclude} if isinstance(exclude, str) else set(exclude)
-    found = {}
-    for name in [*names, *left_out]:
-        target = _target(model, modules, name)
-        if name not in left_out:
-            found[target.name] = target
-    if not found:
+    excluded = {exclude} if isinstance(exclude, str) else set(exclude)
+    targets = {}
+    for name in [*names, *excluded]:
+        target = _target(modules, name)
+        if name not in excluded:
+            targets[target.name] = target
+    if not targets:
         raise SriglError(
-            "no dense layer is left to be made sparse (a condensed one is already); name modules "
-            "or parameters with include=[...]"
+            "no dense layer is left to make sparse (condensed layers are sparse already); name "
+            "modules or parameters with include=[...]"
         )
     order = {id(p): i for i, p in enumerate(model.parameters())}
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for target in found.values():
+    for target in targets.values():
         if uses[id(target.parameter)] > 1:
             raise SriglError(
-                f"layer {target.name!r} shares its weight with another one; exclude it, or give "
-                f"each its own"
+                f"layer {target.name!r} shares its weight with another layer; exclude it, or give "
+                f"each layer its own weight"
             )
-    return dict(sorted(found.items(), key=lambda item: order[id(item[1].parameter)]))
+    return dict(sorted(targets.items(), key=lambda item: order[id(item[1].parameter)]))
 
 
 def check_optimizer(targets: dict[str, Target], optimizer: Any) -> None:
-    """Check that the optimiser moves every weight.
+    """Check that the optimiser updates every weight.
 
     Raises
     ------
     SriglError
-        If it holds other parameters; names the layer.
+        If it lacks a weight; the message names the layer.
     ValueTypeError
-        If it is no optimiser.
+        If it is not an optimiser.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueTypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for target in targets.values():
-        if id(target.parameter) not in held:
+        if id(target.parameter) not in parameters:
             raise SriglError(
-                f"layer {target.name!r}: the optimizer does not hold its weight; make it of "
+                f"layer {target.name!r}: the optimizer does not hold its weight; make it from "
                 f"model.parameters() after the model is on its device, or exclude the layer"
             )
 
 
-def _target(model: Any, modules: dict[str, Any], name: str) -> Target:
+def _target(modules: dict[str, Any], name: str) -> Target:
     module, owner, attribute, shown = modules.get(name), name, "weight", name
     if module is None or not hasattr(module, "weight"):
         owner, _, attribute = name.rpartition(".")
         module = modules.get(owner)
         shown = owner if attribute == "weight" and owner else name
     if module is None or not hasattr(module, attribute):
-        weights = ", ".join(n for n, m in modules.items() if isinstance(m, _KINDS))
+        weights = ", ".join(n for n, m in modules.items() if isinstance(m, _LAYER_TYPES))
         raise SriglError(f"the model has no layer or parameter {name!r}; it has {weights}")
     parameter = module._parameters.get(attribute)
     if parameter is None:
@@ -146,7 +157,7 @@ def _target(model: Any, modules: dict[str, Any], name: str) -> Target:
         raise SriglError(f"layer {name!r} has no weight yet; pass a batch through the model first")
     if parameter.ndim not in (2, 3, 4, 5):
         raise SriglError(
-            f"layer {name!r} has a weight of shape {tuple(parameter.shape)}; a sparse one has two "
-            f"axes, or a convolution's"
+            f"layer {name!r} has a weight of shape {tuple(parameter.shape)}; a sparse weight is a "
+            f"matrix or a convolution's kernel"
         )
     return Target(shown, owner, module, attribute, parameter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 from srigl_core._arrays.dtypes import value_dtype
 from srigl_core._product_spec import ArraySpec
 
-__all__ = ["as_numpy", "from_numpy", "numpy_dtype", "spec_of", "torch_dtype"]
+__all__ = ["as_numpy", "from_numpy", "numpy_dtype", "on_device_of", "spec_of", "torch_dtype"]
+
+_ON_CPU = nullcontext()
 
 _DTYPES = {
     torch.float16: "float16",
@@ -24,7 +27,7 @@ _DTYPES = {
 
 @functools.cache
 def numpy_dtype(dtype: Any, what: str = "tensor") -> np.dtype[Any]:
-    """Return the NumPy dtype of a `torch.dtype`; that of bfloat16 is from ``ml_dtypes``.
+    """Return the NumPy dtype of a `torch.dtype`; bfloat16 is that of ``ml_dtypes``.
 
     Raises
     ------
@@ -40,8 +43,13 @@ def torch_dtype(dtype: np.dtype[Any]) -> Any:
 
 
 def spec_of(tensor: Any, what: str) -> ArraySpec:
-    """Return the shape and the NumPy dtype of a tensor; also of a fake one."""
+    """Return the shape and the NumPy dtype of a tensor, which may be a fake tensor."""
     return ArraySpec(tuple(tensor.shape), numpy_dtype(tensor.dtype, what))
+
+
+def on_device_of(tensor: Any) -> AbstractContextManager[Any]:
+    """Return a context in which the CUDA device of a tensor is the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else _ON_CPU
 
 
 def as_numpy(tensor: Any) -> NDArray[Any]:
@@ -70,11 +78,11 @@ def from_numpy(array: NDArray[Any]) -> Any:
     Parameters
     ----------
     array : ndarray
-        Of any value type, bfloat16 included, or another dtype that PyTorch has. An array that is
-        read-only, misaligned, or has negative strides is copied.
+        Of a value type or another dtype of PyTorch. An array that is read-only, misaligned, or has
+        negative strides is copied.
     """
-    steps = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
-    if not (array.flags.behaved and steps):
+    can_step = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
+    if not (array.flags.behaved and can_step):
         array = array.copy()
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,11 @@ MODES = ("masked", "condensed")
 _attached: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[str, SRigL]] = (
     weakref.WeakKeyDictionary()
 )
-"""Of each module the weights that have an SRigL, by what they are called there."""
+"""The SRigL of each weight, by module and attribute."""
 
 
 class SRigL:
-    """Train a model sparse, with constant fan-in.
+    """Train a model with sparse weights of constant fan-in.
 
     ::
 
@@ -49,51 +49,50 @@ class SRigL:
     Parameters
     ----------
     model : torch.nn.Module
-        On its device, and not yet wrapped for data-parallel training. Layers keep their weights at
-        the connections drawn; all others become zero.
+        A model that is on its device and not yet wrapped for data-parallel training. Connections
+        are drawn at random. Weights at the connections are kept, and the others become zero.
     optimizer : torch.optim.Optimizer
-        Of the model's parameters.
+        Updates the model's parameters.
     sparsity : float
-        Of all sparse layers together, in [0, 1).
+        Sparsity of all sparse layers together, in [0, 1).
     schedule : UpdateSchedule or int
-        When to update; an int is the number of training steps.
+        The training steps with a mask update; an int is the total number of training steps.
     mode : {"masked", "condensed"}
-        "masked" keeps dense weights and gradients, with zeros, as the released code does.
-        "condensed" puts `CondensedLinear` and `CondensedConv2d` into the model: memory and time are
-        those of the active weights. Both have the same masks, but for rounding.
+        "masked" keeps dense weights and gradients with zeros, like the released code. "condensed"
+        replaces layers by `CondensedLinear` and `CondensedConv2d`, whose memory and time are
+        proportional to the active weights. The masks are the same, apart from rounding.
     include : iterable of str, or None
-        Names of modules, or of parameters such as ``attn.in_proj_weight``; None is every linear and
-        convolutional layer.
+        Names of modules, or of parameters such as ``attn.in_proj_weight``. None means every linear
+        and convolutional layer.
     exclude : iterable of str
         Names of layers to leave dense.
     config : TrainingConfig or None
-        Method, distribution, settings of the updates, layers that differ, seed. Condensed layers
-        need method "srigl". With a gradient window longer than one step they keep the inputs and
-        output gradients of its steps.
+        Method, distribution, update settings, options of single layers, seed. Condensed layers need
+        the method "srigl". They keep the inputs and output gradients of all steps of the gradient
+        window.
     init : str or None
-        Draw the weights anew by `srigl_core.reference.sparse_init`, whose `init` this is.
+        Draws new weights; one of the `init` of `srigl_core.reference.sparse_init`.
     backend : str, Backend or None
-        For the updates, as in `srigl_core.get_backend`. By default a model on a CUDA device is
-        updated there if the backend "cupy" can run. Other backends get copies on the host.
+        Computes the updates; see `srigl_core.get_backend`. By default "cupy" updates a model on a
+        CUDA device, if it is available. Other backends get copies on the host.
     process_group : torch.distributed process group, or None
-        Of data-parallel training; None is the default group, if there is one.
+        The group of data-parallel training. None is the default group.
 
     Attributes
     ----------
     trainer : SparseTrainer or CondensedTrainer
-        Budgets, fan-ins, active neurons, ITOP rates.
+        Has budgets, fan-ins, active neurons and ITOP rates.
     mode : str
 
     Raises
     ------
     SriglError
-        If a setting is out of range, a layer cannot be sparse as asked for, the optimiser holds
-        other parameters, or the model has an SRigL already. Names the layer; the model is left as
-        it was.
+        If a setting is out of range, a layer cannot be made sparse, the optimiser lacks a weight,
+        or a layer has an SRigL already. The message names the layer, and the model is not changed.
 
     Notes
     -----
-    SPEC 4 and 5; the paper, sec. 3. Nothing of the model or the optimiser is patched.
+    SPEC 4 and 5; the paper, sec. 3. Neither the model nor the optimiser is patched.
     """
 
     def __init__(
@@ -118,14 +117,12 @@ class SRigL:
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
             raise SriglError(
                 "model is wrapped in DistributedDataParallel; attach SRigL to the model itself "
-                "first, and wrap it then"
+                "first, then wrap it"
             )
         targets = find_targets(model, include, exclude)
         for name, target in targets.items():
             if target.attribute in _attached.get(target.module, ()):
-                raise SriglError(
-                    f"layer {name!r} has an SRigL already; call that one's detach() first"
-                )
+                raise SriglError(f"layer {name!r} has an SRigL already; call its detach() first")
         check_optimizer(targets, optimizer)
         shapes = {name: target.shape for name, target in targets.items()}
         settings: dict[str, Any] = {"sparsity": sparsity, "schedule": schedule, "config": config}
@@ -142,7 +139,7 @@ class SRigL:
         self._was_skipped = False
         check_agreement(self._layers.digests, process_group)
         self._layers.attach(init, np.random.default_rng([self.trainer.config.seed, 1]))
-        # A dense module that a condensed layer replaced is not to be kept alive.
+        # Weak references, so that replaced dense modules are freed.
         self._weights = [(weakref.ref(t.module), t.attribute) for t in targets.values()]
         for target in targets.values():
             _attached.setdefault(target.module, weakref.WeakValueDictionary())[target.attribute] = (
@@ -151,33 +148,33 @@ class SRigL:
 
     @property
     def trainer(self) -> SparseTrainer | CondensedTrainer:
-        """The driver, free of PyTorch, that decides on the masks."""
+        """The training driver that computes the masks."""
         return self._layers.trainer
 
     def mask(self, name: str) -> Any:
-        """Return the mask of a sparse layer: a new tensor of bool of the dense weight's shape."""
+        """Return the mask of a sparse layer, a new tensor of bool in the dense weight's shape."""
         return self._layers.mask(name)
 
     def after_backward(self, scaler: Any | None = None) -> None:
-        """Take what the update needs of this step's gradients; mask the gradients.
+        """Record the gradients that an update needs, and mask them.
 
-        Call it when all of a step's gradients are there: after ``loss.backward()``, or the last one
-        of an accumulation, and before clipping and ``optimizer.step()``.
+        Call it after the last ``loss.backward()`` of a step and before clipping and
+        ``optimizer.step()``.
 
         Parameters
         ----------
         scaler : torch.amp.GradScaler or None
-            The loss's, if there is one; call ``scaler.unscale_(optimizer)`` before. If a gradient
-            is not finite, so that the scaler will skip the optimiser's step, nothing is taken and
-            the coming `step` is not counted.
+            The scaler of the loss, if there is one. Call ``scaler.unscale_(optimizer)`` before. If
+            a gradient is not finite the scaler skips the optimiser's step. Then no gradients are
+            recorded, and the next `step` is not counted.
 
         Raises
         ------
         SriglError
-            If a layer has no gradient, or is another one by now.
+            If a layer has no gradient, or has been replaced.
         """
         if scaler is not None and not scaler.is_enabled():
-            scaler = None  # it scales nothing, and skips no step
+            scaler = None  # a disabled scaler skips no step
         self._was_skipped = scaler is not None and not self._gradients_are_finite()
         if self._was_skipped:
             self._layers.discard_step()
@@ -185,18 +182,18 @@ class SRigL:
         self._layers.after_backward(1.0 if scaler is None else float(scaler.get_scale()))
 
     def step(self) -> Mapping[str, MaskUpdate] | Mapping[str, CondensedUpdate]:
-        """Count a training step after the optimiser's, and update masks if it is due.
+        """Count a training step after the optimiser's, and update the masks if an update is due.
 
         Returns
         -------
         mapping of str to MaskUpdate or CondensedUpdate
-            Empty where no update was due.
+            The updates by layer name; empty if none was due.
 
         Raises
         ------
         SriglError
-            If a number is not finite, a gradient is missing, or ranks disagree; names the layer.
-            But for the last, nothing is changed and the step not counted.
+            If a number is not finite, a gradient is missing, or ranks disagree. The message names
+            the layer. Unless ranks disagree nothing is changed, and the step is not counted.
         """
         if self._was_skipped:
             self._was_skipped = False
@@ -207,68 +204,62 @@ class SRigL:
         return updates
 
     def discard_gradients(self) -> None:
-        """Forget the gradients of the window so far."""
+        """Discard the gradients of the window."""
         self._layers.discard_gradients()
 
     def report(self) -> str:
-        """Return a table of the layers: weights asked for and realised, fan-in, active neurons."""
+        """Return a table of the layers: budgets, active weights, fan-in and active neurons."""
         return self.trainer.report()
 
     def detach(self) -> None:
-        """Let go of the model, which stays as it is, masked or condensed."""
-        for held, attribute in self._weights:
-            module = held()
+        """Detach from the model, which remains masked or condensed."""
+        for reference, attribute in self._weights:
+            module = reference()
+            # A deep copy of this object must not detach the original.
             if module is not None and _attached[module].get(attribute) is self:
-                del _attached[module][attribute]  # and not that of one that this is a copy of
+                del _attached[module][attribute]
         self._layers.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that an exact resume needs beside the model's and the optimiser's states.
+        """Return the state that an exact resume needs besides the model's and the optimiser's.
 
         Returns
         -------
         dict
-            Plain containers, numbers, strings and tensors: ``torch.load(weights_only=True)`` reads
-            it.
+            Plain containers, numbers, strings and tensors, which ``torch.load(weights_only=True)``
+            reads.
         """
-        state: dict[str, Any] = _as_tensors(self._layers.state_dict())
+        state = _converted(self._layers.state_dict(), np.ndarray, torch.from_numpy)
         return {"mode": self.mode, **state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken; load the model's and the optimiser's states before.
+        """Resume from `state`; load the model's and the optimiser's states first.
 
         Raises
         ------
         SriglError
-            If it is of something else, or was taken with other settings; nothing is changed.
+            If it is not a state of an SRigL, or has other settings. Nothing is changed.
         """
         if not isinstance(state, Mapping) or state.get("mode") != self.mode:
-            came = state.get("mode") if isinstance(state, Mapping) else type(state).__name__
-            raise SriglError(f"state is not of an SRigL with mode={self.mode!r}, but of {came!r}")
-        tensors = ("window",) if self.mode == "condensed" else ()
-        self._layers.load_state_dict(
-            {k: v if k in tensors else _as_arrays(v) for k, v in state.items() if k != "mode"}
-        )
+            other = state.get("mode") if isinstance(state, Mapping) else type(state).__name__
+            raise SriglError(f"state is not of an SRigL with mode={self.mode!r}, but of {other!r}")
+        tensors = ("mode", "window") if self.mode == "condensed" else ("mode",)
+        arrays = {name: part for name, part in state.items() if name not in tensors}
+        arrays = _converted(arrays, torch.Tensor, as_numpy)
+        self._layers.load_state_dict({**state, **arrays})
 
     def _gradients_are_finite(self) -> bool:
-        """Whether the optimiser will step, of all ranks that share the gradients."""
+        """Return whether the scaler will let the optimiser step."""
         groups = self._optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         finite = [torch.isfinite(gradient).all() for gradient in gradients]
-        return all(flag.item() for flag in finite)  # all of them asked for, then waited for
+        return all(flag.item() for flag in finite)  # all are queued before the first is awaited
 
 
-def _as_tensors(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {key: _as_tensors(part) for key, part in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(_as_tensors(part) for part in state)
-    return torch.from_numpy(state) if isinstance(state, np.ndarray) else state
-
-
-def _as_arrays(state: Any) -> Any:
+def _converted(state: Any, cls: type, convert: Callable[[Any], Any]) -> Any:
+    """Convert the objects of a class in nested containers."""
     if isinstance(state, Mapping):
-        return {key: _as_arrays(part) for key, part in state.items()}
+        return {key: _converted(part, cls, convert) for key, part in state.items()}
     if isinstance(state, list | tuple):
-        return type(state)(_as_arrays(part) for part in state)
-    return as_numpy(state) if isinstance(state, torch.Tensor) else state
+        return type(state)(_converted(part, cls, convert) for part in state)
+    return convert(state) if isinstance(state, cls) else state
