@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core._arrays.checks import check_workspace, overlaps_itself
+from srigl_core._arrays.checks import check_out, check_workspace
 from srigl_core._arrays.dtypes import accumulator_dtype, value_dtype
 from srigl_core._arrays.libraries import as_array, device_of, library_of
 from srigl_core.backends.cupy_gpu.conversions import converted
@@ -58,18 +58,7 @@ class CudaArrays(ArrayOps):
         """Return `out` as a CuPy array of the same memory."""
         library_of(out).check_writable(out, "out")
         shared = self.as_float_array(out, "out")
-        if shared.shape != shape:
-            raise SriglError(f"out has shape {shared.shape}, but the result has {shape}")
-        if shared.size and overlaps_itself(shared):
-            raise SriglError(
-                f"out of strides {shared.strides} has elements that share memory; pass an array of "
-                f"its own"
-            )
-        for name, array in inputs.items():
-            if cupy.may_share_memory(shared, array):
-                raise SriglError(
-                    f"out shares memory with {name}, which must not be written; copy one"
-                )
+        check_out(shared, shape, inputs, cupy.may_share_memory)
         return shared
 
     def as_workspace(self, workspace: object, others: dict[str, Any]) -> Any:
@@ -108,7 +97,7 @@ class CudaArrays(ArrayOps):
         return bool(cupy.may_share_memory(one, other))
 
     def from_host(self, array: NDArray[Any]) -> Any:
-        """Return a copy of a NumPy array on the device, complete for any stream."""
+        """Return a copy of a NumPy array on the device, which any stream can read."""
         copy = self._device.upload(array)
         self._device.finish()
         return copy
@@ -144,8 +133,8 @@ class CudaArrays(ArrayOps):
             shared = as_array(array, what, _read, "a CuPy array")
         else:
             raise ValueTypeError(
-                f"{what} of type {type(array).__name__} is not on a CUDA device, where backend "
-                f"'cupy' takes arrays; pass cupy.asarray({what}), or name a CPU backend"
+                f"{what} of type {type(array).__name__} is not on a CUDA device, as backend 'cupy' "
+                f"requires; pass cupy.asarray({what}), or name a CPU backend"
             )
         current = cupy.cuda.runtime.getDevice()
         if shared.device.id != current:
