@@ -38,8 +38,12 @@ def uncounted(typing_context: Any, argument: Any) -> Any:
             array.meminfo = context.get_constant_null(types.voidptr)
             return array._getvalue()
         if isinstance(numba_type, types.BaseTuple):
-            parts = zip(numba_type, cgutils.unpack_tuple(builder, value), strict=True)
-            parts = [without_count(context, builder, *part) for part in parts]
+            parts = [
+                without_count(context, builder, part_type, part)
+                for part_type, part in zip(
+                    numba_type, cgutils.unpack_tuple(builder, value), strict=True
+                )
+            ]
             return context.make_tuple(builder, numba_type, parts)
         return value
 
