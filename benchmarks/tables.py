@@ -1,4 +1,4 @@
-"""Pieces of a page: numbers, cells, tables in Markdown."""
+"""Numbers, cells and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["number", "table", "time_cell"]
 
 
 def time_cell(row: Row, contender: str) -> str:
-    """Return a contender's median with the quartiles around it, or "" if it has none."""
+    """Return a contender's median and quartiles, or "" if it was not measured."""
     time = row.time(contender)
     if time is None:
         return ""
@@ -20,7 +20,7 @@ def time_cell(row: Row, contender: str) -> str:
 
 
 def number(value: float) -> str:
-    """Return three digits, or all before the point."""
+    """Return a number with three digits, or all digits before the point."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -5,6 +5,7 @@ two-dimensional arrays and checks nothing. For arguments of any shape, checked, 
 ``srigl_core.condensed_matmul(..., backend="reference")``.
 """
 
+from srigl_core.reference.activations import activate
 from srigl_core.reference.baselines import update_rigl, update_set, update_static
 from srigl_core.reference.condensed_matmul import dense_gradient
 from srigl_core.reference.condensed_update import update_condensed
@@ -18,6 +19,7 @@ __all__ = [
     "LayerBudget",
     "UpdateExplanation",
     "UpdateSchedule",
+    "activate",
     "dense_gradient",
     "erk",
     "explain_update",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -14,14 +15,17 @@ __all__ = ["backend_facts", "cpu_name", "machine_facts", "n_cores", "package_ver
 PACKAGES = ("srigl-core", "numpy", "scipy", "numba", "ml_dtypes", "safetensors")
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python, of this library and of its dependencies."""
+def package_versions(*others: str) -> dict[str, str]:
+    """Return the versions of Python, this library, its dependencies, and `others` if installed."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
+    for package in others:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
     return versions
 
 

@@ -35,7 +35,7 @@ def as_float_array(array: object, what: str) -> NDArray[Any]:
     Parameters
     ----------
     array : array
-        An array of NumPy, PyTorch, JAX or TensorFlow, a memoryview, or another object with
+        A NumPy, PyTorch or JAX array, a memoryview, or another object with
         ``__array_interface__`` or ``__dlpack__``; in the host's memory.
     what : str
         Name of the argument, for error messages.

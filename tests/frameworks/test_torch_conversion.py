@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from itertools import product
 
 import numpy as np
 import pytest
@@ -344,12 +345,14 @@ NEXTS = {
 }
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("following", NEXTS)
 @pytest.mark.parametrize("first", FIRSTS)
-def test_folding_removes_ablated_neurons_and_changes_no_result(first, following, activation):
+def test_folding_removes_ablated_neurons_and_changes_no_result(first):
     torch.manual_seed(0)
-    model = nn.Sequential(FIRSTS[first](), activation(), NEXTS[following]()).eval()
+    for following, activation in product(NEXTS.values(), ACTIVATIONS):
+        assert_folding_is_exact(nn.Sequential(FIRSTS[first](), activation(), following()).eval())
+
+
+def assert_folding_is_exact(model):
     fan_in = getattr(model[2], "fan_in", None)
     wanted = model(inputs(10))
     found = fold_ablated(model)
