@@ -55,7 +55,7 @@ class UpdateExplanation:
         Row and column of each position where the stage's result differs; empty if that has no
         positions.
     expected, got : object
-        The stage's result by the definition, and what the mask implies.
+        The stage's result by the definition, and the one that the mask implies.
     """
 
     matches: bool
@@ -156,7 +156,7 @@ def _first_difference(expected: Trace, deviating: Trace, name: str) -> UpdateExp
 
 
 def _read_off(problem: Problem, expected: Trace, got: Mask) -> UpdateExplanation:
-    """Name the first stage whose result can be seen in the mask and differs."""
+    """Name the first stage that visibly differs in the mask."""
     active: Mask = np.any(got, axis=1)
     if not np.array_equal(~active, expected.ablated):
         return _about_ablation(expected, ~active)

@@ -113,7 +113,7 @@ def sparse_init(
     SriglError
         If `init` is unknown.
     ValueTypeError
-        If `mask` is no array of bool.
+        If `mask` is not an array of bool.
     """
     if init not in INITS:
         raise SriglError(f"init={init!r} is unknown; use one of {', '.join(INITS)}")

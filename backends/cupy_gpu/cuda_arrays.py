@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core._arrays.checks import check_workspace, overlaps_itself
+from srigl_core._arrays.checks import check_out, check_workspace
 from srigl_core._arrays.dtypes import accumulator_dtype, value_dtype
 from srigl_core._arrays.libraries import as_array, device_of, library_of
 from srigl_core.backends.cupy_gpu.conversions import converted
@@ -55,18 +55,7 @@ class CudaArrays(ArrayOps):
     def as_out(self, out: object, shape: tuple[int, ...], inputs: dict[str, Any]) -> Any:
         library_of(out).check_writable(out, "out")
         shared = self.as_float_array(out, "out")
-        if shared.shape != shape:
-            raise SriglError(f"out has shape {shared.shape}, but the result has {shape}")
-        if shared.size and overlaps_itself(shared):
-            raise SriglError(
-                f"out of strides {shared.strides} has elements that share memory; pass an array of "
-                f"its own"
-            )
-        for name, array in inputs.items():
-            if cupy.may_share_memory(shared, array):
-                raise SriglError(
-                    f"out shares memory with {name}, which must not be written; copy one"
-                )
+        check_out(shared, shape, inputs, cupy.may_share_memory)
         return shared
 
     def as_workspace(self, workspace: object, others: dict[str, Any]) -> Any:
@@ -100,7 +89,7 @@ class CudaArrays(ArrayOps):
 
     def from_host(self, array: NDArray[Any]) -> Any:
         copy = self._device.upload(array)
-        self._device.finish()
+        self._device.finish()  # any stream can read the copy
         return copy
 
     def to_host(self, array: Any) -> NDArray[Any]:
@@ -129,8 +118,8 @@ class CudaArrays(ArrayOps):
             shared = as_array(array, what, _read, "a CuPy array")
         else:
             raise ValueTypeError(
-                f"{what} of type {type(array).__name__} is not on a CUDA device, where backend "
-                f"'cupy' takes arrays; pass cupy.asarray({what}), or name a CPU backend"
+                f"{what} of type {type(array).__name__} is not on a CUDA device, as backend 'cupy' "
+                f"requires; pass cupy.asarray({what}), or name a CPU backend"
             )
         current = cupy.cuda.runtime.getDevice()
         if shared.device.id != current:

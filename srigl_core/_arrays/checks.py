@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ __all__ = [
     "check_generator",
     "check_integer",
     "check_lengths",
+    "check_out",
     "check_real",
     "check_workspace",
     "overlaps_itself",
@@ -176,19 +178,43 @@ def as_out(out: object, shape: tuple[int, ...], inputs: dict[str, NDArray[Any]])
         raise ValueTypeError(f"out must be an array, got {type(out).__name__}")
     if value_dtype(result.dtype, "out of dtype") != result.dtype:
         raise ValueTypeError(f"out of dtype {result.dtype.str!r} must be in native byte order")
-    if result.shape != shape:
-        raise SriglError(f"out has shape {result.shape}, but the result has {shape}")
     if not result.flags.writeable:
         raise SriglError("out is read-only; pass a writeable array")
-    if result.size and overlaps_itself(result):
+    check_out(result, shape, inputs, _share_memory)
+    return result
+
+
+def check_out(
+    out: Any,
+    shape: tuple[int, ...],
+    inputs: Mapping[str, Any],
+    share_memory: Callable[[Any, Any], bool],
+) -> None:
+    """Check that a result can be written to an array of NumPy or of a device.
+
+    Parameters
+    ----------
+    out : array
+    shape : tuple of int
+        Shape of the result.
+    inputs : mapping of str to array
+    share_memory : callable of two arrays
+        Whether they share memory.
+
+    Raises
+    ------
+    SriglError
+        If the shape differs, several elements share memory, or `out` shares memory with an input.
+    """
+    if out.shape != shape:
+        raise SriglError(f"out has shape {out.shape}, but the result has {shape}")
+    if out.size and overlaps_itself(out):
         raise SriglError(
-            f"out of strides {result.strides} has elements that share memory; pass an array of its "
-            f"own"
+            f"out of strides {out.strides} has elements that share memory; pass an array of its own"
         )
     for name, array in inputs.items():
-        if np.may_share_memory(result, array) and _share_memory(result, array):
+        if share_memory(out, array):
             raise SriglError(f"out shares memory with {name}, which must not be written; copy one")
-    return result
 
 
 def check_workspace(workspace: Any, address: int) -> None:
@@ -222,6 +248,8 @@ def check_workspace(workspace: Any, address: int) -> None:
 
 
 def _share_memory(out: NDArray[Any], array: NDArray[Any]) -> bool:
+    if not np.may_share_memory(out, array):
+        return False
     try:
         return np.shares_memory(out, array, max_work=10_000)  # type: ignore[arg-type] # numpy: any int
     except np.exceptions.TooHardError:

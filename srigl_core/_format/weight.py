@@ -439,7 +439,7 @@ class CondensedWeight:
         )
 
     def _plan(self) -> Any:
-        # Imported here: plans are made of weights, so that their module imports this one.
+        # Imported here, since the module of plans imports this one.
         from srigl_core._plan import plan_of
 
         return plan_of(self)

@@ -68,13 +68,13 @@ def test_what_is_compiled_is_read_again(monkeypatch, tmp_path):
     loaded = []
     monkeypatch.setattr(cupy.cuda, "Device", FakeDevice)
     monkeypatch.setattr(cupy, "RawModule", lambda path: FakeModule(path, loaded))
-    cupy_device._found_cache.cache_clear()
+    cupy_device._cache.cache_clear()
     try:
         first = cupy_device._kernel.__wrapped__(0, CONVERT)
         monkeypatch.setattr(cupy_device, "compiled", None)
         assert cupy_device._kernel.__wrapped__(0, CONVERT) == first
     finally:
-        cupy_device._found_cache.cache_clear()
+        cupy_device._cache.cache_clear()
     assert loaded[0] == loaded[1]
     assert loaded[0].startswith(str(tmp_path))
 
@@ -86,9 +86,7 @@ def test_where_nothing_can_be_kept_a_kernel_is_compiled_all_the_same(monkeypatch
     monkeypatch.setattr(cupy.cuda, "Device", FakeDevice)
     monkeypatch.setattr(cupy, "RawModule", lambda path: FakeModule(path, loaded))
     gone = tmp_path / "gone"
-    monkeypatch.setattr(
-        cupy_device, "_found_cache", lambda: (None if place == "off" else gone, place)
-    )
+    monkeypatch.setattr(cupy_device, "_cache", lambda: (None if place == "off" else gone, place))
     assert "convert" in cupy_device._kernel.__wrapped__(0, CONVERT)
     assert not gone.exists()
     assert not loaded[0].startswith(str(tmp_path))

@@ -178,15 +178,6 @@ def test_flat_sees_the_same_memory_whatever_the_axes():
     np.testing.assert_array_equal(flatten(array), array.ravel())
 
 
-def test_count_ones_counts_the_bits_of_the_type():
-    @njit
-    def ones(number):
-        return simd.count_ones(number)
-
-    assert ones(np.int32(-1)) == 32
-    assert ones(np.int64(0b1011)) == 3
-
-
 @pytest.mark.skipif("not has_avx512()", reason="this processor, or NUMBA_CPU_NAME, lacks AVX-512")
 def test_a_lookup_takes_from_both_blocks_by_the_low_five_bits():
     @njit
