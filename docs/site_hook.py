@@ -50,7 +50,7 @@ PLACES = {
     f"{RESULTS}/mutants.json": "mutants.md",
     "srigl_core/testing/laws.py": "laws.md",
 }
-"""Pages that are not in this folder, or the files that they are generated from, and their places."""
+"""Pages that are not in this folder, or the files they are generated from, and their places."""
 
 _ORIGINS = {place: path for path, place in PLACES.items()}
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)[^)#\s]+(?=[)#])")
