@@ -33,9 +33,9 @@ PAGE = """# Wrong kernels, and what rejects them
 
 Each is a kernel of this project with a bug of at most five lines, a diff in `tests/mutants/`. The
 law that its diff names must reject it within {max_examples} problems, with seed {seed}
-(`tests/test_mutants.py`). *Laws* says how many laws do, of those of the operation, where that was
-tried; *problems*, how many the named law takes; *shrunk to*, how many neurons and inputs the
-example has that it shows then.
+(`tests/test_mutants.py`, `tests/slow/test_compiled_mutants.py`). *Laws* says how many laws do, of
+those of the operation, where that was tried; *problems*, how many the named law takes; *shrunk to*,
+how many neurons and inputs the example has that it shows then.
 
 - {n_rejected} of {n} are rejected. {n_naming} of {n_laws} laws reject a mutant that names them.
 - The named law takes {median:g} problems in the median, {most} at most.
