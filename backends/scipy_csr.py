@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import accumulator_dtype, round_to
 from srigl_core._format.weight import CondensedWeight
-from srigl_core._update import MaskUpdate, UpdateSettings
 from srigl_core.contract import Capabilities, MatmulGradients
-from srigl_core.errors import SriglError
 from srigl_core.reference.activations import activate
 
 __all__ = ["ScipyBackend"]
@@ -32,20 +30,8 @@ class ScipyBackend:
 
     def prepare(self, weight: CondensedWeight) -> CsrPrepared:
         """Return `weight` as a CSR matrix of its active rows."""
-        kind = accumulator_dtype(weight.dtype)
-        return CsrPrepared(weight, {kind: _csr(weight, kind)})
-
-    def update_mask(
-        self,
-        weight: Array,
-        grad: Array,
-        mask: NDArray[np.bool_],
-        settings: UpdateSettings,
-        *,
-        threads: int | None,
-    ) -> MaskUpdate:
-        """Refuse: not among this backend's operations."""
-        raise SriglError("backend 'scipy' does not offer update_mask")
+        dtype = accumulator_dtype(weight.dtype)
+        return CsrPrepared(weight, {dtype: _csr(weight, dtype)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +61,10 @@ class CsrPrepared:
     ) -> None:
         """Write the product to `out`."""
         weight = self.weight
-        kind = accumulator_dtype(x.dtype, weight.dtype)
+        dtype = accumulator_dtype(x.dtype, weight.dtype)
         with np.errstate(all="ignore"):
-            product = (self._matrix(kind) @ x.T.astype(kind)).T
-            offset = np.zeros(weight.shape[0], kind) if bias is None else bias.astype(kind)
+            product = (self._matrix(dtype) @ x.T.astype(dtype)).T
+            offset = np.zeros(weight.shape[0], dtype) if bias is None else bias.astype(dtype)
             z = np.broadcast_to(offset, (x.shape[0], weight.shape[0])).copy()
             z[:, weight.active] += product
             z = z[:, weight.active] if compact else z
@@ -93,12 +79,12 @@ class CsrPrepared:
         weight = self.weight
         with np.errstate(all="ignore"):
             if out.x is not None:
-                kind = accumulator_dtype(grad.dtype, weight.dtype)
-                dx = (self._matrix(kind).T @ grad[:, weight.active].T.astype(kind)).T
+                dtype = accumulator_dtype(grad.dtype, weight.dtype)
+                dx = (self._matrix(dtype).T @ grad[:, weight.active].T.astype(dtype)).T
                 out.x[...] = round_to(dx, out.x.dtype)
             if out.values is not None and x is not None:
-                kind = accumulator_dtype(grad.dtype, x.dtype, weight.dtype)
-                dense = _full_csr(grad[:, weight.active].T.astype(kind)) @ x.astype(kind)
+                dtype = accumulator_dtype(grad.dtype, x.dtype, weight.dtype)
+                dense = _full_csr(grad[:, weight.active].T.astype(dtype)) @ x.astype(dtype)
                 dvalues = np.take_along_axis(dense, weight.indices.astype(np.int64), axis=1)
                 out.values[...] = round_to(dvalues, out.values.dtype)
             if out.bias is not None:
@@ -115,18 +101,18 @@ class CsrPrepared:
     def _all(self) -> list[scipy.sparse.csr_array]:
         return list(self.matrices.values())
 
-    def _matrix(self, kind: np.dtype[Any]) -> scipy.sparse.csr_array:
-        matrix = self.matrices.get(kind)
+    def _matrix(self, dtype: np.dtype[Any]) -> scipy.sparse.csr_array:
+        matrix = self.matrices.get(dtype)
         if matrix is None:
-            matrix = self.matrices[kind] = _csr(self.weight, kind)
+            matrix = self.matrices[dtype] = _csr(self.weight, dtype)
         return matrix
 
 
-def _csr(weight: CondensedWeight, kind: np.dtype[Any]) -> scipy.sparse.csr_array:
+def _csr(weight: CondensedWeight, dtype: np.dtype[Any]) -> scipy.sparse.csr_array:
     """Return the active rows with every active weight stored, zeros included."""
     row_starts = np.arange(weight.n_active + 1) * weight.fan_in
     return scipy.sparse.csr_array(
-        (weight.values.ravel().astype(kind), weight.indices.ravel().astype(np.int64), row_starts),
+        (weight.values.ravel().astype(dtype), weight.indices.ravel().astype(np.int64), row_starts),
         shape=(weight.n_active, weight.shape[1]),
     )
 

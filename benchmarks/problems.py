@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import srigl_core
-from srigl_core import CondensedWeight
+from srigl_core import CondensedWeight, UpdateSettings
 from srigl_core._arrays.dtypes import value_dtype
 from srigl_core.benchmarks.arrays import Arrays
 from srigl_core.benchmarks.cases import Layer
@@ -277,7 +277,7 @@ class Problem:
 
     def _expected(self, operation: str, batch: Batch, precision: Precision) -> Iterator[_Exact]:
         if operation == "update":
-            mask = update_mask(*self.update_inputs, **self.update_settings).mask
+            mask = update_mask(*self.update_inputs, UpdateSettings(**self.update_settings)).mask
             yield _Exact("mask", _ALL, self.cast(self.arrays.array(mask), "float64"), 0.0, 0)
         elif operation == "backward":
             yield from self._exact_gradients(batch, precision)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from srigl_core._activations import ACTIVATIONS
+
 __all__ = ["activate"]
 
-Float64 = NDArray[np.float64]
+_FUNCTIONS = SimpleNamespace(
+    exp=np.exp,
+    tanh=np.tanh,
+    where=np.where,
+    erf=np.vectorize(math.erf, otypes=[np.float64]),
+)
 
-_erf: Callable[[Float64], Float64] = np.vectorize(math.erf, otypes=[np.float64])
 
-
-def activate(z: Float64, activation: str) -> Float64:
+def activate(z: NDArray[np.float64], activation: str) -> NDArray[np.float64]:
     """Return ``activation(z)`` elementwise.
 
     Parameters
@@ -30,35 +35,8 @@ def activate(z: Float64, activation: str) -> Float64:
 
     Notes
     -----
-    relu(NaN) is NaN; the smooth ones follow their formula at infinity, so that gelu, gelu_tanh
-    and silu of -inf are NaN (inf * 0).
+    relu(NaN) is NaN. The smooth activations follow their formula at infinity, so that gelu,
+    gelu_tanh and silu of -inf are NaN (inf * 0).
     """
-    return _FORMULAS[activation](z)
-
-
-def _relu(z: Float64) -> Float64:
-    return np.where(z <= 0, 0.0, z)
-
-
-def _gelu(z: Float64) -> Float64:
-    y: Float64 = 0.5 * z * (1 + _erf(z / math.sqrt(2)))
+    y: NDArray[np.float64] = ACTIVATIONS[activation].formula(z, _FUNCTIONS)
     return y
-
-
-def _gelu_tanh(z: Float64) -> Float64:
-    y: Float64 = 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-    return y
-
-
-def _silu(z: Float64) -> Float64:
-    y: Float64 = z / (1 + np.exp(-z))
-    return y
-
-
-_FORMULAS: dict[str, Callable[[Float64], Float64]] = {
-    "none": lambda z: z,
-    "relu": _relu,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "silu": _silu,
-}

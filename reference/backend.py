@@ -1,4 +1,4 @@
-"""The reference as a backend: the definition itself, for checking others and for small work."""
+"""The reference as a backend: the definition itself, to check other backends with."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._format.weight import CondensedWeight
-from srigl_core._update import MaskUpdate, UpdateSettings
-from srigl_core.contract import Capabilities, MatmulGradients
+from srigl_core._update import CondensedUpdate, GradientRows, MaskUpdate, UpdateSettings
+from srigl_core.contract import OPERATIONS, Capabilities, MatmulGradients
 from srigl_core.reference import condensed_matmul
+from srigl_core.reference.condensed_update import srigl_condensed_update
 from srigl_core.reference.mask_update import srigl_update
 
 __all__ = ["ReferenceBackend"]
 
 
 class ReferenceBackend:
-    """NumPy only, correct before fast."""
+    """The definition, in NumPy; correctness comes before speed."""
 
     name = "reference"
-    capabilities = Capabilities(priority=0)
+    capabilities = Capabilities(operations=frozenset(OPERATIONS), priority=0)
 
     def prepare(self, weight: CondensedWeight) -> ReferencePrepared:
-        """Return `weight` as it is."""
+        """Return `weight` in its own condensed layout."""
         return ReferencePrepared(weight)
 
     def update_mask(
@@ -39,6 +40,18 @@ class ReferenceBackend:
     ) -> MaskUpdate:
         """Return the update of SPEC 4."""
         return srigl_update(weight, grad, mask, settings)
+
+    def update_condensed(
+        self,
+        weight: CondensedWeight,
+        gradient_rows: GradientRows,
+        settings: UpdateSettings,
+        *,
+        block_rows: int,
+        threads: int | None,
+    ) -> CondensedUpdate:
+        """Return the condensed update of SPEC 4."""
+        return srigl_condensed_update(weight, gradient_rows, settings, block_rows=block_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,5 +91,5 @@ class ReferencePrepared:
         condensed_matmul.backward(grad, x, self.weight, out=out)
 
     def with_values(self, weight: CondensedWeight) -> ReferencePrepared:
-        """Return the same for another weight."""
+        """Return the layout of another weight."""
         return ReferencePrepared(weight)

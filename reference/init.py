@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from srigl_core._arrays.checks import as_mask, check_generator, check_integer
 from srigl_core._arrays.dtypes import round_to, value_dtype
-from srigl_core._format.weight import draw_columns, flat_shape
+from srigl_core._format.connections import Connections, flat_shape
 from srigl_core.errors import SriglError
 
 __all__ = ["INITS", "random_mask", "random_unstructured_mask", "sparse_init"]
@@ -47,11 +47,8 @@ def random_mask(
     SriglError
         If `fan_in` is out of range.
     """
-    n_out, n_in = flat_shape(shape)
-    check_integer(fan_in, "fan_in", least=1, most=n_in)
-    mask = np.zeros((n_out, n_in), np.bool_)
-    np.put_along_axis(mask, draw_columns(n_out, n_in, fan_in, check_generator(rng)), True, axis=1)
-    return mask.reshape(shape)
+    connections = Connections.random(flat_shape(shape), fan_in=fan_in, rng=rng)
+    return connections.to_mask().reshape(shape)
 
 
 def random_unstructured_mask(
@@ -100,7 +97,7 @@ def sparse_init(
         With k the row's number of active weights: "kaiming_normal" and "grad_flow", normal of
         standard deviation sqrt(2/k); "kaiming_uniform", uniform within sqrt(6/k);
         "torch_default", uniform within sqrt(1/k); "grad_flow_released", normal of standard
-        deviation 2/k, as the released code does by a slip (decision O24).
+        deviation 2/k, as the released code does by mistake (decision O24).
     rng : numpy.random.Generator or int
         A generator or a seed.
     dtype : dtype-like

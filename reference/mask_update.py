@@ -34,16 +34,7 @@ State = TypeVar("State")
 
 
 def update_mask(
-    weight: ArrayLike,
-    grad: ArrayLike,
-    mask: Mask,
-    *,
-    nnz_budget: int,
-    drop_fraction: float,
-    gamma_sal: float | None = 0.3,
-    min_salient: int | None = None,
-    saliency_scope: str = "inactive",
-    grown_init: float = 0.0,
+    weight: ArrayLike, grad: ArrayLike, mask: Mask, settings: UpdateSettings
 ) -> MaskUpdate:
     """Return the SRigL update of one layer's mask.
 
@@ -55,18 +46,7 @@ def update_mask(
         The dense gradient G of that step, the mean over the window.
     mask : ndarray of bool, same shape
         Any mask; it need not be constant fan-in.
-    nnz_budget : int
-        Weights the layer may have, B.
-    drop_fraction : float
-        Share of the active weights to prune, zeta, in [0, 1].
-    gamma_sal : float or None
-        Ablate neurons with fewer salient weights than this share of the fan-in.
-    min_salient : int or None
-        The same threshold as a count; needs ``gamma_sal=None``. With neither, none is ablated.
-    saliency_scope : {"inactive", "all"}
-        Where the largest gradients are looked for: the paper's way, or the released code's.
-    grown_init : float
-        Value of a newly active weight.
+    settings : UpdateSettings
 
     Returns
     -------
@@ -79,7 +59,7 @@ def update_mask(
         If a setting is out of range, shapes differ, `grad` or an active weight is not finite, or
         the budget leaves the active neurons no weight. Nothing is changed.
     ValueTypeError
-        If a dtype is not of its kind.
+        If a dtype is not supported.
 
     Notes
     -----
@@ -95,7 +75,8 @@ def update_mask(
     >>> weight = np.array([[0.0, 0.1, -0.9], [0.5, 0.0, 0.4]])
     >>> grad = np.array([[-3.0, 0.0, 1.0], [1.0, 2.0, 0.0]])
     >>> mask = np.array([[False, True, True], [True, False, True]])
-    >>> update = update_mask(weight, grad, mask, nnz_budget=4, drop_fraction=0.25)
+    >>> settings = UpdateSettings(nnz_budget=4, drop_fraction=0.25)
+    >>> update = update_mask(weight, grad, mask, settings)
     >>> update.mask
     array([[ True, False,  True],
            [ True, False,  True]])
@@ -103,9 +84,6 @@ def update_mask(
     array([[ 0. ,  0. , -0.9],
            [ 0.5,  0. ,  0.4]])
     """
-    settings = UpdateSettings(
-        nnz_budget, drop_fraction, gamma_sal, min_salient, saliency_scope, grown_init
-    )
     return checked_update(srigl_update, weight, grad, mask, settings)
 
 
@@ -143,7 +121,7 @@ def prune_counts(weight: NDArray[Any], mask: Mask, drop_fraction: float) -> tupl
 
 
 def keep_and_prune(n_weights: int, n_nonzero: int, drop_fraction: float) -> tuple[int, int]:
-    """Return `prune_counts` of `n_weights` active weights, of which `n_nonzero` are not zero."""
+    """Return `prune_counts` for `n_weights` active weights, `n_nonzero` of them not zero."""
     n_prune = int(np.floor(n_weights * drop_fraction))
     n_keep = min(n_weights - n_prune, n_nonzero)
     return n_keep, n_weights - n_keep
@@ -160,8 +138,8 @@ def ablation_threshold(
 ) -> int:
     """Return the number of salient weights below which a row is ablated (SPEC 4.4).
 
-    It is lowered where it would leave so few rows that their fan-in exceeded `n_in`; lowered to
-    0 it ablates nothing, and rows that tie with it survive.
+    The threshold is lowered where it would leave so few rows that their fan-in would exceed `n_in`.
+    Rows with exactly the threshold survive, so that a threshold of 0 ablates nothing.
     """
     n_out = salient_counts.size
     fewest_rows = settings.nnz_budget // n_in
@@ -196,7 +174,7 @@ def new_fan_in(
 
 
 def _smallest_budget(salient_counts: NDArray[np.int64], settings: UpdateSettings, n_in: int) -> int:
-    """Return the least budget that gives every surviving row a weight; n_out always does."""
+    """Return the smallest budget that gives every surviving row a weight; n_out always does."""
     n_out = salient_counts.size
     ascending = np.sort(salient_counts)
     budgets = np.arange(1, n_out + 1)
@@ -218,7 +196,7 @@ def prune(weight: NDArray[Any], mask: Mask, survives: Mask, n_keep: int, fan_in:
 def grow(grad: NDArray[Any], kept: Mask, survives: Mask, fan_in: int) -> Mask:
     """Fill each surviving row up to `fan_in` where the gradient is largest (SPEC 4.7).
 
-    A position pruned a moment ago may be grown again.
+    A position that was just pruned may be grown again.
     """
     new_mask = kept.copy()
     for row in np.flatnonzero(survives):
@@ -268,15 +246,15 @@ def remap_state(state: State, mask: Mask, new_mask: Mask) -> State:
 
     Returns
     -------
-    same kind as `state`
-        New containers and new arrays; `state` is not changed. Any kind of dict becomes a dict.
+    same type as `state`
+        New containers and new arrays; `state` is not changed. A subclass of dict becomes a dict.
 
     Raises
     ------
     SriglError
         If the masks differ in shape.
     ValueTypeError
-        If one is no array of bool.
+        If one is not an array of bool.
     """
     mask = as_mask(mask, None)
     new_mask = as_mask(new_mask, mask.shape, "new_mask")

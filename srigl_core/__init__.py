@@ -1,21 +1,27 @@
 """Dynamic sparse training with structured sparsity: the format, the definition, the kernels.
 
 Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2024 (arXiv 2305.02299).
-Importing this imports NumPy and SciPy, and no backend: `condensed_matmul` finds those by entry
-point when they are first needed.
+Importing this imports NumPy, and no backend: `condensed_matmul` finds backends by entry point when
+it first needs one.
 """
 
-from srigl_core._api import condensed_matmul, condensed_matmul_backward, update_mask
-from srigl_core._format.connections import CondensedMask
+from srigl_core._api import (
+    condensed_matmul,
+    condensed_matmul_backward,
+    update_condensed,
+    update_mask,
+)
+from srigl_core._format.connections import Connections
 from srigl_core._format.file import load_condensed, save_condensed
 from srigl_core._format.weight import CondensedWeight, MemoryReport
 from srigl_core._plan import Plan, prepare
 from srigl_core._recommendation import Recommendation, recommend
 from srigl_core._registry import BackendStatus, get_backend, list_backends
 from srigl_core._training.condensed_trainer import CondensedTrainer
-from srigl_core._training.trainer import SparseTrainer
-from srigl_core._training.training_state import LayerOptions
-from srigl_core._update import MaskUpdate, UpdateSettings
+from srigl_core._training.config import LayerOptions, TrainingConfig
+from srigl_core._training.methods import LayerState, Method, list_methods
+from srigl_core._training.sparse_trainer import SparseTrainer
+from srigl_core._update import CondensedUpdate, MaskUpdate, UpdateOptions, UpdateSettings
 from srigl_core._warmup import warmup
 from srigl_core.contract import Backend, Capabilities, MatmulGradients, PreparedWeight
 from srigl_core.errors import (
@@ -30,19 +36,24 @@ __all__ = [
     "BackendStatus",
     "BackendUnavailableError",
     "Capabilities",
-    "CondensedMask",
     "CondensedTrainer",
+    "CondensedUpdate",
     "CondensedWeight",
+    "Connections",
     "FileFormatError",
     "LayerOptions",
+    "LayerState",
     "MaskUpdate",
     "MatmulGradients",
     "MemoryReport",
+    "Method",
     "Plan",
     "PreparedWeight",
     "Recommendation",
     "SparseTrainer",
     "SriglError",
+    "TrainingConfig",
+    "UpdateOptions",
     "UpdateSettings",
     "ValueTypeError",
     "__version__",
@@ -50,10 +61,12 @@ __all__ = [
     "condensed_matmul_backward",
     "get_backend",
     "list_backends",
+    "list_methods",
     "load_condensed",
     "prepare",
     "recommend",
     "save_condensed",
+    "update_condensed",
     "update_mask",
     "warmup",
 ]

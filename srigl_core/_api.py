@@ -1,4 +1,4 @@
-"""The public functions: find the backend, check the arguments, call it."""
+"""The public functions: choose the backend, check the arguments, call it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,31 @@ from typing import Any, TypeVar
 
 from srigl_core._arrays.libraries import common_library, device_of
 from srigl_core._arrays.operations import HOST_ARRAYS
-from srigl_core._format.weight import CondensedWeight
-from srigl_core._plan import check_condensed, checked_threads
+from srigl_core._format.weight import CondensedWeight, check_condensed
+from srigl_core._plan import checked_threads, plan_of
 from srigl_core._registry import check_dtype, get_backend
-from srigl_core._update import MaskUpdate, UpdateSettings, checked_update
+from srigl_core._update import (
+    CondensedUpdate,
+    GradientRows,
+    MaskUpdate,
+    UpdateSettings,
+    checked_condensed_update,
+    checked_update,
+)
 from srigl_core.contract import Backend, MatmulGradients
 
-__all__ = ["condensed_matmul", "condensed_matmul_backward", "update_mask"]
+__all__ = [
+    "apply_update",
+    "condensed_matmul",
+    "condensed_matmul_backward",
+    "update_condensed",
+    "update_mask",
+]
 
 Array = TypeVar("Array")
+
+_BLOCK_NUMBERS = 1 << 18
+"""Numbers in a block of gradient rows, if the caller asks for no other size."""
 
 
 def condensed_matmul(
@@ -34,31 +50,34 @@ def condensed_matmul(
     Parameters
     ----------
     x : array, (..., n_in)
-        float16, bfloat16, float32 or float64, any strides; NumPy's, PyTorch's, JAX's, CuPy's or
-        TensorFlow's, or an object with ``__dlpack__``, ``__array_interface__`` or
-        ``__cuda_array_interface__``. Read where it lies, and never written.
+        float16, bfloat16, float32 or float64, any strides: a NumPy, PyTorch, JAX or CuPy array, or
+        an object with ``__dlpack__``, ``__array_interface__`` or ``__cuda_array_interface__``. It
+        is not copied, and never written.
     weight : CondensedWeight, (n_out, n_in)
     bias : array, (n_out,), or None
         Of the same library and on the same device as `x`. Cast to the result's dtype.
-    activation : {None, "none", "relu", "gelu", "gelu_tanh", "silu"}
-        "gelu" is the erf form.
+    activation : str or None
+        One of `srigl_core.contract.ACTIVATIONS`: "none", "relu", "gelu" (the erf form),
+        "gelu_tanh" or "silu". None is "none".
     compact : bool
         Return the columns of active neurons only, for inference. Otherwise an ablated neuron
         outputs ``act(bias)``.
     out : array, (..., n_out) or (..., n_active), or None
-        Where to write, of any value type; must not share memory with an input. Of the same library
-        as `x`, unless that lets nobody write, as JAX and TensorFlow do.
+        Array to write the result to, of any value type and of the library of `x`. It must not
+        share memory with an input. JAX arrays are read-only and cannot be `out`.
     backend : str, Backend or None
         As in `get_backend`.
     threads : int or None
-        Threads to use at most; None is the backend's default. Never changes the result.
+        The most threads to use; None is the backend's default. Never changes the result.
 
     Returns
     -------
     array, (..., n_out), or (..., n_active) if `compact`
         `out`, or a new array of dtype ``numpy.result_type(x, values)``, of the library and on the
-        device that `x` is of. It carries no gradient: autograd and tracing are for
-        `srigl_core.torch` and `srigl_core.jax`.
+        device of `x`. It carries no gradient: use `srigl_core.torch` and `srigl_core.jax` for
+        autograd and tracing. For any other object that exports its memory, such as a TensorFlow
+        tensor, the result is a NumPy array, or a CuPy array on a CUDA device;
+        ``tf.experimental.dlpack.from_dlpack(y.__dlpack__())`` imports it without a copy.
 
     Raises
     ------
@@ -68,13 +87,13 @@ def condensed_matmul(
         If a dtype is not supported, float16 meets bfloat16, arrays are of several libraries or on
         several devices, or one holds no numbers (tracers, fake and meta tensors).
     BackendUnavailableError
-        If the backend asked for cannot run here.
+        If the backend that was named cannot run here.
 
     Notes
     -----
-    SPEC 2: sums are kept in float32, in float64 where either input is float64, and rounded once.
-    The weight keeps the plan of each backend it was used with. Cost O(batch * n_active * k). The
-    paper's condensed layer, sec. 4.4.
+    SPEC 2; the paper's condensed layer, sec. 4.4. Sums are kept in float32, or in float64 where
+    either input is float64, and are rounded once. The weight keeps the plan of each backend that
+    it was used with. Cost O(batch * n_active * k).
 
     Examples
     --------
@@ -86,9 +105,10 @@ def condensed_matmul(
     check_condensed(weight)
     device = device_of(x)
     if backend is None and device == "cpu":
-        plan = weight.plan()  # quicker than to look whether an object is a backend
+        plan = plan_of(weight)  # faster than to look whether an object is a backend
     else:
-        plan = weight.plan(get_backend(backend, operation="condensed_matmul", device=device))
+        chosen = get_backend(backend, operation="condensed_matmul", device=device)
+        plan = plan_of(weight, chosen)
     return plan(x, bias, activation=activation, compact=compact, out=out, threads=threads)
 
 
@@ -114,16 +134,16 @@ def condensed_matmul_backward(
     wrt : iterable of {"x", "values", "bias"}
         The gradients to compute.
     out : MatmulGradients or None
-        Arrays to write to, of any value type; those that are None are made.
+        Arrays to write to, of any value type; where one is None a new array is made.
     backend, threads
         As in `condensed_matmul`.
 
     Returns
     -------
     MatmulGradients
-        Of the library and on the device that `grad` is of. ``x`` of dtype
-        ``result_type(grad, values)``; ``values`` and ``bias`` of the widest type that takes part,
-        float32 at least. None where not in `wrt`.
+        Arrays of the library and on the device of `grad`. ``x`` has dtype
+        ``result_type(grad, values)``; ``values`` and ``bias`` have the widest dtype that takes
+        part, at least float32. Gradients that are not in `wrt` are None.
 
     Raises
     ------
@@ -132,7 +152,7 @@ def condensed_matmul_backward(
     ValueTypeError
         If a dtype is not supported.
     BackendUnavailableError
-        If the backend asked for cannot run here.
+        If the backend that was named cannot run here.
 
     Notes
     -----
@@ -141,7 +161,7 @@ def condensed_matmul_backward(
     """
     check_condensed(weight)
     chosen = get_backend(backend, operation="condensed_matmul_backward", device=device_of(grad))
-    return weight.plan(chosen).backward(grad, x, wrt=wrt, out=out, threads=threads)
+    return plan_of(weight, chosen).backward(grad, x, wrt=wrt, out=out, threads=threads)
 
 
 def update_mask(
@@ -167,19 +187,19 @@ def update_mask(
     grad : array, same shape
         The dense gradient G of that step, the mean over the window.
     mask : array of bool, same shape
-        All three of one library and on one device.
+        All three arrays must be of one library and on one device.
     nnz_budget, drop_fraction, gamma_sal, min_salient, saliency_scope, grown_init
         As in `UpdateSettings`.
     backend : str, Backend or None
         As in `get_backend`; all give the same bits.
     threads : int or None
-        Threads to use at most; never changes the result.
+        The most threads to use; never changes the result.
 
     Returns
     -------
     MaskUpdate
-        New arrays, mask and weight in the weight's shape and of its library and device; what tells
-        of rows is NumPy's.
+        New arrays. Mask and weight have the weight's shape, library and device; arrays of row
+        numbers and counts are NumPy arrays.
 
     Raises
     ------
@@ -187,23 +207,91 @@ def update_mask(
         If a setting is out of range, shapes differ, a number that counts is not finite, or the
         budget leaves the active neurons no weight. Nothing is changed.
     BackendUnavailableError
-        If the backend asked for cannot run here.
+        If the backend that was named cannot run here.
 
     Notes
     -----
     SPEC 4; the paper, sec. 3. Ties go to the lowest flat index.
     """
     settings = UpdateSettings(
-        nnz_budget, drop_fraction, gamma_sal, min_salient, saliency_scope, grown_init
+        nnz_budget,
+        drop_fraction,
+        gamma_sal=gamma_sal,
+        min_salient=min_salient,
+        saliency_scope=saliency_scope,
+        grown_init=grown_init,
     )
+    return apply_update(weight, grad, mask, settings, backend=backend, threads=threads)
+
+
+def apply_update(
+    weight: Any,
+    grad: Any,
+    mask: Any,
+    settings: UpdateSettings,
+    *,
+    backend: str | Backend | None = None,
+    threads: int | None = None,
+) -> MaskUpdate:
+    """Return the SRigL update of one layer's mask, with its settings in one object.
+
+    Arguments, result and errors are those of `update_mask`.
+    """
     chosen = get_backend(backend, operation="update_mask", device=device_of(weight))
     threads = checked_threads(threads)
     common_library({"weight": weight, "grad": grad, "mask": mask})
+    arrays = getattr(chosen, "arrays", HOST_ARRAYS)
 
     def algorithm(weight: Any, grad: Any, *others: Any, **options: Any) -> MaskUpdate:
-        check_dtype(chosen, "weight", weight.dtype)
-        check_dtype(chosen, "grad", grad.dtype)
+        check_dtype(chosen, "input", "weight", arrays.dtype(weight))
+        check_dtype(chosen, "input", "grad", arrays.dtype(grad))
         return chosen.update_mask(weight, grad, *others, **options)
 
-    arrays = getattr(chosen, "arrays", HOST_ARRAYS)
     return checked_update(algorithm, weight, grad, mask, settings, arrays=arrays, threads=threads)
+
+
+def update_condensed(
+    weight: CondensedWeight,
+    gradient_rows: GradientRows,
+    settings: UpdateSettings,
+    *,
+    block_rows: int | None = None,
+    backend: str | Backend | None = None,
+    threads: int | None = None,
+) -> CondensedUpdate:
+    """Return the SRigL update of one condensed layer: no dense array is ever made.
+
+    Parameters
+    ----------
+    weight, gradient_rows, settings
+        As in `srigl_core.reference.update_condensed`, the definition.
+    block_rows : int or None
+        Rows in a block; None is about 2^18 numbers. Never changes the result.
+    backend : str, Backend or None
+        As in `get_backend`; all give the same bits.
+    threads : int or None
+        The most threads to use; never changes the result.
+
+    Returns
+    -------
+    CondensedUpdate
+
+    Raises
+    ------
+    SriglError
+        As in `srigl_core.reference.update_condensed`.
+    BackendUnavailableError
+        If the backend that was named cannot run here.
+    """
+    chosen: Any = get_backend(backend, operation="update_condensed")
+    check_condensed(weight)
+    check_dtype(chosen, "value", "values", weight.dtype)
+    check_dtype(chosen, "index", "indices", weight.indices.dtype)
+    return checked_condensed_update(
+        chosen.update_condensed,
+        weight,
+        gradient_rows,
+        settings,
+        block_rows=max(1, _BLOCK_NUMBERS // weight.shape[1]) if block_rows is None else block_rows,
+        threads=checked_threads(threads),
+    )

@@ -35,7 +35,7 @@ def machine_facts() -> dict[str, str | int]:
 
 
 def cpu_name() -> str:
-    """Return the processor's name as it gives it itself, or else its architecture."""
+    """Return the processor's name, or its architecture where the name is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -55,9 +55,9 @@ def n_cores() -> int:
 
 
 def backend_facts() -> dict[str, dict[str, object]]:
-    """Return what each backend that can run here says of itself: threads, caches and the like.
+    """Return the runtime information of each available backend, such as threads and caches.
 
-    A backend says it through a method ``runtime_info()``, which the contract leaves optional.
+    It comes from the backend's method ``runtime_info()``, which is optional.
     """
     facts = {}
     for status in list_backends():

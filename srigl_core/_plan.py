@@ -1,37 +1,35 @@
-"""The public door of the condensed matmul: check the arguments once, then call the backend."""
+"""The plan of a product: arguments are checked once, and the backend is called."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
 from srigl_core._arrays.checks import check_integer
-from srigl_core._arrays.dtypes import result_dtype, value_dtype
+from srigl_core._arrays.dtypes import accumulator_dtype, value_dtype
 from srigl_core._arrays.libraries import common_library, library_of
-from srigl_core._arrays.operations import HOST_ARRAYS
-from srigl_core._recommendation import dense_nanoseconds
+from srigl_core._arrays.operations import HOST_ARRAYS, ArrayOps
+from srigl_core._cost_model import dense_nanoseconds
+from srigl_core._format.weight import CondensedWeight, check_condensed
+from srigl_core._product_spec import ArraySpec, gradient_specs, product_spec
 from srigl_core._registry import check_dtype, get_backend
-from srigl_core.contract import (
-    ACTIVATIONS,
-    ArrayKind,
-    Backend,
-    MatmulGradients,
-    PreparedWeight,
-)
+from srigl_core.contract import ACTIVATIONS, Backend, MatmulGradients, PreparedWeight
 from srigl_core.errors import SriglError, ValueTypeError
 
-if TYPE_CHECKING:
-    from srigl_core._format.weight import CondensedWeight
-
-__all__ = ["Plan", "check_condensed", "checked_threads", "prepare"]
+__all__ = ["Plan", "checked_threads", "plan_of", "prepare"]
 
 Array = TypeVar("Array")
 
 _BATCHES_DESCRIBED = (1, 64, 256)
 _GRADIENTS = ("x", "values", "bias")
+_PLAIN = 0x101
+"""NumPy's flags of an array in C order and aligned: NPY_ARRAY_C_CONTIGUOUS and _ALIGNED."""
+_CODES = {name: activation.code for name, activation in ACTIVATIONS.items()}
 
 
 def prepare(
@@ -45,7 +43,7 @@ def prepare(
     backend : str, Backend or None
         As in `srigl_core.get_backend`.
     threads : int or None
-        Threads to use at most; None is the backend's default. Never changes the result.
+        The most threads to use; None is the backend's default. Never changes the result.
 
     Returns
     -------
@@ -54,9 +52,9 @@ def prepare(
     Raises
     ------
     ValueTypeError
-        If `weight` is no condensed weight, or the backend does not take its dtypes.
+        If `weight` is not a condensed weight, or the backend does not take its dtypes.
     BackendUnavailableError
-        If the backend asked for cannot run here.
+        If the backend that was named cannot run here.
 
     Examples
     --------
@@ -70,11 +68,21 @@ def prepare(
     chosen = get_backend(backend)
     if "condensed_matmul_backward" not in chosen.capabilities.operations:
         get_backend(chosen, operation="condensed_matmul")
-    check_dtype(chosen, "values", weight.dtype)
-    check_dtype(chosen, "indices", weight.indices.dtype)
+    check_dtype(chosen, "value", "values", weight.dtype)
+    check_dtype(chosen, "index", "indices", weight.indices.dtype)
     return Plan(weight, chosen, chosen.prepare(weight), checked_threads(threads))
 
 
+def plan_of(weight: CondensedWeight, backend: str | Backend | None = None) -> Plan:
+    """Return the plan of a weight for `backend`, made once and kept with the weight."""
+    chosen = get_backend(backend)
+    plan: Plan | None = weight._plans.get(chosen)
+    if plan is None:
+        plan = weight._plans[chosen] = prepare(weight, backend=chosen)
+    return plan
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """A condensed weight laid out for one backend; immutable, callable and printable.
 
@@ -85,43 +93,29 @@ class Plan:
     weight : CondensedWeight
     backend : Backend
     threads : int or None
+    arrays : ArrayOps
+        The backend's array operations.
     """
-
-    __slots__ = (
-        "__weakref__",  # which jax.jit asks for before it calls
-        "_arrays",
-        "_prepared",
-        "_quick_matmul",
-        "backend",
-        "threads",
-        "weight",
-    )
 
     weight: CondensedWeight
     backend: Backend
-    threads: int | None
-    _arrays: ArrayKind
     _prepared: PreparedWeight
-    _quick_matmul: Callable[..., Any]
+    threads: int | None
+    arrays: ArrayOps = field(init=False)
+    _matmul_fast: Callable[..., None] | None = field(init=False)
+    _usual: tuple[Any, ...] = field(init=False)
+    """What the fast path compares its arguments with: dtype, n_out, n_in, all neurons active."""
 
-    def __init__(
-        self,
-        weight: CondensedWeight,
-        backend: Backend,
-        prepared: PreparedWeight,
-        threads: int | None,
-    ) -> None:
-        quick = getattr(prepared, "quick_matmul", _not_quick)
-        arrays = getattr(backend, "arrays", HOST_ARRAYS)
-        values = (arrays, prepared, quick, backend, threads, weight)
-        for name, value in zip(self.__slots__[1:], values, strict=True):
-            object.__setattr__(self, name, value)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError("a plan is immutable; call prepare(...) or with_values(...)")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError("a plan is immutable; call prepare(...) or with_values(...)")
+    def __post_init__(self) -> None:
+        weight, can_multiply = (
+            self.weight,
+            "condensed_matmul" in self.backend.capabilities.operations,
+        )
+        fast = getattr(self._prepared, "matmul_fast", None) if can_multiply else None
+        usual = (accumulator_dtype(weight.dtype), *weight.shape, weight.n_active == weight.shape[0])
+        object.__setattr__(self, "arrays", getattr(self.backend, "arrays", HOST_ARRAYS))
+        object.__setattr__(self, "_matmul_fast", fast)
+        object.__setattr__(self, "_usual", usual)
 
     def __copy__(self) -> Plan:
         return self
@@ -149,47 +143,82 @@ class Plan:
         ----------
         x : array, (..., n_in)
         bias : array, (n_out,), or None
-        activation : {None, "none", "relu", "gelu", "gelu_tanh", "silu"}
+        activation : str or None
+            One of `srigl_core.contract.ACTIVATIONS`.
         compact : bool
         out : array, (..., n_out) or (..., n_active), or None
         threads : int or None
             Overrides the plan's.
         workspace : array of uint8, (at least `workspace_bytes`,), or None
-            Memory for the time of the call, of a backend on a GPU; None takes it from a pool.
+            Memory for a GPU backend to use during the call; None allocates from a pool.
 
         Returns
         -------
         array, (..., n_out), or (..., n_active) if `compact`
-            Of the kind that `x` is.
+            An array of the library of `x`.
         """
         threads = self.threads if threads is None else checked_threads(threads)
-        if out is None and workspace is None:
-            quick: Array | None = self._quick_matmul(x, bias, activation, compact, threads)
-            if quick is None and type(x) is not np.ndarray:
-                quick = self._quick_lent(x, bias, activation, compact, threads)
-            if quick is not None:
-                return quick
-        with self._arrays.computing(x):
-            product: Array = self._multiply(x, bias, activation, compact, out, threads, workspace)
-            return product
+        if self._matmul_fast is not None and out is None and workspace is None:
+            multiply = (
+                self._multiply_fast if type(x) is np.ndarray else self._convert_and_multiply_fast
+            )
+            product: Array | None = multiply(x, bias, activation, compact, threads)
+            if product is not None:
+                return product
+        with self.arrays.execution_context(x):
+            result: Array = self._multiply(x, bias, activation, compact, out, threads, workspace)
+            return result
 
-    def _quick_lent(self, x: Any, bias: Any | None, *options: Any) -> Any | None:
-        """Return the quick product of another library's arrays in its kind, or None."""
+    def _multiply_fast(
+        self, x: Any, bias: Any, activation: Any, compact: Any, threads: int | None
+    ) -> Any | None:
+        """Return the product of plain arrays, or None for arguments that need all the checks.
+
+        Plain are C-ordered NumPy arrays of the dtype that is summed. At batch 1 the other checks
+        would take as long as the product.
+        """
+        dtype, n_out, n_in, is_full = self._usual
+        shape = x.shape
+        rank = len(shape)
+        if (
+            x.dtype is not dtype
+            or not 0 < rank < 3
+            or shape[-1] != n_in
+            or x.flags.num & _PLAIN != _PLAIN
+            or not (compact is False or is_full)
+        ):
+            return None
+        if bias is not None and not (
+            type(bias) is np.ndarray
+            and bias.dtype is dtype
+            and bias.shape == (n_out,)
+            and bias.flags.num & _PLAIN == _PLAIN
+        ):
+            return None
+        code = 0 if activation is None else type(activation) is str and _CODES.get(activation, -1)
+        if code is False or code < 0 or not shape[0]:
+            return None
+        out = np.empty(n_out if rank == 1 else (shape[0], n_out), dtype)
+        self._matmul_fast(x, bias, code, out, threads)  # type: ignore[misc] # checked by callers
+        return out
+
+    def _convert_and_multiply_fast(self, x: Any, bias: Any | None, *options: Any) -> Any | None:
+        """Return the fast product of another library's arrays in that library, or None."""
         library = library_of(x)
-        lent = None if self._quick_matmul is _not_quick else library.lend_at_once(x)
-        if lent is None:
+        converted = library.as_numpy_fast(x)
+        if converted is None:
             return None
         if bias is not None:
             is_alike = type(bias) is type(x) or library_of(bias) is library
-            bias = library.lend_at_once(bias) if is_alike else None
+            bias = library.as_numpy_fast(bias) if is_alike else None
             if bias is None:
                 return None
-        product = self._quick_matmul(lent, bias, *options)
-        return None if product is None else library.adopt(product, x)
+        product = self._multiply_fast(converted, bias, *options)
+        return None if product is None else library.to_caller(product, x)
 
     def _multiply(
         self,
-        given: Any,
+        x: Any,
         bias: Any | None,
         activation: str | None,
         compact: bool,
@@ -197,48 +226,69 @@ class Plan:
         threads: int | None,
         workspace: Any | None,
     ) -> Any:
-        weight, arrays = self.weight, self._arrays
-        n_out, n_in = weight.shape
+        weight, arrays, like = self.weight, self.arrays, x
         if "condensed_matmul" not in self.backend.capabilities.operations:
             get_backend(self.backend, operation="condensed_matmul")
-        library = common_library({"x": given, "bias": bias, "out": out})
-        x = arrays.as_float_array(given, "x")
-        if x.ndim == 0 or x.shape[-1] != n_in:
-            raise SriglError(
-                f"x has shape {x.shape}, but its last axis must be the weight's n_in={n_in} "
-                f"(weight {weight.shape})"
-            )
-        kind = self._result_dtype(x, "x")
+        library = common_library({"x": x, "bias": bias, "out": out})
+        x = arrays.as_float_array(x, "x")
         if bias is not None:
             bias = arrays.as_float_array(bias, "bias")
-            if bias.shape != (n_out,):
-                raise SriglError(
-                    f"bias has shape {bias.shape}, but needs one number for each of the n_out="
-                    f"{n_out} neurons, ablated ones included: ({n_out},)"
-                )
-        activation = "none" if activation is None else activation
-        if not isinstance(activation, str) or activation not in ACTIVATIONS:
-            raise SriglError(f"activation={activation!r} is unknown; use {', '.join(ACTIVATIONS)}")
-        shape = (*x.shape[:-1], weight.n_active if compact else n_out)
+        spec = product_spec(
+            self._input_spec(x, "x"),
+            weight.shape,
+            weight.dtype,
+            bias_shape=None if bias is None else bias.shape,
+            activation=activation,
+            n_columns=weight.n_active if compact else None,
+        )
         inputs = {"x": x} if bias is None else {"x": x, "bias": bias}
-        result = self._result_array(out, shape, kind, inputs)
-        lent = self._lent(workspace, {**inputs, "out": result})
-        if result.size:
+        result = self._result_array(out, spec.shape, spec.dtype, inputs)
+        options = self._workspace(workspace, {**inputs, "out": result})
+        if math.prod(spec.shape):
             flat = _rows(result)
             self._prepared.matmul(
                 _rows(x),
-                None if bias is None else arrays.round_to(bias, kind),
-                activation=activation,
+                None if bias is None else arrays.round_to(bias, spec.dtype),
+                activation=spec.activation.name,
                 compact=compact,
                 out=flat,
                 threads=threads,
-                **lent,
+                **options,
             )
             self._copy_back(result, flat)
         if out is None:
-            return arrays.given_back(result, given)
+            return arrays.to_caller(result, like)
         library.written(out)
         return out
+
+    def write_product(
+        self, x: Any, bias: Any | None, *, activation: str, out: Any, threads: int | None
+    ) -> None:
+        """Write a product of checked two-dimensional arrays to `out`, for framework operators.
+
+        Parameters
+        ----------
+        x : array of the backend, (batch, n_in), batch >= 1
+        bias : array of the backend, (n_out,), or None
+        activation : str
+        out : array of the backend, (batch, n_out)
+            Shares no memory with the inputs.
+        threads : int or None
+        """
+        dtype = self._usual[0]
+        if self._matmul_fast is not None and all(
+            array.dtype is dtype and array.flags.num & _PLAIN == _PLAIN
+            for array in ((x, out) if bias is None else (x, out, bias))
+        ):
+            self._matmul_fast(x, bias, _CODES[activation], out, threads)
+            return
+        arrays = self.arrays
+        with arrays.execution_context(x):
+            if bias is not None:
+                bias = arrays.round_to(bias, arrays.dtype(out))
+            self._prepared.matmul(
+                x, bias, activation=activation, compact=False, out=out, threads=threads
+            )
 
     def backward(
         self,
@@ -266,7 +316,7 @@ class Plan:
         Returns
         -------
         MatmulGradients
-            Arrays of the kind that `grad` is.
+            Arrays of the library of `grad`.
         """
         wanted = _checked_wrt(wrt)
         if out is not None and not isinstance(out, MatmulGradients):
@@ -277,55 +327,54 @@ class Plan:
         if "condensed_matmul_backward" not in self.backend.capabilities.operations:
             get_backend(self.backend, operation="condensed_matmul_backward")
         threads = self.threads if threads is None else checked_threads(threads)
-        with self._arrays.computing(grad):
+        with self.arrays.execution_context(grad):
             return self._gradients(grad, x, wanted, out, threads, workspace)
 
     def _gradients(
         self,
-        given: Any,
+        grad: Any,
         x: Any | None,
         wanted: tuple[str, ...],
         out: MatmulGradients | None,
         threads: int | None,
         workspace: Any | None,
     ) -> MatmulGradients:
-        weight, arrays = self.weight, self._arrays
-        n_out, n_in = weight.shape
+        weight, arrays, like = self.weight, self.arrays, grad
         outs: dict[str, Any] = dict.fromkeys(wanted)
         if out is not None:
             outs = {name: getattr(out, name) for name in wanted}
         library = common_library(
-            {"grad": given, "x": x if "values" in wanted else None}
+            {"grad": grad, "x": x if "values" in wanted else None}
             | {f"out.{name}": array for name, array in outs.items()}
         )
-        grad = arrays.as_float_array(given, "grad")
-        if grad.ndim == 0 or grad.shape[-1] != n_out:
-            raise SriglError(
-                f"grad has shape {grad.shape}, but its last axis must be the weight's "
-                f"n_out={n_out} (weight {weight.shape}); compact gradients are not taken"
-            )
+        grad = arrays.as_float_array(grad, "grad")
         inputs = {"grad": grad}
-        if "values" in wanted:
-            if x is None:
-                raise SriglError("the gradient of the values needs x, the forward pass's input")
-            x = inputs["x"] = arrays.as_float_array(x, "x")
-            if x.shape != (*grad.shape[:-1], n_in):
-                raise SriglError(
-                    f"x has shape {x.shape}, but grad of shape {grad.shape} and a weight "
-                    f"{weight.shape} need {(*grad.shape[:-1], n_in)}"
-                )
-        else:
+        if "values" not in wanted:
             x = None
-        results = self._gradient_arrays(grad, x, outs, inputs)
-        lent = self._lent(workspace, inputs | {f"out.{name}": a for name, a in results.items()})
-        if grad.size:
+        elif x is None:
+            raise SriglError("the gradient of the values needs x, the forward pass's input")
+        else:
+            x = inputs["x"] = arrays.as_float_array(x, "x")
+        specs = gradient_specs(
+            self._input_spec(grad, "grad"),
+            None if x is None else self._input_spec(x, "x"),
+            weight.shape,
+            ArraySpec(weight.values.shape, weight.dtype),
+        )
+        results: dict[str, Any] = {}
+        others = dict(inputs)
+        for name, array in outs.items():
+            results[name] = self._result_array(array, *specs[name], others)
+            others[f"the gradient of {name}"] = results[name]
+        options = self._workspace(workspace, others)
+        if math.prod(grad.shape):
             flats = {n: _rows(array) if n == "x" else array for n, array in results.items()}
             self._prepared.backward(
                 _rows(grad),
                 None if x is None else _rows(x),
                 out=MatmulGradients(**flats),
                 threads=threads,
-                **lent,
+                **options,
             )
             for name, flat in flats.items():
                 self._copy_back(results[name], flat)
@@ -334,13 +383,29 @@ class Plan:
                 arrays.assign(array, 0)
         for name, array in results.items():
             if outs[name] is None:
-                outs[name] = arrays.given_back(array, given)
+                outs[name] = arrays.to_caller(array, like)
             else:
                 library.written(outs[name])
         return MatmulGradients(**outs)
 
+    def write_gradients(
+        self, grad: Any, x: Any | None, *, out: MatmulGradients, threads: int | None
+    ) -> None:
+        """Write gradients of checked two-dimensional arrays to `out`, for framework operators.
+
+        Parameters
+        ----------
+        grad : array of the backend, (batch, n_out), batch >= 1
+        x : array of the backend, (batch, n_in), or None
+        out : MatmulGradients
+            Arrays of the backend; None for gradients that are not asked for.
+        threads : int or None
+        """
+        with self.arrays.execution_context(grad):
+            self._prepared.backward(grad, x, out=out, threads=threads)
+
     def workspace_bytes(self, batch: int, dtype: DTypeLike | None = None) -> int:
-        """Return how many bytes of `workspace` suffice for a call with inputs in C order.
+        """Return the size of a `workspace` that suffices for inputs in C order, in bytes.
 
         Parameters
         ----------
@@ -356,8 +421,8 @@ class Plan:
         """
         count = getattr(self._prepared, "workspace_bytes", None)
         batch = check_integer(batch, "batch", least=0)
-        kind = value_dtype(self.weight.dtype if dtype is None else dtype, "dtype")
-        return 0 if count is None or not batch else int(count(batch, kind))
+        dtype = value_dtype(self.weight.dtype if dtype is None else dtype, "dtype")
+        return 0 if count is None or not batch else int(count(batch, dtype))
 
     def with_values(self, values: ArrayLike) -> Plan:
         """Return a plan for other values on the same connections, sharing the packed indices.
@@ -372,13 +437,16 @@ class Plan:
         SriglError
             If the shape or the dtype differ.
         """
-        weight = self.weight.with_values(values)
+        return self.with_weight(self.weight.with_values(values))
+
+    def with_weight(self, weight: CondensedWeight) -> Plan:
+        """Return a plan for a weight on the same connections, sharing the packed indices."""
         return Plan(weight, self.backend, self._prepared.with_values(weight), self.threads)
 
     def describe(self) -> dict[str, object]:
-        """Return the backend, the kernel, the layout and its bytes, as a new dict.
+        """Describe the backend, the kernel, the layout and its bytes, in a new dict.
 
-        And, where the backend has a model of its speed, what that says of the dense product.
+        A backend with a model of its speed adds an estimate of the speed-up over dense products.
         """
         facts = {
             "backend": self.backend.name,
@@ -394,7 +462,7 @@ class Plan:
         return facts
 
     def nanoseconds(self, batch: int) -> float | None:
-        """Return about what a product takes with one thread, or None if the backend cannot tell.
+        """Estimate the single-threaded time of a product; None if the backend has no model.
 
         Parameters
         ----------
@@ -408,94 +476,40 @@ class Plan:
         facts = ", ".join(f"{name}={value}" for name, value in self.describe().items())
         return f"Plan({self.weight!r}, {facts})"
 
-    def _result_dtype(self, array: NDArray[Any], what: str) -> np.dtype[Any]:
-        check_dtype(self.backend, what, array.dtype)
-        return result_dtype(array.dtype, self.weight.dtype)
-
-    def _gradient_arrays(
-        self,
-        grad: NDArray[Any],
-        x: NDArray[Any] | None,
-        outs: dict[str, Any],
-        inputs: dict[str, NDArray[Any]],
-    ) -> dict[str, NDArray[Any]]:
-        product = self._result_dtype(grad, "grad")
-        at_least = np.dtype(np.float32)
-        if x is not None:
-            self._result_dtype(x, "x")
-            result_dtype(grad.dtype, x.dtype)
-        taking_part = [grad.dtype, self.weight.dtype, *([] if x is None else [x.dtype])]
-        kinds = {
-            "x": product,
-            "values": np.result_type(at_least, *taking_part),
-            "bias": np.result_type(at_least, grad.dtype),
-        }
-        n_out, n_in = self.weight.shape
-        shapes = {
-            "x": (*grad.shape[:-1], n_in),
-            "values": self.weight.values.shape,
-            "bias": (n_out,),
-        }
-        results: dict[str, NDArray[Any]] = {}
-        others = dict(inputs)
-        for name, out in outs.items():
-            results[name] = self._result_array(out, shapes[name], kinds[name], others)
-            others[f"the gradient of {name}"] = results[name]
-        return results
+    def _input_spec(self, array: Any, what: str) -> ArraySpec:
+        dtype = self.arrays.dtype(array)
+        check_dtype(self.backend, "input", what, dtype)
+        return ArraySpec(tuple(array.shape), dtype)
 
     def _result_array(
-        self,
-        out: object,
-        shape: tuple[int, ...],
-        dtype: np.dtype[Any],
-        inputs: dict[str, NDArray[Any]],
+        self, out: object, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: dict[str, Any]
     ) -> Any:
         if out is None:
-            return self._arrays.empty(shape, dtype)
-        return self._arrays.as_out(out, shape, inputs)
+            return self.arrays.empty(shape, dtype)
+        return self.arrays.as_out(out, shape, inputs)
 
-    def _copy_back(self, array: NDArray[Any], flat: NDArray[Any]) -> None:
-        if not self._arrays.share_memory(array, flat):
-            self._arrays.assign(array, flat.reshape(array.shape))
+    def _copy_back(self, array: Any, flat: Any) -> None:
+        if not self.arrays.share_memory(array, flat):
+            self.arrays.assign(array, flat.reshape(array.shape))
 
-    def _lent(self, workspace: Any | None, others: dict[str, Any]) -> dict[str, Any]:
-        """Return what the kernels are told of the caller's workspace."""
+    def _workspace(self, workspace: Any | None, others: dict[str, Any]) -> dict[str, Any]:
+        """Return the keyword argument for the caller's workspace, if there is one."""
         if workspace is None:
             return {}
         if not hasattr(self._prepared, "workspace_bytes"):
             raise SriglError(f"backend {self.backend.name!r} takes no workspace; leave it out")
-        return {"workspace": self._arrays.as_workspace(workspace, others)}
-
-
-def _not_quick(*arguments: object) -> None:
-    """Stand in for a backend that has no `quick_matmul`."""
-
-
-def check_condensed(weight: object) -> None:
-    """Check that `weight` is a condensed weight.
-
-    Raises
-    ------
-    ValueTypeError
-        If it is anything else, a dense or CSR weight for example.
-    """
-    # Not by its class: its module imports this one.
-    if not (hasattr(weight, "indices") and hasattr(weight, "active")):
-        raise ValueTypeError(
-            f"weight must be a CondensedWeight, got {type(weight).__name__}; make one with "
-            f"CondensedWeight.from_dense(weight, mask)"
-        )
+        return {"workspace": self.arrays.as_workspace(workspace, others)}
 
 
 def checked_threads(threads: int | None) -> int | None:
-    """Return `threads`, at least 1, or None for the backend's default.
+    """Return `threads`, an integer of at least 1, or None for the backend's default.
 
     Raises
     ------
     SriglError
-        If it is less than 1, or no integer.
+        If it is less than 1, or not an integer.
     """
-    if threads is None or (type(threads) is int and threads > 0):  # what it mostly is, quickly
+    if threads is None or (type(threads) is int and threads > 0):  # the usual case, quickly
         return threads
     return check_integer(threads, "threads", least=1)
 
@@ -510,6 +524,6 @@ def _checked_wrt(wrt: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(wanted))
 
 
-def _rows(array: NDArray[Any]) -> NDArray[Any]:
-    """Return `array` with its leading axes as one: a view, or a copy where strides forbid one."""
+def _rows(array: Any) -> Any:
+    """Merge the leading axes: a view of `array`, or a copy where its strides forbid a view."""
     return array.reshape(-1, array.shape[-1])

@@ -1,4 +1,4 @@
-"""Condensed or dense: which form of a layer is faster, by a small model or by measuring."""
+"""Recommend the condensed or the dense form of a layer, by a small model or by measuring."""
 
 from __future__ import annotations
 
@@ -6,40 +6,33 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from srigl_core._arrays.checks import check_integer
+from srigl_core._cost_model import dense_nanoseconds
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._plan import plan_of
 from srigl_core.contract import Backend
 from srigl_core.errors import SriglError
 
-if TYPE_CHECKING:
-    from srigl_core._format.weight import CondensedWeight
-
-__all__ = ["Recommendation", "dense_nanoseconds", "recommend"]
-
-# Nanoseconds for each weight of a float32 layer by batch, with one thread, by the fastest dense
-# product of benchmarks/results/cpu.json (3072 inputs, 768 neurons; a test compares). Times hold on
-# that machine; ratios to the condensed kernels, measured there too, travel better.
-_DENSE_BATCH = (1, 2, 4, 8, 16, 64, 256, 2048)
-_DENSE_NANOSECONDS = (0.0511, 0.0628, 0.0819, 0.153, 0.299, 1.20, 4.56, 38.0)
+__all__ = ["Recommendation", "recommend"]
 
 _MEASURED_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Which form of a layer to use at a batch size, and how sure that is.
+    """The faster form of a layer at a batch size.
 
     Parameters
     ----------
     batch : int
     condensed, dense : float
-        Nanoseconds of a product.
+        Nanoseconds that a product takes.
     measured : bool
-        Whether they were measured here and now, each with the threads it takes by itself, or are
-        the model's, for one thread.
+        True if this process measured both times, each with its default number of threads. False
+        if a model estimated them, for one thread.
     """
 
     batch: int
@@ -49,7 +42,7 @@ class Recommendation:
 
     @property
     def speed_up(self) -> float:
-        """How many times faster the condensed product is; below 1 the dense one wins."""
+        """How many times faster the condensed product is; below 1 the dense one is faster."""
         return self.dense / self.condensed
 
     @property
@@ -72,7 +65,7 @@ def recommend(
     backend: str | Backend | None = None,
     measure: bool = False,
 ) -> Recommendation:
-    """Say whether a layer is faster condensed or dense.
+    """Recommend the condensed or the dense form of a layer.
 
     Parameters
     ----------
@@ -82,8 +75,8 @@ def recommend(
     backend : str, Backend or None
         As in `srigl_core.get_backend`.
     measure : bool
-        Time both forms of this layer, which takes about 0.1 s and the dense weight's memory.
-        Otherwise a model estimates them, from what was measured on one machine.
+        Time both forms of this layer. That takes about 0.1 s, and memory for the dense weight.
+        Otherwise a model estimates the times; it is fitted to measurements on one machine.
 
     Returns
     -------
@@ -103,7 +96,7 @@ def recommend(
     'condensed'
     """
     batch = check_integer(batch, "batch", least=1)
-    plan = weight.plan(backend)
+    plan = plan_of(weight, backend)
     if measure:
         condensed, dense = _measured(weight, batch, plan)
     else:
@@ -116,19 +109,10 @@ def recommend(
     return Recommendation(batch, condensed, dense, measure)
 
 
-def dense_nanoseconds(weight: CondensedWeight, batch: int) -> float:
-    """Return about what the masked dense product of a layer takes with one thread."""
-    last = _DENSE_NANOSECONDS[-1] / _DENSE_BATCH[-1]
-    each = float(np.interp(batch, _DENSE_BATCH, _DENSE_NANOSECONDS))
-    each += max(0, batch - _DENSE_BATCH[-1]) * last
-    n_out, n_in = weight.shape
-    return each * n_out * n_in * max(4, weight.dtype.itemsize) / 4
-
-
 def _measured(
     weight: CondensedWeight, batch: int, plan: Callable[..., object]
 ) -> tuple[float, float]:
-    """Time both in turns, so that what disturbs one disturbs the other, and take the medians."""
+    """Time both alternately, so that a disturbance affects both, and return the medians."""
     dense = weight.to_dense().astype(np.result_type(weight.dtype, np.float32)).T
     x = np.ones((batch, weight.shape[1]), dense.dtype)
     contenders: tuple[Callable[[], object], ...] = (lambda: plan(x), lambda: x @ dense)

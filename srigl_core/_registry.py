@@ -1,7 +1,4 @@
-"""Find backends by entry point, and refuse what one does not offer.
-
-Nothing is imported before it is asked for.
-"""
+"""The registry of backends: they are found by entry point, and imported when first used."""
 
 from __future__ import annotations
 
@@ -29,9 +26,9 @@ class BackendStatus:
     name : str
     available : bool
     reason : str
-        Why it cannot run and what to install; empty where it can.
+        Why it cannot run and what to install; empty if it can.
     capabilities : Capabilities or None
-        None where it cannot run.
+        None if it cannot run.
     """
 
     name: str
@@ -41,7 +38,7 @@ class BackendStatus:
 
 
 def list_backends() -> list[BackendStatus]:
-    """Say of every registered backend whether it can run here, the preferred one first.
+    """Return the status of every registered backend, the preferred one first.
 
     Returns
     -------
@@ -49,7 +46,7 @@ def list_backends() -> list[BackendStatus]:
 
     Notes
     -----
-    Loads every backend, and so imports what each needs.
+    This loads every backend, which imports the packages that it needs.
     """
     statuses = []
     for name in _registered():
@@ -68,7 +65,7 @@ def list_backends() -> list[BackendStatus]:
 def get_backend(
     backend: str | Backend | None = None, *, operation: str | None = None, device: str = "cpu"
 ) -> Backend:
-    """Return the backend asked for, or the preferred one that can run here.
+    """Return the named backend, or the preferred one that can run here.
 
     Parameters
     ----------
@@ -76,10 +73,9 @@ def get_backend(
         A registered name, an object that implements `Backend`, or None for the available backend
         of highest priority on `device`.
     operation : str or None
-        What it has to offer, one of `srigl_core.contract.OPERATIONS`; None, nothing in
-        particular.
+        An operation that the backend must offer: one of `srigl_core.contract.OPERATIONS`.
     device : {"cpu", "cuda"}
-        Where the arrays are; looked at only where no backend is named.
+        The device of the arrays. It is used only if no backend is named.
 
     Returns
     -------
@@ -88,7 +84,7 @@ def get_backend(
     Raises
     ------
     BackendUnavailableError
-        If the one asked for cannot run here; never replaced silently.
+        If the backend cannot run here. No other one is used instead.
     SriglError
         If no backend has that name, or it does not offer `operation`.
     ValueTypeError
@@ -96,68 +92,75 @@ def get_backend(
     """
     if backend is None:
         return _preferred(operation or "condensed_matmul", device)
-    found = _load(backend) if isinstance(backend, str) else backend
-    if not is_backend(found):
+    chosen = _load(backend) if isinstance(backend, str) else backend
+    if not is_backend(chosen):
         raise ValueTypeError(
             f"backend must be a name ({', '.join(_registered())}), an object with the methods of "
             f"srigl_core.contract.Backend, or None; got {type(backend).__name__}"
         )
-    if operation is not None and operation not in found.capabilities.operations:
-        able = [
+    if operation is not None and operation not in chosen.capabilities.operations:
+        offering = [
             status.name
             for status in list_backends()
             if status.capabilities and operation in status.capabilities.operations
         ]
         raise SriglError(
-            f"backend {found.name!r} does not offer {operation}; use one of: {', '.join(able)}"
+            f"backend {chosen.name!r} does not offer {operation}; use one of: {', '.join(offering)}"
         )
-    return found
+    return chosen
 
 
-def is_backend(found: object) -> TypeGuard[Backend]:
-    """Whether an object is a backend: it has the methods of the operations that it declares."""
-    able = getattr(found, "capabilities", None)
-    if isinstance(found, type) or not isinstance(able, Capabilities) or not hasattr(found, "name"):
+def is_backend(candidate: object) -> TypeGuard[Backend]:
+    """Return whether an object has the attributes and methods that its capabilities declare."""
+    capabilities = getattr(candidate, "capabilities", None)
+    if (
+        isinstance(candidate, type)
+        or not isinstance(capabilities, Capabilities)
+        or not hasattr(candidate, "name")
+    ):
         return False
-    needed = {"update_mask" if name == "update_mask" else "prepare" for name in able.operations}
-    return all(callable(getattr(found, name, None)) for name in needed)
+    methods = {
+        "prepare" if operation.startswith("condensed_matmul") else operation
+        for operation in capabilities.operations
+    }
+    return all(callable(getattr(candidate, name, None)) for name in methods)
 
 
-def check_dtype(backend: Backend, what: str, dtype: np.dtype[Any]) -> None:
-    """Check that `backend` takes `what` of that dtype.
+def check_dtype(backend: Backend, role: str, what: str, dtype: np.dtype[Any]) -> None:
+    """Check that `backend` takes an argument of that dtype.
 
     Parameters
     ----------
     backend : Backend
+    role : {"value", "input", "index"}
+        Which of the backend's sets of dtypes applies.
     what : str
-        Its name, for the error message.
+        The argument's name, for the error message.
     dtype : numpy.dtype
-        A value type, or that of indices.
 
     Raises
     ------
     ValueTypeError
         If it does not.
     """
-    able = backend.capabilities
-    taken = able.index_dtypes if dtype.kind == "u" else able.value_dtypes
-    if dtype.name not in taken:
+    dtypes: frozenset[str] = getattr(backend.capabilities, f"{role}_dtypes")
+    if dtype.name not in dtypes:
         raise ValueTypeError(
             f"backend {backend.name!r} does not take {what} of dtype {dtype.name}; it takes "
-            f"{', '.join(sorted(taken))}"
+            f"{', '.join(sorted(dtypes))}"
         )
 
 
 @functools.cache
 def _preferred(operation: str, device: str) -> Backend:
     for status in list_backends():
-        able = status.capabilities
-        if able and able.device == device and operation in able.operations:
+        offered = status.capabilities
+        if offered and offered.device == device and operation in offered.operations:
             return _load(status.name)
     if device != "cpu":
         reasons = "; ".join(s.reason for s in list_backends() if not s.available) or "none is known"
         raise BackendUnavailableError(
-            f"the arrays are on a {device} device, and no backend for one can run here: {reasons}"
+            f"the arrays are on a {device} device, and no backend for it can run here: {reasons}"
         )
     raise BackendUnavailableError(
         f"no backend that offers {operation} is installed; is srigl-core itself installed? "
@@ -175,7 +178,7 @@ def _load(name: str) -> Backend:
         except Exception as error:
             raise BackendUnavailableError(
                 f"backend {name!r} ({entry_point.value}) cannot be loaded "
-                f"({type(error).__name__}: {error}); install or mend what that names"
+                f"({type(error).__name__}: {error}); install or fix the package named above"
             ) from error
         return backend
     raise SriglError(

@@ -1,4 +1,4 @@
-"""The types of a mask update: its settings, its result, and the checks of its input (SPEC 4)."""
+"""The settings of a mask update, its results, and the checks of its arguments (SPEC 4)."""
 
 from __future__ import annotations
 
@@ -9,34 +9,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from srigl_core._arrays.checks import check_integer, check_real
-from srigl_core._arrays.operations import HOST_ARRAYS
-from srigl_core._format.weight import CondensedWeight, flat_shape
-from srigl_core.contract import ArrayKind
+from srigl_core._arrays.checks import as_float_array, check_integer, check_real
+from srigl_core._arrays.dtypes import as_float_view
+from srigl_core._arrays.float_mode import honour_subnormals
+from srigl_core._arrays.operations import HOST_ARRAYS, ArrayOps
+from srigl_core._format.connections import flat_shape
+from srigl_core._format.weight import CondensedWeight, check_condensed
 from srigl_core.errors import SriglError
 
 __all__ = [
     "SALIENCY_SCOPES",
     "CondensedUpdate",
+    "GradientRows",
     "MaskUpdate",
+    "UpdateOptions",
     "UpdateSettings",
     "check_update_arrays",
+    "checked_condensed_update",
     "checked_update",
 ]
+
+GradientRows = Callable[[int, int], ArrayLike]
+"""Returns rows ``start`` to ``stop`` of a dense gradient."""
 
 SALIENCY_SCOPES = ("inactive", "all")
 
 
-@dataclass(frozen=True)
-class UpdateSettings:
-    """The settings of one mask update.
+@dataclass(frozen=True, kw_only=True)
+class UpdateOptions:
+    """The settings that all mask updates of a training run share.
 
     Parameters
     ----------
-    nnz_budget : int
-        Weights the layer may have, B, in 1..N.
-    drop_fraction : float
-        Share of the active weights to prune, zeta, in [0, 1].
     gamma_sal : float or None
         A neuron is ablated if it has fewer salient weights than this share, in (0, 1], of the
         fan-in that the budget gives with no neuron ablated.
@@ -44,7 +48,7 @@ class UpdateSettings:
         The same threshold as a count. With neither, no neuron is ablated; both is an error.
     saliency_scope : {"inactive", "all"}
         Where the largest gradients are looked for: among the inactive positions (the paper), or
-        among all (the released code).
+        among all positions (the released code).
     grown_init : float
         Value of a newly active weight.
 
@@ -53,24 +57,16 @@ class UpdateSettings:
     SriglError
         If a setting is out of its range, or `gamma_sal` and `min_salient` are both given.
     ValueTypeError
-        If one is not a number of its kind.
+        If a setting has the wrong type.
     """
 
-    nnz_budget: int
-    drop_fraction: float
     gamma_sal: float | None = 0.3
     min_salient: int | None = None
     saliency_scope: str = "inactive"
     grown_init: float = 0.0
 
     def __post_init__(self) -> None:
-        # Plain numbers, since NumPy's own would round or overflow in products with others.
-        nnz_budget = check_integer(self.nnz_budget, "nnz_budget", least=1)
-        object.__setattr__(self, "nnz_budget", nnz_budget)
-        drop_fraction = check_real(self.drop_fraction, "drop_fraction")
-        if not 0 <= drop_fraction <= 1:
-            raise SriglError(f"drop_fraction={self.drop_fraction!r} must be in [0, 1]")
-        object.__setattr__(self, "drop_fraction", drop_fraction)
+        # Plain numbers, since NumPy scalars would round or overflow in products with others.
         if self.gamma_sal is not None:
             if self.min_salient is not None:
                 raise SriglError(
@@ -92,6 +88,45 @@ class UpdateSettings:
                 f"saliency_scope={self.saliency_scope!r} must be one of {SALIENCY_SCOPES}"
             )
         object.__setattr__(self, "grown_init", check_real(self.grown_init, "grown_init"))
+
+
+@dataclass(frozen=True)
+class UpdateSettings(UpdateOptions):
+    """The settings of one mask update of one layer.
+
+    Parameters
+    ----------
+    nnz_budget : int
+        Weights that the layer may have, B, in 1..N.
+    drop_fraction : float
+        Share of the active weights to prune, zeta, in [0, 1].
+    gamma_sal, min_salient, saliency_scope, grown_init
+        As in `UpdateOptions`.
+
+    Raises
+    ------
+    SriglError
+        If a setting is out of its range, or `gamma_sal` and `min_salient` are both given.
+    ValueTypeError
+        If a setting has the wrong type.
+
+    Examples
+    --------
+    >>> UpdateSettings(nnz_budget=40, drop_fraction=0.3, gamma_sal=None)  # doctest: +ELLIPSIS
+    UpdateSettings(gamma_sal=None, ..., nnz_budget=40, drop_fraction=0.3)
+    """
+
+    nnz_budget: int
+    drop_fraction: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        nnz_budget = check_integer(self.nnz_budget, "nnz_budget", least=1)
+        object.__setattr__(self, "nnz_budget", nnz_budget)
+        drop_fraction = check_real(self.drop_fraction, "drop_fraction")
+        if not 0 <= drop_fraction <= 1:
+            raise SriglError(f"drop_fraction={self.drop_fraction!r} must be in [0, 1]")
+        object.__setattr__(self, "drop_fraction", drop_fraction)
 
     def check_fits(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
         """Check that the settings are possible for a layer.
@@ -140,6 +175,9 @@ class MaskUpdate:
         Salient weights below which a row was ablated, after the clamp; 0 ablates none.
     salient_counts : ndarray of int64, (n_out,)
         Salient weights of each row; empty for an unstructured method.
+    backward_mask : ndarray of bool, shape of the weight, or None
+        The weights that gradients reach; None where that is `mask`. Methods that differ keep the
+        values of such weights in `weight`.
     """
 
     mask: NDArray[np.bool_]
@@ -151,11 +189,12 @@ class MaskUpdate:
     n_grown: int
     threshold: int = 0
     salient_counts: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    backward_mask: NDArray[np.bool_] | None = None
 
     @property
     def nnz(self) -> int:
         """Number of active weights."""
-        return int(np.count_nonzero(self.mask))
+        return int(self.mask.sum())
 
     @property
     def n_active(self) -> int:
@@ -233,7 +272,7 @@ def checked_update(
     mask: NDArray[np.bool_],
     settings: UpdateSettings,
     *,
-    arrays: ArrayKind = HOST_ARRAYS,
+    arrays: ArrayOps = HOST_ARRAYS,
     **options: Any,
 ) -> MaskUpdate:
     """Check the input, run `algorithm` on two axes, return its result in the weight's shape.
@@ -243,20 +282,20 @@ def checked_update(
     SriglError
         If a shape, a number or the budget does not fit; nothing is changed.
     """
-    with arrays.computing(weight):
+    with arrays.execution_context(weight):
         w, g, m = check_update_arrays(weight, grad, mask, arrays)
         shape = arrays.as_float_array(weight, "weight").shape
-        settings.check_fits(w.shape, w.dtype)
+        settings.check_fits(w.shape, arrays.dtype(w))
         update = algorithm(w, g, m, settings, **options)
         return replace(
             update,
-            mask=arrays.given_back(update.mask.reshape(shape), mask),
-            weight=arrays.given_back(update.weight.reshape(shape), weight),
+            mask=arrays.to_caller(update.mask.reshape(shape), mask),
+            weight=arrays.to_caller(update.weight.reshape(shape), weight),
         )
 
 
 def check_update_arrays(
-    weight: ArrayLike, grad: ArrayLike, mask: NDArray[np.bool_], arrays: ArrayKind = HOST_ARRAYS
+    weight: ArrayLike, grad: ArrayLike, mask: NDArray[np.bool_], arrays: ArrayOps = HOST_ARRAYS
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
     """Return `weight`, `grad` and `mask` as C-ordered arrays of shape (n_out, n_in).
 
@@ -267,33 +306,90 @@ def check_update_arrays(
     grad : array, same shape
         Finite everywhere.
     mask : ndarray of bool, same shape
-    arrays : ArrayKind
-        Those of the backend.
+    arrays : ArrayOps
+        The backend's.
 
     Raises
     ------
     SriglError
-        If shapes differ, or a number that counts is not finite; says how many are not.
+        If shapes differ, or a number that counts is not finite; the message has the count.
     ValueTypeError
-        If a dtype is not of its kind.
+        If a dtype is not supported.
     """
     w: Any = arrays.as_float_array(weight, "weight")
     g: Any = arrays.as_float_array(grad, "grad")
-    shape = flat_shape(w.shape)
+    shape = flat_shape(tuple(w.shape))
     if g.shape != w.shape:
-        raise SriglError(f"grad has shape {g.shape}, but its weight has {w.shape}")
+        raise SriglError(f"grad has shape {tuple(g.shape)}, but its weight has {tuple(w.shape)}")
     m: Any = arrays.as_mask(mask, w.shape)
     for name, count in (
-        ("grad", arrays.count_not_finite(g)),
-        ("weight at active positions", arrays.count_not_finite(w, m)),
+        ("grad", arrays.count_nonfinite(g)),
+        ("weight at active positions", arrays.count_nonfinite(w, m)),
     ):
-        if count:
-            raise SriglError(
-                f"{name} is not finite in {count} of {g.size} places (NaN or inf); skip this "
-                f"update, or find where the loss diverged. Nothing was changed"
-            )
+        _check_finite(name, count, shape[0] * shape[1])
     return (
         arrays.contiguous(w).reshape(shape),
         arrays.contiguous(g).reshape(shape),
         arrays.contiguous(m).reshape(shape),
     )
+
+
+def checked_condensed_update(
+    algorithm: Callable[..., CondensedUpdate],
+    weight: CondensedWeight,
+    gradient_rows: GradientRows,
+    settings: UpdateSettings,
+    *,
+    block_rows: int,
+    **options: Any,
+) -> CondensedUpdate:
+    """Check the input, and run `algorithm` on rows of the gradient that are checked as they come.
+
+    Raises
+    ------
+    SriglError
+        If a shape, a number or the budget does not fit; nothing is changed.
+    ValueTypeError
+        If `weight` is not a condensed weight, or a block is not an array of a value type.
+    """
+    check_condensed(weight)
+    settings.check_fits(weight.shape, weight.dtype)
+    block_rows = check_integer(block_rows, "block_rows", least=1)
+    n_nonfinite = HOST_ARRAYS.count_nonfinite(weight.values)
+    _check_finite("weight", n_nonfinite, weight.nnz)
+    rows = _CheckedRows(gradient_rows, weight.shape)
+    with honour_subnormals():
+        return algorithm(weight, rows, settings, block_rows=block_rows, **options)
+
+
+class _CheckedRows:
+    """Rows of a dense gradient, float32 or float64, once they are found to be finite."""
+
+    def __init__(self, gradient_rows: GradientRows, shape: tuple[int, int]) -> None:
+        self._gradient_rows, self._shape = gradient_rows, shape
+
+    def __call__(self, start: int, stop: int) -> NDArray[Any]:
+        rows = self._rows(start, stop)
+        if HOST_ARRAYS.count_nonfinite(rows):
+            n_out, n_in = self._shape
+            later = range(stop, n_out, stop - start)
+            blocks = [rows, *(self._rows(r, min(n_out, r + stop - start)) for r in later)]
+            n_nonfinite = sum(HOST_ARRAYS.count_nonfinite(block) for block in blocks)
+            _check_finite("grad", n_nonfinite, n_out * n_in)
+        return rows
+
+    def _rows(self, start: int, stop: int) -> NDArray[Any]:
+        what = f"gradient_rows({start}, {stop})"
+        rows = as_float_array(self._gradient_rows(start, stop), what)
+        expected = (stop - start, self._shape[1])
+        if rows.shape != expected:
+            raise SriglError(f"{what} has shape {rows.shape}, but must have {expected}")
+        return as_float_view(rows)
+
+
+def _check_finite(what: str, n_nonfinite: int, size: int) -> None:
+    if n_nonfinite:
+        raise SriglError(
+            f"{what} is not finite in {n_nonfinite} of {size} places (NaN or inf); skip this "
+            f"update, or find where the loss diverged. Nothing was changed"
+        )

@@ -1,40 +1,44 @@
-"""What a backend is: the two protocols it implements and the capabilities it declares.
+"""The contract of a backend: the two protocols it implements and the capabilities it declares.
 
-A backend never validates: everything it is handed has passed the public door (`srigl_core._plan`,
-`srigl_core._api`), so arrays have the stated shapes, dtypes and memory order.
+A backend never validates. Its arguments have passed the argument validation of the public
+functions and plans, so arrays have the shapes, dtypes and memory order stated here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from srigl_core._arrays.dtypes import VALUE_TYPES
-
-if TYPE_CHECKING:
-    from srigl_core._format.weight import CondensedWeight
-    from srigl_core._update import MaskUpdate, UpdateSettings
+from srigl_core._activations import ACTIVATIONS, Activation
+from srigl_core._arrays.dtypes import VALUE_TYPES, accumulator_dtype, round_to
+from srigl_core._arrays.operations import ArrayOps
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._update import CondensedUpdate, MaskUpdate, UpdateSettings
 
 __all__ = [
     "ACTIVATIONS",
     "OPERATIONS",
-    "ArrayKind",
+    "Activation",
+    "ArrayOps",
     "Backend",
     "Capabilities",
+    "CondensedUpdater",
     "MatmulGradients",
     "PreparedWeight",
+    "accumulator_dtype",
+    "round_to",
 ]
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
-"""Names an `activation` argument may take; None means "none"."""
-
-OPERATIONS = ("condensed_matmul", "condensed_matmul_backward", "update_mask")
-"""Operations a backend may declare."""
+OPERATIONS = (
+    "condensed_matmul",
+    "condensed_matmul_backward",
+    "update_mask",
+    "update_condensed",
+)
+"""Operations that a backend may declare."""
 
 
 @dataclass(frozen=True)
@@ -44,27 +48,30 @@ class Capabilities:
     Parameters
     ----------
     device : str
-        Where its arrays live: "cpu" or "cuda".
+        The device of its arrays: "cpu" or "cuda".
     operations : frozenset of str
-        Those of `OPERATIONS` that it implements.
+        The operations that it implements, of `OPERATIONS`; by default all but "update_condensed".
     value_dtypes : frozenset of str
-        Those of `VALUE_TYPES` that it takes for values and inputs.
+        The dtypes that it takes for the values of a weight.
+    input_dtypes : frozenset of str
+        The dtypes that it takes for inputs, gradients, dense weights and results.
     index_dtypes : frozenset of str
-        Those of "uint16" and "uint32" that it takes for indices.
+        The dtypes that it takes for indices, of "uint16" and "uint32".
     priority : int
-        Among the backends that can run here the highest is used when none is named.
+        Where no backend is named, the one of highest priority that can run is used.
     """
 
     device: str = "cpu"
-    operations: frozenset[str] = frozenset(OPERATIONS)
+    operations: frozenset[str] = frozenset(OPERATIONS) - {"update_condensed"}
     value_dtypes: frozenset[str] = frozenset(VALUE_TYPES)
+    input_dtypes: frozenset[str] = frozenset(VALUE_TYPES)
     index_dtypes: frozenset[str] = frozenset({"uint16", "uint32"})
     priority: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class MatmulGradients:
-    """Gradients of a condensed matmul; None where not asked for.
+    """Gradients of a condensed matmul; None for those that are not asked for.
 
     Parameters
     ----------
@@ -76,112 +83,29 @@ class MatmulGradients:
         dL/dbias, `(n_out,)`.
     """
 
-    x: NDArray[Any] | None = field(default=None)
-    values: NDArray[Any] | None = field(default=None)
-    bias: NDArray[Any] | None = field(default=None)
-
-
-class ArrayKind(Protocol):
-    """What the public door does with a backend's arrays, where these are not NumPy's.
-
-    An array has NumPy's `shape`, `ndim`, `size`, `dtype`, `reshape` and assignment. The caller's
-    may be of any library that `srigl_core._arrays.libraries` knows.
-    """
-
-    def computing(self, like: object) -> AbstractContextManager[None]:
-        """Return a context to check and compute in, for a call with `like`."""
-        ...
-
-    def as_float_array(self, array: object, what: str) -> Any:
-        """Return `array` as one of the backend's, of a value type, without a copy.
-
-        Raises
-        ------
-        ValueTypeError
-            If it is none, lives on another device, or holds other numbers; says `what` it is.
-        """
-        ...
-
-    def as_mask(self, mask: object, shape: tuple[int, ...]) -> Any:
-        """Return `mask` as one of the backend's arrays, of bool.
-
-        Raises
-        ------
-        ValueTypeError
-            If it is none, or holds no booleans.
-        SriglError
-            If it has another shape.
-        """
-        ...
-
-    def contiguous(self, array: Any) -> Any:
-        """Return an array in C order, itself if it is."""
-        ...
-
-    def count_not_finite(self, array: Any, mask: Any | None = None) -> int:
-        """Return how many numbers, of those where `mask` is True, are NaN or infinite."""
-        ...
-
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        """Return a new array."""
-        ...
-
-    def as_out(self, out: object, shape: tuple[int, ...], inputs: dict[str, Any]) -> Any:
-        """Return `out` as one of the backend's arrays, of the same memory.
-
-        Raises
-        ------
-        ValueTypeError
-            If it is no array of a value type that can be written in place.
-        SriglError
-            If its shape differs, or it shares memory with one of `inputs`.
-        """
-        ...
-
-    def as_workspace(self, workspace: object, others: dict[str, Any]) -> Any:
-        """Return `workspace` as one of the backend's arrays, of the same memory.
-
-        Raises
-        ------
-        ValueTypeError
-            If it is no array of uint8 that can be written in place.
-        SriglError
-            If it is not contiguous, or shares memory with one of `others`.
-        """
-        ...
-
-    def assign(self, target: Any, source: Any) -> None:
-        """Copy `source`, an array of the same type and size or 0, to `target`."""
-        ...
-
-    def round_to(self, array: Any, dtype: np.dtype[Any]) -> Any:
-        """Return `array` rounded once to `dtype`."""
-        ...
-
-    def share_memory(self, one: Any, other: Any) -> bool:
-        """Whether a view and its array are still of the same memory."""
-        ...
-
-    def given_back(self, array: Any, like: object) -> Any:
-        """Return a new result in the kind of array that the caller's `like` is."""
-        ...
+    x: NDArray[Any] | None = None
+    values: NDArray[Any] | None = None
+    bias: NDArray[Any] | None = None
 
 
 class PreparedWeight(Protocol):
     """A condensed weight in a backend's own layout; immutable, and safe to share among threads.
 
-    It may also have a method ``quick_matmul(x, bias, activation, compact, threads)``, called
-    before anything is checked but `threads`. It returns the new result, or None to have the
-    arguments checked and `matmul` called; it must not raise, and must honour subnormals itself.
-    And it may have ``nanoseconds(batch)``, an estimate of what a product takes with one thread.
+    Some methods are optional:
 
-    One that has a method ``workspace_bytes(batch, dtype)`` also takes ``workspace``, bytes that the
-    caller lends for the time of a call, in `matmul` and `backward`; None where none are lent. The
-    method says how many suffice for inputs of that type in C order.
+    - ``matmul_fast(x, bias, code, out, threads)`` is the fast path. It writes the product of
+      C-ordered, aligned NumPy arrays that all have the accumulator's dtype: `x` (n_in,) or
+      (batch, n_in), `bias` (n_out,) or None, and `out` (n_out,) or (batch, n_out) with batch >= 1.
+      `code` is the activation's. It is called outside of `ArrayOps.execution_context`, so it must
+      honour subnormals itself.
+    - ``nanoseconds(batch)`` estimates the single-threaded time of a product.
+    - ``workspace_bytes(batch, dtype)`` returns the size of a `workspace` that suffices for inputs
+      of that dtype in C order. With this method, `matmul` and `backward` take an argument
+      ``workspace``: an array of uint8 to use during the call, or None.
     """
 
     def describe(self) -> Mapping[str, object]:
-        """Return what there is to know of the layout; at least "kernel", "layout", "bytes"."""
+        """Describe the layout; at least the keys "kernel", "layout" and "bytes"."""
         ...
 
     def matmul(
@@ -199,7 +123,7 @@ class PreparedWeight(Protocol):
         Parameters
         ----------
         x : ndarray, (batch, n_in), batch >= 1
-            Any of the value types, any strides; not to be written.
+            Any of the input dtypes, any strides; must not be written.
         bias : ndarray, (n_out,), or None
             Of dtype result_type(x, values).
         activation : str
@@ -207,10 +131,10 @@ class PreparedWeight(Protocol):
         compact : bool
             Whether to leave out the columns of ablated neurons.
         out : ndarray, (batch, n_active if compact else n_out)
-            Any of the value types, any strides; shares no memory with the inputs. Every element
-            is to be written, rounded once from the accumulator.
+            Any of the input dtypes, any strides; shares no memory with the inputs. Write every
+            element, rounded once from the accumulator.
         threads : int or None
-            Threads to use at most; None is the backend's default. Never changes a bit of `out`.
+            The most threads to use; None is the backend's default. Never changes a bit of `out`.
         """
         ...
 
@@ -222,35 +146,35 @@ class PreparedWeight(Protocol):
         out: MatmulGradients,
         threads: int | None,
     ) -> None:
-        """Write the gradients that `out` has arrays for (SPEC 2, Backward).
+        """Write the gradients for which `out` has arrays (SPEC 2, Backward).
 
         Parameters
         ----------
         grad : ndarray, (batch, n_out), batch >= 1
-            dL/dz, any value type, any strides.
+            dL/dz, any input dtype, any strides.
         x : ndarray, (batch, n_in), or None
             The input of the forward pass; None if `out.values` is None.
         out : MatmulGradients
-            Arrays of any value type and any strides, `x` `(batch, n_in)`.
+            Arrays of any input dtype and any strides; `x` is `(batch, n_in)`.
         threads : int or None
             As in `matmul`.
         """
         ...
 
     def with_values(self, weight: CondensedWeight) -> PreparedWeight:
-        """Return the same layout for a weight that differs in its values only."""
+        """Return this layout for a weight on the same connections."""
         ...
 
 
 class Backend(Protocol):
     """A set of kernels; registered in the entry-point group ``srigl_core.backends``.
 
-    The methods of operations that it does not declare are never called, and may be missing.
+    The methods of operations that a backend does not declare are never called, and may be missing.
 
-    The entry point names a class (or any callable without arguments) that makes one. Making it, or
-    importing its module, raises `BackendUnavailableError` where it cannot run, saying what is
-    missing and what to install. One whose arrays are not NumPy's has an attribute ``arrays``, an
-    `ArrayKind`.
+    The entry point names a class, or another callable without arguments, that returns a backend.
+    Where the backend cannot run, the call or the import of the module raises
+    `BackendUnavailableError`, whose message says what is missing and what to install. A backend
+    whose arrays are not NumPy arrays has an attribute ``arrays``, an `ArrayOps`.
     """
 
     name: str
@@ -274,9 +198,39 @@ class Backend(Protocol):
         Parameters
         ----------
         weight, grad : ndarray, (n_out, n_in), C order
-            Any of the value types; `grad` is finite, and so is `weight` where `mask` is True.
+            Any of the input dtypes; `grad` is finite, and so is `weight` where `mask` is True.
         mask : ndarray of bool, (n_out, n_in), C order
         settings : UpdateSettings
+        threads : int or None
+            As in `PreparedWeight.matmul`.
+        """
+        ...
+
+
+class CondensedUpdater(Protocol):
+    """The method of a backend that declares the operation "update_condensed"."""
+
+    def update_condensed(
+        self,
+        weight: CondensedWeight,
+        gradient_rows: Callable[[int, int], ArrayLike],
+        settings: UpdateSettings,
+        *,
+        block_rows: int,
+        threads: int | None,
+    ) -> CondensedUpdate:
+        """Return the mask update of a condensed layer, bit for bit that of the reference.
+
+        Parameters
+        ----------
+        weight : CondensedWeight
+            Finite.
+        gradient_rows : callable of two ints
+            ``gradient_rows(start, stop)`` returns these rows of the dense gradient as a checked
+            array of float32 or float64. Call it for consecutive blocks of at most `block_rows`
+            rows; a second pass over all blocks returns the same numbers.
+        settings : UpdateSettings
+        block_rows : int
         threads : int or None
             As in `PreparedWeight.matmul`.
         """

@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+from training_options import training_options
 
 from srigl_core import (
     CondensedTrainer,
@@ -52,15 +53,18 @@ def trained(trainer, weights, steps):
 
 
 def start(**options):
-    trainer = CondensedTrainer(SHAPES, **(OPTIONS | options))
-    return trainer, {n: m.with_values(values_of(m, n)) for n, m in trainer.connections.items()}
+    trainer = CondensedTrainer(SHAPES, **training_options(**(OPTIONS | options)))
+    return trainer, {
+        name: CondensedWeight.from_connections(values_of(part, name), part)
+        for name, part in trainer.connections.items()
+    }
 
 
 @pytest.mark.parametrize("layers", [{}, {"last": LayerOptions(dense=True)}])
 @pytest.mark.parametrize("scope", ["inactive", "all"])
 def test_masks_and_weights_are_those_of_the_trainer_with_dense_masks(layers, scope):
     options = {"layers": layers, "saliency_scope": scope}
-    dense = SparseTrainer(SHAPES, **(OPTIONS | options))
+    dense = SparseTrainer(SHAPES, **training_options(**(OPTIONS | options)))
     condensed, weights = start(**options)
     dense_weights = {n: w.to_dense().reshape(SHAPES[n]) for n, w in weights.items()}
     ablated = 0
@@ -99,7 +103,7 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing():
     trainer, weights = start()
     trained(trainer, weights, 10)
     good = trainer.state_dict()
-    other = SparseTrainer(SHAPES, **OPTIONS).state_dict()
+    other = SparseTrainer(SHAPES, **training_options(**OPTIONS)).state_dict()
     too_many = np.tile(np.arange(30), (24, 1))
     bad = {
         "lacks connections": other,

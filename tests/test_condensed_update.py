@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from srigl_core import CondensedWeight, SriglError, ValueTypeError, update_mask
+from srigl_core import CondensedWeight, SriglError, UpdateSettings, ValueTypeError, update_mask
 from srigl_core.reference import remap_state, update_condensed
-from srigl_core.testing.problems import SeededChooser, update_problem
+from srigl_core.testing.problems import SeededSource, update_problem
 
 COUNTS = ("fan_in", "n_pruned", "n_grown", "threshold", "n_active", "nnz")
 ROWS = ("ablated", "revived", "salient_counts")
@@ -23,7 +23,7 @@ def settings_of(settings):
 @given(st.integers(0, 10**6), st.integers(1, 9))
 @example(3, 1)
 def test_the_update_is_that_of_the_dense_layer_whatever_the_blocks(seed, block_rows):
-    problem = update_problem(SeededChooser(seed))
+    problem = update_problem(SeededSource(seed))
     counts = np.count_nonzero(problem.mask, axis=1)
     if len(set(counts[counts > 0])) != 1:
         weight = CondensedWeight.random(
@@ -39,7 +39,9 @@ def test_the_update_is_that_of_the_dense_layer_whatever_the_blocks(seed, block_r
     before = weight.values.copy()
 
     def update():
-        return update_condensed(weight, lambda a, b: grad[a:b], block_rows=block_rows, **settings)
+        return update_condensed(
+            weight, lambda a, b: grad[a:b], UpdateSettings(**settings), block_rows=block_rows
+        )
 
     try:
         wanted = update_mask(dense, grad, mask, backend="reference", **settings)
@@ -71,7 +73,7 @@ def layer(n_out=40, n_in=30, fan_in=6):
 def test_state_of_another_size_is_refused():
     weight, grad = layer()
     update = update_condensed(
-        weight, lambda a, b: grad[a:b], nnz_budget=weight.nnz, drop_fraction=0.3
+        weight, lambda a, b: grad[a:b], UpdateSettings(nnz_budget=weight.nnz, drop_fraction=0.3)
     )
     with pytest.raises(SriglError, match=r"shape \(239,\), but needs .* each of the 240 values"):
         update.remap(np.zeros(239))
@@ -85,7 +87,9 @@ def test_the_same_blocks_are_asked_for_twice_in_order():
         asked.append((start, stop))
         return grad[start:stop]
 
-    update_condensed(weight, rows, nnz_budget=weight.nnz, drop_fraction=0.3, block_rows=16)
+    update_condensed(
+        weight, rows, UpdateSettings(nnz_budget=weight.nnz, drop_fraction=0.3), block_rows=16
+    )
     assert asked == [(0, 16), (16, 32), (32, 40)] * 2
 
 
@@ -100,7 +104,9 @@ def test_memory_is_that_of_a_block_and_of_the_weights():
 
     tracemalloc.start()
     try:
-        update_condensed(weight, rows, nnz_budget=weight.nnz, drop_fraction=0.3, block_rows=64)
+        update_condensed(
+            weight, rows, UpdateSettings(nnz_budget=weight.nnz, drop_fraction=0.3), block_rows=64
+        )
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -124,7 +130,9 @@ def test_a_bad_gradient_is_refused(rows, error, message):
     weight, grad = layer()
     with pytest.raises(error, match=message):
         update_condensed(
-            weight, lambda a, b: rows(grad, a, b), nnz_budget=weight.nnz, drop_fraction=0.3
+            weight,
+            lambda a, b: rows(grad, a, b),
+            UpdateSettings(nnz_budget=weight.nnz, drop_fraction=0.3),
         )
 
 
@@ -133,7 +141,10 @@ def test_numbers_that_are_not_finite_are_counted_over_all_blocks():
     grad[[1, 20, 39], [2, 3, 4]] = np.inf
     with pytest.raises(SriglError, match="grad is not finite in 3 of 1200 places"):
         update_condensed(
-            weight, lambda a, b: grad[a:b], nnz_budget=9, drop_fraction=0.3, block_rows=8
+            weight,
+            lambda a, b: grad[a:b],
+            UpdateSettings(nnz_budget=9, drop_fraction=0.3),
+            block_rows=8,
         )
 
 
@@ -154,5 +165,6 @@ def test_a_bad_weight_or_setting_is_refused_before_the_gradient_is_asked_for():
         (weight, {"block_rows": 0}, "block_rows=0"),
         (weight.to_dense(), {}, "must be a CondensedWeight"),
     ):
+        options = {"block_rows": changed.pop("block_rows", None)}
         with pytest.raises(SriglError, match=message):
-            update_condensed(bad, never, **(settings | changed))
+            update_condensed(bad, never, UpdateSettings(**settings | changed), **options)

@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from srigl_core import CondensedWeight, SriglError, ValueTypeError, condensed_matmul, prepare
+from srigl_core._plan import plan_of
 
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 NUMBERS = [0.0, -0.0, 1.0, -2.0, 0.5, 3.0, 1e-7]
@@ -231,7 +232,7 @@ def test_a_weight_cannot_be_changed():
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
     for name in ("values", "shape", "anything"):
-        with pytest.raises(AttributeError, match="immutable"):
+        with pytest.raises(AttributeError, match="cannot assign"):
             setattr(weight, name, None)
     for fresh in (weight.to_dense(), weight.to_mask(), weight.to_csr().data, weight.ablated):
         fresh[...] = 1
@@ -255,8 +256,8 @@ INDICES = [[0, 3], [1, 3]]
         (VALUES[:, :0], np.zeros((2, 0), int), [0, 2], (3, 4), SriglError, r"\(2, 0\)"),
         (VALUES, INDICES, [0, 2], (3, 1), SriglError, r"\(2, 2\) .* does not fit .* \(3, 1\)"),
         (VALUES, INDICES, [0, 2], (1, 4), SriglError, r"\(2, 2\) .* does not fit .* \(1, 4\)"),
-        (VALUES, [[0, 3]], [0, 2], (3, 4), SriglError, r"indices has shape \(1, 2\)"),
-        (VALUES, [[0, 3], [1]], [0, 2], (3, 4), SriglError, "indices is no array"),
+        (VALUES, [[0, 3]], [0, 2], (3, 4), SriglError, r"indices of shape \(1, 2\)"),
+        (VALUES, [[0, 3], [1]], [0, 2], (3, 4), SriglError, "indices cannot be read"),
         (VALUES, [[0.0, 3.0], [1, 3]], [0, 2], (3, 4), ValueTypeError, "indices has dtype float64"),
         (VALUES, [[True, False]] * 2, [0, 2], (3, 4), ValueTypeError, "indices has dtype bool"),
         (VALUES, [[0, 4], [1, 3]], [0, 2], (3, 4), SriglError, r"holds 4, but must lie in 0\.\.3"),
@@ -341,7 +342,7 @@ def test_with_values_shares_the_connections(weight):
 
 def test_with_values_of_another_shape_or_dtype_is_an_error():
     weight = small_weight()
-    with pytest.raises(SriglError, match=r"values has shape \(2, 1\), but must be \(2, 2\)"):
+    with pytest.raises(SriglError, match=r"values has shape \(2, 1\), but must have .* \(2, 2\)"):
         weight.with_values(np.ones((2, 1)))
     with pytest.raises(ValueTypeError, match="values has dtype float32, but must be float64"):
         weight.with_values(np.ones((2, 2), np.float32))
@@ -479,10 +480,10 @@ def test_linear_operator_of_16_bit_values_is_an_error():
 
 def test_a_weight_keeps_its_plan_and_copies_do_not():
     weight = small_weight()
-    plan = weight.plan("reference")
-    assert weight.plan("reference") is plan
+    plan = plan_of(weight, "reference")
+    assert plan_of(weight, "reference") is plan
     assert plan.weight is weight
-    assert copy.deepcopy(weight).plan("reference") is not plan
+    assert plan_of(copy.deepcopy(weight), "reference") is not plan
     assert prepare(weight, backend="reference") is not plan
     x = np.arange(8.0).reshape(2, 4)
     np.testing.assert_array_equal(

@@ -15,6 +15,7 @@ from srigl_core import (
     LayerOptions,
     SparseTrainer,
     SriglError,
+    TrainingConfig,
     condensed_matmul,
     prepare,
     update_mask,
@@ -117,7 +118,10 @@ def test_o6_outputs_of_the_network_are_not_ablated_unless_asked():
 
     def ablated(**options):
         trainer = SparseTrainer(
-            shapes, sparsity=0.5, schedule=UpdateSchedule(10, delta_t=1), gamma_sal=1.0, **options
+            shapes,
+            sparsity=0.5,
+            schedule=UpdateSchedule(10, delta_t=1),
+            config=TrainingConfig(gamma_sal=1.0, **options),
         )
         weights, grads = {}, {}
         for name, mask in trainer.masks.items():
@@ -140,8 +144,7 @@ def test_o7_an_exemption_is_of_one_layer_and_not_of_its_namesakes():
         shapes,
         sparsity=0.5,
         schedule=UpdateSchedule(10, delta_t=1),
-        gamma_sal=1.0,
-        layers={"fc": LayerOptions(ablate=False)},
+        config=TrainingConfig(gamma_sal=1.0, layers={"fc": LayerOptions(ablate=False)}),
     )
     weights = {}
     for name, mask in trainer.masks.items():
@@ -274,7 +277,7 @@ def test_o14_the_budget_aimed_at_and_the_weights_realised_are_both_reported(upda
         {"a": (10, 16)},
         sparsity=0.5,
         schedule=100,
-        layers={"a": LayerOptions(nnz_budget=39)},
+        config=TrainingConfig(layers={"a": LayerOptions(nnz_budget=39)}),
     )
     assert (trainer.budgets["a"].nnz_budget, trainer.nnz["a"]) == (39, 30)
     assert {"39", "30"} <= set(trainer.report().split())
@@ -297,8 +300,7 @@ def test_o16_the_window_may_be_the_whole_period_and_is_cleared_after_each_update
         {"a": (4, 6), "b": (3, 4)},
         sparsity=0.5,
         schedule=UpdateSchedule(100, delta_t=3),
-        grad_window=3,
-        method="rigl",
+        config=TrainingConfig(grad_window=3, method="rigl"),
     )
     weights = {name: np.where(mask, 1.0, 0.0) for name, mask in trainer.masks.items()}
     for step in range(1, 7):
@@ -318,7 +320,7 @@ def test_o17_micro_batches_are_averaged_and_not_summed():
         {"a": (4, 6), "b": (3, 4)},
         sparsity=0.5,
         schedule=UpdateSchedule(100, delta_t=8),
-        grad_window=8,
+        config=TrainingConfig(grad_window=8),
     )
     for step in range(8):
         for name, mask in trainer.masks.items():
@@ -460,7 +462,7 @@ def test_s1_settings_reach_the_algorithm():
             {"hidden": (6, 40), "out": (6, 40)},
             sparsity=0.5,
             schedule=UpdateSchedule(10, delta_t=1),
-            gamma_sal=gamma_sal,
+            config=TrainingConfig(gamma_sal=gamma_sal),
         )
         weights = {}
         for name, mask in trainer.masks.items():

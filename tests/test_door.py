@@ -614,7 +614,7 @@ def test_a_plan_is_immutable_and_printable(matmul_backend):
     assert plan.backend.name == matmul_backend
     assert plan.threads == 2
     for name in ("weight", "threads", "anything"):
-        with pytest.raises(AttributeError, match="immutable"):
+        with pytest.raises(AttributeError, match="cannot assign"):
             setattr(plan, name, None)
     facts = plan.describe()
     assert facts["backend"] == matmul_backend
@@ -646,7 +646,7 @@ def test_a_plan_with_other_values_computes_with_them(product_backend, dtype):
     assert np.shares_memory(other.weight.indices, weight.indices)
     values[:] = 0
     assert other.weight.values.any()
-    with pytest.raises(SriglError, match=r"values has shape \(3, 2\), but must be \(3, 3\)"):
+    with pytest.raises(SriglError, match=r"values has shape \(3, 2\), but must have .* \(3, 3\)"):
         plan.with_values(values[:, :2])
     with pytest.raises(ValueTypeError, match="but must be"):
         plan.with_values(values.astype(np.float64 if dtype != np.float64 else np.float32))
@@ -767,7 +767,7 @@ class BoxedArrays(HostArrays):
     def as_out(self, out, shape, inputs):
         return super().as_out(out.content, shape, inputs)
 
-    def given_back(self, array, like):
+    def to_caller(self, array, like):
         assert isinstance(like, Boxed)
         return Boxed(array)
 
@@ -850,7 +850,8 @@ def test_a_backend_object_is_used_as_it_is_and_its_plan_kept_with_the_weight():
 
 
 def test_dtypes_a_backend_does_not_take_are_refused():
-    single = FakeBackend(value_dtypes=frozenset({"float32"}), index_dtypes=frozenset({"uint16"}))
+    few = frozenset({"float32"})
+    single = FakeBackend(value_dtypes=few, input_dtypes=few, index_dtypes=frozenset({"uint16"}))
     with pytest.raises(
         ValueTypeError, match="'fake' does not take values of dtype float64; it takes"
     ):

@@ -1,5 +1,8 @@
 """What importing loads, and the errors."""
 
+import ast
+import graphlib
+import importlib
 import json
 import os
 import pickle
@@ -24,7 +27,6 @@ HEAVY = (
     "cupy",
     "torch",
     "jax",
-    "tensorflow",
     "hypothesis",
     "pytest",
     "typer",
@@ -61,12 +63,23 @@ LOADED = f"import json, sys; print(json.dumps([m for m in {HEAVY!r} if m in sys.
         "import srigl_core.reference",
         "from srigl_core import *",
         "from srigl_core.reference import *",
-        "import srigl_core._format.file, srigl_core._training.trainer, srigl_core.testing",
+        "import srigl_core._format.file, srigl_core._training.sparse_trainer, srigl_core.testing",
         "import srigl_core._arrays.libraries",
     ],
 )
 def test_importing_loads_no_backend_and_no_framework(statement):
     assert run(f"{statement}; {LOADED}") == []
+
+
+def test_importing_loads_numpy_and_no_other_package():
+    program = """
+import importlib.metadata, json, sys
+before = set(sys.modules)
+import srigl_core
+packages = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(json.dumps(sorted(packages & importlib.metadata.packages_distributions().keys())))
+"""
+    assert run(program) == ["numpy", "srigl_core"]
 
 
 def test_using_the_reference_loads_no_backend_and_no_framework():
@@ -90,6 +103,37 @@ def test_all_that_is_promised_is_there():
         for name in module.__all__:
             assert hasattr(module, name), name
         assert len(set(module.__all__)) == len(module.__all__)
+
+
+def module_level_imports(path, modules):
+    """Return those of `modules` that a file imports outside of functions."""
+    names, statements = set(), list(ast.parse(path.read_text()).body)
+    while statements:
+        node = statements.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                names.add(submodule if submodule in modules else node.module)
+        elif not isinstance(node, ast.FunctionDef):
+            statements.extend(ast.iter_child_nodes(node))
+    return names & modules
+
+
+def test_no_imports_form_a_circle():
+    folders = {"srigl_core": Path(srigl_core.__file__).parent}
+    for name in ("reference", "backends", "benchmarks"):
+        package = importlib.import_module(f"srigl_core.{name}")
+        folders[f"srigl_core.{name}"] = Path(package.__file__).parent
+    paths = {}
+    for package, folder in folders.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            paths[".".join((package, *parts)).removesuffix(".__init__")] = path
+    assert len(paths) > 150
+    imports = {name: module_level_imports(path, paths.keys()) for name, path in paths.items()}
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
 
 
 def test_every_error_is_a_srigl_error_and_also_what_python_calls_it():

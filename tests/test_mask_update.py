@@ -428,7 +428,7 @@ def test_smallest_budget_is_found_quickly_in_a_large_layer():
     n_out = 30_000
     weight, grad = np.zeros((n_out, 2), np.float32), np.zeros((n_out, 2), np.float32)
     with pytest.raises(SriglError, match=f"works here is {n_out}$"):
-        reference_update(weight, grad, weight == 0, nnz_budget=1, drop_fraction=0.0)
+        reference_update(weight, grad, weight == 0, UpdateSettings(nnz_budget=1, drop_fraction=0.0))
 
 
 # ---------------------------------------------------------------- 4.6 prune
@@ -701,7 +701,7 @@ def test_neighbouring_magnitudes_are_told_apart(update_backend, shape, dtype):
 
 
 def assert_updates_like_the_reference(backend, weight, grad, mask, options, threads=None):
-    expected = reference_update(weight, grad, mask, **options)
+    expected = reference_update(weight, grad, mask, UpdateSettings(**options))
     update = update_mask(weight, grad, mask, **options, backend=backend, threads=threads)
     for part in fields(update):
         found, due = getattr(update, part.name), getattr(expected, part.name)

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from training_options import training_options
 
 from srigl_core import (
     LayerOptions,
     SparseTrainer,
     SriglError,
+    TrainingConfig,
     UpdateSettings,
     ValueTypeError,
     update_mask,
@@ -36,7 +38,8 @@ METHODS = ("srigl", "rigl", "set", "static")
 
 def make(method="srigl", *, shapes=SHAPES, sparsity=0.6, schedule=None, **options):
     schedule = schedule or UpdateSchedule(1000, delta_t=4)
-    return SparseTrainer(shapes, sparsity=sparsity, schedule=schedule, method=method, **options)
+    options = training_options(method=method, **options)
+    return SparseTrainer(shapes, sparsity=sparsity, schedule=schedule, **options)
 
 
 def initial_weights(trainer, seed=0):
@@ -423,7 +426,7 @@ def test_a_weight_that_is_missing_wrong_or_not_finite_is_an_error_that_names_the
     trainer, weights = ready(method)
     before = snapshot(trainer)
     wrong = {
-        "weights lacks layer 'out'": None,
+        "layer 'out': weights lacks it": None,
         "layer 'out': .*not finite in 60 of 60|layer 'out': .*not finite in": np.full(
             (5, 12), np.nan
         ),
@@ -527,7 +530,11 @@ def test_a_bad_gradient_is_an_error_at_once(name, grad, error, message):
         ({"shapes": {"a": (4,)}}, SriglError, r"layer 'a': a weight of shape \(4,\)"),
         ({"sparsity": 1.0}, SriglError, r"sparsity=1\.0 must be in \[0, 1\)"),
         ({"sparsity": -0.5}, SriglError, r"sparsity=-0\.5"),
-        ({"method": "snfs"}, SriglError, "method='snfs' is unknown; use one of srigl, rigl"),
+        (
+            {"method": "snfs"},
+            SriglError,
+            "method='snfs' is unknown; use one of rigl, set",
+        ),
         ({"distribution": "erdos"}, SriglError, "distribution='erdos' is unknown; use one of erk"),
         ({"grad_window": 5}, SriglError, "grad_window=5 must be between 1 and 4"),
         ({"grad_window": 0}, SriglError, "grad_window=0"),
@@ -615,10 +622,12 @@ def test_a_state_may_be_loaded_on_another_backend(backend_names):
 def test_errors_about_a_budget_name_the_layer():
     shapes = {"first": (4, 4), "second": (2000, 2000)}
     with pytest.raises(SriglError, match=r"layer 'first' of shape .* less than one"):
-        SparseTrainer(shapes, sparsity=0.99, schedule=100, distribution="uniform")
+        SparseTrainer(
+            shapes, sparsity=0.99, schedule=100, config=TrainingConfig(distribution="uniform")
+        )
     own = {"first": LayerOptions(sparsity=0.99)}
     with pytest.raises(SriglError, match="layer 'first': nnz_budget=0"):
-        SparseTrainer(shapes, sparsity=0.5, schedule=100, layers=own)
+        SparseTrainer(shapes, sparsity=0.5, schedule=100, config=TrainingConfig(layers=own))
 
 
 @pytest.mark.parametrize(
@@ -737,8 +746,7 @@ def test_accumulation_does_not_depend_on_the_floating_point_mode():
             {"fc": (8, 16)},
             sparsity=0.5,
             schedule=UpdateSchedule(100, 2, 0.5),
-            grad_window=2,
-            ablate_last=True,
+            config=TrainingConfig(grad_window=2, ablate_last=True),
         )
         rng = np.random.default_rng(3)
         weight = {"fc": rng.standard_normal((8, 16)).astype(np.float32)}
@@ -763,12 +771,14 @@ def test_accumulation_does_not_depend_on_the_floating_point_mode():
 )
 def test_shapes_and_layers_of_the_wrong_kind_are_refused(arguments):
     with pytest.raises(ValueTypeError):
-        SparseTrainer(sparsity=0.5, schedule=100, **arguments)
+        SparseTrainer(sparsity=0.5, schedule=100, **training_options(**arguments))
 
 
 def test_settings_are_plain_numbers_whatever_was_given():
     schedule = UpdateSchedule(t_end=np.int64(10000), delta_t=np.uint8(100), alpha=np.float32(0.25))
     assert schedule.is_due(1000)
-    settings = UpdateSettings(np.uint8(40), np.float64(0.3), None, np.int16(2))
+    settings = UpdateSettings(
+        np.uint8(40), np.float64(0.3), gamma_sal=None, min_salient=np.int16(2)
+    )
     assert json.loads(json.dumps(dataclasses.asdict(settings)))["nnz_budget"] == 40
     assert json.loads(json.dumps(dataclasses.asdict(schedule)))["delta_t"] == 100

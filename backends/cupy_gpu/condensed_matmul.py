@@ -46,12 +46,12 @@ MOST_BATCH_SPLITS = 16
 MOST_SEGMENT_BLOCKS = 65_535
 """Of a grid's third axis."""
 
-_NO_ACTIVATION = 0, False
+_NO_ACTIVATION = ACTIVATIONS["none"].code, False
 _DESCRIBED_BATCH = 256
 
 _Launch = Callable[[], None]
 _Epilogue = tuple[int, bool]
-"""The number of the activation, and whether ablated neurons are left out."""
+"""The code of the activation, and whether ablated neurons are left out."""
 
 
 class GpuPrepared:
@@ -103,7 +103,7 @@ class GpuPrepared:
         """Write the product to `out`; `threads` means nothing here."""
         self._check_home()
         scratch = Scratch(self._device, workspace)
-        epilogue = ACTIVATIONS.index(activation), compact
+        epilogue = ACTIVATIONS[activation].code, compact
         launch = self._product(x, bias, out, epilogue, scratch)
         scratch.fill()
         launch()

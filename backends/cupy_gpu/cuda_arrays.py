@@ -1,4 +1,4 @@
-"""What the public door does with CUDA arrays: CuPy's, and what others lend."""
+"""The array operations of the CuPy backend."""
 
 from __future__ import annotations
 
@@ -6,127 +6,139 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from srigl_core._arrays.checks import check_workspace, overlaps_itself
-from srigl_core._arrays.dtypes import value_dtype
-from srigl_core._arrays.libraries import borrowed, device_of, library_of
+from srigl_core._arrays.dtypes import accumulator_dtype, value_dtype
+from srigl_core._arrays.libraries import as_array, device_of, library_of
 from srigl_core.backends.cupy_gpu.conversions import converted
 from srigl_core.backends.cupy_gpu.cupy_device import CupyDevice, cupy
-from srigl_core.backends.cupy_gpu.mask_update import count_not_finite
+from srigl_core.backends.cupy_gpu.mask_update import count_nonfinite
+from srigl_core.contract import ArrayOps
 from srigl_core.errors import SriglError, ValueTypeError
 
 __all__ = ["CudaArrays"]
 
 
-class CudaArrays:
-    """Arrays on the current CUDA device: `srigl_core.contract.ArrayKind` of this backend."""
+class CudaArrays(ArrayOps):
+    """CuPy arrays on the current CUDA device, and arrays that export their memory to CuPy."""
 
     def __init__(self, device: CupyDevice) -> None:
         self._device = device
 
-    def computing(self, like: object) -> AbstractContextManager[Any]:
-        """Return a context with the stream that is current where `like` comes from."""
+    def execution_context(self, like: object) -> AbstractContextManager[Any]:
+        """Return a context with the stream that is current in the library of `like`."""
         number = library_of(like).stream(like)
         if number is None:
             return nullcontext()
-        # Stream 0 is the legacy one, PyTorch's default.
+        # Stream 0 is the legacy stream, PyTorch's default.
         stream: AbstractContextManager[Any] = (
             cupy.cuda.ExternalStream(number) if number else cupy.cuda.Stream.null
         )
         return stream
 
     def as_float_array(self, array: object, what: str) -> Any:
-        """Return `array` as a CuPy array of a value type, of the same memory."""
-        found = self._borrowed(array, what)
-        value_dtype(found.dtype, f"{what} of dtype")
-        return found
+        shared = self._as_array(array, what)
+        value_dtype(shared.dtype, f"{what} of dtype")
+        return shared
 
-    def as_mask(self, mask: object, shape: tuple[int, ...]) -> Any:
-        """Return `mask` as a CuPy array of bool."""
-        found = self._borrowed(mask, "mask")
-        if found.dtype != np.bool_:
+    def as_mask(self, mask: object, shape: tuple[int, ...] | None) -> Any:
+        shared = self._as_array(mask, "mask")
+        if shared.dtype != np.bool_:
             raise ValueTypeError(
-                f"mask must be an array of bool, got {found.dtype}; pass mask != 0"
+                f"mask must be an array of bool, got {shared.dtype}; pass mask != 0"
             )
-        if found.shape != shape:
-            raise SriglError(f"mask has shape {found.shape}, but must have {shape}")
-        return found
-
-    def contiguous(self, array: Any) -> Any:
-        """Return an array in C order, itself if it is."""
-        return self._device.contiguous(array)
-
-    def count_not_finite(self, array: Any, mask: Any | None = None) -> int:
-        """Return how many numbers, of those where `mask` is True, are NaN or infinite."""
-        return count_not_finite(self._device, array, mask)
-
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        """Return a new array, of CuPy's pool."""
-        return self._device.empty(shape, dtype)
+        if shape is not None and shared.shape != shape:
+            raise SriglError(f"mask has shape {shared.shape}, but must have {shape}")
+        return shared
 
     def as_out(self, out: object, shape: tuple[int, ...], inputs: dict[str, Any]) -> Any:
-        """Return `out` as a CuPy array of the same memory."""
         library_of(out).check_writable(out, "out")
-        found = self.as_float_array(out, "out")
-        if found.shape != shape:
-            raise SriglError(f"out has shape {found.shape}, but the result has {shape}")
-        if found.size and overlaps_itself(found):
+        shared = self.as_float_array(out, "out")
+        if shared.shape != shape:
+            raise SriglError(f"out has shape {shared.shape}, but the result has {shape}")
+        if shared.size and overlaps_itself(shared):
             raise SriglError(
-                f"out of strides {found.strides} has elements that share memory; pass an array of "
+                f"out of strides {shared.strides} has elements that share memory; pass an array of "
                 f"its own"
             )
         for name, array in inputs.items():
-            if cupy.may_share_memory(found, array):
+            if cupy.may_share_memory(shared, array):
                 raise SriglError(
                     f"out shares memory with {name}, which must not be written; copy one"
                 )
-        return found
+        return shared
 
     def as_workspace(self, workspace: object, others: dict[str, Any]) -> Any:
-        """Return `workspace` as a CuPy array of the same memory."""
         library_of(workspace).check_writable(workspace, "workspace")
-        found = self._borrowed(workspace, "workspace")
-        check_workspace(found, found.data.ptr)
+        shared = self._as_array(workspace, "workspace")
+        check_workspace(shared, shared.data.ptr)
         for name, array in others.items():
-            if cupy.may_share_memory(found, array):
+            if cupy.may_share_memory(shared, array):
                 raise SriglError(f"workspace shares memory with {name}; pass one of its own")
-        return found
+        return shared
+
+    def contiguous(self, array: Any) -> Any:
+        return self._device.contiguous(array)
+
+    def count_nonfinite(self, array: Any, mask: Any | None = None) -> int:
+        return count_nonfinite(self._device, array, mask)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """Return a new array from CuPy's pool."""
+        return self._device.empty(shape, dtype)
 
     def assign(self, target: Any, source: Any) -> None:
-        """Copy `source`, an array of the same type or 0, to `target`, by the bits."""
         bits = f"u{target.dtype.itemsize}"
         target.view(bits)[...] = source if isinstance(source, int) else source.view(bits)
 
     def round_to(self, array: Any, dtype: np.dtype[Any]) -> Any:
-        """Return `array` rounded once to `dtype`."""
         return converted(self._device, array, dtype)
 
     def share_memory(self, one: Any, other: Any) -> bool:
-        """Whether a view and its array are still of the same memory."""
         return bool(cupy.may_share_memory(one, other))
 
-    def given_back(self, array: Any, like: object) -> Any:
-        """Return a result in the kind of array that `like` is."""
-        return library_of(like).adopt(array, like)
+    def from_host(self, array: NDArray[Any]) -> Any:
+        copy = self._device.upload(array)
+        self._device.finish()
+        return copy
 
-    def _borrowed(self, array: object, what: str) -> Any:
-        """Return `array` as one of CuPy's, of the same memory, on the current device."""
+    def to_host(self, array: Any) -> NDArray[Any]:
+        return self._device.download(array)
+
+    def accumulate(self, total: Any | None, array: Any) -> Any:
+        widened = converted(self._device, array, accumulator_dtype(array.dtype))
+        if total is None:
+            return widened.copy() if widened is array else widened
+        return total + widened
+
+    def divide(self, array: Any, divisor: int) -> Any:
+        return array / array.dtype.type(divisor)
+
+    def union(self, one: Any, other: Any) -> Any:
+        return one | other
+
+    def row_counts(self, mask: Any) -> NDArray[np.int64]:
+        return self._device.download(mask.reshape(mask.shape[0], -1).sum(axis=1, dtype=np.int64))
+
+    def _as_array(self, array: object, what: str) -> Any:
+        """Return `array` as a CuPy array of the same memory, on the current device."""
         if isinstance(array, cupy.ndarray):
-            found = array
+            shared = array
         elif device_of(array) == "cuda":
-            found = borrowed(array, what, _read, "a CuPy array")
+            shared = as_array(array, what, _read, "a CuPy array")
         else:
             raise ValueTypeError(
                 f"{what} of type {type(array).__name__} is not on a CUDA device, where backend "
                 f"'cupy' takes arrays; pass cupy.asarray({what}), or name a CPU backend"
             )
         current = cupy.cuda.runtime.getDevice()
-        if found.device.id != current:
+        if shared.device.id != current:
             raise ValueTypeError(
-                f"{what} is on CUDA device {found.device.id}, but device {current} is current; "
-                f"call within `with cupy.cuda.Device({found.device.id}):`, or copy it"
+                f"{what} is on CUDA device {shared.device.id}, but device {current} is current; "
+                f"call within `with cupy.cuda.Device({shared.device.id}):`, or copy it"
             )
-        return found
+        return shared
 
 
 def _read(array: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from srigl_core._cache_folder import find_cache, generation_of
+from srigl_core._cache_folder import cache_version, find_cache
 from srigl_core.backends.cupy_gpu.device import DeviceProperties
 from srigl_core.backends.cupy_gpu.variants import COMPILER_OPTIONS, Variant
 from srigl_core.errors import BackendUnavailableError
@@ -186,7 +186,7 @@ def _kernel(device: int, variant: Variant) -> Any:
 def _found_cache() -> tuple[Path | None, str]:
     sources = (file for file in FOLDER.iterdir() if file.suffix in (".cu", ".cuh"))
     tools = (COMPILER_OPTIONS, cupy.cuda.nvrtc.getVersion())
-    return find_cache(generation_of(sources, tools), os.environ.get("CUPY_CACHE_DIR", ""))
+    return find_cache(cache_version(sources, tools), os.environ.get("CUPY_CACHE_DIR", ""))
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from srigl_core.backends.cupy_gpu.device import Device
 from srigl_core.backends.cupy_gpu.variants import BIT_TYPES, Variant
 from srigl_core.reference.mask_update import ablation_threshold, keep_and_prune, new_fan_in
 
-__all__ = ["count_not_finite", "srigl_update"]
+__all__ = ["count_nonfinite", "srigl_update"]
 
 DIGIT_BITS = 8
 
@@ -71,7 +71,7 @@ def srigl_update(
     )
 
 
-def count_not_finite(device: Device, array: Any, mask: Any | None = None) -> int:
+def count_nonfinite(device: Device, array: Any, mask: Any | None = None) -> int:
     """Return how many numbers, of those where `mask` is True, are NaN or infinite."""
     bits = _bits(device.contiguous(array))
     infinity = _bits(np.array([np.inf]).astype(array.dtype))[0]

@@ -78,8 +78,8 @@ __device__ __forceinline__ double tanh_of(double x) { return tanh(x); }
 __device__ __forceinline__ float exp_of(float x) { return expf(x); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
 
-// The numbers are places in srigl_core.contract.ACTIVATIONS.
-enum Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+// The codes of srigl_core.contract.ACTIVATIONS.
+enum Activation { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
 
 template <class A>
 __device__ __forceinline__ A activated(A z, int activation) {

@@ -21,7 +21,7 @@ import numpy as np
 
 from srigl_core.backends.numba_cpu.calling import Launcher
 from srigl_core.backends.numba_cpu.compiling import kernel
-from srigl_core.backends.numba_cpu.connections import Connections, aligned_empty, arranged
+from srigl_core.backends.numba_cpu.compressed_rows import CompressedRows, aligned_empty, arranged
 from srigl_core.backends.numba_cpu.processor import cache_bytes, vector_bytes
 from srigl_core.backends.numba_cpu.results import (
     are_side_by_side,
@@ -77,7 +77,7 @@ class ColumnBlocks:
 
     Parameters
     ----------
-    connections : Connections
+    connections : CompressedRows
     lanes : int
     kind : numpy.dtype
         Of the sums.
@@ -86,7 +86,7 @@ class ColumnBlocks:
     name = "column blocks"
     padding = 1.0
 
-    def __init__(self, connections: Connections, lanes: int, kind: np.dtype[Any]) -> None:
+    def __init__(self, connections: CompressedRows, lanes: int, kind: np.dtype[Any]) -> None:
         self._kind = kind
         self.n_inputs, n_rows = connections.n_inputs, connections.n_rows
         self.block = _block_columns(connections, lanes * kind.itemsize)
@@ -157,7 +157,7 @@ class ColumnBlocks:
         return min(runs, int(self.visits.shape[1]) - 1)
 
 
-def _block_columns(connections: Connections, row_bytes: int) -> int:
+def _block_columns(connections: CompressedRows, row_bytes: int) -> int:
     first_level, second_level = cache_bytes()
     wanted = CONNECTIONS_PER_VISIT / max(connections.density, 1e-9)
     most = max(16, min(second_level // 2 // row_bytes, 65536))

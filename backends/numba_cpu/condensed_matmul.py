@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from srigl_core._arrays.dtypes import accumulator_dtype, round_to
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.backends.numba_cpu.column_blocks import ColumnBlocks, lanes_of, widest_lanes
-from srigl_core.backends.numba_cpu.connections import Connections
-from srigl_core.backends.numba_cpu.epilogue import activation_code
+from srigl_core.backends.numba_cpu.compressed_rows import CompressedRows
 from srigl_core.backends.numba_cpu.neuron_lanes import LANES, NeuronLanes
 from srigl_core.backends.numba_cpu.processor import has_avx512
 from srigl_core.backends.numba_cpu.register_lookup import RegisterLookup
@@ -52,11 +51,6 @@ Measured on one machine with AVX-512, to tell what is worth waking the threads f
 recommendation.
 """
 
-_PLAIN = 0x101
-"""NumPy's flags of an array in C order and aligned: NPY_ARRAY_C_CONTIGUOUS and _ALIGNED."""
-
-_CODES = {name: activation_code(name) for name in ACTIVATIONS}
-
 
 class _Layouts:
     """What depends on the mask only, and is shared by all values on it."""
@@ -69,29 +63,29 @@ class _Layouts:
         self.row_sums = RowSums(self._indices)
         self._made: dict[Any, Any] = {}
 
-    def for_rows(self, kind: np.dtype[Any]) -> Any:
-        """Return the layout that takes batch rows one by one, for sums in `kind`."""
-        key = ("rows", kind.itemsize)
-        return self._made.get(key) or self._keep(key, self._best_for_rows(kind))
+    def for_rows(self, dtype: np.dtype[Any]) -> Any:
+        """Return the layout that takes batch rows one by one, for sums in `dtype`."""
+        key = ("rows", dtype.itemsize)
+        return self._made.get(key) or self._keep(key, self._best_for_rows(dtype))
 
-    def _best_for_rows(self, kind: np.dtype[Any]) -> Any:
+    def _best_for_rows(self, dtype: np.dtype[Any]) -> Any:
         if len(self._indices) < LANES // 2:
             return self.row_sums
-        if has_avx512() and RegisterLookup.takes(self._indices.size, self._n_in, kind):
+        if has_avx512() and RegisterLookup.takes(self._indices.size, self._n_in, dtype):
             lookup = RegisterLookup(self._indices, self._n_in)
             if lookup.padding <= MOST_PADDING:
                 return lookup
         return self._made.get("lanes") or self._keep("lanes", NeuronLanes(self._indices))
 
-    def for_tiles(self, lanes: int, kind: np.dtype[Any], *, of_columns: bool = False) -> Any:
+    def for_tiles(self, lanes: int, dtype: np.dtype[Any], *, of_columns: bool = False) -> Any:
         """Return the layout for tiles of `lanes` batch rows; two sizes of blocks serve them all."""
-        widest = widest_lanes(kind)
+        widest = widest_lanes(dtype)
         lanes = widest if lanes > widest // 4 else widest // 4
-        key = ("tiles", lanes, kind.itemsize, of_columns)
+        key = ("tiles", lanes, dtype.itemsize, of_columns)
         made = self._made.get(key)
         if made is None:
-            connect = Connections.of_columns if of_columns else Connections.of_neurons
-            made = self._keep(key, ColumnBlocks(connect(self._indices, self._n_in), lanes, kind))
+            connect = CompressedRows.of_columns if of_columns else CompressedRows.of_neurons
+            made = self._keep(key, ColumnBlocks(connect(self._indices, self._n_in), lanes, dtype))
         return made
 
     def _keep(self, key: Any, made: Any) -> Any:
@@ -106,55 +100,33 @@ class _Layouts:
 class NumbaPrepared:
     """A condensed weight in this backend's layouts."""
 
-    __slots__ = ("_arranged", "_bits", "_kind", "_layouts", "_no_bias", "_ready", "weight")
+    __slots__ = (
+        "_active",
+        "_arranged",
+        "_bits",
+        "_dtype",
+        "_layouts",
+        "_no_bias",
+        "_ready",
+        "weight",
+    )
 
     def __init__(self, weight: CondensedWeight, layouts: _Layouts | None = None) -> None:
-        self.weight = weight
+        self.weight, self._active = weight, weight.active
         self._bits = as_bits(weight.values)
         self._layouts = layouts or _Layouts(weight)
-        self._kind = accumulator_dtype(weight.dtype)
-        self._no_bias = np.zeros(weight.shape[0], self._kind)
+        self._dtype = accumulator_dtype(weight.dtype)
+        self._no_bias = np.zeros(weight.shape[0], self._dtype)
         self._arranged: dict[Any, Array] = {}
         self._ready: dict[int, Any] = {}
 
-    def quick_matmul(
-        self, x: object, bias: object, activation: object, compact: bool, threads: int | None
-    ) -> Array | None:
-        """Return the product if the arguments are what they mostly are, else None.
-
-        That is: ordinary arrays in C order, of the type that is summed. Everything else, errors
-        included, is left to the door. At batch 1 its checks would take as long as the product.
-        """
-        kind = self._kind
-        if type(x) is not np.ndarray or x.dtype is not kind:
-            return None
-        shape = x.shape
-        n_out, n_in = self.weight.shape
-        rank = len(shape)
-        if not (0 < rank < 3 and shape[-1] == n_in and x.flags.num & _PLAIN == _PLAIN):
-            return None
-        if bias is None:
-            offset = self._no_bias
-        elif (
-            type(bias) is np.ndarray
-            and bias.dtype is kind
-            and bias.shape == (n_out,)
-            and bias.flags.num & _PLAIN == _PLAIN
-        ):
-            offset = bias
-        else:
-            return None
-        if compact is not False and not self._layouts.is_full:
-            return None
-        if activation is None:
-            code = 0
-        elif type(activation) is not str or (code := _CODES.get(activation, -1)) < 0:
-            return None
-        batch = 1 if rank == 1 else shape[0]
-        if not batch:
-            return None
-        out = np.empty(n_out if rank == 1 else (batch, n_out), kind)
-        active = self.weight.active
+    def matmul_fast(
+        self, x: Array, bias: Array | None, code: int, out: Array, threads: int | None
+    ) -> None:
+        """Write the product of plain arrays to `out`."""
+        offset = self._no_bias if bias is None else bias
+        active, rank = self._active, x.ndim
+        batch = 1 if rank == 1 else len(x)
         if batch <= MOST_ROWS:
             layout, product, arrays = self._ready.get(rank) or self._make_ready(x, offset, out)
             if batch <= layout.most_rows:
@@ -167,22 +139,21 @@ class NumbaPrepared:
                         good = layout.multiply(arrays[0], x, offset, active, out, code, n)
                 if not good:
                     self._layouts.row_sums.multiply(self._bits, x, offset, active, out, code, 1)
-                return out
+                return
         self._multiply(x, batch, offset, active, out, code, threads)
-        return out
 
     def _make_ready(self, x: Array, bias: Array, out: Array) -> Any:
         """Return the layout, its compiled kernel for inputs like `x`, and its arrays."""
-        layout = self._layouts.for_rows(self._kind)
-        arrays = (self._values(layout, self._kind), *layout.arrays)
+        layout = self._layouts.for_rows(self._dtype)
+        arrays = (self._values(layout, self._dtype), *layout.arrays)
         arguments = (*arrays, x, bias, self.weight.active, out, 0)
         self._ready[x.ndim] = layout, layout.launch.alone(arguments), arrays
         return self._ready[x.ndim]
 
     def describe(self) -> dict[str, object]:
         """Return kernels, layout and bytes beside the weight's own."""
-        kind = accumulator_dtype(self.weight.dtype)
-        layout = self._layouts.for_rows(kind)
+        dtype = accumulator_dtype(self.weight.dtype)
+        layout = self._layouts.for_rows(dtype)
         return {
             "kernel": f"{layout.name} up to batch {layout.most_rows}, column blocks beyond",
             "layout": "condensed",
@@ -193,14 +164,14 @@ class NumbaPrepared:
     def nanoseconds(self, batch: int) -> float:
         """Return about what a product takes with one thread: a model, measured at float32."""
         if batch <= MOST_ROWS:
-            layout = self._layouts.for_rows(self._kind)
+            layout = self._layouts.for_rows(self._dtype)
             if batch <= layout.most_rows:
                 return CALL_NANOSECONDS + batch * float(layout.nanoseconds)
-        tiles = -(-batch // widest_lanes(self._kind))
-        lanes = tiles * lanes_of(-(-batch // tiles), self._kind)
+        tiles = -(-batch // widest_lanes(self._dtype))
+        lanes = tiles * lanes_of(-(-batch // tiles), self._dtype)
         sums = (tiles * VISIT_NANOSECONDS + lanes * LANE_NANOSECONDS) * self.weight.nnz
         moves = lanes * sum(self.weight.shape) * ROW_NANOSECONDS
-        return TILES_CALL_NANOSECONDS + (sums + moves) * self._kind.itemsize / 4
+        return TILES_CALL_NANOSECONDS + (sums + moves) * self._dtype.itemsize / 4
 
     def with_values(self, weight: CondensedWeight) -> NumbaPrepared:
         """Return the same for other values, sharing all that depends on the mask."""
@@ -218,16 +189,16 @@ class NumbaPrepared:
     ) -> None:
         """Write the product to `out`."""
         weight, layouts = self.weight, self._layouts
-        kind = accumulator_dtype(x.dtype, weight.dtype)
-        direct = out.dtype == kind and out.flags.carray
-        result = out if direct else np.empty(out.shape, kind)
+        dtype = accumulator_dtype(x.dtype, weight.dtype)
+        direct = out.dtype == dtype and out.flags.carray
+        result = out if direct else np.empty(out.shape, dtype)
         if bias is None:
-            offset = np.zeros(result.shape[1], kind)
+            offset = np.zeros(result.shape[1], dtype)
         else:
-            offset = np.require(bias[weight.active] if compact else bias, kind, ["C", "A"])
+            offset = np.require(bias[weight.active] if compact else bias, dtype, ["C", "A"])
         columns = layouts.every_neuron if compact else weight.active
-        inputs = np.require(x, kind, ["C", "A"])
-        code = activation_code(activation)
+        inputs = np.require(x, dtype, ["C", "A"])
+        code = ACTIVATIONS[activation].code
         self._multiply(inputs, x.shape[0], offset, columns, result, code, threads)
         if not direct:
             out[...] = round_to(result, out.dtype)
@@ -293,12 +264,12 @@ class NumbaPrepared:
                 n_threads=n_threads,
             )
 
-    def _values(self, layout: Any, kind: np.dtype[Any]) -> Array:
+    def _values(self, layout: Any, dtype: np.dtype[Any]) -> Array:
         """Return the values in a layout's order."""
-        key = (layout, kind.itemsize)  # the hash of a dtype is slow
+        key = (layout, dtype.itemsize)  # the hash of a dtype is slow
         values = self._arranged.get(key)
         if values is None:
-            values = self._arranged[key] = layout.arrange(self._bits, kind)
+            values = self._arranged[key] = layout.arrange(self._bits, dtype)
         return values
 
     def backward(
@@ -318,15 +289,15 @@ class NumbaPrepared:
                 out.bias[...] = round_to(dbias, out.bias.dtype)
 
     def _input_gradient(self, grad: Array, out: Array, n_threads: int) -> None:
-        kind = accumulator_dtype(grad.dtype, self.weight.dtype)
-        direct = out.dtype == kind and out.flags.carray
-        result = out if direct else np.empty(out.shape, kind)
+        dtype = accumulator_dtype(grad.dtype, self.weight.dtype)
+        direct = out.dtype == dtype and out.flags.carray
+        result = out if direct else np.empty(out.shape, dtype)
         self._multiply_tiles(
-            np.require(grad, kind, ["C", "A"]),
-            np.zeros(out.shape[1], kind),
+            np.require(grad, dtype, ["C", "A"]),
+            np.zeros(out.shape[1], dtype),
             self._layouts.every_input,
             result,
-            activation_code("none"),
+            ACTIVATIONS["none"].code,
             n_threads,
             of_columns=True,
         )
@@ -334,14 +305,14 @@ class NumbaPrepared:
             out[...] = round_to(result, out.dtype)
 
     def _value_gradient(self, grad: Array, x: Array, out: Array, n_threads: int) -> None:
-        kind = accumulator_dtype(grad.dtype, x.dtype, self.weight.dtype)
-        direct = out.dtype == kind and out.flags.carray
-        result = out if direct else np.empty(out.shape, kind)
-        lanes = lanes_of(grad.shape[0], kind)
+        dtype = accumulator_dtype(grad.dtype, x.dtype, self.weight.dtype)
+        direct = out.dtype == dtype and out.flags.carray
+        result = out if direct else np.empty(out.shape, dtype)
+        lanes = lanes_of(grad.shape[0], dtype)
         value_gradient(
-            self._layouts.for_tiles(lanes, kind),
-            np.require(grad, kind, ["C", "A"]),
-            np.require(x, kind, ["C", "A"]),
+            self._layouts.for_tiles(lanes, dtype),
+            np.require(grad, dtype, ["C", "A"]),
+            np.require(x, dtype, ["C", "A"]),
             result,
             lanes=lanes,
             n_threads=n_threads,

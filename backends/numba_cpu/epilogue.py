@@ -24,29 +24,33 @@ from numba.extending import intrinsic, overload
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.contract import ACTIVATIONS
 
-__all__ = ["activate", "activate_row", "activation_code"]
+__all__ = ["activate", "activate_row"]
 
 _SQRT_HALF = math.sqrt(0.5)
 _TANH_SLOPE = -2 * math.sqrt(2 / math.pi)
 
-# The coefficients of q, constant first, a row for each smooth activation in the order of
-# ACTIVATIONS. gelu's are a minimax fit of s for |z| <= 5.5, off by at most 3.6e-8 = 0.61 * 2**-24.
-_Q = np.array(
-    [
-        [
-            -2.3022094,
-            -0.10483512,
-            9.4049210e-05,
-            1.5957994e-04,
-            -1.1439835e-05,
-            3.8163139e-07,
-            -5.0672395e-09,
-        ],
-        [_TANH_SLOPE / math.log(2), 0.044715 * _TANH_SLOPE / math.log(2), 0, 0, 0, 0, 0],
-        [-1 / math.log(2), 0, 0, 0, 0, 0, 0],
-    ],
-    np.float32,
+_NONE, _RELU, _GELU, _GELU_TANH, _SILU = (
+    ACTIVATIONS[name].code for name in ("none", "relu", "gelu", "gelu_tanh", "silu")
 )
+
+# The coefficients of q, constant first. gelu's are a minimax fit of s for |z| <= 5.5, off by at
+# most 3.6e-8 = 0.61 * 2**-24.
+_COEFFICIENTS = {
+    _GELU: (
+        -2.3022094,
+        -0.10483512,
+        9.4049210e-05,
+        1.5957994e-04,
+        -1.1439835e-05,
+        3.8163139e-07,
+        -5.0672395e-09,
+    ),
+    _GELU_TANH: (_TANH_SLOPE / math.log(2), 0.044715 * _TANH_SLOPE / math.log(2)),
+    _SILU: (-1 / math.log(2),),
+}
+_Q = np.zeros((max(_COEFFICIENTS) + 1, 7), np.float32)  # by code
+for _code, _row in _COEFFICIENTS.items():
+    _Q[_code, : len(_row)] = _row
 # From here on q is kept constant: the fit ends, and z*z may overflow. There the s of gelu and that
 # of gelu_tanh are within 2**-25 of 0 or 1.
 _LAST_SQUARE = np.float32(5.5**2)
@@ -61,21 +65,16 @@ _LEAST, _GREATEST = np.float32(-127), np.float32(128)
 _ROUNDER = np.float32(1.5 * 2**23 + 127)
 
 
-def activation_code(activation: str) -> int:
-    """Return the number by which a kernel knows `activation`."""
-    return ACTIVATIONS.index(activation)
-
-
 @kernel()
 def activate(z: float, code: int) -> float:
     """Return the activation of `z`, computed in float64."""
-    if code == 0:
+    if code == _NONE:
         return z
-    if code == 1:
+    if code == _RELU:
         return 0.0 if z <= 0 else z
-    if code == 2:
+    if code == _GELU:
         return 0.5 * z * (1.0 + math.erf(z * _SQRT_HALF))
-    if code == 3:
+    if code == _GELU_TANH:
         return z / (1.0 + math.exp(_TANH_SLOPE * (z + 0.044715 * z * z * z)))
     return z / (1.0 + math.exp(-z))
 
@@ -83,13 +82,13 @@ def activate(z: float, code: int) -> float:
 @kernel()
 def activate_row(row, code):
     """Replace the elements of `row`, float32 or float64, (n,), by their activations."""
-    if code == 1:
+    if code == _RELU:
         # As `0 if z <= 0 else z` it would be stored where it changes only, which is slow on AVX2.
         # Here too NaN stays NaN, and the sum makes 0.0 of -0.0.
         zero = row.dtype.type(0)
         for i in range(row.size):
             row[i] = max(row[i], zero) + zero
-    elif code >= 2:
+    elif code != _NONE:
         _smooth(row, code)
 
 
@@ -105,7 +104,7 @@ def _smooth_of_type(row, code):
 
 
 def _smooth_float32(row, code):
-    q = _Q[code - 2]
+    q = _Q[code]
     for i in range(row.size):
         z = row[i]
         t = min(z * z, _LAST_SQUARE)

@@ -20,7 +20,7 @@ import numpy as np
 
 from srigl_core.backends.numba_cpu.calling import Launcher, borrowed
 from srigl_core.backends.numba_cpu.compiling import kernel
-from srigl_core.backends.numba_cpu.connections import aligned_empty, position_dtype
+from srigl_core.backends.numba_cpu.compressed_rows import aligned_empty, position_dtype
 from srigl_core.backends.numba_cpu.results import (
     are_side_by_side,
     fill_ablated,

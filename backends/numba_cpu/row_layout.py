@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core.backends.numba_cpu.calling import Launcher
-from srigl_core.backends.numba_cpu.connections import arranged
+from srigl_core.backends.numba_cpu.compressed_rows import arranged
 
 __all__ = ["RowLayout"]
 

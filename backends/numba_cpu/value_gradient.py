@@ -16,7 +16,7 @@ import numpy as np
 from srigl_core.backends.numba_cpu.calling import Launcher
 from srigl_core.backends.numba_cpu.column_blocks import GROUP_ROWS, ColumnBlocks, stager
 from srigl_core.backends.numba_cpu.compiling import kernel
-from srigl_core.backends.numba_cpu.connections import aligned_empty
+from srigl_core.backends.numba_cpu.compressed_rows import aligned_empty
 from srigl_core.backends.numba_cpu.processor import vector_bytes
 from srigl_core.backends.numba_cpu.scratch import scratch
 from srigl_core.backends.numba_cpu.simd import (

@@ -1,4 +1,4 @@
-"""Checks of array arguments at the public door; each error says what was expected and what came."""
+"""Checks of the arguments of public functions; errors say what was expected and what was passed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import value_dtype
-from srigl_core._arrays.libraries import borrowed, library_of
+from srigl_core._arrays.libraries import as_array, library_of
 from srigl_core.errors import SriglError, ValueTypeError
 
 __all__ = [
@@ -24,63 +24,63 @@ __all__ = [
 ]
 
 _WORKSPACE_ALIGNMENT = 16
-"""Bytes; kernels load as many at a time."""
+"""In bytes: the size of a kernel's widest loads."""
 
 
 def as_float_array(array: object, what: str) -> NDArray[Any]:
-    """Return `array` as an ndarray of a value type, without a copy but for foreign byte order.
+    """Return `array` as an ndarray of a value type; only foreign byte order makes a copy.
 
     Parameters
     ----------
     array : array
-        NumPy's, PyTorch's, JAX's or TensorFlow's, a memoryview, or an object with
+        A NumPy, PyTorch or JAX array, a memoryview, or another object with
         ``__array_interface__`` or ``__dlpack__``; in the host's memory.
     what : str
-        Its name, for error messages.
+        Name of the argument, for error messages.
 
     Raises
     ------
     ValueTypeError
-        If it is no such object, or holds other numbers.
+        If it is not such an object, or has another dtype.
     """
     if isinstance(array, np.ma.MaskedArray):
         raise ValueTypeError(f"{what} is a masked array; pass its .filled(0), or its .data")
-    found = _on_host(array, what)
-    if found is None:
+    result = _on_host(array, what)
+    if result is None:
         raise ValueTypeError(
             f"{what} must be an array (NumPy, __array_interface__ or CPU DLPack), got "
             f"{type(array).__name__}; convert it with numpy.asarray(..., dtype=numpy.float32)"
         )
-    dtype = value_dtype(found.dtype, f"{what} of dtype")
-    return found if found.dtype == dtype else found.astype(dtype)
+    dtype = value_dtype(result.dtype, f"{what} of dtype")
+    return result if result.dtype == dtype else result.astype(dtype)
 
 
 def as_mask(mask: object, shape: tuple[int, ...] | None, what: str = "mask") -> NDArray[np.bool_]:
-    """Return `mask` as a boolean array of `shape`, or of any if that is None.
+    """Return `mask` as a boolean array of `shape`, or of any shape if that is None.
 
     Raises
     ------
     ValueTypeError
-        If it is not an array of bool: numbers are not guessed to be masks.
+        If it is not an array of bool. Arrays of numbers are not taken for masks.
     SriglError
         If it has another shape.
     """
-    found = None if isinstance(mask, np.ma.MaskedArray) else _on_host(mask, what)
-    if found is None or found.dtype != np.bool_:
-        came = type(mask).__name__ if found is None else f"dtype {found.dtype}"
-        raise ValueTypeError(f"{what} must be an array of bool, got {came}; pass mask != 0")
-    if shape is not None and found.shape != shape:
-        raise SriglError(f"{what} has shape {found.shape}, but must have {shape}")
-    return found
+    result = None if isinstance(mask, np.ma.MaskedArray) else _on_host(mask, what)
+    if result is None or result.dtype != np.bool_:
+        actual = type(mask).__name__ if result is None else f"dtype {result.dtype}"
+        raise ValueTypeError(f"{what} must be an array of bool, got {actual}; pass mask != 0")
+    if shape is not None and result.shape != shape:
+        raise SriglError(f"{what} has shape {result.shape}, but must have {shape}")
+    return result
 
 
 def _on_host(array: object, what: str) -> NDArray[Any] | None:
-    """Return an array as one of NumPy's, of the same memory; None for what is no array."""
+    """Return an array as a NumPy array of the same memory, or None if it is not an array."""
     if isinstance(array, np.ndarray):
-        return np.asarray(array)  # numpy.matrix has products of its own
-    remedy = "a NumPy array, for example what its .numpy() or numpy.asarray(...) gives"
-    found: NDArray[Any] | None = borrowed(array, what, _read, remedy)
-    return found
+        return np.asarray(array)  # subclasses such as numpy.matrix define other products
+    hint = "a NumPy array, for example what its .numpy() or numpy.asarray(...) gives"
+    result: NDArray[Any] | None = as_array(array, what, _read, hint)
+    return result
 
 
 def _read(array: Any) -> NDArray[Any] | None:
@@ -113,7 +113,7 @@ def check_lengths(shape: object, what: str) -> tuple[int, ...]:
     Raises
     ------
     ValueTypeError
-        If it is no tuple or list of integers.
+        If it is not a tuple or list of integers.
     SriglError
         If a length is negative.
     """
@@ -123,12 +123,12 @@ def check_lengths(shape: object, what: str) -> tuple[int, ...]:
 
 
 def check_generator(rng: object) -> np.random.Generator:
-    """Return `rng`, or a new generator where it is a seed or None.
+    """Return `rng` if it is a generator, or a new generator if it is a seed or None.
 
     Raises
     ------
     ValueTypeError
-        If it is neither.
+        If it is anything else.
     SriglError
         If the seed is negative.
     """
@@ -164,48 +164,48 @@ def as_out(out: object, shape: tuple[int, ...], inputs: dict[str, NDArray[Any]])
     Raises
     ------
     ValueTypeError
-        If `out` is no array of a value type, or its library lets nobody write to it.
+        If `out` is not an array of a value type, or the arrays of its library are read-only.
     SriglError
         If its shape differs, it is read-only, several of its elements share memory, or it shares
         memory with one of `inputs`.
     """
     if type(out) is not np.ndarray:
         library_of(out).check_writable(out, "out")
-    found = None if isinstance(out, np.ma.MaskedArray) else _on_host(out, "out")
-    if found is None:
+    result = None if isinstance(out, np.ma.MaskedArray) else _on_host(out, "out")
+    if result is None:
         raise ValueTypeError(f"out must be an array, got {type(out).__name__}")
-    if value_dtype(found.dtype, "out of dtype") != found.dtype:
-        raise ValueTypeError(f"out of dtype {found.dtype.str!r} must be in native byte order")
-    if found.shape != shape:
-        raise SriglError(f"out has shape {found.shape}, but the result has {shape}")
-    if not found.flags.writeable:
+    if value_dtype(result.dtype, "out of dtype") != result.dtype:
+        raise ValueTypeError(f"out of dtype {result.dtype.str!r} must be in native byte order")
+    if result.shape != shape:
+        raise SriglError(f"out has shape {result.shape}, but the result has {shape}")
+    if not result.flags.writeable:
         raise SriglError("out is read-only; pass a writeable array")
-    if found.size and overlaps_itself(found):
+    if result.size and overlaps_itself(result):
         raise SriglError(
-            f"out of strides {found.strides} has elements that share memory; pass an array of its "
+            f"out of strides {result.strides} has elements that share memory; pass an array of its "
             f"own"
         )
     for name, array in inputs.items():
-        if np.may_share_memory(found, array) and _share_memory(found, array):
+        if np.may_share_memory(result, array) and _share_memory(result, array):
             raise SriglError(f"out shares memory with {name}, which must not be written; copy one")
-    return found
+    return result
 
 
 def check_workspace(workspace: Any, address: int) -> None:
-    """Check that an array, NumPy's or a device's, is bytes that kernels can use as they like.
+    """Check that an array of NumPy or of a device can be the working memory of kernels.
 
     Parameters
     ----------
     workspace : array
     address : int
-        Of its first byte.
+        Address of its first byte.
 
     Raises
     ------
     ValueTypeError
-        If it holds anything but bytes.
+        If its dtype is not uint8.
     SriglError
-        If it is not one run of bytes, or begins at an odd address.
+        If it is not one-dimensional and contiguous, or is not aligned.
     """
     if workspace.dtype != np.uint8:
         raise ValueTypeError(f"workspace must be an array of uint8, got {workspace.dtype}")
@@ -229,7 +229,7 @@ def _share_memory(out: NDArray[Any], array: NDArray[Any]) -> bool:
 
 
 def overlaps_itself(array: Any) -> bool:
-    """Return whether several elements of an array, NumPy's or a device's, may share memory."""
+    """Return whether elements of an array of NumPy or of a device may share memory."""
     reach = array.itemsize
     for stride, length in sorted(
         (abs(stride), length)

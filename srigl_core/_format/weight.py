@@ -1,37 +1,28 @@
-"""The condensed format: a constant fan-in layer as values and column numbers (SPEC 1)."""
+"""The condensed format: values on the connections of a constant fan-in layer (SPEC 1)."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from srigl_core._arrays.checks import (
-    as_float_array,
-    as_mask,
-    check_generator,
-    check_integer,
-    check_lengths,
-)
-from srigl_core._arrays.dtypes import as_float_view, index_dtype, round_to, value_dtype
+from srigl_core._arrays.checks import as_float_array, as_mask, check_generator
+from srigl_core._arrays.dtypes import as_float_view, is_half, round_to, value_dtype
 from srigl_core._arrays.float_mode import honour_subnormals
-from srigl_core._plan import Plan, prepare
-from srigl_core._registry import get_backend
-from srigl_core.contract import Backend
+from srigl_core._format.connections import Connections, checked_shape
 from srigl_core.errors import SriglError, ValueTypeError
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
 
-__all__ = ["CondensedWeight", "MemoryReport", "draw_columns", "flat_shape"]
+__all__ = ["CondensedWeight", "MemoryReport", "check_condensed"]
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes of a layer in three forms; printing it gives a small table.
+    """Bytes of a layer in three forms. It prints as a small table.
 
     Parameters
     ----------
@@ -61,12 +52,13 @@ class MemoryReport:
         )
 
 
+@dataclass(frozen=True, init=False, eq=False, repr=False)
 class CondensedWeight:
-    """An immutable constant fan-in weight, packed.
+    """An immutable, packed constant fan-in weight: connections, and one value for each.
 
     Row ``active[i]`` of the dense weight has ``values[i, j]`` at column ``indices[i, j]``, and
-    nothing else; rows not in `active` are ablated. A value of 0.0 is still active: activity is
-    membership, never ``w != 0``.
+    zeros elsewhere. Rows that are not in `active` are ablated. A value of 0.0 is still active:
+    activity is membership, never ``w != 0``.
 
     Parameters
     ----------
@@ -79,17 +71,24 @@ class CondensedWeight:
     shape : tuple of int
         Dense shape, (n_out, n_in).
 
+    Attributes
+    ----------
+    values : ndarray, (n_active, k)
+        Read-only.
+    connections : Connections
+        The indices, the active rows and the shape.
+
     Raises
     ------
     SriglError
         If shapes disagree, a number is out of range or out of order, or nothing is active.
     ValueTypeError
-        If a dtype is not of its kind.
+        If a dtype is not supported.
 
     Notes
     -----
-    The arrays are copied and frozen. SPEC 1; the paper's condensed representation, sec. 4.4 and
-    appendix F.
+    The arrays are copied and read-only. SPEC 1; the paper's condensed representation, sec. 4.4
+    and appendix F.
 
     Examples
     --------
@@ -105,56 +104,56 @@ class CondensedWeight:
            [ 0. ,  2. ,  0. ,  0. ]])
     """
 
-    __slots__ = ("_plans", "active", "indices", "shape", "values")
     __hash__ = None  # type: ignore[assignment]
     __array_ufunc__ = None  # so that ndarray @ weight is refused, not taken elementwise
 
     values: NDArray[Any]
-    indices: NDArray[Any]
-    active: NDArray[np.int64]
-    shape: tuple[int, int]
-    _plans: dict[Backend, Plan]
+    connections: Connections
+    _plans: dict[Any, Any] = field(default_factory=dict)
+    """The plans that `srigl_core._plan.plan_of` made, by backend."""
 
     def __init__(
         self, values: ArrayLike, indices: ArrayLike, active: ArrayLike, shape: tuple[int, int]
     ) -> None:
-        n_out, n_in = _checked_shape(shape)
-        values = as_float_array(values, "values")
-        if values.ndim != 2 or 0 in values.shape:
-            raise SriglError(
-                f"values has shape {values.shape}, but must be (n_active, k) with at least one "
-                f"active neuron and a fan-in of at least one"
-            )
-        n_active, fan_in = values.shape
-        if fan_in > n_in or n_active > n_out:
-            raise SriglError(
-                f"values of shape {values.shape} (n_active, k) does not fit a weight of shape "
-                f"{(n_out, n_in)}"
-            )
-        columns = _ascending(indices, "indices", values.shape, n_in)
-        rows = _ascending(active, "active", (n_active,), n_out)
-        self._freeze(values, columns.astype(index_dtype(n_in)), rows, (n_out, n_in))
+        self._set(as_float_array(values, "values"), Connections(indices, active, shape))
 
-    def _freeze(
-        self,
-        values: NDArray[Any],
-        indices: NDArray[Any],
-        active: NDArray[np.int64],
-        shape: tuple[int, int],
-    ) -> None:
-        arrays = {"indices": indices, "active": active}
-        arrays["values"] = np.array(values, order="C", copy=True, subok=False)
-        for name, array in arrays.items():
-            array.setflags(write=False)
-            object.__setattr__(self, name, array)
-        object.__setattr__(self, "shape", shape)
+    def _set(self, values: NDArray[Any], connections: Connections) -> None:
+        """Store checked connections and a copy of the values.
+
+        Every weight is made here. A scale for each neuron would be one more array beside `values`,
+        here and in `value_arrays`.
+        """
+        if values.shape != connections.indices.shape:
+            raise SriglError(
+                f"values has shape {values.shape}, but must have one number for each connection, "
+                f"(n_active, k): {connections.indices.shape}"
+            )
+        values = np.array(values, order="C", copy=True, subok=False)
+        values.setflags(write=False)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "connections", connections)
         object.__setattr__(self, "_plans", {})
 
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError("a condensed weight is immutable; make a new one, e.g. with_values()")
+    @classmethod
+    def from_connections(cls, values: ArrayLike, connections: Connections) -> CondensedWeight:
+        """Return a weight on connections, which it shares.
 
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError("a condensed weight is immutable; make a new one, e.g. with_values()")
+        Parameters
+        ----------
+        values : array, (n_active, k)
+            Copied.
+        connections : Connections
+
+        Raises
+        ------
+        SriglError
+            If the shape of `values` is not that of the indices.
+        ValueTypeError
+            If `values` is not an array of a value type.
+        """
+        weight = object.__new__(cls)
+        weight._set(as_float_array(values, "values"), connections)
+        return weight
 
     @classmethod
     def from_dense(cls, weight: ArrayLike, mask: NDArray[np.bool_]) -> CondensedWeight:
@@ -173,29 +172,17 @@ class CondensedWeight:
             If `mask` is not constant fan-in, or all False.
         """
         dense = as_float_array(weight, "weight")
-        shape = flat_shape(dense.shape)
-        mask = as_mask(mask, dense.shape).reshape(shape)
-        counts = np.count_nonzero(mask, axis=1)
-        active = np.flatnonzero(counts)
-        if not active.size:
-            raise SriglError("mask has no active weight; a condensed weight needs at least one")
-        fan_ins = np.unique(counts[active])
-        if fan_ins.size > 1:
-            odd = active[counts[active] != fan_ins[-1]]
-            raise SriglError(
-                f"mask is not constant fan-in: {odd.size} of {active.size} active rows have fewer "
-                f"than {fan_ins[-1]} weights (row {odd[0]} has {counts[odd[0]]}); pad or prune "
-                f"rows to one count, or keep the layer as CSR"
-            )
-        columns = np.nonzero(mask)[1].reshape(active.size, -1)
-        return cls(dense.reshape(shape)[active[:, None], columns], columns, active, shape)
+        connections = Connections.from_mask(as_mask(mask, dense.shape))
+        rows = connections.active[:, None]
+        values = dense.reshape(connections.shape)[rows, connections.indices]
+        return cls.from_connections(values, connections)
 
     @classmethod
     def from_nonzero(cls, weight: ArrayLike) -> CondensedWeight:
         """Pack the entries of `weight` that are not zero.
 
-        An active weight that happens to be 0.0, such as one just grown, is lost: use `from_dense`
-        with the mask wherever there is one.
+        An active weight of 0.0, such as one that was just grown, is lost. If there is a mask, use
+        `from_dense`.
 
         Parameters
         ----------
@@ -212,7 +199,7 @@ class CondensedWeight:
 
     @classmethod
     def from_csr(cls, matrix: Any) -> CondensedWeight:
-        """Pack a SciPy sparse matrix; its stored entries are active, stored zeros included.
+        """Pack a SciPy sparse matrix. Its stored entries are active, zeros included.
 
         Parameters
         ----------
@@ -222,9 +209,9 @@ class CondensedWeight:
         Raises
         ------
         ValueTypeError
-            If it is no SciPy sparse matrix, or its numbers are not of a value type.
+            If it is not a SciPy sparse matrix, or its dtype is not a value type.
         SriglError
-            If its rows do not all store the same number of entries or none.
+            If a row does not store the common number of entries, or none.
         """
         import scipy.sparse
 
@@ -234,7 +221,7 @@ class CondensedWeight:
                 f"array use from_dense"
             )
         try:
-            # A pointer out of range would have SciPy's compiled code read beyond its arrays.
+            # With a pointer out of range, SciPy's compiled code would read beyond its arrays.
             getattr(matrix, "check_format", lambda full_check: None)(full_check=True)
             csr = scipy.sparse.csr_array(matrix, copy=True)
             csr.sum_duplicates()
@@ -245,8 +232,9 @@ class CondensedWeight:
         if not active.size or np.unique(counts[active]).size > 1:
             raise SriglError(
                 f"matrix is not constant fan-in: its rows store from {counts.min()} to "
-                f"{counts.max()} entries (row {counts.argmax()}), where all must store the same "
-                f"number or none, and at least one some; pad or prune rows to one count"
+                f"{counts.max()} entries (row {counts.argmax()}), but each row must store the "
+                f"same number or none, and at least one row must store some; pad or prune rows to "
+                f"one count"
             )
         shape = (active.size, counts[active[0]])
         return cls(csr.data.reshape(shape), csr.indices.reshape(shape), active, csr.shape)
@@ -281,16 +269,12 @@ class CondensedWeight:
         SriglError
             If `fan_in` or `n_active` is out of range.
         """
-        n_out, n_in = _checked_shape(shape)
-        check_integer(fan_in, "fan_in", least=1, most=n_in)
-        n_active = (
-            n_out if n_active is None else check_integer(n_active, "n_active", least=1, most=n_out)
-        )
+        n_out, _ = checked_shape(shape)
+        n_active = n_out if n_active is None else n_active
         rng = check_generator(rng)
-        active = np.sort(rng.choice(n_out, n_active, replace=False))
-        columns = draw_columns(n_active, n_in, fan_in, rng)
-        values = rng.standard_normal((n_active, fan_in)) / np.sqrt(fan_in)
-        return cls(round_to(values, value_dtype(dtype)), columns, active, (n_out, n_in))
+        connections = Connections.random(shape, fan_in=fan_in, n_active=n_active, rng=rng)
+        values = rng.standard_normal(connections.indices.shape) / np.sqrt(fan_in)
+        return cls.from_connections(round_to(values, value_dtype(dtype)), connections)
 
     def with_values(self, values: ArrayLike) -> CondensedWeight:
         """Return a weight with the same connections and other values.
@@ -308,13 +292,24 @@ class CondensedWeight:
             If the dtype differs.
         """
         values = as_float_array(values, "values")
-        if values.shape != self.values.shape:
-            raise SriglError(f"values has shape {values.shape}, but must be {self.values.shape}")
         if values.dtype != self.dtype:
             raise ValueTypeError(f"values has dtype {values.dtype}, but must be {self.dtype}")
-        other = object.__new__(CondensedWeight)
-        other._freeze(values, self.indices, self.active, self.shape)
-        return other
+        return self.from_connections(values, self.connections)
+
+    @property
+    def indices(self) -> NDArray[Any]:
+        """Column numbers, uint16 or uint32, (n_active, k); read-only."""
+        return self.connections.indices
+
+    @property
+    def active(self) -> NDArray[np.int64]:
+        """Row numbers of the active neurons, int64, (n_active,); read-only."""
+        return self.connections.active
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Dense shape, (n_out, n_in)."""
+        return self.connections.shape
 
     @property
     def n_active(self) -> int:
@@ -344,18 +339,23 @@ class CondensedWeight:
     @property
     def ablated(self) -> NDArray[np.int64]:
         """Row numbers of the ablated neurons, ascending, (n_out - n_active,), int64."""
-        return np.setdiff1d(np.arange(self.shape[0]), self.active, assume_unique=True)
+        return self.connections.ablated
+
+    @property
+    def value_arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays that hold the numbers, by name, as files store them."""
+        return {"values": self.values}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the three arrays."""
-        return self.values.nbytes + self.indices.nbytes + self.active.nbytes
+        """Bytes of the condensed form."""
+        return self.memory_report().condensed
 
     def memory_report(self) -> MemoryReport:
         """Return the bytes of this layer condensed, as CSR and dense."""
         item = self.dtype.itemsize
         return MemoryReport(
-            values=self.values.nbytes,
+            values=sum(array.nbytes for array in self.value_arrays.values()),
             indices=self.indices.nbytes,
             active=self.active.nbytes,
             dense=self.shape[0] * self.shape[1] * item,
@@ -370,9 +370,7 @@ class CondensedWeight:
 
     def to_mask(self) -> NDArray[np.bool_]:
         """Return the mask, (n_out, n_in), a new array."""
-        mask = np.zeros(self.shape, np.bool_)
-        mask[self.active[:, None], self.indices] = True
-        return mask
+        return self.connections.to_mask()
 
     def to_csr(self) -> scipy.sparse.csr_array:
         """Return a SciPy CSR array, active zeros stored.
@@ -392,14 +390,6 @@ class CondensedWeight:
             shape=self.shape,
         )
 
-    def plan(self, backend: str | Backend | None = None) -> Plan:
-        """Return this weight's plan for `backend`, made once and kept with the weight."""
-        chosen = get_backend(backend)
-        plan = self._plans.get(chosen)
-        if plan is None:
-            plan = self._plans[chosen] = prepare(self, backend=chosen)
-        return plan
-
     def __matmul__(self, x: ArrayLike) -> NDArray[Any]:
         """Return ``(W*M) @ x`` for x of shape (n_in,) or (n_in, m)."""
         x = as_float_array(x, "x")
@@ -408,12 +398,13 @@ class CondensedWeight:
                 f"weight of shape {self.shape} @ x needs x of shape ({self.shape[1]},) or "
                 f"({self.shape[1]}, m), got {x.shape}; for batch-first x use condensed_matmul"
             )
-        return self.plan()(x.T).T
+        product: NDArray[Any] = self._plan()(x.T).T
+        return product
 
     def as_linear_operator(self) -> scipy.sparse.linalg.LinearOperator:
         """Return this weight as a SciPy linear operator, with its transpose.
 
-        Operands are taken as by `condensed_matmul`; integers, with which SciPy tries operators out,
+        Operands are checked as in `condensed_matmul`. Integers, with which SciPy probes operators,
         are cast to the weight's dtype.
 
         Raises
@@ -423,21 +414,19 @@ class CondensedWeight:
         """
         import scipy.sparse.linalg
 
-        if self.dtype.itemsize == 2:
+        if is_half(self.dtype):
             raise ValueTypeError(
                 f"SciPy's solvers do not take {self.dtype}; convert the values to float32 first"
             )
-        plan = self.plan()
+        plan = self._plan()
 
         def operand(x: NDArray[Any]) -> NDArray[Any]:
             return x.astype(self.dtype) if x.dtype.kind in "iu" else x
 
-        def transposed(y: NDArray[Any]) -> NDArray[Any]:
-            gradient = plan.backward(operand(y).T, wrt="x").x
-            assert gradient is not None
-            return gradient.T
+        def transposed(y: NDArray[Any]) -> Any:
+            return plan.backward(operand(y).T, wrt="x").x.T
 
-        def product(x: NDArray[Any]) -> NDArray[Any]:
+        def product(x: NDArray[Any]) -> Any:
             return plan(operand(x).T).T
 
         return scipy.sparse.linalg.LinearOperator(
@@ -449,20 +438,27 @@ class CondensedWeight:
             rmatmat=transposed,
         )
 
+    def _plan(self) -> Any:
+        # Imported here: plans are made of weights, so that their module imports this one.
+        from srigl_core._plan import plan_of
+
+        return plan_of(self)
+
     def __eq__(self, other: object) -> bool:
         """Whether shape, dtype, connections and the values' bits are the same."""
         if not isinstance(other, CondensedWeight):
             return NotImplemented
         return (
-            self.shape == other.shape
-            and self.dtype == other.dtype
-            and np.array_equal(self.active, other.active)
-            and np.array_equal(self.indices, other.indices)
-            and self.values.tobytes() == other.values.tobytes()
+            self.dtype == other.dtype
+            and self.connections == other.connections
+            and all(
+                np.array_equal(_bits(array), _bits(other.value_arrays[name]))
+                for name, array in self.value_arrays.items()
+            )
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (CondensedWeight, (self.values, self.indices, self.active, self.shape))
+        return (CondensedWeight.from_connections, (self.values, self.connections))
 
     def __repr__(self) -> str:
         return (
@@ -471,67 +467,20 @@ class CondensedWeight:
         )
 
 
-def draw_columns(
-    n_rows: int, n_in: int, fan_in: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """Draw `fan_in` of `n_in` columns for each row, uniformly without replacement.
-
-    Returns
-    -------
-    ndarray of int64, (n_rows, fan_in)
-        Ascending within a row.
-    """
-    columns = np.empty((n_rows, fan_in), np.int64)
-    for row in columns:
-        row[:] = rng.choice(n_in, fan_in, replace=False, shuffle=False)
-    columns.sort(axis=1)
-    return columns
+def _bits(array: NDArray[Any]) -> NDArray[Any]:
+    return array.view(f"u{array.itemsize}")
 
 
-def flat_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return (n_out, n_in) of a weight: a convolution's trailing axes count as one (SPEC 1).
+def check_condensed(weight: object) -> None:
+    """Check that `weight` is a condensed weight.
 
     Raises
     ------
-    SriglError
-        If there are fewer than two axes, or one is empty.
+    ValueTypeError
+        If it is anything else, a dense or CSR weight for example.
     """
-    lengths = check_lengths(shape, "shape")
-    if len(lengths) < 2 or 0 in lengths:
-        raise SriglError(
-            f"a weight of shape {shape} has no neurons with inputs; it must be (n_out, n_in) or "
-            f"(out, in, kh, kw), no axis empty"
+    if not isinstance(weight, CondensedWeight):
+        raise ValueTypeError(
+            f"weight must be a CondensedWeight, got {type(weight).__name__}; make one with "
+            f"CondensedWeight.from_dense(weight, mask)"
         )
-    return lengths[0], math.prod(lengths[1:])
-
-
-def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    try:
-        n_out, n_in = shape
-    except (TypeError, ValueError):
-        raise SriglError(f"shape={shape!r} must be a pair (n_out, n_in)") from None
-    return (
-        check_integer(n_out, "n_out", least=1, most=2**63 - 1),
-        check_integer(n_in, "n_in", least=1, most=2**32),
-    )
-
-
-def _ascending(
-    numbers: ArrayLike, what: str, shape: tuple[int, ...], limit: int
-) -> NDArray[np.int64]:
-    """Return `numbers` as a new int64 array of `shape`, ascending on the last axis, in 0..limit."""
-    try:
-        array = np.asarray(numbers)
-    except (TypeError, ValueError) as error:
-        raise SriglError(f"{what} is no array of shape {shape} ({error})") from error
-    if array.dtype.kind not in "iu":
-        raise ValueTypeError(f"{what} has dtype {array.dtype}, but must hold integers")
-    if array.shape != shape:
-        raise SriglError(f"{what} has shape {array.shape}, but the values need {shape}")
-    wrong = (array < 0) | (array >= limit)
-    if wrong.any():
-        raise SriglError(f"{what} holds {array[wrong][0]}, but must lie in 0..{limit - 1}")
-    array = array.astype(np.int64)
-    if (np.diff(array, axis=-1) <= 0).any():
-        raise SriglError(f"{what} must be strictly ascending along its last axis; sort them first")
-    return array

@@ -1,4 +1,4 @@
-"""The training driver of a network whose sparse layers are condensed: nothing dense is kept."""
+"""The training driver for condensed weights: no dense array is kept."""
 
 from __future__ import annotations
 
@@ -6,42 +6,47 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from srigl_core._arrays.checks import check_integer
-from srigl_core._format.connections import CondensedMask
-from srigl_core._format.weight import CondensedWeight, flat_shape
-from srigl_core._training.training_state import LayerOptions, TrainingState, naming
-from srigl_core._update import CondensedUpdate, UpdateSettings
+from srigl_core._api import update_condensed
+from srigl_core._format.connections import Connections, flat_shape
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._registry import get_backend
+from srigl_core._training.config import TrainingConfig
+from srigl_core._training.methods.srigl import SRIGL, initial_fan_in
+from srigl_core._training.skeleton import TrainerSkeleton, error_context
+from srigl_core._update import CondensedUpdate, GradientRows
+from srigl_core.contract import Backend
 from srigl_core.errors import SriglError, ValueTypeError
-from srigl_core.reference.condensed_update import update_condensed
 from srigl_core.reference.schedule import UpdateSchedule
 
 __all__ = ["CondensedTrainer"]
 
 
-class CondensedTrainer(TrainingState):
+class CondensedTrainer(TrainerSkeleton):
     """Drive SRigL training of condensed layers, step by step.
 
-    In every training step, after the optimiser's: call `step`. Where an update is due it takes the
-    condensed weights and, for each layer, a function that gives rows of the dense gradient's mean
+    In every training step, after the optimiser's: call `step`. If an update is due, it needs the
+    condensed weights and, for each layer, a function that returns rows of the dense gradient's mean
     over the window. Masks and updates are those of `SparseTrainer` with the same arguments.
 
     Parameters
     ----------
-    shapes, sparsity, schedule, distribution, gamma_sal, min_salient, saliency_scope, grown_init, \
-grad_window, layers, ablate_last, seed
-        As in `SparseTrainer`. A layer that `layers` keeps dense is not condensed.
+    shapes, sparsity, schedule, config
+        As in `SparseTrainer`; the method must be "srigl". A dense layer is not condensed.
+    backend : str, Backend or None
+        For the updates, as in `get_backend`.
     track_itop : bool
-        Whether to keep, for `itop_rates`, a bit for each position.
+        Whether to keep one bit for each position, which `itop_rates` needs.
 
     Attributes
     ----------
     step_count : int
         Training steps so far.
     budgets : dict of str to LayerBudget
-    connections : dict of str to CondensedMask
-        Of the sparse layers; replaced at updates.
+    config : TrainingConfig
+    connections : dict of str to Connections
+        The connections of the sparse layers; replaced at updates.
 
     Raises
     ------
@@ -50,8 +55,8 @@ grad_window, layers, ablate_last, seed
 
     Notes
     -----
-    SPEC 2 (Backward), 4 and 5. A window longer than one step has to keep its inputs and output
-    gradients; that is the caller's, who gives the gradient's rows.
+    SPEC 2 (Backward), 4 and 5. The caller forms the gradient's rows. For a window longer than one
+    step it has to keep the inputs and output gradients of all steps.
 
     Examples
     --------
@@ -62,8 +67,8 @@ grad_window, layers, ablate_last, seed
     ...     schedule=UpdateSchedule(t_end=100, delta_t=10),
     ... )
     >>> weights = {
-    ...     name: mask.with_values(rng.standard_normal(mask.indices.shape))
-    ...     for name, mask in trainer.connections.items()
+    ...     name: CondensedWeight.from_connections(rng.standard_normal((c.n_active, c.fan_in)), c)
+    ...     for name, c in trainer.connections.items()
     ... }
     >>> for _ in range(10):
     ...     gradients = {name: rng.standard_normal(w.shape) for name, w in weights.items()}
@@ -80,39 +85,31 @@ grad_window, layers, ablate_last, seed
         *,
         sparsity: float,
         schedule: UpdateSchedule | int,
-        distribution: str = "erk",
-        gamma_sal: float | None = 0.3,
-        min_salient: int | None = None,
-        saliency_scope: str = "inactive",
-        grown_init: float = 0.0,
-        grad_window: int = 1,
-        layers: Mapping[str, LayerOptions] | None = None,
-        ablate_last: bool = False,
-        seed: int = 0,
+        config: TrainingConfig | None = None,
+        backend: str | Backend | None = None,
         track_itop: bool = True,
     ) -> None:
-        super().__init__(
-            shapes,
-            sparsity=sparsity,
-            schedule=schedule,
-            method="srigl",
-            distribution=distribution,
-            settings=UpdateSettings(1, 0.0, gamma_sal, min_salient, saliency_scope, grown_init),
-            grad_window=grad_window,
-            layers=layers,
-            ablate_last=ablate_last,
-            seed=seed,
-        )
-        self.connections: dict[str, CondensedMask] = {}
-        for name, budget in self._sparse(self.budgets).items():
-            with naming(name):
-                self.connections[name] = CondensedMask.drawn(
-                    flat_shape(budget.shape), fan_in=self._initial_fan_in(budget), rng=self._rng
+        super().__init__(shapes, sparsity=sparsity, schedule=schedule, config=config)
+        if self._method is not SRIGL:
+            raise SriglError(
+                f"method={self.config.method!r} cannot train condensed layers, which need "
+                f"method='srigl'; use masked training"
+            )
+        if backend is not None:
+            backend = get_backend(backend, operation="update_condensed")
+        self._backend = backend
+        self.connections: dict[str, Connections] = {}
+        for name in self.sparse_layers:
+            budget = self.budgets[name]
+            with error_context(name):
+                fan_in = initial_fan_in(budget.shape, budget.nnz_budget)
+                self.connections[name] = Connections.random(
+                    flat_shape(budget.shape), fan_in=fan_in, rng=self._rng
                 )
-        self._ever_active = {}
+        self._ever_active: dict[str, NDArray[np.uint8]] = {}
         if track_itop:
-            for name, mask in self.connections.items():
-                n_out, n_in = mask.shape
+            for name, connections in self.connections.items():
+                n_out, n_in = connections.shape
                 self._ever_active[name] = np.zeros(-(-n_out * n_in // 8), np.uint8)
                 self._mark_active(name)
 
@@ -132,108 +129,88 @@ grad_window, layers, ablate_last, seed
     def step(
         self,
         weights: Mapping[str, CondensedWeight],
-        gradients: Mapping[str, Callable[[int, int], ArrayLike]],
+        gradients: Mapping[str, GradientRows],
     ) -> dict[str, CondensedUpdate]:
         """Count one training step, and update the masks if it is due.
 
         Parameters
         ----------
         weights : mapping of str to CondensedWeight
-            The sparse layers' after the optimiser's step, with the connections of `connections`.
+            The sparse layers' weights after the optimiser's step, with the connections of
+            `connections`.
         gradients : mapping of str to callable
-            For each layer what `srigl_core.reference.update_condensed` takes: rows ``start`` to
+            For each layer the `gradient_rows` of `srigl_core.update_condensed`: rows ``start`` to
             ``stop`` of the dense gradient's mean over the window. Called if an update is due.
 
         Returns
         -------
         dict of str to CondensedUpdate
-            Empty where no update is due; else one for each sparse layer.
+            Empty if no update is due. Otherwise one for each sparse layer.
 
         Raises
         ------
         SriglError
             If a weight or a gradient is missing, has other connections, or is not finite, or an
-            update is not possible; the layer is named, and nothing is changed, the step not
-            counted.
+            update is not possible. The message names the layer. Nothing is changed, and the step is
+            not counted.
         """
-        coming = self.step_count + 1
-        updates: dict[str, CondensedUpdate] = {}
-        if self._schedule.is_due(coming):
-            for name in self.connections:
-                with naming(name):
-                    weight = self._checked_weight(name, weights)
-                    if name not in gradients:
-                        raise SriglError("gradients lacks it; an update needs them all")
-                    settings = self._update_settings(name, coming)
-                    updates[name] = update_condensed(weight, gradients[name], **settings)
-        for name, update in updates.items():
-            self.connections[name] = CondensedMask.of(update.weight)
-            if name in self._ever_active:
-                self._mark_active(name)
-        self.step_count = coming
+        updates: dict[str, CondensedUpdate] = self._advance(
+            lambda name: self._update(name, weights, gradients), self._take
+        )
         return updates
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that an exact resume needs: plain containers, numbers and new arrays."""
+    def _update(
+        self,
+        name: str,
+        weights: Mapping[str, CondensedWeight],
+        gradients: Mapping[str, GradientRows],
+    ) -> CondensedUpdate:
+        weight = self._checked_weight(name, weights)
+        if name not in gradients:
+            raise SriglError("gradients lacks it; an update needs them all")
+        settings = self._update_settings(name)
+        return update_condensed(weight, gradients[name], settings, backend=self._backend)
+
+    def _take(self, name: str, update: CondensedUpdate) -> None:
+        self.connections[name] = update.weight.connections
+        if name in self._ever_active:
+            self._mark_active(name)
+
+    def _masks_state(self) -> dict[str, Any]:
         return {
-            **super().state_dict(),
             "connections": {
-                name: {"indices": mask.indices.copy(), "active": mask.active.copy()}
-                for name, mask in self.connections.items()
+                name: {"indices": part.indices.copy(), "active": part.active.copy()}
+                for name, part in self.connections.items()
             },
             "ever_active": {name: bits.copy() for name, bits in self._ever_active.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken, by a trainer made with the same arguments.
-
-        Raises
-        ------
-        SriglError
-            If `state` is not such a trainer's, or was taken with other settings; nothing is
-            changed.
-        """
-        try:
-            self._check_settings_of(state)
-            step_count = check_integer(state["step_count"], "step_count of state", least=0)
-            for what, mine in (
-                ("connections", self.connections),
-                ("ever_active", self._ever_active),
-            ):
-                if state[what].keys() != mine.keys():
+    def _masks_from(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        for what, mine in (("connections", self.connections), ("ever_active", self._ever_active)):
+            if state[what].keys() != mine.keys():
+                raise SriglError(
+                    f"state has {what} of {list(state[what])}, but here they are of "
+                    f"{list(mine)}; make the trainer with the same arguments"
+                )
+        connections, ever_active = {}, {}
+        for name, saved in state["connections"].items():
+            with error_context(name):
+                shape, most = self.connections[name].shape, self.budgets[name].nnz_budget
+                connections[name] = Connections(saved["indices"], saved["active"], shape)
+                if connections[name].nnz > most:
                     raise SriglError(
-                        f"state has {what} of {list(state[what])}, but here they are of "
-                        f"{list(mine)}; make the trainer with the same arguments"
+                        f"connections in state are {connections[name].nnz}, but the budget is "
+                        f"{most}"
                     )
-            connections = {}
-            for name, saved in state["connections"].items():
-                with naming(name):
-                    connections[name] = self._connections_of(name, saved)
-            ever_active = {}
-            for name, bits in state["ever_active"].items():
-                ever_active[name] = np.array(bits, np.uint8)
-                if ever_active[name].shape != self._ever_active[name].shape:
-                    raise SriglError(f"ever_active of layer {name!r} in state has another size")
-            rng = np.random.default_rng()
-            rng.bit_generator.state = state["rng"]
-        except SriglError:
-            raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise SriglError(f"state is not a whole state_dict(): {error!r}") from error
-        self.step_count, self._rng = step_count, rng
-        self.connections, self._ever_active = connections, ever_active
+        for name, bits in state["ever_active"].items():
+            ever_active[name] = np.array(bits, np.uint8)
+            if ever_active[name].shape != self._ever_active[name].shape:
+                raise SriglError(f"ever_active of layer {name!r} in state has another size")
 
-    def _connections_of(self, name: str, saved: Mapping[str, Any]) -> CondensedMask:
-        """Return the connections in a state, once they are checked."""
-        shape = self.connections[name].shape
-        zeros = np.zeros(np.shape(saved["indices"]), np.float16)
-        weight = CondensedWeight(zeros, saved["indices"], saved["active"], shape)
-        if weight.nnz > self.budgets[name].nnz_budget:
-            raise SriglError(
-                f"connections in state are {weight.nnz}, but the budget is "
-                f"{self.budgets[name].nnz_budget}"
-            )
-        return CondensedMask.of(weight)
+        def set_masks() -> None:
+            self.connections, self._ever_active = connections, ever_active
+
+        return set_masks
 
     def _checked_weight(self, name: str, weights: Mapping[str, CondensedWeight]) -> CondensedWeight:
         if name not in weights:
@@ -242,9 +219,9 @@ grad_window, layers, ablate_last, seed
         if not isinstance(weight, CondensedWeight):
             raise ValueTypeError(
                 f"weight must be a CondensedWeight, got {type(weight).__name__}; "
-                f"trainer.connections[name].with_values(...) makes one"
+                f"CondensedWeight.from_connections(values, trainer.connections[name]) makes one"
             )
-        if not self.connections[name].same(weight):
+        if self.connections[name] != weight.connections:
             raise SriglError(
                 "weight has other connections than the trainer; take over what step returns, and "
                 "change connections in no other way"
@@ -260,7 +237,7 @@ grad_window, layers, ablate_last, seed
         return counts
 
     def _mark_active(self, name: str) -> None:
-        mask, bits = self.connections[name], self._ever_active[name]
-        for row, columns in zip(mask.active.tolist(), mask.indices, strict=True):
-            positions = row * mask.shape[1] + columns.astype(np.int64)
+        part, bits = self.connections[name], self._ever_active[name]
+        for row, columns in zip(part.active.tolist(), part.indices, strict=True):
+            positions = row * part.shape[1] + columns.astype(np.int64)
             np.bitwise_or.at(bits, positions >> 3, (128 >> (positions & 7)).astype(np.uint8))

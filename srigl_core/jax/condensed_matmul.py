@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,16 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import accumulator_dtype, result_dtype, value_dtype
+from srigl_core._product_spec import ArraySpec, product_spec
 from srigl_core.contract import ACTIVATIONS, MatmulGradients
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.jax.connections import Connections
 from srigl_core.jax.host_call import check_on_cpu, host_call
-from srigl_core.jax.kept_plans import plan_for
+from srigl_core.jax.plan_cache import plan_for
 
 __all__ = ["condensed_linear"]
 
 _MOST_COPIED_BYTES = 1 << 20
-"""Of a result, up to which the plan's quick way and a copy take less time than its ``out=``."""
+"""Bytes of a result up to which the plan's fast path and a copy are faster than ``out=``."""
 
 
 def condensed_linear(
@@ -42,8 +45,8 @@ def condensed_linear(
         The weight at the connections.
     connections : Connections
     bias : array, (n_out,), or None
-    activation : {None, "none", "relu", "gelu", "gelu_tanh", "silu"}
-        "gelu" is the erf form.
+    activation : str or None
+        One of `srigl_core.contract.ACTIVATIONS`; "gelu" is the erf form.
 
     Returns
     -------
@@ -81,41 +84,24 @@ def condensed_linear(
             f"connections must be Connections, got {type(connections).__name__}; make them with "
             f"srigl_core.jax.from_condensed(weight) or Connections.from_mask(mask)"
         )
-    activation = "none" if activation is None else activation
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise SriglError(f"activation={activation!r} is unknown; use {', '.join(ACTIVATIONS)}")
     x, values = jnp.asarray(x), jnp.asarray(values)
     bias = None if bias is None else jnp.asarray(bias)
-    _check_shapes(x, values, connections, bias)
-    _check_dtypes(x, values, bias)
-    check_on_cpu(*jax.tree.leaves((x, values, connections, bias)))
-    return _linear(x, values, connections, bias, activation)
-
-
-def _check_shapes(x: Any, values: Any, connections: Connections, bias: Any | None) -> None:
-    n_out, n_in = connections.shape
-    if x.ndim == 0 or x.shape[-1] != n_in:
-        raise SriglError(
-            f"x has shape {x.shape}, but its last axis must be the connections' n_in={n_in} "
-            f"({connections!r})"
-        )
+    if bias is not None:
+        value_dtype(bias.dtype, "bias of dtype")
+    spec = product_spec(
+        ArraySpec(x.shape, x.dtype),
+        connections.shape,
+        values.dtype,
+        bias_shape=None if bias is None else bias.shape,
+        activation=activation,
+    )
     if values.shape != connections.indices.shape:
         raise SriglError(
             f"values has shape {values.shape}, but must have one number for each connection: "
             f"{connections.indices.shape}"
         )
-    if bias is not None and bias.shape != (n_out,):
-        raise SriglError(
-            f"bias has shape {bias.shape}, but needs one number for each of the n_out={n_out} "
-            f"neurons, ablated ones included: ({n_out},)"
-        )
-
-
-def _check_dtypes(x: Any, values: Any, bias: Any | None) -> None:
-    for name, array in (("x", x), ("values", values), ("bias", bias)):
-        if array is not None:
-            value_dtype(array.dtype, f"{name} of dtype")
-    result_dtype(x.dtype, values.dtype)
+    check_on_cpu(*jax.tree.leaves((x, values, connections, bias)))
+    return _linear(x, values, connections, bias, spec.activation.name)
 
 
 def _product(
@@ -165,20 +151,26 @@ def _backward(activation: str, kept: Any, grad: Any) -> tuple[Any, ...]:
         is_positive = jax.lax.bitcast_convert_type(y, f"int{8 * y.dtype.itemsize}") > 0
         grad = jnp.where(is_positive, grad, 0)
     elif activation != "none":
-        kind = accumulator_dtype(x.dtype, values.dtype)
-        z = _product(x, values, connections, bias, "none", kind)
-        (grad,) = jax.vjp(_ACTIVATIONS[activation], z)[1](grad.astype(kind))
+        dtype = accumulator_dtype(x.dtype, values.dtype)
+        z = _product(x, values, connections, bias, "none", dtype)
+        (grad,) = jax.vjp(_ACTIVATIONS[activation], z)[1](grad.astype(dtype))
     dx = _gradient("x", x, grad, None, values, connections)
     dvalues = _gradient("values", values, grad, x, values, connections)
     dbias = None if bias is None else _gradient("bias", bias, grad, None, values, connections)
     return dx, dvalues, None, dbias
 
 
-_ACTIVATIONS = {
+_FUNCTIONS = SimpleNamespace(exp=jnp.exp, tanh=jnp.tanh, where=jnp.where, erf=jax.scipy.special.erf)
+_OWN = {
     "gelu": lambda z: jax.nn.gelu(z, approximate=False),
     "gelu_tanh": lambda z: jax.nn.gelu(z, approximate=True),
     "silu": jax.nn.silu,
 }
+_ACTIVATIONS = {
+    name: _OWN.get(name, partial(activation.formula, xp=_FUNCTIONS))
+    for name, activation in ACTIVATIONS.items()
+}
+"""JAX's own functions where it has them, else the formulas of the table."""
 
 _differentiable = jax.custom_vjp(_layer, nondiff_argnums=(4,))
 _differentiable.defvjp(_forward, _backward)
@@ -195,8 +187,8 @@ class _Product:
     def __call__(self, out: NDArray[Any], x: NDArray[Any], *others: NDArray[Any]) -> None:
         for plan, y, inputs, *bias in _each_weight(self.shape, out, x, *others, joins=True):
             offset = bias[0] if bias else None
-            is_usual = inputs.dtype == plan.weight.dtype == y.dtype
-            if is_usual and y.nbytes <= _MOST_COPIED_BYTES:
+            same_dtype = inputs.dtype == plan.weight.dtype == y.dtype
+            if same_dtype and y.nbytes <= _MOST_COPIED_BYTES:
                 y[...] = plan(inputs, offset, activation=self.activation)
             else:
                 plan(inputs, offset, activation=self.activation, out=y)

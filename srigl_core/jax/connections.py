@@ -1,16 +1,15 @@
-"""The connections of a layer as a pytree: what a jitted function takes beside the values."""
+"""The connections of a layer as a pytree, which jitted functions take beside the values."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from srigl_core._arrays.checks import as_mask
 from srigl_core._arrays.libraries import library_of
+from srigl_core._format import connections as host
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.errors import SriglError, ValueTypeError
 
@@ -23,9 +22,9 @@ _MOST_INPUTS = 2**31 - 1
 class Connections:
     """Which inputs each active neuron has.
 
-    A pytree: a jitted function takes it as an argument, and is not compiled again for others of the
-    same shapes. Made by `from_condensed`, `from_mask` or `of`, outside of ``jit``; not to be
-    changed, since `key` says what is in it.
+    A pytree: a jitted function takes it as an argument, and is not compiled again for connections
+    of the same shapes. Make it with `from_condensed`, `from_mask` or `of`, outside of ``jit``. Do
+    not change its arrays, since `key` identifies them.
 
     Parameters
     ----------
@@ -34,7 +33,7 @@ class Connections:
     active : array of int32, (n_active,)
         Row numbers, ascending.
     key : array of uint32, (4,)
-        A hash of these, by which what is packed from them is found again.
+        A hash of `shape`, `indices` and `active`, by which packed layouts are found.
     shape : tuple of int
         Dense shape, (n_out, n_in).
     """
@@ -46,7 +45,7 @@ class Connections:
 
     @classmethod
     def of(cls, indices: Any, active: Any, shape: tuple[int, int]) -> Connections:
-        """Return the connections that the arrays state, once they are checked.
+        """Check arrays and return their connections.
 
         Parameters
         ----------
@@ -62,13 +61,11 @@ class Connections:
         SriglError
             If shapes disagree, or a number is out of range or out of order.
         ValueTypeError
-            If these are no arrays of integers, or tracers.
+            If they are tracers, or not arrays of integers.
         """
         for name, array in (("indices", indices), ("active", active)):
             library_of(array).check(array, name)
-        columns = np.asarray(indices)
-        values = np.zeros(columns.shape, np.float16)
-        return _connections(CondensedWeight(values, columns, np.asarray(active), shape))
+        return _on_device(host.Connections(np.asarray(indices), np.asarray(active), shape))
 
     @classmethod
     def from_mask(cls, mask: Any) -> Connections:
@@ -83,8 +80,7 @@ class Connections:
         SriglError
             If the rows do not all have the same number of True or none.
         """
-        found = as_mask(mask, None)
-        return _connections(CondensedWeight.from_dense(found.astype(np.float16), found))
+        return _on_device(host.Connections.from_mask(mask))
 
     @property
     def n_active(self) -> int:
@@ -116,12 +112,12 @@ class Connections:
         return dense.at[self.active[:, None], self.indices].set(values)
 
     def gather(self, dense: Any) -> Any:
-        """Return what a dense array has at the connections.
+        """Return the elements of a dense array at the connections.
 
         Parameters
         ----------
         dense : array, (n_out, ...)
-            Of as many elements as the dense weight. Differentiable; also within ``jit``.
+            With as many elements as the dense weight. Differentiable; also within ``jit``.
 
         Returns
         -------
@@ -130,7 +126,7 @@ class Connections:
         return dense.reshape(self.shape)[self.active[:, None], self.indices]
 
     def __repr__(self) -> str:
-        if not hasattr(self.indices, "ndim"):  # what JAX's tree.map makes has any leaves
+        if not hasattr(self.indices, "ndim"):  # jax.tree.map may put any objects in place of arrays
             leaves = f"indices={self.indices}, active={self.active}, key={self.key}"
             return f"Connections({self.shape}, {leaves})"
         return f"Connections({self.shape}, n_active={self.n_active}, fan_in={self.fan_in})"
@@ -157,15 +153,15 @@ def from_condensed(weight: CondensedWeight) -> tuple[Any, Connections]:
     Raises
     ------
     ValueTypeError
-        If the weight is float64 and JAX is not told to have that type.
+        If the weight is float64 and jax_enable_x64 is off.
     """
     values = jax.numpy.array(weight.values)
     if values.dtype != weight.dtype:
         raise ValueTypeError(
-            f"JAX would make {values.dtype} of a weight of {weight.dtype}; switch jax_enable_x64 "
-            f"on, or convert the weight"
+            f"JAX would round a weight of {weight.dtype} to {values.dtype}; enable "
+            f"jax_enable_x64, or convert the weight"
         )
-    return values, _connections(weight)
+    return values, _on_device(weight.connections)
 
 
 def to_condensed(values: Any, connections: Connections) -> CondensedWeight:
@@ -185,15 +181,12 @@ def to_condensed(values: Any, connections: Connections) -> CondensedWeight:
     return CondensedWeight(np.asarray(values), indices, active, connections.shape)
 
 
-def _connections(weight: CondensedWeight) -> Connections:
-    if weight.shape[1] > _MOST_INPUTS:
-        raise SriglError(f"n_in={weight.shape[1]} is more than int32 can number, as JAX does")
-    packed = hashlib.blake2b(repr(weight.shape).encode(), digest_size=16)
-    for array in (weight.indices, weight.active):
-        packed.update(array.data)
+def _on_device(connections: host.Connections) -> Connections:
+    if connections.shape[1] > _MOST_INPUTS:
+        raise SriglError(f"n_in={connections.shape[1]} exceeds int32, in which JAX numbers columns")
     return Connections(
-        jax.numpy.array(weight.indices.astype(np.int32)),
-        jax.numpy.array(weight.active.astype(np.int32)),
-        jax.numpy.array(np.frombuffer(packed.digest(), np.uint32)),
-        weight.shape,
+        jax.numpy.array(connections.indices.astype(np.int32)),
+        jax.numpy.array(connections.active.astype(np.int32)),
+        jax.numpy.array(np.frombuffer(connections.digest(), np.uint32)),
+        connections.shape,
     )

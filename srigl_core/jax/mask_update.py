@@ -7,29 +7,29 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from srigl_core._api import update_mask
+from srigl_core._api import apply_update
 from srigl_core._arrays.libraries import library_of
-from srigl_core._update import MaskUpdate
+from srigl_core._update import MaskUpdate, UpdateSettings
 from srigl_core.errors import SriglError
 from srigl_core.jax.connections import Connections
-from srigl_core.jax.kept_plans import forget
+from srigl_core.jax.plan_cache import evict
 
 __all__ = ["SriglUpdate", "remap_state", "srigl_update"]
 
 
 class SriglUpdate(NamedTuple):
-    """What an update makes of a layer; to be unpacked.
+    """The result of `srigl_update`, a named tuple.
 
     Attributes
     ----------
     weight : array
-        Dense, or the values at the new connections: as it was given.
+        Dense, or the values at the new connections, like the argument.
     mask : array of bool, or Connections
-        As it was given.
+        Like the argument.
     state : pytree
-        The optimiser's.
+        The optimiser's state.
     report : MaskUpdate
-        The counts, the rows ablated and revived; its `mask` and `weight` are dense.
+        The counts and the rows ablated and revived; its `mask` and `weight` are dense.
     """
 
     weight: Any
@@ -42,14 +42,8 @@ def srigl_update(
     weight: Any,
     grad: Any,
     mask: Any,
+    settings: UpdateSettings,
     state: Any = None,
-    *,
-    nnz_budget: int,
-    drop_fraction: float,
-    gamma_sal: float | None = 0.3,
-    min_salient: int | None = None,
-    saliency_scope: str = "inactive",
-    grown_init: float = 0.0,
 ) -> SriglUpdate:
     """Return a layer with its mask updated; outside of ``jit``.
 
@@ -62,15 +56,14 @@ def srigl_update(
         The dense gradient, of all connections that there could be: that of a loss which has
         ``connections.scatter(values)`` in place of the layer's weight.
     mask : array of bool, (n_out, ...), or Connections
+    settings : UpdateSettings
     state : pytree
-        The optimiser's for this layer; its arrays of the weight's shape are remapped.
-    nnz_budget, drop_fraction, gamma_sal, min_salient, saliency_scope, grown_init
-        As in `srigl_core.UpdateSettings`.
+        The optimiser's state of this layer; its arrays of the weight's shape are remapped.
 
     Returns
     -------
     SriglUpdate
-        Nothing that was given is changed.
+        The arguments are not changed.
 
     Raises
     ------
@@ -80,13 +73,14 @@ def srigl_update(
     Examples
     --------
     >>> import jax, numpy as np, srigl_core
+    >>> from srigl_core import UpdateSettings
     >>> from srigl_core.jax import from_condensed, srigl_update
     >>> weight = srigl_core.CondensedWeight(np.float32([[3], [1]]), [[0], [2]], [0, 1], (2, 3))
     >>> values, connections = from_condensed(weight)
     >>> grad = jax.numpy.array([[0, 0, 0], [5.0, 0, 0]])
     >>> momentum = {"count": 7, "mu": values}
     >>> values, connections, momentum, report = srigl_update(
-    ...     values, grad, connections, momentum, nnz_budget=2, drop_fraction=0.5
+    ...     values, grad, connections, UpdateSettings(2, 0.5), momentum
     ... )
     >>> connections.indices.tolist(), values.tolist(), momentum["mu"].tolist()
     ([[0], [0]], [[3.0], [0.0]], [[3.0], [0.0]])
@@ -98,21 +92,16 @@ def srigl_update(
             f"weight has shape {weight.shape}, but beside Connections it must be the values, "
             f"{mask.indices.shape}"
         )
-    report = update_mask(
+    report = apply_update(
         mask.scatter(weight) if is_condensed else weight,
         grad.reshape(mask.shape) if is_condensed else grad,
         mask.to_mask() if is_condensed else mask,
-        nnz_budget=nnz_budget,
-        drop_fraction=drop_fraction,
-        gamma_sal=gamma_sal,
-        min_salient=min_salient,
-        saliency_scope=saliency_scope,
-        grown_init=grown_init,
+        settings,
     )
     if not is_condensed:
         new_state = remap_state(state, mask, report.mask)
         return SriglUpdate(report.weight, report.mask, new_state, report)
-    forget(mask.key)
+    evict(mask.key)
     connections = Connections.from_mask(report.mask)
     new_state = remap_state(state, mask, connections)
     return SriglUpdate(connections.gather(report.weight), connections, new_state, report)

@@ -9,13 +9,14 @@ except ImportError as error:
         f'srigl_core.torch needs PyTorch ({error}); install it: pip install "srigl-core[torch]"'
     ) from error
 
+from srigl_core.torch.arrays import TorchArrays
 from srigl_core.torch.conv import CondensedConv2d
 from srigl_core.torch.conversion import condense, to_csr, to_masked_dense
 from srigl_core.torch.folding import Folding, fold_ablated
 from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.model_file import load_model, save_model
 from srigl_core.torch.model_report import LayerReport, ModelReport, report
-from srigl_core.torch.onnx_export import export_onnx
+from srigl_core.torch.onnx import export_onnx
 from srigl_core.torch.released_checkpoint import load_released_checkpoint
 from srigl_core.torch.training import SRigL
 
@@ -26,6 +27,7 @@ __all__ = [
     "LayerReport",
     "ModelReport",
     "SRigL",
+    "TorchArrays",
     "condense",
     "export_onnx",
     "fold_ablated",

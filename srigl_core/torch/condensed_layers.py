@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from srigl_core._format.connections import CondensedMask
+from srigl_core._format.connections import Connections
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._training.condensed_trainer import CondensedTrainer
 from srigl_core._update import CondensedUpdate
@@ -92,7 +92,7 @@ class CondensedLayers:
 
     def digests(self) -> dict[str, str]:
         """Return a hash of each mask."""
-        return {name: mask.digest() for name, mask in self.trainer.connections.items()}
+        return {name: mask.digest().hex() for name, mask in self.trainer.connections.items()}
 
     def after_backward(self, loss_scale: float) -> None:
         """End a step of the window, in which any number of backward passes was captured.
@@ -166,7 +166,7 @@ class CondensedLayers:
         before = self.trainer.state_dict()
         self.trainer.load_state_dict(state)
         for name, layer in self._layers.items():
-            if not self.trainer.connections[name].same(layer.to_condensed()):
+            if self.trainer.connections[name] != layer.to_condensed().connections:
                 self.trainer.load_state_dict(before)
                 raise SriglError(
                     f"layer {name!r} has other connections than the state; load the model's "
@@ -210,9 +210,9 @@ class CondensedLayers:
             total = None
             for pairs, factor in steps:
                 for x, grad in pairs:
-                    kind = _sum_dtype(x, grad)
+                    dtype = _sum_dtype(x, grad)
                     # Converted here, so that no second window of another type is ever held.
-                    part = (grad[:, start:stop].t().to(kind) @ x.to(kind)) * factor
+                    part = (grad[:, start:stop].t().to(dtype) @ x.to(dtype)) * factor
                     total = part if total is None else total.add_(part)
             return as_numpy(mean_of_ranks(total, self._group))
 
@@ -220,17 +220,18 @@ class CondensedLayers:
 
 
 def _initial_weight(
-    target: Target, mask: CondensedMask, init: str | None, rng: np.random.Generator
+    target: Target, mask: Connections, init: str | None, rng: np.random.Generator
 ) -> CondensedWeight:
     """Return a dense layer's weights at the connections, drawn anew if asked to."""
     dense = target.parameter.detach()
     if init is not None:
         drawn = sparse_init(mask.to_mask().reshape(target.shape), init, rng=rng, dtype=np.float64)
         dense = torch.from_numpy(drawn).to(dense)
-    return mask.with_values(as_numpy(dense.reshape(mask.shape)[_places(mask)]))
+    values = as_numpy(dense.reshape(mask.shape)[_places(mask)])
+    return CondensedWeight.from_connections(values, mask)
 
 
-def _places(mask: CondensedMask) -> tuple[Any, Any]:
+def _places(mask: Connections) -> tuple[Any, Any]:
     """Return the rows and columns of a mask's connections, to index a dense tensor with."""
     return torch.from_numpy(mask.active)[:, None], torch.from_numpy(mask.indices.astype(np.int64))
 

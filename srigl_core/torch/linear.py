@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from srigl_core._activations import activation_named
 from srigl_core._arrays.checks import check_generator, check_integer
-from srigl_core._format.connections import CondensedMask
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.connections import Connections
+from srigl_core._format.weight import CondensedWeight, check_condensed
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.distributions import nnz_budget as budget_of
@@ -18,20 +20,24 @@ from srigl_core.reference.init import sparse_init
 from srigl_core.torch.capture import is_capturing
 from srigl_core.torch.ops import condensed_inference, condensed_linear
 from srigl_core.torch.packing import condensed_weight
-from srigl_core.torch.tensors import as_numpy, from_numpy
+from srigl_core.torch.tensors import as_numpy, from_numpy, numpy_dtype, torch_dtype
 
 __all__ = ["ACTIVATION_FUNCTIONS", "CondensedLinear"]
 
 _MOST = 2**31 - 1
 """What the indices, which PyTorch cannot index with as unsigned ones, can number."""
 
-ACTIVATION_FUNCTIONS = {
-    "none": lambda z: z,
+_FUSED = {
     "relu": nn.functional.relu,
     "gelu": nn.functional.gelu,
     "gelu_tanh": lambda z: nn.functional.gelu(z, approximate="tanh"),
     "silu": nn.functional.silu,
 }
+ACTIVATION_FUNCTIONS = {
+    name: _FUSED.get(name, partial(activation.formula, xp=torch))
+    for name, activation in ACTIVATIONS.items()
+}
+"""PyTorch's own functions where it has them, else the formulas of the table."""
 
 
 class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
@@ -125,19 +131,18 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
         device: Any | None,
         dtype: Any | None,
     ) -> None:
-        if activation is not None and activation not in ACTIVATIONS:
-            raise SriglError(f"activation={activation!r} is unknown; use {', '.join(ACTIVATIONS)}")
+        activation_named(activation)
         super().__init__()
         self.out_features, self.in_features = shape
         self.activation = activation
         self.values = nn.Parameter(torch.zeros(nnz_budget, device=device, dtype=dtype))
         n_out = self.out_features
-        for name, length, kind in (
+        for name, length, integers in (
             ("indices", nnz_budget, torch.int32),
             ("active", n_out, torch.int32),
             ("counts", 2, torch.int64),
         ):
-            self.register_buffer(name, torch.zeros(length, dtype=kind, device=device))
+            self.register_buffer(name, torch.zeros(length, dtype=integers, device=device))
         numbers = torch.zeros(n_out, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if numbers is None else nn.Parameter(numbers))
 
@@ -154,11 +159,11 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
         rng = check_generator(rng)
         fan_in = check_integer(self.nnz_budget // self.out_features, "fan_in", least=1)
         shape = (self.out_features, self.in_features)
-        mask = CondensedMask.drawn(shape, fan_in=fan_in, rng=rng)
-        kind = as_numpy(self.values[:0]).dtype
-        all_of_them = np.ones(mask.indices.shape, np.bool_)
-        drawn = sparse_init(all_of_them, "torch_default", rng=rng, dtype=kind)
-        self.load_condensed_(mask.with_values(drawn))
+        connections = Connections.random(shape, fan_in=fan_in, rng=rng)
+        packed = np.ones(connections.indices.shape, np.bool_)
+        dtype = numpy_dtype(self.values.dtype)
+        drawn = sparse_init(packed, "torch_default", rng=rng, dtype=dtype)
+        self.load_condensed_(CondensedWeight.from_connections(drawn, connections))
         if self.bias is not None:
             numbers = rng.uniform(-1, 1, self.out_features) / np.sqrt(fan_in)
             with torch.no_grad():
@@ -191,13 +196,13 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
         SriglError
             If `weight` has more than `nnz_budget` values, or `bias` another shape.
         """
-        _check_condensed(weight)
+        check_condensed(weight)
         n_out, n_in = weight.shape
         budget = weight.nnz if nnz_budget is None else nnz_budget
         budget = _checked_budget(n_in, n_out, budget, None, None, least=weight.nnz)
-        kind = from_numpy(weight.values[:0]).dtype
+        dtype = torch_dtype(weight.dtype)
         layer = cls.__new__(cls)
-        layer._allocate(weight.shape, budget, False, activation, device, kind)
+        layer._allocate(weight.shape, budget, False, activation, device, dtype)
         layer.load_condensed_(weight)
         if bias is not None:
             numbers = bias.detach() if isinstance(bias, torch.Tensor) else from_numpy(bias)
@@ -275,7 +280,7 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
         SriglError
             If its shape differs, or it has more than `nnz_budget` values; nothing is changed.
         """
-        _check_condensed(weight)
+        check_condensed(weight)
         if weight.shape != (self.out_features, self.in_features) or weight.nnz > self.nnz_budget:
             raise SriglError(
                 f"{weight!r} does not fit a layer of shape {(self.out_features, self.in_features)} "
@@ -384,14 +389,6 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
             condensed_weight(**coming, n_in=self.in_features)
         except SriglError as error:
             raise SriglError(f"the state has no valid mask, {prefix}{error}") from error
-
-
-def _check_condensed(weight: object) -> None:
-    if not isinstance(weight, CondensedWeight):
-        raise ValueTypeError(
-            f"weight must be a CondensedWeight, got {type(weight).__name__}; make one with "
-            f"CondensedWeight.from_dense(weight, mask), or use from_linear"
-        )
 
 
 def _checked_budget(

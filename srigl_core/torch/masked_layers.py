@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from srigl_core._training.trainer import SparseTrainer
+from srigl_core._arrays.libraries import device_of, library_of
+from srigl_core._registry import get_backend
+from srigl_core._training.sparse_trainer import SparseTrainer
 from srigl_core._update import MaskUpdate
-from srigl_core.errors import SriglError
+from srigl_core.contract import Backend
+from srigl_core.errors import BackendUnavailableError, SriglError
 from srigl_core.reference.init import sparse_init
 from srigl_core.torch.optimizer_state import remap_state
 from srigl_core.torch.targets import Target
 from srigl_core.torch.tensors import as_numpy, from_numpy
 
-__all__ = ["MaskedLayers"]
+__all__ = ["MaskedLayers", "update_backend"]
+
+
+def update_backend(targets: dict[str, Target]) -> Backend | None:
+    """Return a backend that updates weights on their CUDA device; None if there is none.
+
+    The weights must all be on one device.
+    """
+    parameters = [target.parameter for target in targets.values()]
+    if any(device_of(p) != "cuda" or p.device != parameters[0].device for p in parameters):
+        return None
+    try:
+        return get_backend(operation="update_mask", device="cuda")
+    except BackendUnavailableError:
+        return None
 
 
 class MaskedLayers:
@@ -39,12 +57,14 @@ class MaskedLayers:
         self._model, self._optimizer = model, optimizer
         self._targets = targets
         self._inactive: dict[str, Any] = {}
+        self._no_gradient: dict[str, Any] = {}
+        self._hidden: dict[str, Any] = {}
 
     def attach(self, init: str | None, rng: np.random.Generator) -> None:
         """Mask the weights, having drawn them anew if asked to."""
         for name, target in self._targets.items():
             if init is not None:
-                mask = self.trainer.masks[name]
+                mask = self._trainer_mask(name)
                 drawn = sparse_init(mask, init, rng=rng, dtype=np.float64)
                 with torch.no_grad():
                     target.parameter.copy_(torch.from_numpy(drawn))
@@ -58,8 +78,8 @@ class MaskedLayers:
     def digests(self) -> dict[str, str]:
         """Return a hash of each mask."""
         return {
-            name: hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()
-            for name, mask in self.trainer.masks.items()
+            name: hashlib.sha256(np.packbits(self._trainer_mask(name)).tobytes()).hexdigest()
+            for name in self.trainer.masks
         }
 
     def after_backward(self, loss_scale: float) -> None:
@@ -77,26 +97,38 @@ class MaskedLayers:
             if gradient is None:
                 continue
             if self.trainer.needs_grad:
-                self.trainer.accumulate(target.name, as_numpy(gradient))
-            gradient.masked_fill_(self._inactive[target.name], 0)
+                with _on_device_of(gradient):
+                    self.trainer.accumulate(target.name, self._for_trainer(gradient))
+            gradient.masked_fill_(self._no_gradient[target.name], 0)
 
     def step(self) -> Mapping[str, MaskUpdate]:
-        """Mask the weights, and update masks, weights and optimiser state if it is due."""
+        """Mask the weights, and update masks, weights and optimiser state if an update is due."""
         for target in self._targets.values():
             target.check_in_place(self._model)
+        self._hide_weights()
         self._mask_weights()
-        due = self.trainer.is_due
-        weights = {n: as_numpy(t.parameter.detach()) for n, t in self._targets.items() if due}
-        updates = self.trainer.step(weights)
+        weights = {}
+        if self.trainer.is_due:
+            for name, target in self._targets.items():
+                weight = target.parameter.detach()
+                hidden = self._hidden.get(name)
+                weights[name] = self._for_trainer(weight if hidden is None else weight + hidden)
+        with _on_device_of(next(iter(self._targets.values())).parameter):
+            updates = self.trainer.step(weights)
         if updates:
-            before = self._inactive
+            before = dict(self._no_gradient)
             self._take_over_masks()
             for name, update in updates.items():
                 parameter = self._targets[name].parameter
+                weight = update.weight
+                weight = from_numpy(weight) if isinstance(weight, np.ndarray) else weight
                 with torch.no_grad():
-                    parameter.copy_(from_numpy(update.weight))
-                gone = before[name] | self._inactive[name]
+                    parameter.copy_(weight)
+                gone = before[name] | self._no_gradient[name]
                 remap_state(self._optimizer, parameter, partial(_zeroed, gone))
+            self._hidden.clear()
+            self._hide_weights()
+            self._mask_weights()
         return updates
 
     def discard_step(self) -> None:
@@ -111,24 +143,59 @@ class MaskedLayers:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the trainer's state; weights and optimiser state are the caller's."""
-        return self.trainer.state_dict()
+        state = self.trainer.state_dict()
+        if self._hidden:
+            state["hidden"] = {name: as_numpy(part) for name, part in self._hidden.items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a trainer's state, and mask the weights by it."""
         self.trainer.load_state_dict(state)
+        self._hidden = {
+            name: from_numpy(part).to(self._targets[name].parameter)
+            for name, part in state.get("hidden", {}).items()
+        }
         self._take_over_masks()
         self._mask_weights()
 
+    def _for_trainer(self, tensor: Any) -> Any:
+        """Return a tensor itself, or as an array on the host if the trainer is there."""
+        return tensor if self.trainer.device == device_of(tensor) else as_numpy(tensor)
+
+    def _trainer_mask(self, name: str) -> Any:
+        """Return a mask of the trainer as a NumPy array."""
+        mask = self.trainer.masks[name]
+        like = self._targets[name].parameter
+        return mask if isinstance(mask, np.ndarray) else as_numpy(_as_tensor(mask, like))
+
     def _take_over_masks(self) -> None:
-        self._inactive = {
-            name: ~torch.from_numpy(mask.copy()).to(self._targets[name].parameter.device)
-            for name, mask in self.trainer.masks.items()
-        }
+        for name, target in self._targets.items():
+            like = target.parameter
+            mask, backward = self.trainer.masks[name], self.trainer.backward_mask(name)
+            inactive = self._inactive[name] = ~_as_tensor(mask, like)
+            self._no_gradient[name] = inactive if backward is mask else ~_as_tensor(backward, like)
 
     def _mask_weights(self) -> None:
         with torch.no_grad():
             for name, target in self._targets.items():
                 target.parameter.masked_fill_(self._inactive[name], 0)
+
+    def _hide_weights(self) -> None:
+        """Move weights that only the backward pass uses out of the parameters."""
+        for name, target in self._targets.items():
+            if self._no_gradient[name] is not self._inactive[name]:
+                trained = target.parameter.detach().masked_fill(~self._inactive[name], 0)
+                trained.masked_fill_(self._no_gradient[name], 0)
+                hidden = self._hidden.get(name)
+                self._hidden[name] = trained if hidden is None else hidden + trained
+
+
+def _as_tensor(mask: Any, like: Any) -> Any:
+    return library_of(like).to_caller(mask, like).to(like.device)
+
+
+def _on_device_of(tensor: Any) -> AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _zeroed(where: Any, held: Any) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from srigl_core._recommendation import dense_nanoseconds
+from srigl_core._cost_model import dense_nanoseconds
+from srigl_core._plan import plan_of
 from srigl_core.contract import Backend
 from srigl_core.torch.replacement import condensed_modules, linear_of
 
@@ -128,7 +129,7 @@ def _layer_report(name: str, linear: Any, backend: str | Backend | None) -> Laye
     weight = linear.to_condensed()
     speed_ups: tuple[float | None, ...] = (None,) * len(BATCHES)
     if linear.values.is_cpu:
-        plan = weight.plan(backend)
+        plan = plan_of(weight, backend)
         times = [(plan.nanoseconds(batch), dense_nanoseconds(weight, batch)) for batch in BATCHES]
         speed_ups = tuple(None if ours is None else dense / ours for ours, dense in times)
     size = weight.memory_report()

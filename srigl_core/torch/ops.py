@@ -1,11 +1,11 @@
-"""The condensed product as PyTorch ops: kernels, what tracing sees of them, gradients, autocast.
+"""The condensed product as PyTorch operators: kernels, fake kernels, gradients and autocast.
 
-- ``srigl_core::condensed_linear``, which has a gradient;
-- ``srigl_core::condensed_linear_backward``, that gradient, which has one as well;
-- ``srigl_core::condensed_inference``, with the activation in the kernel, for where no gradient is
-  asked for. It has none: an op with a gradient of its own takes twice as long to reach its kernel.
+- ``srigl_core::condensed_linear`` has a gradient.
+- ``srigl_core::condensed_linear_backward`` is that gradient, and has one as well.
+- ``srigl_core::condensed_inference`` applies the activation in the kernel and has no gradient. An
+  operator with a gradient of its own takes twice as long to reach its kernel.
 
-Every tensor of a layer has the same shape whatever its mask, so that compiled graphs stay valid.
+Every tensor of a layer keeps its shape whatever the mask, so that compiled graphs stay valid.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import library
 
-from srigl_core.contract import ACTIVATIONS, MatmulGradients
-from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core._product_spec import gradient_specs, product_spec
+from srigl_core.contract import MatmulGradients
 from srigl_core.torch import capture
 from srigl_core.torch.packing import Packing, packing_of
-from srigl_core.torch.tensors import as_numpy
+from srigl_core.torch.tensors import as_numpy, numpy_dtype, spec_of, torch_dtype
 
 __all__ = ["condensed_inference", "condensed_linear", "condensed_linear_backward"]
 
@@ -32,9 +32,6 @@ _TAGS = (
     # A captured graph would go on with values put in order when it was captured.
     torch.Tag.cudagraph_unsafe,
 )
-_FEW = 1 << 15
-"""Numbers in a result that are copied sooner than a kernel is called the general way."""
-
 _ON_CPU = nullcontext()
 _HALVES = {torch.float16, torch.bfloat16}
 _FLOATS = {*_HALVES, torch.float32, torch.float64}
@@ -58,44 +55,6 @@ condensed_linear_backward = torch.ops.srigl_core.condensed_linear_backward.defau
 condensed_inference = torch.ops.srigl_core.condensed_inference.default
 
 
-def _check_input(x: Any, values: Any, in_features: int) -> Any:
-    """Return the result's dtype.
-
-    Raises
-    ------
-    SriglError
-        If the last axis of `x` is not as long as the layer has inputs.
-    ValueTypeError
-        If `x` or `values` is of no value type, or the two do not combine.
-    """
-    if not x.ndim or x.shape[-1] != in_features:
-        raise SriglError(
-            f"x has shape {tuple(x.shape)}, but its last axis must be the layer's in_features="
-            f"{in_features}"
-        )
-    kinds = {x.dtype, values.dtype}
-    if not kinds <= _FLOATS:
-        raise ValueTypeError(
-            f"x is of {x.dtype} and the layer's values of {values.dtype}, but they must be "
-            f"floating point of 16, 32 or 64 bits; convert with .to(torch.float32)"
-        )
-    if kinds == _HALVES:
-        raise ValueTypeError(
-            f"x of {x.dtype} and values of {values.dtype} do not combine: neither holds the "
-            f"other's numbers; convert one of them, for example to float32"
-        )
-    return x.dtype if len(kinds) == 1 else torch.promote_types(*kinds)
-
-
-def _check_neurons(what: str, shape: tuple[int, ...], active: Any) -> None:
-    n_out = active.shape[0]
-    if not shape or shape[-1] != n_out:
-        raise SriglError(
-            f"{what} has shape {tuple(shape)}, but its last axis must be the layer's "
-            f"out_features={n_out}"
-        )
-
-
 # ---------------------------------------------------------------- forward
 
 
@@ -116,31 +75,16 @@ def _multiply(
             packing = packing_of(values, indices, active, counts, in_features)
             threads = torch.get_num_threads()
             try:
-                _write_product(packing, x, bias, activation, y, threads)
+                packing.plan.write_product(
+                    _rows(_as_array(x, "x", packing)),
+                    None if bias is None else _as_array(bias, "bias", packing),
+                    activation=activation,
+                    out=_rows(_as_array(y, "y", packing)),
+                    threads=threads,
+                )
             finally:
-                _keep_threads(threads)
+                _restore_threads(threads)
     return y
-
-
-def _write_product(
-    packing: Packing, x: Any, bias: Any | None, activation: str, y: Any, threads: int
-) -> None:
-    rows, out = _rows(_lent(x, "x", packing)), _rows(_lent(y, "y", packing))
-    offset = None if bias is None else _lent(bias, "bias", packing)
-    if out.size <= _FEW and packing.quick_matmul is not None:
-        found = packing.quick_matmul(rows, offset, activation, False, threads)
-        if found is not None:
-            out[...] = found
-            return
-    with packing.arrays.computing(x):
-        packing.prepared.matmul(
-            rows,
-            None if offset is None else packing.arrays.round_to(offset, out.dtype),
-            activation=activation,
-            compact=False,
-            out=out,
-            threads=threads,
-        )
 
 
 def _empty_product(
@@ -153,15 +97,15 @@ def _empty_product(
     in_features: int,
     activation: str = "none",
 ) -> Any:
-    """Return the product's tensor, its arguments checked: all that tracing needs."""
-    kind = _check_input(x, values, in_features)
-    if bias is not None and bias.ndim != 1:
-        raise SriglError(f"bias has shape {tuple(bias.shape)}, but needs one number per neuron")
-    if bias is not None:
-        _check_neurons("bias", bias.shape, active)
-    if activation not in ACTIVATIONS:
-        raise SriglError(f"activation={activation!r} is unknown; use {', '.join(ACTIVATIONS)}")
-    return x.new_empty((*x.shape[:-1], active.shape[0]), dtype=kind)
+    """Check the arguments and return an empty result: the kernel of fake tensors."""
+    spec = product_spec(
+        spec_of(x, "x"),
+        (active.shape[0], in_features),
+        numpy_dtype(values.dtype, "values"),
+        bias_shape=None if bias is None else bias.shape,
+        activation=activation,
+    )
+    return x.new_empty(spec.shape, dtype=torch_dtype(spec.dtype))
 
 
 # ---------------------------------------------------------------- backward
@@ -194,22 +138,19 @@ def _gradients(
         packing = packing_of(values, indices, active, counts, in_features)
         weight = packing.weight
         dvalues[weight.nnz :].zero_()
+        used = dvalues[: weight.nnz].view(weight.values.shape) if needs_values else None
         out = MatmulGradients(
-            _rows(_lent(dx, "dx", packing)) if needs_x else None,
-            _lent(dvalues[: weight.nnz].view(weight.values.shape), "dvalues", packing)
-            if needs_values
-            else None,
-            _lent(dbias, "dbias", packing) if needs_bias else None,
+            _rows(_as_array(dx, "dx", packing)) if needs_x else None,
+            None if used is None else _as_array(used, "dvalues", packing),
+            _as_array(dbias, "dbias", packing) if needs_bias else None,
         )
-        rows = _rows(_lent(x, "x", packing)) if needs_values else None
+        rows = _rows(_as_array(x, "x", packing)) if needs_values else None
+        flat = _rows(_as_array(grad, "grad", packing))
         threads = torch.get_num_threads()
         try:
-            with packing.arrays.computing(grad):
-                packing.prepared.backward(
-                    _rows(_lent(grad, "grad", packing)), rows, out=out, threads=threads
-                )
+            packing.plan.write_gradients(flat, rows, out=out, threads=threads)
         finally:
-            _keep_threads(threads)
+            _restore_threads(threads)
     return results
 
 
@@ -225,15 +166,13 @@ def _empty_gradients(
     needs_values: bool,
     needs_bias: bool,
 ) -> tuple[Any, Any, Any]:
-    """Return the gradients' tensors, empty where not asked for; `x` matters for `needs_values`."""
-    _check_neurons("grad", grad.shape, active)
-    if needs_values:
-        _check_input(x, values, in_features)
-        if x.shape[:-1] != grad.shape[:-1]:
-            raise SriglError(
-                f"x has shape {tuple(x.shape)}, but grad {tuple(grad.shape)}: their axes but the "
-                f"last must be the same"
-            )
+    """Check the arguments and return the gradients' tensors; without elements if not needed."""
+    gradient_specs(
+        spec_of(grad, "grad"),
+        spec_of(x, "x") if needs_values else None,
+        (active.shape[0], in_features),
+        spec_of(values, "values"),
+    )
     sums = torch.float64 if grad.dtype is torch.float64 else torch.float32
     return (
         x.new_empty((*grad.shape[:-1], in_features) if needs_x else (0,)),
@@ -251,9 +190,9 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[5]
-    found = condensed_linear_backward(grad, *ctx.saved_tensors, ctx.in_features, *needs)
+    gradients = condensed_linear_backward(grad, *ctx.saved_tensors, ctx.in_features, *needs)
     dx, dvalues, dbias = (
-        part if needed else None for part, needed in zip(found, needs, strict=True)
+        part if needed else None for part, needed in zip(gradients, needs, strict=True)
     )
     return dx, dvalues, None, None, None, dbias, None  # autograd casts it to the bias's dtype
 
@@ -292,21 +231,21 @@ def _double_backward(ctx: Any, ddx: Any, ddvalues: Any, ddbias: Any) -> tuple[An
 
 
 def _autocast(op: Any, device: str) -> Callable[..., Any]:
-    """Return the kernel for where autocast is on.
+    """Return the kernel for autocast.
 
-    `x` is rounded to autocast's type, and so is the result. The values are not: they would have to
-    be rounded, and put in order, each time, and a product with them as they are is the better one.
+    `x` and the result are rounded to autocast's dtype. The values are not: they would have to be
+    rounded and repacked at each call, and the product with the original values is more accurate.
     """
 
     def kernel(x: Any, values: Any, *rest: Any) -> Any:
-        kind = torch.get_autocast_dtype(device)
+        dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             if x.dtype in _FLOATS - {torch.float64}:
-                x = x.to(kind)
+                x = x.to(dtype)
             if values.dtype in _HALVES:
-                values = values.to(kind)
+                values = values.to(dtype)
             y = op(x, values, *rest)
-            return y if y.dtype is torch.float64 else y.to(kind)
+            return y if y.dtype is torch.float64 else y.to(dtype)
 
     return kernel
 
@@ -314,20 +253,20 @@ def _autocast(op: Any, device: str) -> Callable[..., Any]:
 # ---------------------------------------------------------------- arrays and threads
 
 
-def _lent(tensor: Any, what: str, packing: Packing) -> Any:
-    """Return a tensor as an array of its memory, for the backend that has the packing."""
+def _as_array(tensor: Any, what: str, packing: Packing) -> Any:
+    """Return a tensor as an array of its memory, for the backend of the packing."""
     if tensor.is_cpu:
         return as_numpy(tensor)
-    return packing.arrays.as_float_array(tensor.detach(), what)
+    return packing.plan.arrays.as_float_array(tensor.detach(), what)
 
 
 def _rows(array: Any) -> Any:
-    """Return an array with its leading axes as one."""
+    """Merge the leading axes of an array."""
     return array if array.ndim == 2 else array.reshape(-1, array.shape[-1])
 
 
-def _keep_threads(threads: int) -> None:
-    """Give PyTorch its threads back: Numba's pool, if it is OpenMP's, leaves as many as it has."""
+def _restore_threads(threads: int) -> None:
+    """Restore PyTorch's number of threads, which Numba's OpenMP pool overwrites."""
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
 

@@ -25,10 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from srigl_core._arrays.operations import HOST_ARRAYS
 from srigl_core._format.weight import CondensedWeight
-from srigl_core._registry import check_dtype, get_backend
-from srigl_core.contract import ArrayKind, PreparedWeight
+from srigl_core._plan import Plan, prepare
+from srigl_core._registry import get_backend
 from srigl_core.errors import SriglError
 from srigl_core.torch.tensors import as_numpy
 
@@ -114,31 +113,28 @@ class _SeenValues:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Packing:
-    """A layer's weight as a backend has it.
+    """A layer's weight in the layout of its device's backend.
 
     Parameters
     ----------
-    prepared : PreparedWeight
-    quick_matmul : callable or None
-        The one that `prepared` may have.
-    arrays : ArrayKind
-        What the backend does with arrays.
-    weight : CondensedWeight
+    plan : Plan
     device : torch.device
     seen_mask, seen_values
-        What it was made of.
-    forget : weakref.ref
-        Removes it when the layer's indices are freed.
+        The tensors that it was made of.
+    evict : weakref.ref
+        Removes the packing when the layer's indices are freed.
     """
 
-    prepared: PreparedWeight
-    quick_matmul: Callable[..., Any] | None
-    arrays: ArrayKind
-    weight: CondensedWeight
+    plan: Plan
     device: Any
     seen_mask: _SeenMask
     seen_values: _SeenValues
-    forget: Any
+    evict: Any
+
+    @property
+    def weight(self) -> CondensedWeight:
+        """The weight, on the host."""
+        return self.plan.weight
 
 
 _packings: dict[int, Packing] = {}
@@ -179,13 +175,11 @@ def packing_of(values: Any, indices: Any, active: Any, counts: Any, n_in: int) -
     else:
         seen_mask = _SeenMask(indices, active, counts, n_in)
         weight = condensed_weight(values, indices, active, counts, n_in)
-    prepared, arrays = _prepare(weight, values.device, kept)
     key = id(indices)
-    forget = weakref.ref(indices, lambda _: _packings.pop(key, None))
-    quick = getattr(prepared, "quick_matmul", None)
-    made = Packing(prepared, quick, arrays, weight, values.device, seen_mask, seen_values, forget)
-    _packings[key] = made
-    return made
+    evict = weakref.ref(indices, lambda _: _packings.pop(key, None))
+    plan = _prepare(weight, values.device, kept)
+    _packings[key] = packing = Packing(plan, values.device, seen_mask, seen_values, evict)
+    return packing
 
 
 def condensed_weight(
@@ -214,42 +208,24 @@ def condensed_weight(
     )
 
 
-def _prepare(
-    weight: CondensedWeight, device: Any, kept: Packing | None
-) -> tuple[PreparedWeight, ArrayKind]:
-    """Return `weight` in a backend's layout, and with what is still right of what was kept."""
-    if kept is not None and kept.device == device and _same_connections(kept.weight, weight):
-        if _same_bits(kept.weight.values, weight.values):
-            return kept.prepared, kept.arrays
-        return kept.prepared.with_values(weight), kept.arrays
+def _prepare(weight: CondensedWeight, device: Any, kept: Packing | None) -> Plan:
+    """Return a plan of `weight`, which shares with a kept one all that is still right."""
+    if (
+        kept is not None
+        and kept.device == device
+        and kept.weight.connections == weight.connections
+        and kept.weight.dtype == weight.dtype
+    ):
+        return kept.plan if kept.weight == weight else kept.plan.with_weight(weight)
     backend = get_backend(operation="condensed_matmul_backward", device=device.type)
-    check_dtype(backend, "values", weight.dtype)
-    check_dtype(backend, "indices", weight.indices.dtype)
-    return backend.prepare(weight), getattr(backend, "arrays", HOST_ARRAYS)
+    return prepare(weight, backend=backend)
 
 
 def _holds_mask(weight: CondensedWeight, indices: Any, active: Any, counts: Any, n_in: int) -> bool:
-    """Whether tensors describe the connections of `weight`: that is sooner seen than packed."""
+    """Return whether tensors describe the connections of `weight`; cheaper than repacking."""
     return (
         weight.shape == (len(active), n_in)
         and as_numpy(counts).tolist() == [weight.n_active, weight.fan_in]
         and np.array_equal(as_numpy(active)[: weight.n_active], weight.active)
         and np.array_equal(as_numpy(indices)[: weight.nnz], weight.indices.reshape(-1))
     )
-
-
-def _same_connections(one: CondensedWeight, other: CondensedWeight) -> bool:
-    if one.indices is other.indices:
-        return True
-    return (
-        one.shape == other.shape
-        and np.array_equal(one.active, other.active)
-        and np.array_equal(one.indices, other.indices)
-    )
-
-
-def _same_bits(one: NDArray[Any], other: NDArray[Any]) -> bool:
-    if one.dtype != other.dtype:
-        return False
-    bits = f"u{one.itemsize}"
-    return np.array_equal(one.view(bits), other.view(bits))

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from srigl_core._training.condensed_trainer import CondensedTrainer
-from srigl_core._training.trainer import SparseTrainer
-from srigl_core._training.training_state import LayerOptions
+from srigl_core._training.config import TrainingConfig
+from srigl_core._training.sparse_trainer import SparseTrainer
 from srigl_core._update import CondensedUpdate, MaskUpdate
 from srigl_core.contract import Backend
 from srigl_core.errors import SriglError
 from srigl_core.reference.init import INITS
 from srigl_core.reference.schedule import UpdateSchedule
 from srigl_core.torch.condensed_layers import CondensedLayers
-from srigl_core.torch.masked_layers import MaskedLayers
+from srigl_core.torch.masked_layers import MaskedLayers, update_backend
 from srigl_core.torch.ranks import check_agreement
 from srigl_core.torch.targets import check_optimizer, find_targets
 from srigl_core.torch.tensors import as_numpy
@@ -65,17 +65,18 @@ class SRigL:
         Names of modules, or of parameters such as ``attn.in_proj_weight``; None is every linear and
         convolutional layer.
     exclude : iterable of str
-        Names that are left as they are.
-    layers : mapping of str to LayerOptions, or None
-        Layers that differ: kept dense, with a budget of their own, ablated or not.
-    method, distribution, gamma_sal, min_salient, saliency_scope, grown_init, grad_window, \
-ablate_last, seed, backend
-        As in `SparseTrainer`. Condensed layers are trained by method "srigl" alone. A window longer
-        than one step keeps, of condensed layers, the inputs and output gradients of its steps.
+        Names of layers to leave dense.
+    config : TrainingConfig or None
+        Method, distribution, settings of the updates, layers that differ, seed. Condensed layers
+        need method "srigl". With a gradient window longer than one step they keep the inputs and
+        output gradients of its steps.
     init : str or None
-        Draw the weights anew, as `srigl_core.reference.sparse_init`, which says the names.
+        Draw the weights anew by `srigl_core.reference.sparse_init`, whose `init` this is.
+    backend : str, Backend or None
+        For the updates, as in `srigl_core.get_backend`. By default a model on a CUDA device is
+        updated there if the backend "cupy" can run. Other backends get copies on the host.
     process_group : torch.distributed process group, or None
-        Of data-parallel training; None is the default one, if there is one.
+        Of data-parallel training; None is the default group, if there is one.
 
     Attributes
     ----------
@@ -103,19 +104,10 @@ ablate_last, seed, backend
         sparsity: float,
         schedule: UpdateSchedule | int,
         mode: str = "masked",
-        method: str = "srigl",
-        distribution: str = "erk",
         include: Iterable[str] | None = None,
         exclude: Iterable[str] = (),
-        layers: Mapping[str, LayerOptions] | None = None,
-        gamma_sal: float | None = 0.3,
-        min_salient: int | None = None,
-        saliency_scope: str = "inactive",
-        grown_init: float = 0.0,
-        grad_window: int = 1,
-        ablate_last: bool = False,
+        config: TrainingConfig | None = None,
         init: str | None = None,
-        seed: int = 0,
         backend: str | Backend | None = None,
         process_group: Any | None = None,
     ) -> None:
@@ -135,37 +127,21 @@ ablate_last, seed, backend
                     f"layer {name!r} has an SRigL already; call that one's detach() first"
                 )
         check_optimizer(targets, optimizer)
-        settings: dict[str, Any] = {
-            "sparsity": sparsity,
-            "schedule": schedule,
-            "distribution": distribution,
-            "gamma_sal": gamma_sal,
-            "min_salient": min_salient,
-            "saliency_scope": saliency_scope,
-            "grown_init": grown_init,
-            "grad_window": grad_window,
-            "layers": layers,
-            "ablate_last": ablate_last,
-            "seed": seed,
-        }
         shapes = {name: target.shape for name, target in targets.items()}
+        settings: dict[str, Any] = {"sparsity": sparsity, "schedule": schedule, "config": config}
         self.mode, self._group = mode, process_group
         self._layers: MaskedLayers | CondensedLayers
         if mode == "masked":
-            trainer = SparseTrainer(shapes, method=method, backend=backend, **settings)
+            chosen = backend or update_backend(targets)
+            trainer = SparseTrainer(shapes, backend=chosen, **settings)
             self._layers = MaskedLayers(model, targets, optimizer, trainer)
         else:
-            if method != "srigl":
-                raise SriglError(
-                    f"method={method!r} has no constant fan-in, so it cannot be condensed; use "
-                    f"mode='masked'"
-                )
-            condensed = CondensedTrainer(shapes, **settings)
+            condensed = CondensedTrainer(shapes, backend=backend, **settings)
             self._layers = CondensedLayers(model, targets, optimizer, condensed, process_group)
         self._optimizer = optimizer
         self._was_skipped = False
         check_agreement(self._layers.digests, process_group)
-        self._layers.attach(init, np.random.default_rng([seed, 1]))
+        self._layers.attach(init, np.random.default_rng([self.trainer.config.seed, 1]))
         # A dense module that a condensed layer replaced is not to be kept alive.
         self._weights = [(weakref.ref(t.module), t.attribute) for t in targets.values()]
         for target in targets.values():

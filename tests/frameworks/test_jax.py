@@ -13,6 +13,7 @@ from srigl_core import (
     BackendUnavailableError,
     CondensedWeight,
     SriglError,
+    UpdateSettings,
     ValueTypeError,
     condensed_matmul,
     condensed_matmul_backward,
@@ -24,7 +25,7 @@ from srigl_core.reference import random_mask
 from srigl_core.reference.mask_update import remap_state as reference_remap
 from srigl_core.testing.bounds import first_violation
 from srigl_core.testing.oracles import expected_gradients, expected_product
-from srigl_core.testing.problems import SeededChooser, matmul_problem
+from srigl_core.testing.problems import SeededSource, matmul_problem
 
 
 def test_without_jax_it_says_what_to_install():
@@ -49,7 +50,7 @@ from srigl_core.jax import (  # noqa: E402
     condensed_linear,
     from_condensed,
     host_call,
-    kept_plans,
+    plan_cache,
     remap_state,
     srigl_update,
     to_condensed,
@@ -111,7 +112,7 @@ def assert_same_bits(got, wanted):
 @pytest.mark.parametrize("seed", range(14))
 def test_products_and_gradients_are_within_the_error_bound(x64, seed):
     """On the problems of the conformance kit, subnormal and huge numbers among them."""
-    problem = matmul_problem(SeededChooser(seed))
+    problem = matmul_problem(SeededSource(seed))
     weight, x = problem.weight, np.ascontiguousarray(problem.x)
     values, connections = from_condensed(weight)
     with np.errstate(all="ignore"):
@@ -258,7 +259,7 @@ def test_a_smooth_activation_is_derived_where_its_argument_is_not_rounded():
 def test_vmap_over_x_is_one_call(way, monkeypatch):
     calls = []
     module = importlib.import_module("srigl_core.jax.condensed_matmul")
-    monkeypatch.setattr(module, "plan_for", lambda *a: calls.append(a) or kept_plans.plan_for(*a))
+    monkeypatch.setattr(module, "plan_for", lambda *a: calls.append(a) or plan_cache.plan_for(*a))
     _, values, connections, x, bias = layer_of(batch=(6, 4))
     wanted = condensed_linear(x.reshape(24, 20), values, connections, bias, activation="relu")
     layer = lambda x: condensed_linear(x, values, connections, bias, activation="relu")  # noqa: E731
@@ -352,7 +353,7 @@ def test_what_is_not_offered_says_so():
 def test_connections_are_packed_once_and_values_put_in_order_once(monkeypatch):
     packed = []
     monkeypatch.setattr(
-        kept_plans, "prepare", lambda weight: packed.append(weight) or prepare(weight)
+        plan_cache, "prepare", lambda weight: packed.append(weight) or prepare(weight)
     )
     prepare = __import__("srigl_core").prepare
     _, values, connections, x, bias = layer_of(seed=77)
@@ -360,11 +361,11 @@ def test_connections_are_packed_once_and_values_put_in_order_once(monkeypatch):
     first = layer(x, values, connections, bias)
     assert_same_bits(layer(x, values, connections, bias), first)
     name = (np.asarray(connections.key).tobytes(), "f")
-    plan = kept_plans._kept[name][0]
+    plan = plan_cache._cache[name][0]
     layer(x + 1, values, connections, bias)
-    assert kept_plans._kept[name][0] is plan
+    assert plan_cache._cache[name][0] is plan
     layer(x, -values, connections, bias)
-    assert kept_plans._kept[name][0] is not plan
+    assert plan_cache._cache[name][0] is not plan
     assert_same_bits(layer(x, values, connections, bias), first)
     zeros = jnp.zeros_like(values)  # which differ from each other in their bits alone
     assert (
@@ -374,7 +375,7 @@ def test_connections_are_packed_once_and_values_put_in_order_once(monkeypatch):
         ).all()
     )
     assert len(packed) == 1
-    kept_plans.forget(connections.key)
+    plan_cache.evict(connections.key)
     assert_same_bits(layer(x, values, connections, bias), first)
     assert len(packed) == 2
 
@@ -389,18 +390,18 @@ def test_values_are_told_apart_by_their_bits():
         np.testing.assert_allclose(got, np.float32(number), rtol=1e-4)
     layer(np.ones((1, 1), np.float32), values * jnp.nan, connections).block_until_ready()
     name = (np.asarray(connections.key).tobytes(), "f")
-    plan = kept_plans._kept[name][0]
+    plan = plan_cache._cache[name][0]
     layer(np.ones((1, 1), np.float32), values * jnp.nan, connections).block_until_ready()
-    assert kept_plans._kept[name][0] is plan
+    assert plan_cache._cache[name][0] is plan
 
 
 def test_so_many_plans_are_kept_and_no_more(monkeypatch):
-    monkeypatch.setattr(kept_plans, "_MOST", 3)
+    monkeypatch.setattr(plan_cache, "_MOST", 3)
     for seed in range(100, 105):
         _, values, connections, x, _ = layer_of(seed=seed)
         condensed_linear(x, values, connections).block_until_ready()
-    assert len(kept_plans._kept) == 3
-    assert (np.asarray(connections.key).tobytes(), "f") in kept_plans._kept
+    assert len(plan_cache._cache) == 3
+    assert (np.asarray(connections.key).tobytes(), "f") in plan_cache._cache
 
 
 def test_other_connections_of_the_same_shapes_are_not_compiled_anew():
@@ -503,7 +504,7 @@ def test_connections_are_made_outside_of_jit():
         lambda c: Connections.from_mask(c.to_mask()),
         lambda c: to_condensed(values + c.indices[0, 0], c),
         lambda c: srigl_update(values + c.indices[0, 0], jnp.ones((12, 20)), c,
-                               nnz_budget=50, drop_fraction=0.3),
+                               UpdateSettings(50, 0.3)),
     )  # fmt: skip
     for function in make:
         with pytest.raises(ValueTypeError, match="is a JAX tracer"):
@@ -557,7 +558,7 @@ def test_an_update_of_a_dense_weight_is_the_definitions():
     weight *= mask
     wanted = update_mask(weight, grad, mask, **UPDATE, backend="reference")
     state = (7, {"mu": jnp.asarray(mu), "other": jnp.ones(12)}, None)
-    got = srigl_update(*map(jnp.asarray, (weight, grad, mask)), state, **UPDATE)
+    got = srigl_update(*map(jnp.asarray, (weight, grad, mask)), UpdateSettings(**UPDATE), state)
     assert all(isinstance(array, jax.Array) for array in got[:2])
     assert_same_bits(got.weight, wanted.weight)
     assert_same_bits(got.mask, wanted.mask)
@@ -575,20 +576,22 @@ def test_an_update_of_condensed_values_is_that_of_the_dense_weight():
     grad, mu = (jnp.asarray(rng.standard_normal((12, 20)), jnp.float32) for _ in range(2))
     condensed_linear(x, values, connections).block_until_ready()
     dense = connections.scatter(values), grad, connections.to_mask()
-    wanted = srigl_update(*dense, {"mu": mu * dense[2]}, **settings)
+    wanted = srigl_update(*dense, UpdateSettings(**settings), {"mu": mu * dense[2]})
     state = {"mu": connections.gather(mu)}
-    got = srigl_update(values, grad, connections, state, **settings)
+    got = srigl_update(values, grad, connections, UpdateSettings(**settings), state)
     new_values, new_connections, new_state, report = got
-    assert not any(name[0] == np.asarray(connections.key).tobytes() for name in kept_plans._kept)
+    assert not any(name[0] == np.asarray(connections.key).tobytes() for name in plan_cache._cache)
     assert_same_bits(new_connections.to_mask(), wanted.mask)
     assert_same_bits(new_connections.scatter(new_values), wanted.weight)
     assert_same_bits(new_connections.scatter(new_state["mu"]), wanted.state["mu"])
     assert report.n_grown == wanted.report.n_grown > 0
     assert new_values.shape != values.shape  # the fan-in has grown
-    kernel = srigl_update(values, grad.reshape(12, 5, 2, 2), connections, **settings)
+    kernel = srigl_update(
+        values, grad.reshape(12, 5, 2, 2), connections, UpdateSettings(**settings)
+    )
     assert_same_bits(kernel.weight, new_values)
     with pytest.raises(SriglError, match=r"weight has shape \(12, 20\), but beside Connections"):
-        srigl_update(dense[0], grad, connections, **settings)
+        srigl_update(dense[0], grad, connections, UpdateSettings(**settings))
     assert to_condensed(values, connections) == weight
 
 
@@ -668,7 +671,7 @@ def test_a_network_trains_with_momentum_and_moves_its_connections():
                 budget = 4 * shape[0]
                 values, new, moments, report = srigl_update(
                     params[name]["values"], grads[name], connections[name],
-                    momentum[name]["values"], nnz_budget=budget, drop_fraction=0.3, gamma_sal=None,
+                    UpdateSettings(budget, 0.3, gamma_sal=None), momentum[name]["values"],
                 )  # fmt: skip
                 assert report.n_grown == report.n_pruned > 0
                 params[name]["values"], momentum[name]["values"] = values, moments

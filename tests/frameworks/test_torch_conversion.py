@@ -3,9 +3,11 @@
 import copy
 import json
 import re
+from itertools import product
 
 import numpy as np
 import pytest
+from training_options import training_options
 
 import srigl_core
 from srigl_core import CondensedWeight, FileFormatError, LayerOptions, SriglError, ValueTypeError
@@ -65,7 +67,7 @@ def trained(make, dtype=torch.float64, **options):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     options = {"sparsity": 0.7, "gamma_sal": 0.9, "schedule": 40, "seed": 1} | options
     schedule = srigl_core.reference.UpdateSchedule(t_end=1000, delta_t=2, alpha=0.5)
-    srigl = SRigL(model, optimizer, **options | {"schedule": schedule})
+    srigl = SRigL(model, optimizer, **training_options(**options | {"schedule": schedule}))
     for _ in range(4):
         optimizer.zero_grad()
         model(batch(make, dtype)).square().mean().backward()
@@ -343,12 +345,14 @@ NEXTS = {
 }
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("following", NEXTS)
 @pytest.mark.parametrize("first", FIRSTS)
-def test_folding_removes_ablated_neurons_and_changes_no_result(first, following, activation):
+def test_folding_removes_ablated_neurons_and_changes_no_result(first):
     torch.manual_seed(0)
-    model = nn.Sequential(FIRSTS[first](), activation(), NEXTS[following]()).eval()
+    for following, activation in product(NEXTS.values(), ACTIVATIONS):
+        assert_folding_is_exact(nn.Sequential(FIRSTS[first](), activation(), following()).eval())
+
+
+def assert_folding_is_exact(model):
     fan_in = getattr(model[2], "fan_in", None)
     wanted = model(inputs(10))
     found = fold_ablated(model)
@@ -665,8 +669,8 @@ DAMAGES = {
     "version": (lambda t, f: f.update({"srigl_core.format_version": "9"}), "version '9'"),
     "not JSON": (lambda t, f: f.update({MODULES: "{"}), "does not describe layers"),
     "other layers": (lambda t, f: f[MODULES].pop("0"), "does not describe layers"),
-    "no values": (lambda t, f: t.pop("0.values"), "layer '0': lacks '0.values'"),
-    "no shape": (lambda t, f: f[LAYERS]["0"].pop("shape"), "layer '0': 'shape'"),
+    "no values": (lambda t, f: t.pop("0.values"), "layer '0' lacks '0.values'"),
+    "no shape": (lambda t, f: f[LAYERS]["0"].pop("shape"), "does not describe layers"),
     "dtype": (lambda t, f: f[LAYERS]["0"].update(dtype="float32"), "layer '0': values are"),
     "no dtype": (lambda t, f: f[LAYERS]["0"].update(dtype="int8"), "layer '0': dtype 'int8'"),
     "order": (lambda t, f: t["0.indices"].fill_(1), "layer '0': indices"),
@@ -696,7 +700,7 @@ def test_what_is_no_model_file_is_refused(tmp_path):
     with pytest.raises(FileFormatError, match="not a whole safetensors file"):
         load_model(tmp_path / "half", perceptron())
     srigl_core.save_condensed(tmp_path / "layer", CondensedWeight.random((4, 8), fan_in=2))
-    with pytest.raises(FileFormatError, match="written by save_model"):
+    with pytest.raises(FileFormatError, match="not written by save_model"):
         load_model(tmp_path / "layer", perceptron())
 
     class Noted(nn.Linear):

@@ -11,8 +11,9 @@ import weakref
 
 import numpy as np
 import pytest
+from training_options import training_options
 
-from srigl_core import LayerOptions, SriglError, ValueTypeError
+from srigl_core import LayerOptions, SriglError, TrainingConfig, ValueTypeError
 from srigl_core.reference import UpdateSchedule
 
 torch = pytest.importorskip("torch")
@@ -67,7 +68,9 @@ class Run:
     def __init__(self, mode, *, make=perceptron, optimizer="momentum", parts=1, **options):
         self.model, self.shape, self.parts = make(), INPUTS[make], parts
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
-        self.srigl = SRigL(self.model, self.optimizer, mode=mode, **(OPTIONS | options))
+        self.srigl = SRigL(
+            self.model, self.optimizer, mode=mode, **training_options(**(OPTIONS | options))
+        )
         self.n_steps = self.n_updates = 0
 
     def go(self, steps):
@@ -309,7 +312,7 @@ def test_an_optimizer_that_has_its_parameters_twice_moves_the_condensed_ones():
     """As LBFGS does, in a list of its own."""
     model = perceptron()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
-    SRigL(model, optimizer, mode="condensed", **OPTIONS)
+    SRigL(model, optimizer, mode="condensed", **training_options(**OPTIONS))
     before = [p.detach().clone() for p in model.parameters()]
     x, y = batch((20,), 0)
 
@@ -345,7 +348,7 @@ def test_a_copy_of_all_of_it_goes_on_the_same_and_on_its_own(mode):
     assert same(run.weights(), twin.weights())
     twin.srigl.detach()
     with pytest.raises(SriglError, match=r"has an SRigL already|no dense layer is left"):
-        SRigL(run.model, run.optimizer, **OPTIONS)
+        SRigL(run.model, run.optimizer, **training_options(**OPTIONS))
 
 
 @pytest.mark.parametrize("mode", ["masked", "condensed"])
@@ -379,7 +382,7 @@ def test_what_is_kept_of_a_window_is_held_once(monkeypatch):
     module = importlib.import_module("srigl_core.torch.condensed_layers")
     model = convolutional(torch.bfloat16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    srigl = SRigL(model, optimizer, mode="condensed", **OPTIONS)
+    srigl = SRigL(model, optimizer, mode="condensed", **training_options(**OPTIONS))
 
     def held():
         # Not those of other types, which stand for tensors where something was compiled.
@@ -478,7 +481,7 @@ def test_projections_of_attention_are_masked_by_name():
     model = nn.MultiheadAttention(16, 4, batch_first=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     names = ["in_proj_weight", "out_proj"]
-    srigl = SRigL(model, optimizer, include=names, **OPTIONS)
+    srigl = SRigL(model, optimizer, include=names, **training_options(**OPTIONS))
     for step in range(6):
         optimizer.zero_grad()
         x = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(step))
@@ -510,8 +513,16 @@ def test_a_condensed_convolution_is_the_masked_one(geometry):
     model = nn.Sequential(nn.Conv2d(4, 6, **geometry)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     masked = copy.deepcopy(model)
-    SRigL(masked, torch.optim.SGD(masked.parameters(), lr=0.1), sparsity=0.5, schedule=9, seed=2)
-    SRigL(model, optimizer, sparsity=0.5, schedule=9, seed=2, mode="condensed")
+    SRigL(
+        masked,
+        torch.optim.SGD(masked.parameters(), lr=0.1),
+        sparsity=0.5,
+        schedule=9,
+        config=TrainingConfig(seed=2),
+    )
+    SRigL(
+        model, optimizer, sparsity=0.5, schedule=9, mode="condensed", config=TrainingConfig(seed=2)
+    )
     assert isinstance(model[0], CondensedConv2d)
     x = torch.randn(3, 4, 9, 8, dtype=torch.float64, requires_grad=True)
     wanted, got = masked(x), model(x)
@@ -607,7 +618,7 @@ def test_what_cannot_be_attached_is_said_and_the_model_is_left_as_it_was(what):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1)), *model.parameters()], lr=0.1)
     modules, before = list(model.modules()), copy.deepcopy(model.state_dict())
     with pytest.raises(SriglError, match=message):
-        SRigL(model, optimizer, **(OPTIONS | options))
+        SRigL(model, optimizer, **training_options(**(OPTIONS | options)))
     assert list(model.modules()) == modules
     for name, held in model.state_dict().items():
         assert what == "lazy" or torch.equal(held, before[name])
@@ -616,20 +627,22 @@ def test_what_cannot_be_attached_is_said_and_the_model_is_left_as_it_was(what):
 def test_an_optimizer_of_other_parameters_and_a_second_attachment_are_refused():
     model = perceptron()
     with pytest.raises(SriglError, match="layer '0': the optimizer does not hold its weight"):
-        SRigL(model, torch.optim.SGD(perceptron().parameters(), lr=0.1), **OPTIONS)
+        SRigL(
+            model, torch.optim.SGD(perceptron().parameters(), lr=0.1), **training_options(**OPTIONS)
+        )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueTypeError, match="got list"):
-        SRigL(model, [optimizer], **OPTIONS)
+        SRigL(model, [optimizer], **training_options(**OPTIONS))
     with pytest.raises(ValueTypeError, match=r"model must be a torch.nn.Module"):
-        SRigL("model", optimizer, **OPTIONS)
-    first = SRigL(model, optimizer, **OPTIONS)
+        SRigL("model", optimizer, **training_options(**OPTIONS))
+    first = SRigL(model, optimizer, **training_options(**OPTIONS))
     for whole in (model, nn.Sequential(nn.ReLU(), model[:3])):
         with pytest.raises(SriglError, match=r"layer '(1\.)?0' has an SRigL already"):
-            SRigL(whole, optimizer, **OPTIONS)
+            SRigL(whole, optimizer, **training_options(**OPTIONS))
     first.detach()
-    SRigL(model, optimizer, **(OPTIONS | {"mode": "condensed"})).detach()
+    SRigL(model, optimizer, **training_options(**(OPTIONS | {"mode": "condensed"}))).detach()
     with pytest.raises(SriglError, match="no dense layer is left"):
-        SRigL(model, optimizer, **OPTIONS)
+        SRigL(model, optimizer, **training_options(**OPTIONS))
 
 
 @pytest.mark.parametrize("mode", ["masked", "condensed"])
@@ -692,7 +705,7 @@ def test_condensed_training_keeps_no_dense_weight_alive():
     model = perceptron()
     weights = [weakref.ref(model[i].weight) for i in (0, 2, 4)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    srigl = SRigL(model, optimizer, **OPTIONS, mode="condensed")
+    srigl = SRigL(model, optimizer, **training_options(**OPTIONS), mode="condensed")
     gc.collect()
     assert [weight() for weight in weights] == [None, None, None]
     srigl.detach()
@@ -808,7 +821,7 @@ def test_a_wrapped_model_is_refused():
     nn.Module.__init__(wrapped)
     wrapped.module = model
     with pytest.raises(SriglError, match="attach SRigL to the model itself first"):
-        SRigL(wrapped, torch.optim.SGD(model.parameters(), lr=0.1), **OPTIONS)
+        SRigL(wrapped, torch.optim.SGD(model.parameters(), lr=0.1), **training_options(**OPTIONS))
 
 
 def test_the_report_names_every_layer():

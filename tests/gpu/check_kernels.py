@@ -28,7 +28,7 @@ from srigl_core._arrays.dtypes import VALUE_TYPES, round_to, value_dtype
 from srigl_core.backends.cupy_gpu import condensed_matmul
 from srigl_core.backends.cupy_gpu.conversions import converted
 from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
-from srigl_core.backends.cupy_gpu.mask_update import count_not_finite
+from srigl_core.backends.cupy_gpu.mask_update import count_nonfinite
 from srigl_core.errors import SriglError
 from srigl_core.testing import verify
 
@@ -223,7 +223,7 @@ def _not_finite(backend: GpuBackend) -> Iterator[tuple[str, int]]:
         for given, expected in ((None, wrong.sum()), (mask, (wrong & mask).sum())):
             upload = backend.device.upload
             on_device = None if given is None else upload(given)
-            got = count_not_finite(backend.device, upload(array), on_device)
+            got = count_nonfinite(backend.device, upload(array), on_device)
             yield "" if got == expected else f"{got} not finite instead of {expected}", 1
 
 

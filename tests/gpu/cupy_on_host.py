@@ -18,13 +18,14 @@ import numpy as np
 from cupy.cuda import memory
 from simulated import SimulatedDevice
 
+from srigl_core._arrays.operations import HOST_ARRAYS
 from srigl_core.backends.cupy_gpu.cuda_arrays import CudaArrays
 from srigl_core.backends.cupy_gpu.cupy_device import CupyDevice
 from srigl_core.backends.cupy_gpu.device import DeviceProperties
 from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
 from srigl_core.contract import Capabilities
 
-__all__ = ["HostedDevice", "hosted_backend", "seen"]
+__all__ = ["HostedDevice", "as_cupy", "hosted_backend", "seen"]
 
 ALIGNMENT = 256
 
@@ -41,7 +42,8 @@ def seen(array: Any) -> Any:
         "data": (array.data.ptr, False),
         "version": 3,
     }
-    return np.asarray(SimpleNamespace(__array_interface__=interface)).view(dtype)
+    owner = SimpleNamespace(__array_interface__=interface, array=array)  # keeps the memory alive
+    return np.asarray(owner).view(dtype)
 
 
 class HostedDevice(CupyDevice):
@@ -51,6 +53,8 @@ class HostedDevice(CupyDevice):
 
     def __init__(self) -> None:
         self._simulated = SimulatedDevice(self.properties)
+        self.copies: list[tuple[str, int]] = []
+        """Each copy between host and device: its direction and its bytes."""
 
     def number(self) -> int:
         """Return the only device's."""
@@ -69,20 +73,54 @@ class HostedDevice(CupyDevice):
 
     def upload(self, array: Any) -> Any:
         """Return a CuPy array of the same numbers."""
-        made = self.empty(array.shape, array.dtype)
-        seen(made)[...] = array
-        return made
+        self.copies.append(("to the device", array.nbytes))
+        return self._copy(array)
 
     def download(self, array: Any) -> Any:
         """Return a NumPy array of the same numbers."""
+        self.copies.append(("to the host", array.nbytes))
         return seen(array).copy()
 
     def contiguous(self, array: Any) -> Any:
         """Return the array in C order, itself if it is."""
-        return array if array.flags.c_contiguous else self.upload(seen(array))
+        return array if array.flags.c_contiguous else self._copy(seen(array))
+
+    def _copy(self, array: Any) -> Any:
+        made = self.empty(array.shape, array.dtype)
+        seen(made)[...] = array
+        return made
 
     def finish(self) -> None:
         """Do nothing: a kernel has run when its launch returns."""
+
+
+class HostedArrays(CudaArrays):
+    """The array operations, with NumPy in place of CuPy's elementwise kernels."""
+
+    def accumulate(self, total: Any | None, array: Any) -> Any:
+        total = None if total is None else seen(total)
+        return self._made(HOST_ARRAYS.accumulate(total, seen(array)))
+
+    def divide(self, array: Any, divisor: int) -> Any:
+        return self._made(HOST_ARRAYS.divide(seen(array), divisor))
+
+    def union(self, one: Any, other: Any) -> Any:
+        return self._made(seen(one) | seen(other))
+
+    def row_counts(self, mask: Any) -> Any:
+        counts = self._made(HOST_ARRAYS.row_counts(seen(mask)))
+        return self._device.download(counts)
+
+    def _made(self, array: Any) -> Any:
+        return self._device._copy(array)
+
+
+def as_cupy(array: Any) -> Any:
+    """Return a CuPy array of a NumPy array's memory, which counts as a device's."""
+    pointer = memory.MemoryPointer(
+        memory.UnownedMemory(array.ctypes.data, max(1, array.nbytes), array, 0), 0
+    )
+    return cupy.ndarray(array.shape, array.dtype, pointer, strides=array.strides)
 
 
 @contextmanager
@@ -90,7 +128,7 @@ def hosted_backend() -> Iterator[GpuBackend]:
     """Give the CuPy backend on such a device, as far as it is not the device's own."""
     device = HostedDevice()
     backend = GpuBackend(device, "cupy", Capabilities(device="cuda"))
-    backend.arrays = CudaArrays(device)
+    backend.arrays = HostedArrays(device)
     before = cupy.cuda.get_allocator()
     cupy.cuda.set_allocator(_hosted)
     with mock.patch.object(cupy.cuda.runtime, "getDevice", return_value=0):

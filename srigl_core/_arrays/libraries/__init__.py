@@ -1,10 +1,10 @@
-"""Arrays of other libraries: read where they lie, and results given back as what came in.
+"""Arrays of other libraries: inputs are read without a copy, results have the caller's type.
 
-Each library has one file with all that is particular to its arrays. None is imported here: whoever
-hands in an array of a library has imported it, so that it is in ``sys.modules``.
+Each library has one file. No library is imported here: a caller who passes its arrays has imported
+it, so it is in ``sys.modules``.
 """
 
 from srigl_core._arrays.libraries.library import ArrayLibrary
-from srigl_core._arrays.libraries.lookup import borrowed, common_library, device_of, library_of
+from srigl_core._arrays.libraries.lookup import as_array, common_library, device_of, library_of
 
-__all__ = ["ArrayLibrary", "borrowed", "common_library", "device_of", "library_of"]
+__all__ = ["ArrayLibrary", "as_array", "common_library", "device_of", "library_of"]

@@ -1,4 +1,4 @@
-"""What is particular to arrays of any other library that follows the array API standard."""
+"""The adapter of any other library that follows the array API standard."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ __all__ = ["ArrayApiObjects"]
 
 
 class ArrayApiObjects(ArrayLibrary):
-    """Arrays with ``__array_namespace__``, whose ``from_dlpack`` makes them of results.
+    """Arrays with ``__array_namespace__``; results are imported by its ``from_dlpack``.
 
     Parameters
     ----------
     package : str
-        The package of their class.
+        The package that defines the array class.
     """
 
     def __init__(self, package: str) -> None:
         self._package = package
 
     def describe(self, array: object) -> str:
-        """Return what it is."""
+        """Return a noun phrase for error messages."""
         return f"an array of {self._package}"
 
-    def adopt(self, array: Any, like: Any) -> Any:
-        """Return an array of the library's."""
+    def to_caller(self, array: Any, like: Any) -> Any:
+        """Return an array of the library of `like`."""
         return like.__array_namespace__().from_dlpack(array)

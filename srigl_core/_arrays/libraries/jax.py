@@ -1,4 +1,4 @@
-"""What is particular to JAX's arrays."""
+"""The adapter of JAX arrays."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from srigl_core.errors import ValueTypeError
 __all__ = ["JaxArrays"]
 
 _MOST_COPIED = 1 << 14
-"""Elements up to which a result may lie where JAX has to copy it from: that takes a few us."""
+"""Elements up to which JAX copies a result in a few microseconds."""
 
 
 class JaxArrays(ArrayLibrary):
-    """JAX's arrays, which nobody may write."""
+    """JAX arrays, which are read-only."""
 
-    def owns(self, kind: type) -> bool:
-        """Return whether `kind` is a class of arrays, or of what stands for them in a trace."""
+    def owns(self, cls: type) -> bool:
+        """Return whether `cls` is a class of arrays or of tracers."""
         jax: Any = sys.modules.get("jax")
-        is_there = hasattr(jax, "Array") and hasattr(jax, "core")  # it may just be imported
-        return is_there and issubclass(kind, (jax.Array, jax.core.Tracer))
+        is_imported = hasattr(jax, "Array") and hasattr(jax, "core")  # not so during its import
+        return is_imported and issubclass(cls, (jax.Array, jax.core.Tracer))
 
     def describe(self, array: object) -> str:
-        """Return what it is."""
+        """Return a noun phrase for error messages."""
         return "a JAX array"
 
     def device(self, array: Any) -> str:
-        """Return the platform that the array is on."""
+        """Return the array's platform."""
         if _is_tracer(array):
             return "cpu"
         platform = str(next(iter(array.devices())).platform)
         return "cuda" if platform == "gpu" else platform
 
     def check(self, array: Any, what: str) -> None:
-        """Refuse tracers, which hold no numbers, and arrays that several devices hold parts of."""
+        """Raise ValueTypeError for tracers and for arrays that are sharded over several devices."""
         if _is_tracer(array):
             raise ValueTypeError(
                 f"{what} is a JAX tracer, which holds no numbers yet; inside jit, grad and vmap "
@@ -46,34 +46,34 @@ class JaxArrays(ArrayLibrary):
             )
         if len(array.devices()) > 1:
             raise ValueTypeError(
-                f"{what} is spread over {len(array.devices())} JAX devices; pass what one of them "
-                f"holds, for example jax.device_put({what}, jax.devices()[0])"
+                f"{what} is spread over {len(array.devices())} JAX devices; pass an array on one "
+                f"device, for example jax.device_put({what}, jax.devices()[0])"
             )
 
-    def lend(self, array: Any) -> tuple[Any, np.dtype[Any] | None]:
-        """Return NumPy's view of the array, or on a GPU the array, which CuPy can read.
+    def export(self, array: Any) -> tuple[Any, np.dtype[Any] | None]:
+        """Return a NumPy view of the array; on a GPU the array itself, which CuPy can read.
 
-        NumPy's own reading of DLPack knows no bfloat16; JAX gives it one of ml_dtypes.
+        ``numpy.asarray`` gives the bfloat16 of ml_dtypes, which NumPy's DLPack does not support.
         """
         return (np.asarray(array) if self.device(array) == "cpu" else array), None
 
-    def lend_at_once(self, array: Any) -> NDArray[Any] | None:
-        """Return a NumPy array of a small array's memory: a small result is copied in no time."""
+    def as_numpy_fast(self, array: Any) -> NDArray[Any] | None:
+        """Return a NumPy view of a small array, whose result JAX copies quickly."""
         if _is_tracer(array) or array.size > _MOST_COPIED:
             return None
-        is_here = len(array.devices()) == 1 and self.device(array) == "cpu"
-        return np.asarray(array) if is_here else None
+        on_cpu = len(array.devices()) == 1 and self.device(array) == "cpu"
+        return np.asarray(array) if on_cpu else None
 
-    def adopt(self, array: Any, like: Any) -> Any:
-        """Return a JAX array, of the same memory where that begins at a multiple of 64 bytes.
+    def to_caller(self, array: Any, like: Any) -> Any:
+        """Return a JAX array, which shares memory that is aligned to 64 bytes.
 
-        JAX makes float32 of float64 without a word unless it was told otherwise.
+        Without jax_enable_x64 JAX would silently round float64 to float32.
         """
-        jax, wide = sys.modules["jax"], array.dtype == np.float64
-        if wide and not jax.config.jax_enable_x64:
+        jax = sys.modules["jax"]
+        if array.dtype == np.float64 and not jax.config.jax_enable_x64:
             raise ValueTypeError(
-                "the result is float64, which JAX has only with jax_enable_x64; switch that on, "
-                "or convert the weight to float32"
+                "the result is float64, which JAX supports with jax_enable_x64 only; enable it, or "
+                "convert the weight to float32"
             )
         if not isinstance(array, np.ndarray):
             return jax.dlpack.from_dlpack(array)
@@ -82,7 +82,7 @@ class JaxArrays(ArrayLibrary):
         return made if made.devices() == {device} else jax.device_put(made, device)
 
     def check_writable(self, array: Any, what: str) -> None:
-        """Refuse: JAX shares an array's memory with whatever was computed from it."""
+        """Raise ValueTypeError: JAX may share an array's memory with other arrays."""
         raise self.not_writable(array, what)
 
 

@@ -1,4 +1,4 @@
-"""What there is to know of a library's arrays; here, of those that need no conversion."""
+"""The adapter of an array library, and the one of arrays that need no conversion."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from srigl_core.errors import ValueTypeError
 __all__ = ["ArrayLibrary", "bfloat16"]
 
 _DLPACK_CUDA = 2, 13
-"""DLPack's numbers for memory of CUDA devices: their own, and managed."""
+"""DLPack's device types of CUDA memory: device memory and managed memory."""
 
 
 class ArrayLibrary:
-    """NumPy, CuPy, and whatever speaks a protocol: results stay what the backend makes them.
+    """Base adapter: arrays that need no conversion (NumPy, CuPy, objects with a protocol).
 
-    A subclass is for a library whose arrays NumPy or CuPy must be lent, and results turned into.
+    Subclass it for a library whose arrays have to be exported to NumPy or CuPy, and whose users
+    expect results as arrays of that library.
     """
 
-    remedy: str | None = None
-    """What to pass instead of what cannot be read; None is an array of the backend's own."""
+    hint: str | None = None
+    """What to pass instead of an array that cannot be read; None for a backend's own advice."""
 
-    def owns(self, kind: type) -> bool:
-        """Return whether `kind` is the type of an array of this library."""
+    def owns(self, cls: type) -> bool:
+        """Return whether `cls` is an array class of this library."""
         return True
 
     def describe(self, array: object) -> str:
-        """Return what an array is, with an article."""
-        kind = type(array)
-        if kind.__name__ == "ndarray":
-            return f"a {'CuPy' if kind.__module__.startswith('cupy') else 'NumPy'} array"
-        return f"a{'n' * (kind.__name__[0] in 'AEIOU')} {kind.__name__}"
+        """Return a noun phrase for error messages."""
+        cls = type(array)
+        if cls.__name__ == "ndarray":
+            return f"a {'CuPy' if cls.__module__.startswith('cupy') else 'NumPy'} array"
+        return f"a{'n' * (cls.__name__[0] in 'AEIOU')} {cls.__name__}"
 
     def device(self, array: Any) -> str:
-        """Return "cpu", "cuda", or another device's name, without looking at the numbers."""
+        """Return "cpu", "cuda", or another device's name; the numbers are not read."""
         if type(array) is np.ndarray:
             return "cpu"
         if hasattr(type(array), "__cuda_array_interface__"):
@@ -48,46 +49,47 @@ class ArrayLibrary:
         return "cuda" if hasattr(array, "__cuda_array_interface__") else "cpu"
 
     def check(self, array: Any, what: str) -> None:
-        """Raise ValueTypeError if `array` only stands for one, and holds no numbers."""
+        """Raise ValueTypeError if `array` is a placeholder without numbers, such as a tracer."""
 
-    def lend(self, array: Any) -> tuple[Any, np.dtype[Any] | None]:
-        """Return an object of the same memory that NumPy or CuPy can read, and its true dtype.
+    def export(self, array: Any) -> tuple[Any, np.dtype[Any] | None]:
+        """Return an object of the same memory that NumPy or CuPy can read, and its dtype.
 
-        None is the dtype that they find. Raises whatever the library does where it cannot.
+        A dtype of None means the one that NumPy or CuPy reads. Raises the library's own error
+        where the memory cannot be shared.
         """
         return array, None
 
-    def lend_at_once(self, array: Any) -> NDArray[Any] | None:
-        """Return a NumPy array of the same memory if that takes no time to speak of."""
+    def as_numpy_fast(self, array: Any) -> NDArray[Any] | None:
+        """Return a NumPy array of the same memory where that is cheap, else None."""
         return None
 
-    def adopt(self, array: Any, like: Any) -> Any:
-        """Return a new result, an array of NumPy's or CuPy's, as what `like` is, on its device."""
+    def to_caller(self, array: Any, like: Any) -> Any:
+        """Return a new NumPy or CuPy array as an array of `like`'s library, on its device."""
         return array
 
     def check_writable(self, array: Any, what: str) -> None:
-        """Raise ValueTypeError if nobody may write to `array`."""
-        if type(array).__name__ != "ndarray":  # CuPy, whose arrays say so only of a device
+        """Raise ValueTypeError if `array` is read-only."""
+        if type(array).__name__ != "ndarray":  # CuPy has no flag; others say so in the interface
             interface = getattr(array, "__cuda_array_interface__", None)
             if interface is not None and interface["data"][1]:
                 raise self.not_writable(array, what)
 
     def not_writable(self, array: Any, what: str) -> ValueTypeError:
-        """Return the error that says so."""
+        """Return the error for an array that is read-only."""
         return ValueTypeError(
-            f"{what} of type {type(array).__name__} cannot be written; leave {what} away, or pass "
-            f"all arrays as NumPy's, CuPy's or PyTorch's"
+            f"{what} of type {type(array).__name__} cannot be written; leave {what} out, or pass "
+            f"all arrays as NumPy, CuPy or PyTorch arrays"
         )
 
     def written(self, array: Any) -> None:
         """Tell the library that `array` has been written."""
 
     def stream(self, array: Any) -> int | None:
-        """Return the address of the CUDA stream that is current where `array` comes from."""
+        """Return the address of the library's current CUDA stream; None if it has none."""
         return None
 
 
 @functools.cache
 def bfloat16() -> np.dtype[Any]:
-    """Return bfloat16, which the DLPack of NumPy does not know: others' is passed as the bits."""
+    """Return bfloat16. NumPy's DLPack does not support it, so libraries export its bits."""
     return value_dtype("bfloat16")

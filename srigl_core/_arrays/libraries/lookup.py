@@ -1,4 +1,4 @@
-"""Find out whose an array is, and read it where it lies."""
+"""Find the library of an array, and read the array without a copy."""
 
 from __future__ import annotations
 
@@ -13,32 +13,31 @@ from srigl_core._arrays.libraries.array_api import ArrayApiObjects
 from srigl_core._arrays.libraries.jax import JaxArrays
 from srigl_core._arrays.libraries.library import ArrayLibrary
 from srigl_core._arrays.libraries.pytorch import PytorchTensors
-from srigl_core._arrays.libraries.tensorflow import TensorflowTensors
 from srigl_core.errors import ValueTypeError
 
-__all__ = ["borrowed", "common_library", "device_of", "library_of"]
+__all__ = ["as_array", "common_library", "device_of", "library_of"]
 
 _OWN = ArrayLibrary()
-_LIBRARIES = PytorchTensors(), JaxArrays(), TensorflowTensors()
+_LIBRARIES = PytorchTensors(), JaxArrays()
 
 
 def library_of(array: Any) -> ArrayLibrary:
-    """Return the library that an array is of; for what is no array, NumPy."""
-    kind: Any = type(array)
-    return _library_of_type(kind)
+    """Return the library of an array; NumPy's adapter for anything that is not an array."""
+    cls: Any = type(array)
+    return _library_of_type(cls)
 
 
-# A type's library never changes: no type can be of one that was not imported when it was made.
+# A class exists only once its library is imported, so the answer for a class never changes.
 @functools.lru_cache(maxsize=1024)
-def _library_of_type(kind: type) -> ArrayLibrary:
+def _library_of_type(cls: type) -> ArrayLibrary:
     cupy = sys.modules.get("cupy")
-    if issubclass(kind, np.ndarray) or (cupy is not None and issubclass(kind, cupy.ndarray)):
+    if issubclass(cls, np.ndarray) or (cupy is not None and issubclass(cls, cupy.ndarray)):
         return _OWN
     for library in _LIBRARIES:
-        if library.owns(kind):
+        if library.owns(cls):
             return library
-    if hasattr(kind, "__array_namespace__") and not issubclass(kind, np.generic):
-        return _of_array_api(kind.__module__.partition(".")[0])
+    if hasattr(cls, "__array_namespace__") and not issubclass(cls, np.generic):
+        return _of_array_api(cls.__module__.partition(".")[0])
     return _OWN
 
 
@@ -48,22 +47,22 @@ def _of_array_api(package: str) -> ArrayApiObjects:
 
 
 def device_of(array: object) -> str:
-    """Return the kind of device that an array is on: "cpu", "cuda" or another's name."""
+    """Return the type of the device that holds an array: "cpu", "cuda" or another name."""
     return library_of(array).device(array)
 
 
 def common_library(arrays: Mapping[str, object]) -> ArrayLibrary:
-    """Return the library that all arrays are of; those that are None are left out.
+    """Return the library of all arrays; arguments that are None are skipped.
 
     Parameters
     ----------
     arrays : mapping of str to array
-        By the names that messages give them.
+        By the names of the arguments, for error messages.
 
     Raises
     ------
     ValueTypeError
-        If two are of different libraries, or on different kinds of devices; names both.
+        If two are of different libraries or on different types of devices; names both.
     """
     (first, one), *others = ((name, a) for name, a in arrays.items() if a is not None)
     library = library_of(one)
@@ -71,8 +70,8 @@ def common_library(arrays: Mapping[str, object]) -> ArrayLibrary:
         its_library = library_of(other)
         if its_library is not library:
             raise ValueTypeError(
-                f"{first} is {library.describe(one)}, {name} {its_library.describe(other)}: pass "
-                f"both as one kind"
+                f"{first} is {library.describe(one)}, {name} {its_library.describe(other)}; pass "
+                f"arrays of one library"
             )
         devices = library.device(one), library.device(other)
         if devices[0] != devices[1]:
@@ -92,32 +91,32 @@ def _on_two_devices(
     return f"{first} is on device {devices[0]}, {name} on {devices[1]}; move one to the other's"
 
 
-def borrowed(array: object, what: str, read: Callable[[Any], Any], remedy: str) -> Any:
-    """Return an array of NumPy's or CuPy's, of the same memory as `array`.
+def as_array(array: object, what: str, read: Callable[[Any], Any], hint: str) -> Any:
+    """Return a NumPy or CuPy array of the same memory as `array`.
 
     Parameters
     ----------
     array : array
     what : str
-        Its name, for error messages.
+        The argument's name, for error messages.
     read : callable
-        Turns what a library lends into an array of NumPy's or CuPy's.
-    remedy : str
-        What to pass instead of what cannot be read, unless the library says that.
+        Makes a NumPy or CuPy array of an exported object.
+    hint : str
+        What to pass instead of an array that cannot be read; the library's own hint comes first.
 
     Raises
     ------
     ValueTypeError
-        If it holds no numbers, or none that can be read where they lie.
+        If it holds no numbers, or its memory cannot be shared.
     """
     library = library_of(array)
     library.check(array, what)
     try:
-        lent, dtype = library.lend(array)
-        found = read(lent)
+        exported, dtype = library.export(array)
+        result = read(exported)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise ValueTypeError(
             f"{what} of type {type(array).__name__} cannot be read without a copy ({error}); pass "
-            f"{library.remedy or remedy}"
+            f"{library.hint or hint}"
         ) from error
-    return found if dtype is None else found.view(dtype)
+    return result if dtype is None else result.view(dtype)

@@ -1,4 +1,4 @@
-"""What is particular to PyTorch's tensors."""
+"""The adapter of PyTorch tensors."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ __all__ = ["PytorchTensors"]
 
 
 class PytorchTensors(ArrayLibrary):
-    """PyTorch's tensors."""
+    """PyTorch tensors."""
 
-    remedy = (
+    hint = (
         "a dense tensor; under torch.func, torch.compile and torch.export use "
         "srigl_core.torch.CondensedLinear"
     )
 
-    def owns(self, kind: type) -> bool:
-        """Return whether `kind` is a class of tensors."""
+    def owns(self, cls: type) -> bool:
+        """Return whether `cls` is a tensor class."""
         tensor = getattr(sys.modules.get("torch"), "Tensor", None)
-        return tensor is not None and issubclass(kind, tensor)
+        return tensor is not None and issubclass(cls, tensor)
 
     def describe(self, array: object) -> str:
-        """Return what it is."""
+        """Return a noun phrase for error messages."""
         return "a PyTorch tensor"
 
     def device(self, array: Any) -> str:
-        """Return the tensor's kind of device; of the meta device, on which nothing is, the CPU."""
+        """Return the tensor's device type; "cpu" for the meta device, which holds no data."""
         return "cpu" if array.is_cpu or array.is_meta else str(array.device.type)
 
     def check(self, array: Any, what: str) -> None:
-        """Refuse tensors of the meta device, and those that a tracer makes up.
+        """Raise ValueTypeError for meta tensors and for fake tensors.
 
-        PyTorch lends a FakeTensor's memory by DLPack, and there is none: one would read anything.
+        A FakeTensor exports itself by DLPack although it has no memory.
         """
         if array.is_meta or any(base.__name__ == "FakeTensor" for base in type(array).__mro__):
             raise ValueTypeError(
@@ -46,53 +46,53 @@ class PytorchTensors(ArrayLibrary):
                 f"under torch.compile and torch.export use srigl_core.torch.CondensedLinear"
             )
 
-    def lend(self, array: Any) -> tuple[Any, np.dtype[Any] | None]:
-        """Return the tensor without its gradient, and bfloat16 as its bits.
+    def export(self, array: Any) -> tuple[Any, np.dtype[Any] | None]:
+        """Return the detached tensor, with bfloat16 numbers as their bits.
 
-        PyTorch lends neither what requires a gradient, nor what NumPy has no type for.
+        PyTorch exports neither tensors that require a gradient nor dtypes that NumPy lacks.
         """
-        torch, plain, dtype = sys.modules["torch"], array.detach(), None
-        if plain.dtype == torch.bfloat16:
-            plain, dtype = plain.view(torch.int16), bfloat16()
-        # Not by DLPack, which takes thrice as long, and reads from what has no memory.
-        return (plain.numpy() if plain.is_cpu else plain), dtype
+        torch, tensor, dtype = sys.modules["torch"], array.detach(), None
+        if tensor.dtype == torch.bfloat16:
+            tensor, dtype = tensor.view(torch.int16), bfloat16()
+        # On the CPU DLPack takes three times as long.
+        return (tensor.numpy() if tensor.is_cpu else tensor), dtype
 
-    def lend_at_once(self, array: Any) -> NDArray[Any] | None:
-        """Return a NumPy array of the memory of a tensor of single or double precision."""
+    def as_numpy_fast(self, array: Any) -> NDArray[Any] | None:
+        """Return a NumPy array of a float32 or float64 CPU tensor's memory."""
         if array.element_size() < 4:
-            return None  # soon, since PyTorch takes 50 us to say that it cannot
+            return None  # the exception for bfloat16 takes 50 us
         try:
-            lent: NDArray[Any] = (array.detach() if array.requires_grad else array).numpy()
+            shared: NDArray[Any] = (array.detach() if array.requires_grad else array).numpy()
         except (RuntimeError, TypeError):
             return None
-        return lent
+        return shared
 
-    def adopt(self, array: Any, like: Any) -> Any:
+    def to_caller(self, array: Any, like: Any) -> Any:
         """Return a tensor of the array's memory.
 
-        PyTorch knows no read-only memory: what must not be written, it gets a copy of.
+        PyTorch has no read-only tensors, so a read-only array is copied.
         """
         torch = sys.modules["torch"]
-        if array.dtype.isbuiltin != 1:  # bfloat16, which only PyTorch knows
-            return self.adopt(array.view(np.int16), like).view(torch.bfloat16)
+        if array.dtype.isbuiltin != 1:  # bfloat16, which torch.from_numpy does not accept
+            return self.to_caller(array.view(np.int16), like).view(torch.bfloat16)
         if not isinstance(array, np.ndarray):
             return torch.from_dlpack(array)
         return torch.from_numpy(array if array.flags.writeable else array.copy())
 
     def check_writable(self, array: Any, what: str) -> None:
-        """Refuse what autograd watches, since it would not see the writing."""
+        """Raise ValueTypeError if `array` requires a gradient: autograd would miss the write."""
         if array.requires_grad:
             raise ValueTypeError(
-                f"{what} is a PyTorch tensor that requires a gradient, which none can be given; "
-                f"pass {what}.detach()"
+                f"{what} is a PyTorch tensor that requires a gradient, which a write in place "
+                f"would make wrong; pass {what}.detach()"
             )
 
     def written(self, array: Any) -> None:
-        """Count the writing, so that autograd refuses what it has kept of the old numbers."""
+        """Increment the tensor's version, so that autograd refuses saved values that are stale."""
         sys.modules["torch"].autograd.graph.increment_version(array)
 
     def stream(self, array: Any) -> int | None:
-        """Return PyTorch's current stream on the tensor's device."""
+        """Return the address of PyTorch's current stream on the tensor's device."""
         if not array.is_cuda:
             return None
         return int(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)

@@ -1,0 +1,110 @@
+"""The settings of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from srigl_core._arrays.checks import check_integer
+from srigl_core._update import UpdateOptions
+from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.reference.distributions import DISTRIBUTIONS
+
+__all__ = ["LayerOptions", "TrainingConfig"]
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """The settings in which one layer differs.
+
+    Parameters
+    ----------
+    dense : bool
+        Keep every weight; the other layers become sparser for it.
+    ablate : bool or None
+        Whether its neurons may be ablated. None is the default: all layers but the last.
+    sparsity : float or None
+        A sparsity of its own.
+    nnz_budget : int or None
+        A number of weights of its own.
+
+    Raises
+    ------
+    SriglError
+        If more than one of `dense`, `sparsity` and `nnz_budget` is given.
+    """
+
+    dense: bool = False
+    ablate: bool | None = None
+    sparsity: float | None = None
+    nnz_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dense, bool) or not isinstance(self.ablate, bool | None):
+            raise ValueTypeError(f"{self!r}: dense must be True or False, and ablate that or None")
+        if self.dense + (self.sparsity is not None) + (self.nnz_budget is not None) > 1:
+            raise SriglError(f"{self!r} says the layer's budget more than once; give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(UpdateOptions):
+    """The settings of a training run that are rarely changed.
+
+    Parameters
+    ----------
+    method : str
+        "srigl" (constant fan-in), "rigl", "set", "static", or a method that a package registers in
+        the entry-point group ``srigl_core.methods``.
+    distribution : {"erk", "uniform"}
+        How the weights are distributed over the layers.
+    gamma_sal, min_salient, saliency_scope, grown_init
+        As in `UpdateOptions`.
+    grad_window : int
+        The number of steps, up to the update's own, whose gradients are averaged.
+    layers : mapping of str to LayerOptions
+        Layers that differ.
+    ablate_last : bool
+        Whether neurons of the last layer, the network's outputs, may be ablated.
+    seed : int
+        Seed of the initial masks and of SET's growth.
+
+    Raises
+    ------
+    SriglError
+        If a setting is out of its range.
+    ValueTypeError
+        If a setting has the wrong type.
+
+    Examples
+    --------
+    >>> TrainingConfig(gamma_sal=0.9, seed=1).method
+    'srigl'
+    """
+
+    method: str = "srigl"
+    distribution: str = "erk"
+    grad_window: int = 1
+    layers: Mapping[str, LayerOptions] = field(default_factory=dict)
+    ablate_last: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.distribution not in DISTRIBUTIONS:
+            raise SriglError(
+                f"distribution={self.distribution!r} is unknown; use one of "
+                f"{', '.join(DISTRIBUTIONS)}"
+            )
+        check_integer(self.grad_window, "grad_window", least=1)
+        check_integer(self.seed, "seed", least=0)
+        if not isinstance(self.layers, Mapping):
+            raise ValueTypeError(
+                f"layers must be a dict from names to LayerOptions, got "
+                f"{type(self.layers).__name__}"
+            )
+        for name, options in self.layers.items():
+            if not isinstance(options, LayerOptions):
+                raise ValueTypeError(
+                    f"layers[{name!r}]={options!r} must be a LayerOptions, for example "
+                    f"LayerOptions(dense=True)"
+                )

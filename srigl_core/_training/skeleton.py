@@ -1,0 +1,279 @@
+"""The skeleton of the training drivers: budgets, schedule, step count, state and resume."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_core._arrays.checks import check_integer
+from srigl_core._format.connections import flat_shape
+from srigl_core._training.config import LayerOptions, TrainingConfig
+from srigl_core._training.methods import Method, get_method
+from srigl_core._update import UpdateOptions, UpdateSettings
+from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.reference.distributions import LayerBudget, erk, nnz_budget, uniform
+from srigl_core.reference.schedule import UpdateSchedule
+
+__all__ = ["TrainerSkeleton", "error_context"]
+
+_STATE_VERSION = 1
+
+Update = TypeVar("Update")
+
+
+class TrainerSkeleton(ABC):
+    """What the drivers share; a subclass stores the masks.
+
+    Parameters
+    ----------
+    shapes, sparsity, schedule, config
+        As in `SparseTrainer`.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        sparsity: float,
+        schedule: UpdateSchedule | int,
+        config: TrainingConfig | None,
+    ) -> None:
+        config = TrainingConfig() if config is None else config
+        if not isinstance(config, TrainingConfig):
+            raise ValueTypeError(f"config must be a TrainingConfig, got {type(config).__name__}")
+        self.config = config
+        self._schedule = (
+            schedule
+            if isinstance(schedule, UpdateSchedule)
+            else UpdateSchedule.for_training(schedule)
+        )
+        check_integer(config.grad_window, "grad_window", least=1, most=self._schedule.delta_t)
+        self._options = _layer_options(shapes, config)
+        self.budgets = _budgets(shapes, sparsity, config.distribution, self._options)
+        self._rng = np.random.default_rng(config.seed)
+        self.step_count = 0
+
+    @property
+    def _method(self) -> Method:
+        return get_method(self.config.method)  # not kept, so that trainers can be pickled
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether the next update needs the gradients of the coming step."""
+        coming = self.step_count + 1
+        due = self._schedule.next_due(coming)
+        in_window = due is not None and due - coming < self.config.grad_window
+        return self._method.uses_gradients and in_window
+
+    @property
+    def sparse_layers(self) -> list[str]:
+        """Names of the layers that are updated: all but those kept dense."""
+        return [name for name, options in self._options.items() if not options.dense]
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the coming step updates the masks."""
+        return self._schedule.is_due(self.step_count + 1)
+
+    @property
+    def fan_in(self) -> dict[str, int | None]:
+        """Fan-in of each layer's active neurons; None where it is not constant."""
+        counts = {name: self._row_counts(name) for name in self.budgets}
+        fan_ins = {name: set(count[count > 0].tolist()) for name, count in counts.items()}
+        return {name: some.pop() if len(some) == 1 else None for name, some in fan_ins.items()}
+
+    @property
+    def n_active(self) -> dict[str, int]:
+        """Number of active neurons of each layer."""
+        return {name: int(np.count_nonzero(self._row_counts(name))) for name in self.budgets}
+
+    @property
+    def nnz(self) -> dict[str, int]:
+        """Number of active weights of each layer; at most its budget."""
+        return {name: int(self._row_counts(name).sum()) for name in self.budgets}
+
+    @property
+    def sparsity(self) -> float:
+        """Realised sparsity of the network."""
+        return 1 - sum(self.nnz.values()) / sum(b.n_weights for b in self.budgets.values())
+
+    def report(self) -> str:
+        """Return a table of the layers: budgets, active weights, fan-in and active neurons."""
+        lines = [
+            f"{'layer':<20}{'shape':>18}{'budget':>10}{'weights':>10}{'sparsity':>10}"
+            f"{'fan-in':>8}{'active':>14}"
+        ]
+        nnz, fan_in, n_active = self.nnz, self.fan_in, self.n_active
+        for name, budget in self.budgets.items():
+            shape = "x".join(map(str, budget.shape))
+            lines.append(
+                f"{name:<20}{shape:>18}{budget.nnz_budget:>10}{nnz[name]:>10}"
+                f"{1 - nnz[name] / budget.n_weights:>10.2%}{fan_in[name] or '-':>8}"
+                f"{f'{n_active[name]}/{budget.shape[0]}':>14}"
+            )
+        return "\n".join(lines)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an exact resume needs: plain containers, numbers and new NumPy arrays."""
+        return {
+            "version": _STATE_VERSION,
+            "settings": self._fingerprint(),
+            "step_count": self.step_count,
+            "rng": self._rng.bit_generator.state,
+            **self._masks_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from the `state_dict` of a trainer made with the same arguments.
+
+        Raises
+        ------
+        SriglError
+            If `state` is not a trainer's, or was taken with other settings; nothing is changed.
+        """
+        try:
+            self._check_settings_of(state)
+            step_count = check_integer(state["step_count"], "step_count of state", least=0)
+            set_masks = self._masks_from(state)
+            rng = np.random.default_rng()
+            rng.bit_generator.state = state["rng"]
+        except SriglError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise SriglError(f"state is not a whole state_dict(): {error!r}") from error
+        self.step_count, self._rng = step_count, rng
+        set_masks()
+
+    def _advance(self, update: Callable[[str], Update], take: Callable[[str, Update], None]) -> Any:
+        """Count a step. If an update is due, compute it for every layer, and take over all.
+
+        An error in one layer leaves everything as it was.
+        """
+        updates: dict[str, Update] = {}
+        rng_state = self._rng.bit_generator.state
+        try:
+            for name in self.sparse_layers if self.is_due else ():
+                with error_context(name):
+                    updates[name] = update(name)
+        except BaseException:
+            self._rng.bit_generator.state = rng_state
+            raise
+        for name, result in updates.items():
+            take(name, result)
+        self.step_count += 1
+        return updates
+
+    def _update_settings(self, name: str) -> UpdateSettings:
+        """Return the settings of a layer's update at the coming step."""
+        options = _update_options(self.config)
+        if not self._options[name].ablate:
+            options |= {"gamma_sal": None, "min_salient": None}
+        drop_fraction = self._schedule.drop_fraction(self.step_count + 1)
+        return UpdateSettings(self.budgets[name].nnz_budget, drop_fraction, **options)
+
+    @abstractmethod
+    def _row_counts(self, name: str) -> NDArray[np.int64]:
+        """Return the number of active weights of each row."""
+
+    @abstractmethod
+    def _masks_state(self) -> dict[str, Any]:
+        """Return the masks' part of `state_dict`."""
+
+    @abstractmethod
+    def _masks_from(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Check the masks of a state, and return what takes them over."""
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """Return the settings that shape a run; backends do not, since all give the same bits."""
+        return {
+            "method": self.config.method,
+            "layers": {
+                name: [list(budget.shape), budget.nnz_budget, asdict(self._options[name])]
+                for name, budget in self.budgets.items()
+            },
+            "schedule": asdict(self._schedule),
+            "update": {"nnz_budget": 1, "drop_fraction": 0.0, **_update_options(self.config)},
+            "grad_window": self.config.grad_window,
+        }
+
+    def _check_settings_of(self, state: Mapping[str, Any]) -> None:
+        if not isinstance(state, Mapping) or not isinstance(state.get("version"), int):
+            raise SriglError(f"state is not a state_dict(); got {type(state).__name__}")
+        if state["version"] != _STATE_VERSION:
+            raise SriglError(
+                f"state is not a state_dict() of version {_STATE_VERSION}, but of "
+                f"{state['version']!r}; use the srigl-core that wrote it"
+            )
+        missing = [key for key in self.state_dict() if key not in state]
+        if missing:
+            raise SriglError(f"state is not a whole state_dict(): it lacks {missing[0]}")
+        mine, theirs = self._fingerprint(), state["settings"]
+        differ = [key for key in mine if mine[key] != theirs.get(key)]
+        if differ:
+            raise SriglError(
+                f"state was taken with other settings: {differ[0]} was {theirs.get(differ[0])!r} "
+                f"and is {mine[differ[0]]!r}; make the trainer with the same arguments"
+            )
+
+
+def _update_options(config: TrainingConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in fields(UpdateOptions)}
+
+
+def _layer_options(
+    shapes: Mapping[str, tuple[int, ...]], config: TrainingConfig
+) -> dict[str, LayerOptions]:
+    """Return the options of every layer, with `ablate` decided."""
+    if not isinstance(shapes, Mapping):
+        raise ValueTypeError("shapes must be a dict from the layers' names to shapes")
+    if not shapes:
+        raise SriglError("shapes is empty; name at least one layer")
+    unknown = [name for name in config.layers if name not in shapes]
+    if unknown:
+        raise SriglError(f"layers names {unknown[0]!r}; there are {', '.join(shapes)}")
+    last = list(shapes)[-1]
+    options = {}
+    for name in shapes:
+        layer = config.layers.get(name, LayerOptions())
+        ablate = (config.ablate_last or name != last) if layer.ablate is None else layer.ablate
+        options[name] = replace(layer, ablate=ablate)
+    return options
+
+
+def _budgets(
+    shapes: Mapping[str, tuple[int, ...]],
+    sparsity: float,
+    distribution: str,
+    options: Mapping[str, LayerOptions],
+) -> dict[str, LayerBudget]:
+    dense, fixed = [], {}
+    for i, (name, option) in enumerate(options.items()):
+        with error_context(name):
+            n_out, n_in = flat_shape(shapes[name])
+            if option.dense:
+                dense.append(i)
+            elif option.sparsity is not None:
+                own = nnz_budget(n_out * n_in, option.sparsity)
+                fixed[i] = check_integer(own, "nnz_budget", least=1)
+            elif option.nnz_budget is not None:
+                fixed[i] = check_integer(
+                    option.nnz_budget, "nnz_budget", least=1, most=n_out * n_in
+                )
+    share = erk if distribution == "erk" else uniform
+    layers = share(shapes, sparsity, dense=dense, fixed=fixed)
+    return dict(zip(shapes, layers, strict=True))
+
+
+@contextmanager
+def error_context(layer: str) -> Iterator[None]:
+    """Put the layer's name before the message of a SriglError."""
+    try:
+        yield
+    except SriglError as error:
+        raise type(error)(f"layer {layer!r}: {error}") from error

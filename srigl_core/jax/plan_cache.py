@@ -1,0 +1,72 @@
+"""A cache of plans, so that a call repacks nothing."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._plan import Plan, prepare
+
+__all__ = ["evict", "plan_for"]
+
+_MOST = 256
+"""Plans to keep: more than the layers of a network."""
+
+_BITS = {size: np.dtype(f"u{size}") for size in (2, 4, 8)}
+
+_cache: dict[tuple[bytes, str], tuple[Plan, NDArray[Any]]] = {}
+"""Plans and the bits of their values, by connections and dtype; the newest are last."""
+
+_lock = threading.Lock()
+
+
+def plan_for(
+    shape: tuple[int, int],
+    values: NDArray[Any],
+    indices: NDArray[Any],
+    active: NDArray[Any],
+    key: NDArray[np.uint32],
+) -> Plan:
+    """Return a plan of a weight.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Dense shape, (n_out, n_in).
+    values, indices, active : ndarray
+        Of the weight; copied when a plan is made.
+    key : ndarray of uint32, (4,)
+        Identifies `shape`, `indices` and `active`.
+
+    Returns
+    -------
+    Plan
+        The cached plan if its values are the same bits, else one that shares the packed indices.
+    """
+    name = key.tobytes(), values.dtype.char
+    bits = values.view(_BITS[values.itemsize])
+    plan, its_bits = _cache.get(name, (None, bits))
+    if plan is not None and (bits == its_bits).all():
+        return plan
+    if plan is None:
+        plan = prepare(CondensedWeight(values, indices, active, shape))
+    else:
+        plan = plan.with_values(values)
+    with _lock:
+        _cache.pop(name, None)
+        _cache[name] = plan, plan.weight.values.view(bits.dtype)
+        while len(_cache) > _MOST:
+            del _cache[next(iter(_cache))]
+    return plan
+
+
+def evict(key: Any) -> None:
+    """Drop the plans of these connections."""
+    wanted = np.asarray(key).tobytes()
+    with _lock:
+        for name in [name for name in _cache if name[0] == wanted]:
+            del _cache[name]
