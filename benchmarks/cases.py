@@ -10,16 +10,7 @@ from typing import Any
 from srigl_core import CondensedWeight, load_condensed
 from srigl_core.errors import SriglError
 
-__all__ = [
-    "HEADLINE",
-    "Case",
-    "Layer",
-    "ablated_layer",
-    "avx2_cases",
-    "cpu_cases",
-    "gpu_cases",
-    "matching",
-]
+__all__ = ["HEADLINE", "Case", "Layer", "avx2_cases", "cpu_cases", "gpu_cases", "matching"]
 
 HEADLINE = (3072, 768)
 """Inputs and outputs of the most measured layer: mlp.3 of ViT-B/16, as in the paper."""
@@ -198,7 +189,7 @@ def gpu_cases(*, quick: bool) -> list[Case]:
     return _quick_gpu_cases() if quick else _all_gpu_cases()
 
 
-def ablated_layer(n_in: int, n_out: int, sparsity: float) -> Layer:
+def _ablated_layer(n_in: int, n_out: int, sparsity: float) -> Layer:
     """Return a layer of about this sparsity in which 40% of the neurons are ablated.
 
     The number of connections is that of the layer without ablation, so that the remaining neurons
@@ -258,13 +249,13 @@ def _all_gpu_cases() -> list[Case]:
             cases += _forward(layer, _GPU_BATCHES, cold=cold)
             cases += _backward(layer, (256,)) if sparsity == 0.9 else []
     for shape in _GPU_SHAPES:
-        cases += _forward(ablated_layer(*shape, 0.9), _GPU_BATCHES)
+        cases += _forward(_ablated_layer(*shape, 0.9), _GPU_BATCHES)
     return cases
 
 
 def _quick_gpu_cases() -> list[Case]:
     headline = Layer.random(*HEADLINE, 0.9)
-    others = [*(Layer.random(*HEADLINE, s) for s in (0.95, 0.99)), ablated_layer(*HEADLINE, 0.9)]
+    others = [*(Layer.random(*HEADLINE, s) for s in (0.95, 0.99)), _ablated_layer(*HEADLINE, 0.9)]
     return [
         *(replace(c, compiled=False) for c in _forward(headline, (1, 8, 256, 2048), cold=(256,))),
         *_backward(headline, (256,)),

@@ -1,60 +1,60 @@
-"""``srigl bench compare``: what got slower or faster between two result files."""
+"""``srigl bench compare``: what got slower or faster between two versions."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from srigl_core.benchmarks.results import Results, Row
-from srigl_core.benchmarks.tables import time_cell
-from srigl_core.errors import SriglError
+from srigl_core.benchmarks.results import Results, Row, load_results
+from srigl_core.benchmarks.tables import spread_cell
+from srigl_core.errors import FileFormatError, SriglError
 
-__all__ = ["Change", "Comparison", "compare"]
+__all__ = ["Change", "Comparison", "Spread", "compare", "load_runs"]
 
 _KERNELS = ("ours", "external")
 """Families that are compared; the other contenders show how much the machine changed."""
 
 
+class Spread(NamedTuple):
+    """Microseconds in one or several runs: the median of the medians, and the outer quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+
+
 @dataclass(frozen=True)
 class Change:
-    """A contender's times in a case that both files have; printing it gives a line."""
+    """A contender's times in a case that both versions have; printing it gives a line."""
 
-    old: Row
-    new: Row
+    case: str
     contender: str
+    old: Spread
+    new: Spread
 
     @property
     def ratio(self) -> float:
         """The new median divided by the old one."""
-        medians = (row.contenders[self.contender]["median_us"] for row in (self.new, self.old))
-        return float(next(medians) / next(medians))
-
-    @property
-    def is_slower(self) -> bool:
-        """Whether the new lower quartile is above the old upper one."""
-        return self.new.spread(self.contender)[0] > self.old.spread(self.contender)[1]
-
-    @property
-    def is_faster(self) -> bool:
-        """Whether the new upper quartile is below the old lower one."""
-        return self.new.spread(self.contender)[1] < self.old.spread(self.contender)[0]
+        return self.new.median / self.old.median
 
     def __str__(self) -> str:
-        before, after = (time_cell(row, self.contender) for row in (self.old, self.new))
-        return f"{self.ratio:.2f}x {self.new.label}, {self.contender}: {before} -> {after} us"
+        before, after = spread_cell(*self.old), spread_cell(*self.new)
+        return f"{self.ratio:.2f}x {self.case}, {self.contender}: {before} -> {after} us"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The differences between two runs.
+    """The differences between two versions.
 
     Parameters
     ----------
     slower, faster : list of Change
         Changes of our kernels, and of an external one, beyond the spread; the largest first.
     n_times : int
-        Times of these kernels that both files have.
+        Times of these kernels that both versions have.
     others : float or None
         Median ratio of the other contenders, or None if there are none.
     warnings : list of str
@@ -68,58 +68,87 @@ class Comparison:
     warnings: list[str]
 
 
-def compare(old: Results, new: Results) -> Comparison:
-    """Compare the times that two runs have in common.
+def load_runs(path: Path) -> list[Results]:
+    """Read a result file, or all result files in a folder: several runs of one version.
 
-    A time changed beyond the spread if the quartiles of the two runs do not overlap.
+    Raises
+    ------
+    FileFormatError
+        If a file is not a result, or the folder has none.
+    """
+    files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise FileFormatError(f"{str(path)!r} has no .json files; run srigl bench cpu")
+    return [load_results(file) for file in files]
+
+
+def compare(old: Sequence[Results], new: Sequence[Results]) -> Comparison:
+    """Compare the times that the runs of two versions have in common.
+
+    A time changed beyond the spread if the quartiles of the two versions do not overlap, in any of
+    their runs.
 
     Raises
     ------
     SriglError
-        If one run is on a CPU and the other on a GPU, or no time of our kernels is in both.
+        If some runs are on a CPU and others on a GPU, or no time of our kernels is in both.
     """
-    if old.benchmark != new.benchmark:
+    if len({results.benchmark for results in (*old, *new)}) > 1:
         raise SriglError(
-            f"one file was measured on a {old.benchmark} and the other on a {new.benchmark}; "
-            f"compare two files of one device"
+            "some files were measured on a cpu and others on a gpu; compare one device"
         )
-    before = {row.key: row for row in old.rows}
-    common = [
-        (Change(before[row.key], row, name), entry["family"] in _KERNELS)
-        for row in new.rows
-        for name, entry in row.contenders.items()
-        if row.key in before and name in before[row.key].contenders
-    ]
-    kernels = sorted((each for each, is_kernel in common if is_kernel), key=lambda c: c.ratio)
-    others = [each.ratio for each, is_kernel in common if not is_kernel]
+    before, after = _rows(old), _rows(new)
+    kernels, others = [], []
+    for key in (key for key in after if key in before):
+        row, (_, name) = after[key][0], key
+        change = Change(row.label, name, *(_spread(each[key], name) for each in (before, after)))
+        is_kernel = row.contenders[name]["family"] in _KERNELS
+        (kernels if is_kernel else others).append(change)
     if not kernels:
         raise SriglError(
             "the files have no time of our kernels in common; measure both with the same --only "
             "and --threads"
         )
+    kernels.sort(key=lambda change: change.ratio)
     return Comparison(
-        [each for each in reversed(kernels) if each.is_slower],
-        [each for each in kernels if each.is_faster],
+        [each for each in reversed(kernels) if each.new.lower > each.old.upper],
+        [each for each in kernels if each.new.upper < each.old.lower],
         len(kernels),
-        statistics.median(others) if others else None,
+        statistics.median(each.ratio for each in others) if others else None,
         _warnings(old, new),
     )
 
 
-def _warnings(old: Results, new: Results) -> list[str]:
-    each = [_conditions(results) for results in (old, new)]
+def _rows(runs: Sequence[Results]) -> dict[tuple[Any, str], list[Row]]:
+    """Return the rows of each case in which a contender was measured."""
+    rows: dict[tuple[Any, str], list[Row]] = {}
+    for row in (row for results in runs for row in results.rows):
+        for name in row.contenders:
+            rows.setdefault((row.key, name), []).append(row)
+    return rows
+
+
+def _spread(rows: Sequence[Row], contender: str) -> Spread:
+    lower, upper = zip(*(row.spread(contender) for row in rows), strict=True)
+    medians = [row.contenders[contender]["median_us"] for row in rows]
+    return Spread(statistics.median(medians), min(lower), max(upper))
+
+
+def _warnings(old: Sequence[Results], new: Sequence[Results]) -> list[str]:
+    before, after = _conditions(old), _conditions(new)
     return [
-        f"{name} is {before!r} in the old file and {each[1][name]!r} in the new one"
-        for name, before in each[0].items()
-        if before != each[1][name]
+        f"{name} is {before[name]} in the old file and {after[name]} in the new one"
+        for name in before
+        if before[name] != after[name]
     ]
 
 
-def _conditions(results: Results) -> dict[str, Any]:
-    """Return what should be the same in both runs."""
-    machine = results.content["machine"]
-    return {
-        **{name: machine.get(name) for name in ("cpu", "gpu", "cores", "system")},
-        "threads": sorted({row.threads for row in results.rows}),
-        "incomplete": bool(results.content.get("incomplete")),
+def _conditions(runs: Sequence[Results]) -> dict[str, str]:
+    """Return what should be the same in all runs."""
+    machines = [results.content["machine"] for results in runs]
+    values = {
+        **{n: {m.get(n) for m in machines} for n in ("cpu", "gpu", "cores", "system")},
+        "threads": {row.threads for results in runs for row in results.rows},
+        "incomplete": {bool(results.content.get("incomplete")) for results in runs},
     }
+    return {name: ", ".join(sorted(map(str, each))) for name, each in values.items()}

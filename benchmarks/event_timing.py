@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from srigl_core.benchmarks.results import rounded
@@ -80,19 +80,14 @@ class EventRun:
     cold: bool = False
     around: Context = nullcontext
     clock: Clock = time.perf_counter
-    rounds: int = field(default=0, init=False)
-    timed_by: str = field(default="device", init=False)
-    starved: int = field(default=0, init=False)
-    """Rounds in which the device may have waited for the host, however often they were tried."""
-
-    _wanted: int = field(default=CALLS, init=False)
-    _samples: list[_Sample] = field(default_factory=list, init=False)
-    _submitting: float = field(default=0.0, init=False)
-    _warm_calls: int = field(default=0, init=False)
-    _is_clock_chosen: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        self.rounds, self.timed_by = 0, "device"
+        self.starved = 0  # rounds in which the device may have waited for the host
         self._next = itertools.cycle(self.calls)
+        self._wanted, self._warm_calls, self._submitting = CALLS, 0, 0.0
+        self._samples: list[_Sample] = []
+        self._is_clock_chosen = False
 
     @property
     def most_rounds(self) -> int:

@@ -29,13 +29,7 @@ def check_matplotlib() -> None:
 
 
 def save_plot(results: Results, path: Path) -> Path:
-    """Write the plot of the headline layer, on the fewest threads measured, and return its path.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If matplotlib is not installed.
-    """
+    """Write the plot of the headline layer, on the fewest threads measured, and return its path."""
     check_matplotlib()
     # A bare figure needs no pyplot, and therefore no display and no global state.
     from matplotlib.figure import Figure

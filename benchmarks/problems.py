@@ -75,10 +75,7 @@ BFLOAT16 = Precision("bfloat16", "bfloat16", of_result=2.0**-8)
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The inputs of one call, and the threads that it may use, which are None on a GPU.
-
-    The `number` tells batches of the same size apart.
-    """
+    """The inputs of one call, its threads (None on a GPU), and its number among those of a size."""
 
     x: Any
     grad: Any
@@ -218,10 +215,7 @@ class Problem:
     def batch(
         self, size: int, number: int = 0, *, grad: bool = False, threads: int | None = None
     ) -> Batch:
-        """Return a batch of `size` inputs, with the gradient of the results if `grad`.
-
-        Batches of the same size differ by their `number`, from 0 to 3.
-        """
+        """Return the batch of this size and number (up to 3), with a gradient of y if `grad`."""
 
         def drawn(width: int, seed: int) -> Any:
             return self.cast(self.arrays.normal((size, width), 8 * size + seed))
@@ -231,11 +225,7 @@ class Problem:
 
     @cached_property
     def update_inputs(self) -> tuple[Any, Any, Any]:
-        """Dense weight, gradient and mask of an update.
-
-        No two magnitudes are equal: there are no ties, and implementations that break ties in
-        another order agree.
-        """
+        """Dense weight, gradient and mask of an update, without ties: their order would differ."""
         rng = np.random.default_rng(54321)
         mask = self.weight.to_mask()
         weight, grad = (_distinct(mask.shape, rng) for _ in range(2))

@@ -12,7 +12,7 @@ from srigl_core.benchmarks.plot import save_plot
 from srigl_core.benchmarks.results import OURS, Results, Row
 from srigl_core.benchmarks.tables import number, table, time_cell
 
-__all__ = ["crossovers", "page", "write_report"]
+__all__ = ["page", "write_report"]
 
 _MOST_CLIFFS = 5
 
@@ -146,7 +146,7 @@ def page(results: Results, picture: str = "") -> str:
         "**Incomplete**: the run ended early." if results.content.get("incomplete") else "",
         _machine(results),
         f"![Times and ratios of the layer 3072→768]({picture})" if picture else "",
-        *([] if is_cpu else ["## The batch from which dense is faster", _crossover_table(results)]),
+        *([] if is_cpu else ["## The batch from which dense is faster", _crossovers(results)]),
         "## How it was measured",
         _METHOD.format(**details).strip(),
         "## Peak rates",
@@ -160,22 +160,6 @@ def page(results: Results, picture: str = "") -> str:
         _left_out(results),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def crossovers(results: Results) -> list[tuple[Row, dict[str, str]]]:
-    """Return a row of each layer, with the batch from which each dense family is faster than ours.
-
-    Ours has the same type as the family; it is float32 for TF32. Where there is no such batch, the
-    value says so.
-    """
-    layers: dict[str, list[Row]] = {}
-    for row in results.rows:
-        if row.operation == "forward" and row.weights == "warm":
-            layers.setdefault(_layer(row), []).append(row)
-    return [
-        (rows[0], {family: _crossing(rows, family, ours) for family, ours in _CROSSING.items()})
-        for rows in layers.values()
-    ]
 
 
 def _crossing(rows: Iterable[Row], family: str, ours: str) -> str:
@@ -193,15 +177,22 @@ def _crossing(rows: Iterable[Row], family: str, ours: str) -> str:
     return f"{ratios[start][0]}{also}"
 
 
-def _crossover_table(results: Results) -> str:
-    crossing = crossovers(results)
-    if not crossing:
+def _crossovers(results: Results) -> str:
+    """Return the batch from which each dense family is faster than ours, for each layer."""
+    layers: dict[tuple[str, str], list[Row]] = {}
+    for row in results.rows:
+        if row.operation == "forward" and row.weights == "warm":
+            layers.setdefault((_layer(row), f"{row.sparsity:.0%}"), []).append(row)
+    if not layers:
         return "Not measured."
+    lines = [
+        (*layer, *(_crossing(rows, family, ours) for family, ours in _CROSSING.items()))
+        for layer, rows in layers.items()
+    ]
     head = ("layer", "sparsity", *(_FAMILIES["gpu"][family] for family in _CROSSING))
-    rows = [(_layer(row), f"{row.sparsity:.0%}", *words.values()) for row, words in crossing]
     return (
         f"The smallest measured batch from which dense takes less time than ours in the same type "
-        f"(TF32: than ours in float32); warm.\n\n{table(head, rows)}"
+        f"(TF32: than ours in float32); warm.\n\n{table(head, lines)}"
     )
 
 

@@ -143,8 +143,6 @@ def _why_nothing(settings: Settings) -> str:
 
 
 def _check(settings: Settings) -> None:
-    if not settings.threads:
-        raise SriglError("threads=() names no number of threads; give one, such as 1")
     for threads in settings.threads:
         check_threads(threads)
     check_matplotlib()

@@ -7,7 +7,7 @@ from typing import Any
 
 from srigl_core.benchmarks.results import Row
 
-__all__ = ["number", "table", "time_cell"]
+__all__ = ["number", "spread_cell", "table", "time_cell"]
 
 
 def time_cell(row: Row, contender: str) -> str:
@@ -15,8 +15,12 @@ def time_cell(row: Row, contender: str) -> str:
     time = row.time(contender)
     if time is None:
         return ""
-    lower, upper = row.spread(contender)
-    return f"{number(time)} ({number(lower)} to {number(upper)})"
+    return spread_cell(time, *row.spread(contender))
+
+
+def spread_cell(median: float, lower: float, upper: float) -> str:
+    """Return a median and its quartiles."""
+    return f"{number(median)} ({number(lower)} to {number(upper)})"
 
 
 def number(value: float) -> str:

@@ -156,9 +156,10 @@ class HostRun:
     around: Context = nullcontext
     clock: Clock = time.perf_counter
     most_rounds = _MOST_ROUNDS
-    _medians: list[float] = field(default_factory=list, init=False)
-    _calls: int = field(default=1, init=False)
-    _is_long: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._medians: list[float] = []
+        self._calls, self._is_long = 1, False
 
     @property
     def rounds(self) -> int:

@@ -36,6 +36,7 @@ bench = typer.Typer(
 
 _Quick = Annotated[bool, typer.Option("--quick", help="A few cases, in a minute.")]
 _Results = Annotated[Path, typer.Argument(help="JSON that srigl bench wrote.")]
+_Runs = Annotated[Path, typer.Argument(help="JSON that srigl bench wrote, or a folder of them.")]
 _Seconds = Annotated[float, typer.Option(min=0.0, help="For each case, about.")]
 _OUT = Path("srigl-bench")
 
@@ -151,12 +152,12 @@ def report(results: _Results) -> None:
 
 @bench.command()
 @one_line_errors
-def compare(old: _Results, new: _Results) -> None:
+def compare(old: _Runs, new: _Runs) -> None:
     """Show what got slower or faster beyond the spread; exit with 1 if something got slower."""
-    from srigl_core.benchmarks.compare import compare as compare_results
-    from srigl_core.benchmarks.results import load_results
+    from srigl_core.benchmarks.compare import compare as compare_runs
+    from srigl_core.benchmarks.compare import load_runs
 
-    comparison = compare_results(load_results(old), load_results(new))
+    comparison = compare_runs(load_runs(old), load_runs(new))
     for warning in comparison.warnings:
         _print(f"warning: {warning}", to_stderr=True)
     for word, changes in (("slower", comparison.slower), ("faster", comparison.faster)):

@@ -73,13 +73,6 @@ def cuda(monkeypatch):
     """A `GpuDevice` on stand-ins for PyTorch, CuPy and nvidia-smi, which submit to `queue`."""
     queue, torch, cupy = FakeGpu(), mock.MagicMock(), mock.MagicMock()
 
-    def array(numbers, **options):
-        made = mock.MagicMock(numbers=numbers)
-        made.fill_ = lambda value: queue.record.append(("write", 4 * numbers))
-        made.sum = lambda: queue.record.append(("read", 4 * numbers))
-        made.copy_ = lambda other: queue.submit(0.0, 2 * 4 * numbers / 4e12)
-        return made
-
     def kernel(name):
         def launch(grid, block, arguments):
             assert (grid, block, arguments[0]) == ((80,), (gpu.THREADS,), 80 * gpu.THREADS)
@@ -88,7 +81,7 @@ def cuda(monkeypatch):
         return launch
 
     properties = mock.MagicMock(L2_cache_size=1000, multi_processor_count=10)
-    torch.ones, torch.empty_like = array, lambda other: array(other.numbers)
+    torch.empty_like.return_value.copy_ = lambda other: queue.submit(0.0, 2 * (1 << 30) / 4e12)
     torch.cuda.synchronize, torch.cuda.empty_cache = queue.wait, queue.release
     torch.cuda._sleep = lambda cycles: queue.submit(0.0, cycles / 2e9)
     torch.cuda.get_device_properties.return_value = properties
@@ -103,12 +96,14 @@ def cuda(monkeypatch):
     monkeypatch.setattr(gpu, "get_backend", lambda name: None)
     monkeypatch.setattr(gpu.GpuDevice, "mark", lambda self: queue.mark())
     monkeypatch.setattr(gpu.GpuDevice, "seconds", lambda self, a, b: queue.seconds(a, b))
-    return SimpleNamespace(device=gpu.GpuDevice(), queue=queue, smi=smi)
+    return SimpleNamespace(device=gpu.GpuDevice(), queue=queue, smi=smi, torch=torch)
 
 
 def test_a_flush_writes_and_then_reads_twice_the_second_level_cache(cuda):
     cuda.device.flush()
-    assert cuda.queue.record == [("write", 2000), ("read", 2000)]
+    assert cuda.torch.ones.call_args.args == (2 * 1000 // 4,)  # of float32
+    steps = [name for name, *_ in cuda.torch.ones.return_value.method_calls]
+    assert steps == ["fill_", "sum"]
     cuda.device.release()
     assert cuda.queue.released == 2  # by both libraries
 
