@@ -47,7 +47,7 @@ test-all: $(all-ready)
 
 thorough: $(thorough-ready)
 	$(python) -m pytest --import-mode=importlib -n 2 --hypothesis-profile=thorough tests/slow/test_laws_on_the_pool.py
-	PYTHONPATH=tests:tests/gpu $(python) tests/mutants/table.py build/mutants.md
+	PYTHONPATH=tests:tests/gpu $(python) tests/mutants/table.py
 	$(python) tests/fuzz/condensed_file.py --minutes 10
 	$(python) tests/fuzz/backends.py --processes 2 --minutes 100 --json build/fuzz/backends.json
 

@@ -39,6 +39,7 @@ FOLDERS = ("reference", "backends", "benchmarks")
 PLACES = {
     "README.md": "first_steps.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
     "examples/kernels/c_kernel/README.md": "kernel_in_c.md",
     "benchmarks/README.md": "measured/method.md",
@@ -50,7 +51,7 @@ PLACES = {
     f"{RESULTS}/mutants.json": "mutants.md",
     "srigl_core/testing/laws.py": "laws.md",
 }
-"""Pages that are not in this folder, or the files they are generated from, and their places."""
+"""Where pages of other folders go, by the file that they are or that they are made from."""
 
 _ORIGINS = {place: path for path, place in PLACES.items()}
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)[^)#\s]+(?=[)#])")
