@@ -211,7 +211,8 @@ def test_a_budget_that_is_too_small_is_an_error_of_the_function():
 def test_inactive_weights_are_zeros_of_any_sign():
     def multiplies(weight, grad, mask, settings):
         update = srigl_update(weight, grad, mask, settings)
-        return update.mask, np.where(update.mask, update.weight, np.copysign(0, weight))
+        signed_zeros = np.copysign(0, weight).astype(weight.dtype)
+        return update.mask, np.where(update.mask, update.weight, signed_zeros)
 
     assert check_kernel(multiplies, "update_mask", max_examples=30).ok
 
