@@ -82,19 +82,19 @@ def condense(
             raise SriglError(f"masks={masks!r} is unknown; give masks by name, or 'nonzero'")
         targets = find_targets(model, None, left_out)
         found = {name: as_numpy(target.parameter) != 0 for name, target in targets.items()}
-        remedy = "; weights just grown are 0.0 and active: give the masks instead of 'nonzero'"
+        hint = "; weights just grown are 0.0 and active: give the masks instead of 'nonzero'"
     else:
         given = {name.removesuffix(".weight"): mask for name, mask in _by_name(masks).items()}
         found = {name: mask for name, mask in given.items() if name not in left_out}
         for name in found.keys() & condensed_modules(model).keys():
             raise SriglError(f"layer {name!r} is condensed already")
         targets = find_targets(model, list(found), left_out)
-        remedy = ""
+        hint = ""
     made = {}
     for name, target in targets.items():
         mask = _checked_mask(target, found[name])
         if not mask.all():
-            made[name] = _condensed(target, mask, remedy)
+            made[name] = _condensed(target, mask, hint)
     if not made:
         raise SriglError("no layer has a mask with anything to leave out; nothing to condense")
     replace_modules(model, made)
@@ -177,15 +177,13 @@ def _checked_mask(target: Target, mask: Any) -> NDArray[np.bool_]:
     return array
 
 
-def _condensed(target: Target, mask: NDArray[np.bool_], remedy: str) -> Any:
+def _condensed(target: Target, mask: NDArray[np.bool_], hint: str) -> Any:
     """Return the condensed layer for a dense one."""
     check_can_be_condensed(target)
     try:
         weight = CondensedWeight.from_dense(as_numpy(target.parameter), mask)
     except SriglError as error:
-        raise type(error)(
-            f"layer {target.name!r}: {error}{remedy}; or exclude the layer"
-        ) from error
+        raise type(error)(f"layer {target.name!r}: {error}{hint}; or exclude the layer") from error
     return condensed_layer(target, weight)
 
 
