@@ -190,16 +190,7 @@ def check_out(
     inputs: Mapping[str, Any],
     share_memory: Callable[[Any, Any], bool],
 ) -> None:
-    """Check that a result can be written to an array of NumPy or of a device.
-
-    Parameters
-    ----------
-    out : array
-    shape : tuple of int
-        Shape of the result.
-    inputs : mapping of str to array
-    share_memory : callable of two arrays
-        Whether they share memory.
+    """Check that a result of `shape` can be written to an array of NumPy or of a device.
 
     Raises
     ------

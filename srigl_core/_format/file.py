@@ -169,13 +169,7 @@ def _plain_array(name: str, array: object) -> NDArray[Any]:
 def read_whole(
     path: str | os.PathLike[str], framework: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file.
-
-    Parameters
-    ----------
-    path : path-like
-    framework : str
-        Library of the tensors, by safetensors' name: "np" or "pt".
+    """Return a safetensors file's tensors, of the framework "np" or "pt", and its metadata.
 
     Raises
     ------
@@ -244,21 +238,12 @@ def read_layers(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 def take_weight(
     arrays: dict[str, NDArray[Any]], name: str, layer: Mapping[str, Any]
 ) -> CondensedWeight:
-    """Remove the arrays of a layer from `arrays`, and return its weight.
-
-    Parameters
-    ----------
-    arrays : dict of str to ndarray
-        As stored in the file.
-    name : str
-        The layer's.
-    layer : mapping
-        Its shape and dtype, from `read_layers`.
+    """Remove a layer's stored arrays from `arrays`, and return its weight.
 
     Raises
     ------
     FileFormatError
-        If an array is missing, or they are not a valid weight.
+        If an array is missing, or the arrays are not a valid weight.
     """
     missing = [key for key in array_names(name) if key not in arrays]
     if missing:
