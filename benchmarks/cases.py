@@ -169,7 +169,7 @@ def cpu_cases(*, quick: bool, threads: Sequence[int], masks: Path | None = None)
     for layer in [] if masks is None else _learned_layers(masks):
         cases += _forward(layer, (1, 8, 64, 256), threads=1)
     cases = [replace(case, threads=n) for case in cases for n in threads]
-    # The sort is stable: within a layer, the cases of one thread come before those of two.
+    # The sort is stable: within a layer, one-thread cases come before two-thread cases.
     order = {layer: i for i, layer in enumerate(dict.fromkeys(case.layer for case in cases))}
     return sorted(cases, key=lambda case: (order[case.layer], case.threads))
 
@@ -267,7 +267,7 @@ def _quick_gpu_cases() -> list[Case]:
 def _forward(
     layer: Layer, batches: Iterable[int], *, threads: int = 0, cold: Collection[int] = ()
 ) -> list[Case]:
-    """Return products with each batch, and with those of `cold` also with cold caches."""
+    """Return products with each batch; for the batches in `cold` also with cold caches."""
     is_headline = (layer.n_in, layer.n_out) == HEADLINE and not layer.is_ablated
     compiled = (1, 8, 64) if threads else (1, 64, 256)
     hot = [

@@ -51,7 +51,7 @@ class Cliff:
 
 
 def find_cliffs(times: Mapping[int, float]) -> list[Cliff]:
-    """Return the batches whose times, given by batch, break one of two rules.
+    """Return the batches whose times break one of two rules; the mapping is from batch to time.
 
     No batch takes more than 1.1 times as long as one that is larger by up to 16. From batch 64 on,
     the times per row of two batches that differ by 16 are within a factor of 1.3.

@@ -98,7 +98,8 @@ def compare(old: Sequence[Results], new: Sequence[Results]) -> Comparison:
             "some files were measured on a cpu and others on a gpu; compare one device"
         )
     before, after = _rows(old), _rows(new)
-    kernels, others = [], []
+    kernels: list[Change] = []
+    others: list[Change] = []
     for key in (key for key in after if key in before):
         row, (_, name) = after[key][0], key
         change = Change(row.label, name, *(_spread(each[key], name) for each in (before, after)))

@@ -96,7 +96,7 @@ class EventRun:
 
     @property
     def _calls(self) -> int:
-        """Calls of a round; so many that all contenders have about as many rounds."""
+        """Calls of a round, chosen so that all contenders have about the same number of rounds."""
         return -(-self._wanted * _ROUND // CALLS)
 
     def estimate(self) -> None:

@@ -147,7 +147,7 @@ def measure(
     Raises
     ------
     SriglError
-        If the device takes no more work, as after a fault in a kernel.
+        If the device fails, for example after a fault in a kernel.
     """
     cases, device = chosen(settings), bench.device
     instructions = "gpu" if settings.device == "gpu" else settings.instructions
@@ -325,13 +325,13 @@ def _message(error: Exception) -> str:
 
 
 def _check_alive(device: Device, name: str, why: str) -> None:
-    """Raise SriglError if the device takes no more work, as after a fault in a kernel."""
+    """Raise SriglError if the device fails, for example after a fault in a kernel."""
     try:
         device.release()
     except Exception as error:
         raise SriglError(
-            f"the device takes no more work since {name} ({why}): {_message(error)}; leave that "
-            f"contender out, and run again"
+            f"the device fails since {name} ran ({why}): {_message(error)}; leave that contender "
+            f"out, and run again"
         ) from error
 
 

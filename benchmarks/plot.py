@@ -57,7 +57,7 @@ def save_plot(results: Results, path: Path) -> Path:
 
 
 def _times(axis: Any, rows: Sequence[Row]) -> None:
-    """Draw our times and those of the best of each family."""
+    """Draw our times and the best times of each family."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row.ours is not None:

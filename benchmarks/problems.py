@@ -75,7 +75,7 @@ BFLOAT16 = Precision("bfloat16", "bfloat16", of_result=2.0**-8)
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The inputs of one call, its threads (None on a GPU), and its number among those of a size."""
+    """The inputs of one call, its threads (None on a GPU), and its number among equal sizes."""
 
     x: Any
     grad: Any
@@ -253,8 +253,8 @@ class Problem:
 
         Notes
         -----
-        The exact results are computed from the numbers that the contender was given, that is after
-        rounding to its types. The bound of each entry is ``precision.of_result`` times its
+        The exact results are computed from the numbers that the contender takes, after rounding to
+        its types. The bound of each entry is ``precision.of_result`` times its
         magnitude, plus the sum of the magnitudes of its terms times ``precision.of_products`` and
         the error of a sum in the accumulator: of as many terms, in any order, truncated and not
         rounded, as tensor cores do.

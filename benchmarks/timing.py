@@ -1,4 +1,4 @@
-"""Timing of several contenders in turns, so that a disturbance of the machine affects all alike."""
+"""Timing of several contenders in turns, so that a disturbance affects all of them equally."""
 
 from __future__ import annotations
 

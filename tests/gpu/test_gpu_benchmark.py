@@ -394,7 +394,9 @@ def test_a_run_that_ends_early_leaves_what_it_measured(device, measured, tmp_pat
 
     with pytest.raises(SriglError if end == "fault" else KeyboardInterrupt) as raised:
         measured(extra(device, error=error, prepared=prepared))
-    message = "takes no more work since extra (RuntimeError: CUDA error: an illegal memory access)"
+    message = (
+        "the device fails since extra ran (RuntimeError: CUDA error: an illegal memory access)"
+    )
     assert end != "fault" or message in str(raised.value)
     results = load_results(tmp_path / "gpu.json")
     assert len(results.rows) == (1 if end.endswith("layer") else len(CASES) - 1)

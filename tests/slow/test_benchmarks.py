@@ -82,6 +82,7 @@ def test_cases_of_a_layer_follow_each_other_and_a_quick_run_is_part_of_a_whole_o
     assert changes == len(set(layers)) - 1
     assert set(quick) < set(cases)
     assert len(quick) < 25
+    assert not any(case.compiled for case in cases_of("cpu") if case.cold)  # too slow to compile
 
 
 def test_only_takes_one_word_of_each():
