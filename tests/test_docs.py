@@ -111,7 +111,11 @@ def test_readme_and_make_run_the_same_tests():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not target.startswith("https://"):
-            assert (page.parent / target).exists(), target
+            path = (page.parent / target).resolve()
+            package, *rest = path.relative_to(ROOT).parts or (".",)
+            if package == "srigl_core":  # CI runs the tests beside an installed wheel
+                path = Path(srigl_core.__file__).parent.joinpath(*rest)
+            assert path.exists(), target
 
 
 def test_no_page_or_script_holds_a_path_of_somebodys_machine():
