@@ -221,7 +221,7 @@ BAD_MASKS = {
     "no mapping": (perceptron, [FIRST], ValueTypeError, "masks must be a mapping.*got list"),
     "a word": (perceptron, "zeros", SriglError, "masks='zeros' is unknown"),
     "unknown": (perceptron, {"fc": FIRST}, SriglError, "no layer or parameter 'fc'; it has 0, 2"),
-    "nothing": (perceptron, "nonzero", SriglError, "no layer has a mask with anything"),
+    "nothing": (perceptron, "nonzero", SriglError, "nothing to condense"),
     "groups": (grouped, {"0": halves(4, 2, 3, 3)}, SriglError, "'0' has groups=2"),
     "hooks": (hooked, {"0": FIRST}, SriglError, "layer '0' has hooks"),
     "shared": (tied, {"0": halves(8, 8)}, SriglError, "layer '0' shares its weight"),
@@ -248,7 +248,7 @@ def test_what_cannot_be_condensed_is_said_and_the_model_is_left_as_it_was(what):
 
 def test_zeros_of_weights_just_grown_are_no_mask_and_the_error_says_so():
     model, _ = trained(perceptron)
-    with Untouched(model), pytest.raises(SriglError, match=r"layer '\d'.*just grown are 0.0"):
+    with Untouched(model), pytest.raises(SriglError, match=r"layer '\d'.*newly grown weights are active although they are 0.0"):
         condense(model, "nonzero")
 
 
@@ -436,7 +436,7 @@ LEFT = {
         lambda: nn.Sequential(
             condensed_layer(10, 12, 3, 8), nn.LayerNorm(12).double(), dense_layer(12, 9)
         ),
-        {"0": "as 1 (LayerNorm) lies behind it"},
+        {"0": "as 1 (LayerNorm) follows it"},
     ),
     "dropout": (
         lambda: nn.Sequential(condensed_layer(10, 12, 3, 8), nn.Dropout(), dense_layer(12, 9)),
@@ -447,14 +447,14 @@ LEFT = {
         {"body.0": "as no linear layer follows in its nn.Sequential", "alone": "as it is in no "},
     ),
     "hook": (with_hook, {"0": "as 1 has hooks"}),
-    "shared": (used_twice, {"0": "as 0 is shared with another place", "2": "as 2 is shared"}),
+    "shared": (used_twice, {"0": "as 0 is used more than once", "2": "as 2 is used"}),
     "all": (
         lambda: nn.Sequential(dense_layer(10, 12, 0), nn.ReLU(), dense_layer(12, 9)),
         {},
     ),
     "not finite": (
         lambda: nn.Sequential(infinite_bias(), nn.ReLU(), dense_layer(12, 9)),
-        {"0": "as a bias of one is not finite"},
+        {"0": "as the output of an ablated"},
     ),
     "convolution": (
         lambda: nn.Sequential(
@@ -792,15 +792,15 @@ SPOILT = {
         r"layer '2': the mask is not constant fan-in.*row 0 has 1, row 1 has 2,.*, and 1 more rows",
     ),
     "order": (SriglError, "layer '0' has .* not zero outside its mask; .* another order"),
-    "count": (SriglError, r"2 masks, but the model 3 layers with a weight \(0, 2, 4\)"),
-    "shape": (SriglError, r"mask of layer '4' has shape \(5, 3\), but its weight \(5, 24\)"),
+    "count": (SriglError, r"2 masks, but the model has 3 layers with a weight \(0, 2, 4\)"),
+    "shape": (SriglError, r"mask of layer '4' has shape \(5, 3\), but its weight has \(5, 24\)"),
     "numbers": (SriglError, "layer '0' has other numbers than 0 and 1"),
     "kind": (FileFormatError, "layer '0' must be a tensor or None, got list"),
     "empty": (SriglError, "layer '4' has no active weight"),
     "no masks": (FileFormatError, "no list 'backward_masks'"),
-    "no model": (FileFormatError, "no model's state"),
+    "no model": (FileFormatError, "no state of a model"),
     "lacks": (SriglError, "the checkpoint lacks 2.bias; make the model"),
-    "more": (SriglError, "the checkpoint has 9.bias, which the model has not"),
+    "more": (SriglError, "the model lacks 9.bias"),
     "weights": (SriglError, r"'4.bias' of the checkpoint has shape \(4,\)"),
 }
 
@@ -828,7 +828,7 @@ def test_a_file_with_more_than_tensors_is_not_run_and_the_remedy_is_said(tmp_pat
     with Untouched(fresh), pytest.raises(FileFormatError, match=re.escape("weights_only=False")):
         load_released_checkpoint(path, fresh)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(FileFormatError, match=r"no whole PyTorch checkpoint|more than tensors"):
+    with pytest.raises(FileFormatError, match=r"not a complete PyTorch checkpoint|more than tensors"):
         load_released_checkpoint(path, fresh)
     torch.save([1], path)
     with pytest.raises(FileFormatError, match="holds a list"):
