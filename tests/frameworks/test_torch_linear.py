@@ -1,23 +1,23 @@
-"""The condensed layer in PyTorch: product, gradients, tracing, and what is kept between calls."""
+"""The condensed layer in PyTorch: product, gradients, tracing, and the cache of packings."""
 
 import copy
 import gc
 import io
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from srigl_core import BackendUnavailableError, CondensedWeight, SriglError, ValueTypeError
+from srigl_core import CondensedWeight, SriglError, ValueTypeError
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.testing.bounds import first_violation
 from srigl_core.testing.oracles import expected_gradients, expected_product
@@ -36,7 +36,7 @@ from srigl_core.torch.ops import (  # noqa: E402
 )
 from srigl_core.torch.tensors import as_numpy, from_numpy  # noqa: E402
 
-# What PyTorch warns itself of, when it is first asked to compile or export.
+# PyTorch's own warnings at its first compilation or export.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -64,32 +64,39 @@ def arguments(layer, x):
     return (x, layer.values, *buffers, layer.bias, layer.in_features)
 
 
-def dense_product(layer, x):
-    """The product of a layer without an activation, from the masked dense weight."""
-    return layer.to_linear()(x)
-
-
-def assert_within(got, outcome):
-    violation = first_violation(as_numpy(got), outcome)
+def assert_within(result, outcome):
+    violation = first_violation(as_numpy(result), outcome)
     assert violation is None, violation
 
 
 def assert_right(layer, x):
-    """The layer computes with the values and the mask that it has now, in both ways."""
-    torch.testing.assert_close(layer(x), dense_product(layer, x))
+    """The layer computes with its current values and mask, with and without gradients."""
+    expected = layer.to_linear()(x)
+    torch.testing.assert_close(layer(x), expected)
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), dense_product(layer, x))
+        torch.testing.assert_close(layer(x), expected)
+
+
+def run_python(program, **environment):
+    """Run a program in a process of its own, and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 # ---------------------------------------------------------------- numbers
 
 
-def test_products_and_gradients_are_within_the_error_bound():
-    for seed in range(120):
-        assert_product_and_gradients_are_right(matmul_problem(SeededSource(seed)))
-
-
-def assert_product_and_gradients_are_right(problem):
+@pytest.mark.parametrize("seed", range(30))
+def test_product_and_gradients_are_within_the_error_bound(seed):
+    problem = matmul_problem(SeededSource(seed))
     layer = CondensedLinear.from_condensed(problem.weight, problem.bias)
     x = from_numpy(np.array(problem.x)).requires_grad_()
     y = layer(x)
@@ -102,33 +109,22 @@ def assert_product_and_gradients_are_right(problem):
     expected = expected_gradients(problem.weight, as_numpy(grad), problem.x)
     assert_within(x.grad, expected["x"])
     assert_within(layer.values.grad.view(problem.weight.values.shape), expected["values"])
-    found = [x.grad, layer.values.grad]
-    owners = [x, layer.values]
     if problem.bias is not None:
         assert_within(layer.bias.grad, expected["bias"])
-        found, owners = [*found, layer.bias.grad], [*owners, layer.bias]
-    assert [part.dtype for part in found] == [owner.dtype for owner in owners]
+    for owner in (x, *layer.parameters()):
+        assert owner.grad.dtype == owner.dtype
     layer.activation = problem.activation
     with torch.no_grad():
         fused = layer(x)
     assert_within(fused, expected_product(problem.weight, problem.x, bias, problem.activation))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_arrays_that_no_tensor_can_view_are_copied(dtype):
-    array = np.arange(6, dtype=dtype)
-    packed = np.zeros(6, [("mark", "u1"), ("number", dtype)])
-    packed["number"] = array
-    for given in (array[::-1], packed["number"]):
-        np.testing.assert_array_equal(as_numpy(from_numpy(given)), given)
-    from_numpy(array[::2])[1] = 9
-    assert array[2] == 9
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("fan_in", [1, 3, 10])
-def test_a_layer_is_the_masked_dense_one(dtype, bias, fan_in):
+@pytest.mark.parametrize(
+    ("dtype", "fan_in", "bias"),
+    [*((dtype, 3, True) for dtype in DTYPES), (torch.float64, 1, False), (torch.float64, 10, True)],
+    ids=str,
+)
+def test_a_layer_is_the_masked_dense_one(dtype, fan_in, bias):
     layer = layer_of(fan_in=fan_in, bias=bias).to(dtype)
     dense = layer.to_linear()
     mask = layer.mask
@@ -156,18 +152,14 @@ def test_a_layer_is_the_masked_dense_one(dtype, bias, fan_in):
 
 
 def strided(x):
-    """The same numbers, otherwise in memory."""
+    """The same numbers in other layouts: every second, transposed, with an offset."""
     wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), 77.0, dtype=x.dtype)
     wide[..., ::2] = x
-    return {
-        "as it is": x,
-        "every second": wide[..., ::2],
-        "transposed": x.transpose(0, -1).contiguous().transpose(0, -1),
-        "offset": torch.cat([x.reshape(-1)[:1], x.reshape(-1)])[1:].view(x.shape),
-    }
+    offset = torch.cat([x.reshape(-1)[:1], x.reshape(-1)])[1:].view(x.shape)
+    return x, wide[..., ::2], x.transpose(0, -1).contiguous().transpose(0, -1), offset
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_strides_and_leading_dimensions_do_not_matter(dtype):
     layer = layer_of().to(dtype)
     x = batch_of(layer, 2, 3)
@@ -176,8 +168,8 @@ def test_strides_and_leading_dimensions_do_not_matter(dtype):
     x.requires_grad_()
     layer(x).backward(grad)
     dvalues = layer.values.grad.clone()
-    for one in strided(x.detach()).values():
-        for other in strided(grad).values():
+    for one in strided(x.detach()):
+        for other in strided(grad):
             assert torch.equal(layer(one), wanted)
             with torch.no_grad():
                 assert torch.equal(layer(one), wanted)
@@ -188,16 +180,12 @@ def test_strides_and_leading_dimensions_do_not_matter(dtype):
             assert torch.equal(layer.values.grad, dvalues)
     for shape in ((6, 10), (1, 6, 10), (3, 1, 2, 10)):
         assert torch.equal(layer(x.view(shape)).reshape(2, 3, 6), wanted)
+    layer.bias.grad = None
+    layer(x).sum().backward()  # a gradient with strides 0
+    assert torch.equal(layer.bias.grad, torch.full_like(layer.bias, 6))
     assert torch.equal(layer(x[0, 0]), layer(x[:1, 0])[0])
     same_rows = x[:1, 0].expand(4, -1)
     assert torch.equal(layer(same_rows), layer(same_rows.contiguous()))
-
-
-def test_a_sum_of_the_result_has_a_gradient_without_strides():
-    layer = layer_of(bias=True)
-    x = batch_of(layer, 4).requires_grad_()
-    layer(x).sum().backward()
-    assert torch.equal(layer.bias.grad, torch.full_like(layer.bias, 4))
 
 
 @pytest.mark.parametrize("shape", [(0, 10), (2, 0, 10)])
@@ -218,11 +206,11 @@ def test_an_empty_batch_gives_empty_results_and_zero_gradients(shape):
 def test_an_activation_is_the_same_with_and_without_a_gradient(activation):
     plain, layer = layer_of(), layer_of(activation=activation)
     functions = {
-        "none": lambda z: z,
-        "relu": torch.relu,
-        "gelu": nn.functional.gelu,
+        "none": nn.Identity(),
+        "relu": nn.ReLU(),
+        "gelu": nn.GELU(),
         "gelu_tanh": nn.GELU("tanh"),
-        "silu": nn.functional.silu,
+        "silu": nn.SiLU(),
     }
     x = batch_of(layer, 7).requires_grad_()
     wanted = functions[activation](plain(x))
@@ -262,55 +250,47 @@ def test_subnormals_are_honoured_also_where_pytorch_flushes_them(batch):
         pytest.skip("PyTorch cannot flush subnormals on this processor")
     try:
         with torch.no_grad():
-            found = [layer(x)[:, 0], biased(x)[:, 1]]
-        found += [layer(x).detach()[:, 0], *torch.autograd.grad(layer(x), x, grad)[0][:, :1].T]
+            results = [layer(x)[:, 0], biased(x)[:, 1]]
+        results += [layer(x).detach()[:, 0], *torch.autograd.grad(layer(x), x, grad)[0][:, :1].T]
     finally:
         torch.set_flush_denormal(False)
-    for part in found:
+    for part in results:
         assert torch.equal(part.view(torch.int32), grad[:, 0].view(torch.int32))
 
 
-def test_types_that_do_not_combine_are_refused():
-    layer = layer_of()
-    message = "float16 and values of torch.bfloat16 do not combine"
-    for mode in (torch.enable_grad(), torch.no_grad()):
-        with mode:
-            with pytest.raises(ValueTypeError, match=message):
-                layer.bfloat16()(batch_of(layer, 2).half())
-            layer.double()
-            for x in (torch.ones(2, 10, dtype=torch.int64), torch.ones(2, 10) > 0):
-                with pytest.raises(ValueTypeError, match="must be floating point"):
-                    layer(x)
-
-
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_wrong_last_axis_is_refused_also_in_tracing(device):
-    layer = layer_of(device=device) if device == "cpu" else layer_of().to("meta")
-    for shape in ((), (9,), (10, 1), (2, 0)):
+def test_a_wrong_input_is_refused_also_in_tracing(device):
+    layer = layer_of(dtype=ml_dtypes.bfloat16).to(device)
+    cases = {
+        r"x has shape \(9,\), but its last axis must be the weight's n_in=10": torch.ones(9),
+        r"x has shape \(\)": torch.ones(()),
+        "float16 and bfloat16 do not combine": torch.ones(2, 10, dtype=torch.float16),
+        "x of dtype 'int64' is not supported; convert": torch.ones(2, 10, dtype=torch.int64),
+        "x of dtype 'bool' is not supported; convert": torch.ones(2, 10, dtype=torch.bool),
+    }
+    for message, x in cases.items():
         for mode in (torch.enable_grad(), torch.no_grad()):
-            with mode, pytest.raises(SriglError, match=r"x has shape .* in_features=10"):
-                layer(torch.ones(shape, dtype=torch.float64, device=device))
-    assert layer(torch.ones(3, 10, dtype=torch.float64, device=device)).shape == (3, 6)
+            with mode, pytest.raises(SriglError, match=message):
+                layer(x.to(device))
+    assert layer(torch.ones(3, 10, dtype=torch.bfloat16, device=device)).shape == (3, 6)
 
 
 def test_ops_check_what_would_read_beyond_a_tensor():
     layer = layer_of()
     x, values, indices, active, counts, bias, n_in = arguments(layer, batch_of(layer, 2))
     mask = (indices, active, counts)
-    for wrong in (bias[:5], bias[None], bias[0]):
-        with pytest.raises(SriglError, match="bias has shape"):
-            condensed_linear(x, values, *mask, wrong, n_in)
-    with pytest.raises(SriglError, match="room for 16 values"):
-        condensed_linear(x, values[:-1], indices, active, counts + 1, bias, n_in)
-    with pytest.raises(SriglError, match=r"indices holds \d, but must lie in 0\.\.4"):
-        condensed_linear(x[:, :5], values, *mask, bias, 5)
-    with pytest.raises(SriglError, match="activation='tanh' is unknown"):
-        condensed_inference(x, values, *mask, bias, n_in, "tanh")
-    asked = (n_in, True, True, True)
-    with pytest.raises(SriglError, match=r"grad has shape \(2, 5\)"):
-        condensed_linear_backward(torch.ones(2, 5), x, values, *mask, *asked)
-    with pytest.raises(SriglError, match="their axes but the last"):
-        condensed_linear_backward(torch.ones(3, 6), x, values, *mask, *asked)
+    inputs = (x, values, *mask, n_in, True, True, True)
+    for message, op, *wrong in (
+        (r"bias has shape \(5,\)", condensed_linear, x, values, *mask, bias[:5], n_in),
+        (r"bias has shape \(1, 6\)", condensed_linear, x, values, *mask, bias[None], n_in),
+        ("room for 16", condensed_linear, x, values[:-1], indices, active, counts + 1, bias, n_in),
+        (r"indices holds \d, but must lie in", condensed_linear, x[:, :5], values, *mask, bias, 5),
+        ("='tanh' is unknown", condensed_inference, x, values, *mask, bias, n_in, "tanh"),
+        (r"grad has shape \(2, 5\)", condensed_linear_backward, torch.ones(2, 5), *inputs),
+        (r"x has shape \(2, 10\), but", condensed_linear_backward, torch.ones(3, 6), *inputs),
+    ):
+        with pytest.raises(SriglError, match=message):
+            op(*wrong)
 
 
 # ---------------------------------------------------------------- PyTorch's own checks
@@ -402,8 +382,7 @@ def test_a_compiled_model_is_the_eager_one_and_outlives_a_mask_update(backend):
     x = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
 
     def check():
-        for found, wanted in zip(gradients_of(compiled, x), gradients_of(model, x), strict=True):
-            torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(gradients_of(compiled, x), gradients_of(model, x))
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), model(x))
 
@@ -419,18 +398,6 @@ def test_a_compiled_model_is_the_eager_one_and_outlives_a_mask_update(backend):
         optimizer.step()
         check()
     assert not torch._dynamo.utils.counters["graph_break"]
-    torch._dynamo.reset()
-
-
-def test_a_compiled_model_takes_batches_of_any_size():
-    torch._dynamo.reset()
-    layer = layer_of()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    compiled(batch_of(layer, 5))
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for size in (2, 7, 30):
-            x = batch_of(layer, size)
-            assert torch.equal(compiled(x), layer(x))
     torch._dynamo.reset()
 
 
@@ -455,16 +422,16 @@ def test_an_exported_model_is_the_same_and_outlives_a_mask_update():
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-def test_autocast_rounds_inputs_and_results(kind, grad):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_inputs_and_results(dtype, grad):
     layer = layer_of(dtype=np.float32)
     x = batch_of(layer, 5).requires_grad_()
-    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=kind):
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=dtype):
         y = layer(x)
-        again = layer(x.to(kind))
-    assert y.dtype == again.dtype == kind
-    wanted = layer(x.to(kind).float())
-    assert torch.equal(y, wanted.to(kind))
+        again = layer(x.to(dtype))
+    assert y.dtype == again.dtype == dtype
+    wanted = layer(x.to(dtype).float())
+    assert torch.equal(y, wanted.to(dtype))
     assert torch.equal(y, again)
     if grad:
         y.sum().backward()
@@ -473,22 +440,15 @@ def test_autocast_rounds_inputs_and_results(kind, grad):
 
 
 def test_autocast_leaves_double_precision_alone_and_other_halves_combine():
-    layer = layer_of()
+    torch._dynamo.reset()
+    layer, single = layer_of(), layer_of(dtype=np.float32)
     x = batch_of(layer, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(layer(x), dense_product(layer, x))
+        torch.testing.assert_close(layer(x), layer.to_linear()(x))
         assert layer.half()(x.half()).dtype == torch.bfloat16
-
-
-def test_a_compiled_model_honours_autocast():
-    torch._dynamo.reset()
-    layer = layer_of(dtype=np.float32)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x = batch_of(layer, 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = compiled(x)
+        y = torch.compile(single, fullgraph=True, backend="aot_eager")(x.float())
         y.sum().backward()
-        assert torch.equal(y, layer(x))
+        assert torch.equal(y, single(x.float()))
     assert y.dtype == torch.bfloat16
     torch._dynamo.reset()
 
@@ -510,11 +470,11 @@ def test_vmap_falls_back_to_a_loop():
     x = batch_of(layer, 3, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = torch.func.vmap(layer)(x)
-    torch.testing.assert_close(found, layer(x))
+        mapped = torch.func.vmap(layer)(x)
+    torch.testing.assert_close(mapped, layer(x))
 
 
-def test_no_graph_is_built_where_none_is_asked_for():
+def test_no_graph_is_built_and_no_input_kept_unless_they_are_needed():
     layer = layer_of()
     x = batch_of(layer, 2)
     with torch.no_grad():
@@ -527,10 +487,6 @@ def test_no_graph_is_built_where_none_is_asked_for():
     layer(x).sum().backward()
     assert x.grad.abs().sum() > 0
     assert layer.values.grad is None
-
-
-def test_a_frozen_layer_does_not_keep_its_input():
-    layer = layer_of().requires_grad_(False)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(batch_of(layer, 50).requires_grad_())
@@ -543,11 +499,11 @@ def test_checkpointing_gives_the_same_gradients():
     checkpoint = torch.utils.checkpoint.checkpoint
     first, model.first.forward = model.first.forward, None
     model.first.forward = lambda x: checkpoint(first, x, use_reentrant=False)
-    for found, expected in zip(gradients_of(model, x), wanted, strict=True):
-        assert torch.equal(found, expected)
+    for gradient, expected in zip(gradients_of(model, x), wanted, strict=True):
+        assert torch.equal(gradient, expected)
 
 
-# ---------------------------------------------------------------- what is kept between calls
+# ---------------------------------------------------------------- the cache of packings
 
 
 def fused(make, **options):
@@ -598,14 +554,14 @@ def revive_another_neuron(layer):
 
 
 def one_value_by_a_fused_optimizer(layer):
-    """One that is not among those compared."""
+    """Change a value that is not among those compared."""
     layer.values.grad = torch.zeros_like(layer.values)
     layer.values.grad[-6] = 1
     torch.optim.SGD([layer.values], lr=0.1, fused=True).step()
 
 
 def written(seed=0):
-    """A layer of more values than are compared."""
+    """A layer with more values than are compared."""
     return layer_of((40, 60), fan_in=9, n_active=30, seed=seed)
 
 
@@ -645,15 +601,13 @@ WRITES = {
 
 
 @pytest.mark.parametrize("how", WRITES)
-@pytest.mark.parametrize("used", ["inference", "training too"])
-def test_a_layer_computes_with_what_it_holds_however_it_was_written(how, used):
+def test_a_layer_computes_with_its_numbers_however_they_were_written(how):
     layer = written()
     x = batch_of(layer, 3)
     with torch.no_grad():
-        before = [layer(x), layer(x)][1]
-    if used == "training too":
-        layer(x).sum().backward()
-        before = layer(x).detach()
+        layer(x)
+    layer(x).sum().backward()
+    before = layer(x).detach()
     WRITES[how](layer)
     assert_right(layer, x.to(layer.values.dtype))
     if how != "another type":
@@ -663,7 +617,7 @@ def test_a_layer_computes_with_what_it_holds_however_it_was_written(how, used):
 
 
 def test_another_tensor_of_the_same_memory_is_read_anew():
-    """Each has a count of writes of its own, which is 0 in both."""
+    """Each tensor has its own count of writes, which is 0 in both."""
     layer = written()
     layer.values = nn.Parameter(layer.values.detach().clone())
     x = batch_of(layer, 2)
@@ -671,14 +625,14 @@ def test_another_tensor_of_the_same_memory_is_read_anew():
     layer.values.data[7] += 1
     other = layer.values.data
     assert (other.data_ptr(), other._version) == (layer.values.data_ptr(), layer.values._version)
-    found = torch.func.functional_call(layer, {"values": other}, (x,))
-    torch.testing.assert_close(found, dense_product(layer, x))
-    assert not torch.equal(found, before)
+    result = torch.func.functional_call(layer, {"values": other}, (x,))
+    torch.testing.assert_close(result, layer.to_linear()(x))
+    assert not torch.equal(result, before)
 
 
 @pytest.mark.parametrize("name", ["values", *BUFFERS])
 def test_memory_that_was_packed_is_freed_when_the_packing_is_not_before(name):
-    """Else another tensor could come to lie there, and be taken for the one that was packed."""
+    """Otherwise another tensor at the same address would count as the one that was packed."""
     layer = written()
     x = batch_of(layer, 2)
     layer(x)
@@ -690,23 +644,14 @@ def test_memory_that_was_packed_is_freed_when_the_packing_is_not_before(name):
     assert memory.expired()
 
 
-def test_many_values_written_one_at_a_time_are_seen():
-    layer = layer_of((64, 100), fan_in=40, n_active=60)
-    x = batch_of(layer, 2)
-    for place in range(0, layer.n_active * layer.fan_in, 97):
-        with torch.no_grad():
-            layer.values[place] += 1
-        assert_right(layer, x)
-
-
 def test_a_layer_made_in_inference_mode_is_read_each_time():
     with torch.inference_mode():
         layer = layer_of()
         x = batch_of(layer, 3)
         for _ in range(3):
-            torch.testing.assert_close(layer(x), dense_product(layer, x))
+            torch.testing.assert_close(layer(x), layer.to_linear()(x))
             layer.values[4] += 1
-            torch.testing.assert_close(layer(x), dense_product(layer, x))
+            torch.testing.assert_close(layer(x), layer.to_linear()(x))
             move_one_connection(layer)
 
 
@@ -722,11 +667,11 @@ def test_tensors_at_the_address_of_freed_ones_are_packed_anew():
         layer = layer_of()
         x = batch_of(layer, 2)
         values, *mask, bias = (tensors[name] for name in ("values", *BUFFERS, "bias"))
-        found = condensed_inference(x, values, *mask, bias, 10, "none")
+        result = condensed_inference(x, values, *mask, bias, 10, "none")
         layer.load_state_dict(tensors)
-        torch.testing.assert_close(found, dense_product(layer, x).detach())
+        torch.testing.assert_close(result, layer.to_linear()(x).detach())
         del layer, tensors, values, mask, bias
-    assert len(identities) < 20, "no tensor came in the place of another; the test shows nothing"
+    assert len(identities) < 20, "no address was reused, so the test shows nothing"
     assert len(packing._packings) == before
 
 
@@ -734,19 +679,16 @@ def test_packings_are_made_once_for_a_mask_and_once_for_values(monkeypatch):
     made, arranged = [], []
     layer = layer_of((40, 60), fan_in=9, n_active=30)
     backend = packing.get_backend(operation="condensed_matmul_backward")
-    kind = type(backend.prepare(layer.to_condensed()))
-    prepare, with_values = type(backend).prepare, kind.with_values
-    monkeypatch.setattr(
-        type(backend), "prepare", lambda self, w: made.append(w) or prepare(self, w)
-    )
-    monkeypatch.setattr(
-        kind, "with_values", lambda self, w: arranged.append(w) or with_values(self, w)
-    )
+    prepared = type(backend.prepare(layer.to_condensed()))
+    for cls, name, calls in ((type(backend), "prepare", made), (prepared, "with_values", arranged)):
+        method = getattr(cls, name)
+        spy = lambda self, w, method=method, calls=calls: calls.append(w) or method(self, w)  # noqa: E731
+        monkeypatch.setattr(cls, name, spy)
 
     def counts():
-        found = len(made), len(arranged)
+        result = len(made), len(arranged)
         made.clear(), arranged.clear()
-        return found
+        return result
 
     x = batch_of(layer, 3)
     for _ in range(3):
@@ -765,7 +707,7 @@ def test_packings_are_made_once_for_a_mask_and_once_for_values(monkeypatch):
     move_connections(layer, 1)
     layer(x).sum().backward()
     assert counts() == (1, 0)
-    with torch.no_grad():  # what DistributedDataParallel does to buffers before each forward pass
+    with torch.no_grad():  # as DistributedDataParallel does before each forward pass
         for name in BUFFERS:
             getattr(layer, name).copy_(getattr(layer, name).clone())
         layer(x)
@@ -782,16 +724,11 @@ def test_a_layer_uses_as_many_threads_as_pytorch(threads, monkeypatch):
     x = batch_of(layer, 256)
     y = layer(x)
     asked, before = [], torch.get_num_threads()
-    kind = type(packing.packing_of(*arguments(layer, x)[1:5], 400).prepared)
-    for name in ("matmul", "backward"):
-        call = getattr(kind, name)
-        monkeypatch.setattr(
-            kind,
-            name,
-            lambda self, *arrays, threads, call=call, **more: (
-                asked.append(threads) or call(self, *arrays, threads=threads, **more)
-            ),
-        )
+    plan = type(packing.packing_of(*arguments(layer, x)[1:5], 400).plan)
+    for name in ("write_product", "write_gradients"):
+        call = getattr(plan, name)
+        spy = lambda *a, call=call, **o: asked.append(o["threads"]) or call(*a, **o)  # noqa: E731
+        monkeypatch.setattr(plan, name, spy)
     try:
         torch.set_num_threads(threads)
         assert torch.equal(layer(x), y)
@@ -812,20 +749,12 @@ if {way == "forward"}:
     layer(x)
 else:
     buffers = layer.indices, layer.active, layer.counts
-    asked = True, True, True
+    needs = True, True, True
     with torch.no_grad():
-        ops.condensed_linear_backward(torch.ones(256, 300), x, layer.values, *buffers, 400, *asked)
+        ops.condensed_linear_backward(torch.ones(256, 300), x, layer.values, *buffers, 400, *needs)
 print(torch.get_num_threads())
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"NUMBA_NUM_THREADS": "3"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.stdout == "2\n", done.stderr
+    assert run_python(program, NUMBA_NUM_THREADS="3") == "2\n"
 
 
 def test_threads_share_a_layer():
@@ -835,10 +764,10 @@ def test_threads_share_a_layer():
     layer.values.grad = layer.bias.grad = None
     wrong, start = [], threading.Barrier(6)
 
-    def work(kind):
+    def work(number):
         start.wait()
         for _ in range(15):
-            if kind % 2:
+            if number % 2:
                 with torch.no_grad():
                     good = torch.equal(layer(x), wanted[0])
             else:
@@ -847,7 +776,7 @@ def test_threads_share_a_layer():
                 (dx,) = torch.autograd.grad(y.square().sum(), mine)
                 good = torch.equal(y, wanted[0]) and torch.equal(dx, wanted[1])
             if not good:
-                wrong.append(kind)
+                wrong.append(number)
 
     for _ in range(3):
         threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
@@ -856,7 +785,7 @@ def test_threads_share_a_layer():
         for thread in threads:
             thread.join()
         with torch.no_grad():
-            layer.values.mul_(1)  # the same numbers, to be put in order again
+            layer.values.mul_(1)  # the same numbers, which are packed again
             layer.indices.mul_(1)
     assert not wrong
 
@@ -872,9 +801,9 @@ def test_replicas_of_a_layer_share_its_gradient():
         for name, buffer in layer.named_buffers():
             replica._buffers[name] = buffer.clone()
         replicas.append(replica)
-    found = torch.cat([replica(part) for replica, part in zip(replicas, x.split(3), strict=True)])
-    assert torch.equal(found, layer(x))
-    found.sum().backward()
+    result = torch.cat([replica(part) for replica, part in zip(replicas, x.split(3), strict=True)])
+    assert torch.equal(result, layer(x))
+    result.sum().backward()
     together = layer.values.grad.clone()
     layer.values.grad = None
     layer(x).sum().backward()
@@ -885,16 +814,15 @@ def test_replicas_of_a_layer_share_its_gradient():
 
 
 @pytest.mark.parametrize(
-    ("options", "fan_in", "budget"),
+    ("options", "fan_in", "budget", "dtype"),
     [
-        ({"fan_in": 3}, 3, 24),
-        ({"nnz_budget": 30}, 3, 30),
-        ({"sparsity": 0.8}, 4, 32),
-        ({"fan_in": 20}, 20, 160),
+        ({"fan_in": 3}, 3, 24, torch.float16),
+        ({"nnz_budget": 30}, 3, 30, torch.bfloat16),
+        ({"sparsity": 0.8}, 4, 32, torch.float32),
+        ({"fan_in": 20}, 20, 160, torch.float64),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_new_layer_has_random_connections_within_its_budget(options, fan_in, budget, dtype):
     layer = CondensedLinear(20, 8, **options, dtype=dtype, rng=0)
     assert (layer.in_features, layer.out_features) == (20, 8)
@@ -961,15 +889,14 @@ def test_columns_beyond_sixteen_bits():
     assert_right(layer, batch_of(layer, 2))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dtype", "bias"), [*zip(DTYPES, (1, 0, 1, 0), strict=True)], ids=str)
 def test_a_linear_layer_is_condensed_and_back(dtype, bias):
     torch.manual_seed(0)
-    linear = nn.Linear(10, 6, bias=bias, dtype=dtype).eval()
+    linear = nn.Linear(10, 6, bias=bool(bias), dtype=dtype).eval()
     linear.weight.requires_grad_(False)
     mask = layer_of().mask
-    for given in (mask, mask.numpy()):
-        layer = CondensedLinear.from_linear(linear, given, nnz_budget=20)
+    for argument in (mask, mask.numpy()):
+        layer = CondensedLinear.from_linear(linear, argument, nnz_budget=20)
         assert torch.equal(layer.mask, mask)
         assert (layer.n_active, layer.fan_in, layer.nnz_budget) == (4, 3, 20)
         assert not layer.training
@@ -997,27 +924,22 @@ def test_masks_and_modules_that_cannot_be_condensed_are_refused():
     mask = layer_of().mask
     uneven = mask.clone()
     uneven[mask.any(1).nonzero()[0], mask[mask.any(1)][0].nonzero()[0]] = False
-    row = int(mask.any(1).nonzero()[0])
-    with pytest.raises(
-        SriglError,
-        match=rf"1 of 4 active rows have fewer than 3 weights \(row {row} has 2\)",
+    row, weight = int(mask.any(1).nonzero()[0]), layer_of().to_condensed()
+    from_linear, from_condensed = CondensedLinear.from_linear, CondensedLinear.from_condensed
+    for message, make, *inputs in (
+        (rf"1 of 4 active rows .* 3 weights \(row {row} has 2\)", from_linear, linear, uneven),
+        ("no active weight", from_linear, linear, mask & False),
+        (r"must be an? .*of bool", from_linear, linear, mask.float()),
+        (r"mask has shape \(10, 6\)", from_linear, linear, mask.T),
+        ("must be a torch.nn.Linear, got Conv2d", from_linear, nn.Conv2d(1, 1, 1), mask),
+        (r"bias has shape \(7,\)", from_condensed, weight, np.ones(7)),
+        ("must be a CondensedWeight, got ndarray", from_condensed, weight.to_dense()),
     ):
-        CondensedLinear.from_linear(linear, uneven)
-    with pytest.raises(SriglError, match="no active weight"):
-        CondensedLinear.from_linear(linear, mask & False)
-    with pytest.raises(ValueTypeError, match=r"must be an? .*of bool"):
-        CondensedLinear.from_linear(linear, mask.float())
-    with pytest.raises(SriglError, match=r"mask has shape \(10, 6\)"):
-        CondensedLinear.from_linear(linear, mask.T)
-    with pytest.raises(ValueTypeError, match=r"must be a torch.nn.Linear, got Conv2d"):
-        CondensedLinear.from_linear(nn.Conv2d(1, 1, 1), mask)
+        error = ValueTypeError if message.startswith("must be a") else SriglError
+        with pytest.raises(error, match=message):
+            make(*inputs)
     with pytest.raises(SriglError, match="nnz_budget=11 must be between 12 and 60"):
-        CondensedLinear.from_linear(linear, mask, nnz_budget=11)
-    weight = layer_of().to_condensed()
-    with pytest.raises(SriglError, match=r"bias has shape \(7,\)"):
-        CondensedLinear.from_condensed(weight, np.ones(7))
-    with pytest.raises(ValueTypeError, match="must be a CondensedWeight, got ndarray"):
-        CondensedLinear.from_condensed(weight.to_dense())
+        from_linear(linear, mask, nnz_budget=11)
 
 
 def test_another_weight_is_taken_over_in_place():
@@ -1047,14 +969,12 @@ def test_another_weight_is_taken_over_in_place():
         layer.load_condensed_(layer)
 
 
-@pytest.mark.parametrize("make", ["SGD", "AdamW"])
-def test_what_is_behind_the_active_values_stays_zero(make):
+@pytest.mark.parametrize(
+    "make", [partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1), torch.optim.AdamW]
+)
+def test_values_after_the_active_ones_stay_zero(make):
     layer = layer_of()
-    parameters = layer.parameters()
-    if make == "SGD":
-        optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
-    else:
-        optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    optimizer = make(layer.parameters(), lr=0.1)
     before = layer.values.detach().clone()
     for step in range(5):
         optimizer.zero_grad()
@@ -1063,28 +983,29 @@ def test_what_is_behind_the_active_values_stays_zero(make):
         optimizer.step()
     assert not layer.values[12:].any()
     assert (layer.values != before)[:12].all()
-    for held in optimizer.state[layer.values].values():
-        assert held.shape != layer.values.shape or not held[12:].any()
+    for part in optimizer.state[layer.values].values():
+        assert part.shape != layer.values.shape or not part[12:].any()
 
 
-@pytest.mark.parametrize("via", ["state_dict", "deepcopy", "pickle", "torch.save"])
-def test_a_copy_is_the_same_and_on_its_own(via):
+def by_state_dict(layer):
+    other = layer_of(seed=9, activation="relu")
+    other.load_state_dict(layer.state_dict())
+    return other
+
+
+def by_file(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [by_state_dict, copy.deepcopy, by_file])
+def test_a_copy_is_the_same_and_independent(duplicate):
     layer = layer_of(activation="relu")
     x = batch_of(layer, 3)
     wanted = layer(x)
-    if via == "state_dict":
-        other = layer_of(seed=9, activation="relu")
-        assert not torch.equal(other(x), wanted)
-        other.load_state_dict(layer.state_dict())
-    elif via == "deepcopy":
-        other = copy.deepcopy(layer)
-    elif via == "pickle":
-        other = pickle.loads(pickle.dumps(layer))
-    else:
-        file = io.BytesIO()
-        torch.save(layer, file)
-        file.seek(0)
-        other = torch.load(file, weights_only=False)
+    other = duplicate(layer)
     assert torch.equal(other(x), wanted)
     assert other.to_condensed() == layer.to_condensed()
     assert repr(other) == repr(layer)
@@ -1096,8 +1017,8 @@ def test_a_copy_is_the_same_and_on_its_own(via):
     assert not torch.equal(other(x), wanted)
 
 
-def states():
-    """What is wrong in a state, as a function that spoils one."""
+def bad_states():
+    """Functions that spoil a state, by the message that names the fault."""
 
     def put(name, place, number):
         return lambda state: state[name].__setitem__(place, number)
@@ -1123,14 +1044,14 @@ def states():
     }
 
 
-@pytest.mark.parametrize("message", states())
+@pytest.mark.parametrize("message", bad_states())
 def test_a_state_with_a_bad_mask_is_refused_and_the_layer_left_as_it_was(message):
     model = nn.Sequential(layer_of())
     before = copy.deepcopy(model.state_dict())
     x = batch_of(model[0], 2)
     wanted = model(x)
     state = copy.deepcopy(nn.Sequential(layer_of(seed=4)).state_dict())
-    states()[message](state)
+    bad_states()[message](state)
     with pytest.raises(SriglError, match=message):
         model.load_state_dict(state)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -1199,17 +1120,8 @@ print(json.dumps([condensed - before, peak() - before]))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_nothing_of_the_dense_size_is_ever_allocated():
-    """Not even a mask of one byte a place: that would be 256 MiB, and the test would see it."""
-    done = subprocess.run(
-        [sys.executable, "-c", LARGE],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    training, with_a_mask = json.loads(done.stdout)
+    """Not even a mask with one byte for each place, which would be 256 MiB."""
+    training, with_a_mask = json.loads(run_python(LARGE, OMP_NUM_THREADS="1"))
     assert training < 16384**2 / 4
     assert with_a_mask > 16384**2
 
@@ -1221,12 +1133,20 @@ def test_without_pytorch_the_error_says_what_to_install():
         "try:\n    import srigl_core.torch\n"
         "except BackendUnavailableError as error:\n    print(isinstance(error, ImportError), error)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.stdout.startswith("True srigl_core.torch needs PyTorch"), done.stderr
-    assert 'pip install "srigl-core[torch]"' in done.stdout
-    assert issubclass(BackendUnavailableError, ImportError)
+    message = run_python(program)
+    assert message.startswith("True srigl_core.torch needs PyTorch")
+    assert 'pip install "srigl-core[torch]"' in message
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_arrays_that_no_tensor_can_view_are_copied(dtype):
+    array = np.arange(6, dtype=dtype)
+    packed = np.zeros(6, [("mark", "u1"), ("number", dtype)])
+    packed["number"] = array
+    for one in (array[::-1], packed["number"]):
+        np.testing.assert_array_equal(as_numpy(from_numpy(one)), one)
+    from_numpy(array[::2])[1] = 9
+    assert array[2] == 9
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bool, torch.int32], ids=str)
