@@ -1,7 +1,7 @@
 # make demo, make test, make test-all, make docs: set up .venv with Python 3.11 or newer, then run.
 # PYTHON=path/to/python: use an interpreter that is set up already; nothing is installed.
 
-.PHONY: help demo test test-all docs fuzz check gpu gpu-compile clean
+.PHONY: help demo test test-all thorough docs check gpu gpu-compile clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # An interpreter with a plain install must not find the checkout's folders first.
@@ -13,43 +13,46 @@ ifdef PYTHON
   test-ready :=
   all-ready :=
   docs-ready :=
-  fuzz-ready :=
+  thorough-ready :=
 else
   python := .venv/bin/python
   demo-ready := .venv/demo-ready
   test-ready := .venv/test-ready
   all-ready := .venv/all-ready
   docs-ready := .venv/docs-ready
-  fuzz-ready := .venv/fuzz-ready
+  thorough-ready := .venv/fuzz-ready
 endif
 
 help:
 	@echo "make demo    train on handwritten digits, measure inference"
-	@echo "make test    run the test suite; what needs a framework that is not installed is skipped"
-	@echo "make test-all   install PyTorch, JAX and ONNX for the CPU, and run all of it"
+	@echo "make test    run the fast tests: every law with 50 problems, in about two minutes"
+	@echo "make test-all   install PyTorch, JAX and ONNX for the CPU; run all tests, with 200 problems"
+	@echo "make thorough   run all mutants and fuzz laws and files, for about three hours"
 	@echo "make docs    build the documentation site, build/site/index.html"
-	@echo "make fuzz    try each law with 10,000 other problems, for up to 100 minutes; damaged files for ten"
 	@echo "make check   run what CI runs"
 	@echo "make gpu     check and measure the GPU kernels on a CUDA device"
 	@echo "make gpu-compile   compile the GPU kernels for all architectures, without a GPU"
 	@echo "make clean   remove .venv and build outputs"
 
 demo: $(demo-ready)
-	$(python) -m srigl_core.cli demo
+	$(python) examples/demo
 
 test: $(test-ready)
-	SRIGL_TEST_BACKENDS=reference,numba,scipy $(python) -m pytest --import-mode=importlib -n 2 --hypothesis-profile=ci
+	SRIGL_TEST_BACKENDS=reference,numba,scipy $(python) -m pytest --import-mode=importlib -n 2 --hypothesis-profile=quick
 
+# Two runs: pytest takes tests, which leaves its subfolders out, for those subfolders too.
 test-all: $(all-ready)
 	SRIGL_TEST_BACKENDS=reference,numba,scipy $(python) -m pytest --import-mode=importlib -n 2 --hypothesis-profile=ci
 	$(python) -m pytest --import-mode=importlib -n 2 --hypothesis-profile=ci tests/slow tests/gpu tests/frameworks
 
+thorough: $(thorough-ready)
+	$(python) -m pytest --import-mode=importlib -n 2 --hypothesis-profile=thorough tests/slow/test_laws_on_the_pool.py
+	PYTHONPATH=tests:tests/gpu $(python) tests/mutants/table.py
+	$(python) tests/fuzz/condensed_file.py --minutes 10
+	$(python) tests/fuzz/backends.py --processes 2 --minutes 100 --json build/fuzz/backends.json
+
 docs: $(docs-ready)
 	$(python) -m mkdocs build --strict
-
-fuzz: $(fuzz-ready)
-	$(python) tests/fuzz/condensed_file.py
-	$(python) tests/fuzz/backends.py --processes 2 --minutes 100 --json build/fuzz/backends.json
 
 check:
 	.ci/run
@@ -58,13 +61,13 @@ gpu: $(test-ready)
 	$(python) tests/gpu/on_device.py
 
 gpu-compile: $(test-ready)
-	$(python) tests/gpu/compile_gate.py --arch 75 80 90 100 120 --table docs/gpu_kernels.md
+	$(python) tests/gpu/compile_gate.py --arch 75 80 90 100 120 --json benchmarks/results/gpu_kernels.json
 
 clean:
 	rm -rf .venv build *.egg-info
 
 .venv/bin/python:
-	@for candidate in python3.13 python3.12 python3.11 python3 python; do \
+	@for candidate in python3.14 python3.13 python3.12 python3.11 python3 python; do \
 	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    exec "$$candidate" -m venv .venv; \
 	  fi; \

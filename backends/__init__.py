@@ -1,1 +1,1 @@
-"""Kernels behind the contract; found by entry point, never imported by name."""
+"""Kernels that implement the contract. They are found by entry point, never imported by name."""

@@ -1,4 +1,4 @@
-"""SciPy CSR: the baseline that everybody has, and a second oracle for the tests."""
+"""SciPy CSR: a widely available baseline, and a second oracle for the tests."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class ScipyBackend:
 
 @dataclass(frozen=True, eq=False)
 class CsrPrepared:
-    """The active rows as CSR, (n_active, n_in).
+    """The active rows as CSR, (n_active, n_in), one matrix for each accumulator dtype.
 
-    One matrix for each accumulator type used so far, made when first needed.
+    A matrix is made when its dtype is first used.
     """
 
     weight: CondensedWeight
@@ -92,7 +92,7 @@ class CsrPrepared:
                 out.bias[...] = round_to(dbias, out.bias.dtype)
 
     def with_values(self, weight: CondensedWeight) -> CsrPrepared:
-        """Return a matrix of other values that shares the column numbers and row pointers."""
+        """Return a matrix of other values, which shares the column numbers and row pointers."""
         first = next(iter(self._all()))
         data = weight.values.ravel().astype(first.dtype)
         fresh = scipy.sparse.csr_array((data, first.indices, first.indptr), shape=first.shape)
@@ -118,7 +118,7 @@ def _csr(weight: CondensedWeight, dtype: np.dtype[Any]) -> scipy.sparse.csr_arra
 
 
 def _full_csr(dense: Array) -> scipy.sparse.csr_array:
-    """Return `dense` with every entry stored: a product skips no zero, so 0 * inf stays NaN."""
+    """Return `dense` with every entry stored: no zero is skipped, so that 0 * inf is NaN."""
     rows, columns = dense.shape
     return scipy.sparse.csr_array(
         (dense.ravel(), np.tile(np.arange(columns), rows), np.arange(rows + 1) * columns),

@@ -1,8 +1,8 @@
-"""What is measured: layers, and for each layer the cases, as data."""
+"""The cases to measure: layers and, for each layer, operations and batch sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,26 @@ from typing import Any
 from srigl_core import CondensedWeight, load_condensed
 from srigl_core.errors import SriglError
 
-__all__ = ["HEADLINE", "Case", "Layer", "avx2_cases", "chosen_cases", "matching"]
+__all__ = ["HEADLINE", "Case", "Layer", "avx2_cases", "cpu_cases", "gpu_cases", "matching"]
 
 HEADLINE = (3072, 768)
-"""Inputs and outputs of the layer that most is measured on: ViT-B/16's mlp.3, as in the paper."""
+"""Inputs and outputs of the most measured layer: mlp.3 of ViT-B/16, as in the paper."""
 
-_SHAPES = (HEADLINE, (768, 3072), (4096, 4096), (1024, 1024))
 _SPARSITIES = (0.9, 0.8, 0.95, 0.99)
-_BATCHES = (1, 2, 4, 8, 16, 64, 256, 2048)
-_OUTPUT_LAYER = (768, 100_000, 32)
-_TINY_LAYER = (16, 16, 2)
-_MOST_RESULTS = 1 << 26
-"""Numbers in a product; larger ones would take half a gigabyte for each contender."""
-
 _LEAST_LEARNED = 1 << 14
-"""Places in the dense weight of a learned layer; smaller ones are all overhead."""
+"""Fewest entries in the dense weight of a learned layer; smaller layers measure only overhead."""
+
+_CPU_SHAPES = (HEADLINE, (768, 3072), (4096, 4096), (1024, 1024))
+_CPU_BATCHES = (1, 2, 4, 8, 16, 64, 256, 2048)
+_MOST_RESULTS = 1 << 26
+"""Most numbers in a product: more would take half a gigabyte for each contender."""
+
+_GPU_SHAPES = (HEADLINE, (768, 3072), (4096, 4096))
+_GPU_BATCHES = (1, 8, 64, 256, 2048)
+_LARGEST_COLD_BATCH = 256
+"""Beyond this batch, inputs and results alone exceed the second-level cache of a GPU."""
+
+_ACTIVE_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,9 @@ class Layer:
     ----------
     n_in, n_out, fan_in, n_active : int
     mask : str
-        "random", or where it was learned.
+        "random", or where the mask was learned.
     weight : CondensedWeight or None
-        None is to be drawn at random.
+        None means that a random weight is drawn.
     """
 
     n_in: int
@@ -49,7 +54,7 @@ class Layer:
 
     @classmethod
     def random(cls, n_in: int, n_out: int, sparsity: float) -> Layer:
-        """Return a layer of about that sparsity, with all neurons active."""
+        """Return a layer of about this sparsity in which all neurons are active."""
         return cls(n_in, n_out, round(n_in * (1 - sparsity)), n_out)
 
     @property
@@ -59,13 +64,29 @@ class Layer:
 
     @property
     def sparsity(self) -> float:
-        """Share of the dense weight that is inactive, to the percent."""
-        return round(1 - self.n_active * self.fan_in / (self.n_in * self.n_out), 2)
+        """Inactive share of the dense weight, rounded to a percent."""
+        return round(1 - self.nnz / (self.n_in * self.n_out), 2)
+
+    @property
+    def nnz(self) -> int:
+        """Number of connections."""
+        return self.n_active * self.fan_in
+
+    @property
+    def is_ablated(self) -> bool:
+        """Whether some neurons are ablated."""
+        return self.n_active < self.n_out
+
+
+_TINY_LAYER = Layer(16, 16, 2, 16)
+_OUTPUT_LAYER = Layer(768, 100_000, 32, 100_000)
+_GPU_OUTPUT_LAYERS = [Layer(768, 670_000, fan_in, 670_000) for fan_in in (32, 77)]
+"""The outputs are the labels of Amazon-670K."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure, with every contender there is for it.
+    """One operation on one layer, measured with every contender that computes it.
 
     Parameters
     ----------
@@ -76,25 +97,30 @@ class Case:
     batch : int
         0 for an update.
     cold : bool
-        Whether the weights, on a GPU the inputs too, come from memory, not from the caches.
+        Whether the weights come from memory and not from a cache. On a GPU the inputs do too.
     dtype : {"float32", "float64"}
     narrow : bool
-        Whether ours is measured with 16-bit values too.
+        Whether our kernel is also measured with 16-bit values.
     compiled : bool
-        Whether contenders take part that are compiled for each shape, which takes seconds.
+        Whether contenders take part that compile for each shape, which takes seconds.
     """
 
     operation: str
     layer: Layer
-    threads: int
+    threads: int = 0
     batch: int = 0
     cold: bool = False
     dtype: str = "float32"
     narrow: bool = False
     compiled: bool = False
 
+    @property
+    def weights(self) -> str:
+        """State of the caches: "cold", or "hot" on a CPU and "warm" on a GPU."""
+        return "cold" if self.cold else "hot" if self.threads else "warm"
+
     def words(self, instructions: str = "native") -> tuple[str, ...]:
-        """Return what describes this case, and what ``--only`` is compared with."""
+        """Return the words that describe this case; ``--only`` is compared with them."""
         return (
             self.operation,
             self.layer.name,
@@ -102,15 +128,15 @@ class Case:
             f"k={self.layer.fan_in}",
             *([f"batch={self.batch}"] if self.batch else []),
             *([f"threads={self.threads}"] if self.threads else []),
-            "cold" if self.cold else "hot" if self.threads else "warm",
+            self.weights,
             self.dtype,
             "random" if self.layer.mask == "random" else "learned",
-            *(["ablated"] if self.layer.n_active < self.layer.n_out else []),
+            *(["ablated"] if self.layer.is_ablated else []),
             instructions,
         )
 
-    def facts(self) -> dict[str, Any]:
-        """Return what the file says of a case on any machine."""
+    def facts(self, instructions: str = "native") -> dict[str, Any]:
+        """Return the description of this case in the result file."""
         layer = self.layer
         return {
             "operation": self.operation,
@@ -122,101 +148,148 @@ class Case:
             "mask": layer.mask,
             "batch": self.batch,
             "dtype": self.dtype,
+            "threads": self.threads,
+            "weights": self.weights,
+            "instructions": instructions,
         }
 
 
-def chosen_cases(*, quick: bool, threads: Sequence[int], masks: Path | None) -> list[Case]:
-    """Return the cases of a run, layer by layer.
+def cpu_cases(*, quick: bool, threads: Sequence[int], masks: Path | None = None) -> list[Case]:
+    """Return the cases of a run on the CPU, layer by layer; `quick` is a run of a minute.
 
-    Parameters
-    ----------
-    quick : bool
-        A few of them, for a minute.
-    threads : sequence of int
-    masks : Path or None
-        Folder with files of condensed weights, such as ``srigl demo`` writes; their layers are
-        measured, each beside a random one of the same numbers.
+    If `masks` is a folder of files that `srigl_core.save_condensed` wrote, each of their layers is
+    measured beside a random layer of the same size and sparsity.
 
     Raises
     ------
     SriglError
         If `masks` holds no layer that is large enough.
     """
-    layers = [] if masks is None else _learned_layers(masks)
-    cases = _quick_cases() if quick else _all_cases()
-    cases += [case for layer in layers for case in _forward(layer, (1, 8, 64, 256))]
-    each = [replace(case, threads=n) for case in cases for n in threads]
-    # Stable: within a layer all cases of one thread come first, and then those of two.
-    order = {layer: i for i, layer in enumerate(dict.fromkeys(case.layer for case in each))}
-    return sorted(each, key=lambda case: (order[case.layer], case.threads))
+    cases = _quick_cpu_cases() if quick else _all_cpu_cases()
+    for layer in [] if masks is None else _learned_layers(masks):
+        cases += _forward(layer, (1, 8, 64, 256), threads=1)
+    cases = [replace(case, threads=n) for case in cases for n in threads]
+    # The sort is stable: within a layer, one-thread cases come before two-thread cases.
+    order = {layer: i for i, layer in enumerate(dict.fromkeys(case.layer for case in cases))}
+    return sorted(cases, key=lambda case: (order[case.layer], case.threads))
 
 
 def avx2_cases(threads: Sequence[int]) -> list[Case]:
-    """Return the cases that are measured with AVX2 alone, in a process of their own."""
+    """Return the cases that are also measured with AVX2 alone, in a separate process."""
     layer = Layer.random(*HEADLINE, 0.9)
     return [
         replace(case, threads=n, narrow=False, compiled=False)
         for n in threads
-        for case in _forward(layer, (1, 8, 64, 256))
+        for case in _forward(layer, (1, 8, 64, 256), threads=1)
     ]
 
 
+def gpu_cases(*, quick: bool) -> list[Case]:
+    """Return the cases of a run on a GPU, layer by layer; `quick` is less than a minute."""
+    return _quick_gpu_cases() if quick else _all_gpu_cases()
+
+
+def _ablated_layer(n_in: int, n_out: int, sparsity: float) -> Layer:
+    """Return a layer of about this sparsity in which 40% of the neurons are ablated.
+
+    The number of connections is that of the layer without ablation, so that the remaining neurons
+    have a larger fan-in.
+    """
+    n_active = round(_ACTIVE_SHARE * n_out)
+    return Layer(n_in, n_out, round(n_in * n_out * (1 - sparsity) / n_active), n_active)
+
+
 def matching(cases: Iterable[Case], only: Sequence[str], instructions: str) -> list[Case]:
-    """Return the cases that have, for each of `only`, one of its comma-separated words."""
+    """Return the cases that match, for each of `only`, one of its comma-separated words."""
     wanted = [set(alternatives.split(",")) for alternatives in only]
     return [
         case for case in cases if all(words & set(case.words(instructions)) for words in wanted)
     ]
 
 
-def _all_cases() -> list[Case]:
-    cases = _forward(Layer(*_TINY_LAYER, _TINY_LAYER[1]), (1,))
-    for shape in _SHAPES:
+def _all_cpu_cases() -> list[Case]:
+    cases = _forward(_TINY_LAYER, (1,), threads=1)
+    for shape in _CPU_SHAPES:
         for sparsity in _SPARSITIES:
             layer = Layer.random(*shape, sparsity)
-            cases += _forward(layer, _BATCHES)
-            cases.append(Case("forward", layer, 1, 1, cold=True))
-            cases += _backward(layer, (8, 64, 256, 2048) if shape == HEADLINE else (64, 256))
+            cases += _forward(layer, _CPU_BATCHES, threads=1, cold=(1,))
+            cases += _backward(layer, (8, 64, 256, 2048) if shape == HEADLINE else (64, 256), 1)
             if shape == HEADLINE or sparsity == 0.9:
                 cases.append(Case("update", layer, 1))
     headline = Layer.random(*HEADLINE, 0.9)
     cases += [Case("forward", headline, 1, batch, dtype="float64") for batch in (1, 8, 256)]
-    n_in, n_out, fan_in = _OUTPUT_LAYER
-    output = Layer(n_in, n_out, fan_in, n_out)
-    cases += _forward(output, [b for b in _BATCHES if b * n_out <= _MOST_RESULTS])
-    cases.append(Case("forward", output, 1, 1, cold=True))
+    batches = [batch for batch in _CPU_BATCHES if batch * _OUTPUT_LAYER.n_out <= _MOST_RESULTS]
+    return cases + _forward(_OUTPUT_LAYER, batches, threads=1, cold=(1,))
+
+
+def _quick_cpu_cases() -> list[Case]:
+    headline = Layer.random(*HEADLINE, 0.9)
+    products = _forward(headline, (1, 8, 64, 256), threads=1, cold=(1,))
+    return [
+        *_forward(_TINY_LAYER, (1,), threads=1),
+        *(replace(case, compiled=False) for case in products),
+        *_backward(headline, (256,), 1),
+        Case("update", headline, 1),
+        *_forward(Layer.random(*HEADLINE, 0.99), (1, 256), threads=1),
+    ]
+
+
+def _all_gpu_cases() -> list[Case]:
+    cold = [batch for batch in _GPU_BATCHES if batch <= _LARGEST_COLD_BATCH]
+    cases = []
+    for sparsity in _SPARSITIES:
+        layer = Layer.random(*HEADLINE, sparsity)
+        cases += [*_forward(layer, _GPU_BATCHES, cold=cold), *_backward(layer, (64, 256, 2048))]
+        cases.append(Case("update", layer))
+    for layer in _GPU_OUTPUT_LAYERS:
+        cases += _forward(layer, _GPU_BATCHES, cold=(1, 8))
+    for shape in _GPU_SHAPES[1:]:
+        for sparsity in _SPARSITIES:
+            layer = Layer.random(*shape, sparsity)
+            cases += _forward(layer, _GPU_BATCHES, cold=cold)
+            cases += _backward(layer, (256,)) if sparsity == 0.9 else []
+    for shape in _GPU_SHAPES:
+        cases += _forward(_ablated_layer(*shape, 0.9), _GPU_BATCHES)
     return cases
 
 
-def _quick_cases() -> list[Case]:
+def _quick_gpu_cases() -> list[Case]:
     headline = Layer.random(*HEADLINE, 0.9)
+    others = [*(Layer.random(*HEADLINE, s) for s in (0.95, 0.99)), _ablated_layer(*HEADLINE, 0.9)]
     return [
-        *_forward(Layer(*_TINY_LAYER, _TINY_LAYER[1]), (1,)),
-        *(replace(case, compiled=False) for case in _forward(headline, (1, 8, 64, 256))),
-        Case("forward", headline, 1, 1, cold=True),
+        *(replace(c, compiled=False) for c in _forward(headline, (1, 8, 256, 2048), cold=(256,))),
         *_backward(headline, (256,)),
-        Case("update", headline, 1),
-        *_forward(Layer.random(*HEADLINE, 0.99), (1, 256)),
+        Case("update", headline),
+        *(case for layer in others for case in _forward(layer, (256,))),
     ]
 
 
-def _forward(layer: Layer, batches: Iterable[int]) -> list[Case]:
-    is_headline = (layer.n_in, layer.n_out) == HEADLINE
-    return [
+def _forward(
+    layer: Layer, batches: Iterable[int], *, threads: int = 0, cold: Collection[int] = ()
+) -> list[Case]:
+    """Return products with each batch; for the batches in `cold` also with cold caches."""
+    is_headline = (layer.n_in, layer.n_out) == HEADLINE and not layer.is_ablated
+    compiled = (1, 8, 64) if threads else (1, 64, 256)
+    hot = [
         Case(
             "forward",
             layer,
-            1,
+            threads,
             batch,
-            narrow=is_headline and batch in (1, 8),
-            compiled=is_headline and layer.sparsity == 0.9 and batch in (1, 8, 64),
+            narrow=bool(threads) and is_headline and batch in (1, 8),
+            compiled=is_headline and layer.sparsity == 0.9 and batch in compiled,
         )
         for batch in batches
     ]
+    return hot + [
+        replace(case, cold=True, narrow=False, compiled=case.compiled and not threads)
+        for case in hot
+        if case.batch in cold
+    ]
 
 
-def _backward(layer: Layer, batches: Iterable[int]) -> list[Case]:
-    return [Case("backward", layer, 1, batch) for batch in batches]
+def _backward(layer: Layer, batches: Iterable[int], threads: int = 0) -> list[Case]:
+    return [Case("backward", layer, threads, batch) for batch in batches]
 
 
 def _learned_layers(folder: Path) -> list[Layer]:
@@ -229,14 +302,11 @@ def _learned_layers(folder: Path) -> list[Layer]:
                 n_out, n_in = weight.shape
                 if n_out * n_in < _LEAST_LEARNED:
                     continue
-                numbers = (n_in, n_out, weight.fan_in, weight.n_active)
-                layers += [
-                    Layer(*numbers, f"learned: {file.stem} {name}", weight),
-                    Layer(*numbers),
-                ]
+                sizes = (n_in, n_out, weight.fan_in, weight.n_active)
+                layers += [Layer(*sizes, f"learned: {file.stem} {name}", weight), Layer(*sizes)]
     if not layers:
         raise SriglError(
-            f"masks={str(folder)!r} holds no float32 layer of {_LEAST_LEARNED} places or more in "
-            f"its {len(files)} .safetensors files; srigl demo --out FOLDER writes such files"
+            f"masks={str(folder)!r} holds no float32 layer of at least {_LEAST_LEARNED} entries in "
+            f"its {len(files)} .safetensors files; srigl_core.save_condensed writes such files"
         )
     return layers

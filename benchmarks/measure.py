@@ -1,7 +1,8 @@
-"""The process that measures: ``python -m srigl_core.benchmarks.measure SETTINGS RESULT``.
+"""Measure the cases: check every contender's result, then time all contenders in turns.
 
-It is a process of its own because the libraries read their variables when they are loaded, and
-because what else an interpreter has running would take part.
+``python -m srigl_core.benchmarks.measure SETTINGS RESULT`` is the process that measures a CPU. It
+is a separate process because libraries read their environment variables when they are loaded, and
+because other work of an interpreter would affect the times.
 """
 
 from __future__ import annotations
@@ -9,247 +10,338 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srigl_core.benchmarks.caches import Flush
-from srigl_core.benchmarks.cases import Case, avx2_cases, chosen_cases, matching
-from srigl_core.benchmarks.cliffs import measure_cliffs
-from srigl_core.benchmarks.contenders import Contender, guest, load_contenders
-from srigl_core.benchmarks.contenders.contender import Bind
-from srigl_core.benchmarks.limits import Limits, least_seconds, measure_limits, needs
-from srigl_core.benchmarks.pools import relevant_environment, rest, thread_limit
-from srigl_core.benchmarks.problems import Problem, check
-from srigl_core.benchmarks.results import Row, microseconds
-from srigl_core.benchmarks.results import rounded as _rounded
-from srigl_core.benchmarks.timing import Cold, Hot, interleaved
-from srigl_core.benchmarks.versions import versions
+from srigl_core._machine import package_versions
+from srigl_core.benchmarks.cases import Case, avx2_cases, cpu_cases, gpu_cases, matching
+from srigl_core.benchmarks.contenders import load_contenders
+from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender
+from srigl_core.benchmarks.devices import CpuDevice, Device, GpuDevice
+from srigl_core.benchmarks.problems import Batch, Problem, WrongResultError
+from srigl_core.benchmarks.results import OURS, Row, microseconds, rounded
+from srigl_core.benchmarks.roofline import Peaks, least_time, work_of
+from srigl_core.benchmarks.timing import Timing
 from srigl_core.errors import SriglError
 from srigl_core.testing.targets import as_backend
 
-__all__ = ["Settings", "chosen", "measure"]
+__all__ = ["Bench", "Settings", "chosen", "measure", "open_bench"]
 
-_OTHER_PACKAGES = ("torch", "jax", "brainevent", "threadpoolctl")
 _MICRO = 1e6
+_LONGEST_MESSAGE = 300
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one process measures.
+    """What to measure in one process. A GPU only uses the first three.
 
     Parameters
     ----------
+    device : {"cpu", "gpu"}
     quick : bool
-    threads : tuple of int
+        Whether to measure only a few cases.
     only : tuple of str
         See `srigl_core.benchmarks.cases.matching`.
+    threads : tuple of int
     masks : str
-        Folder of learned layers; "" is none.
+        Folder of learned layers, or "".
     seconds : float
-        For each case, about.
+        About how long each case is measured.
     cliffs : bool
-        Whether to measure the batches one by one, too.
+        Whether to measure each batch size, too.
     instructions : {"native", "avx2"}
     kernel : str
-        Somebody else's, ``module:attribute`` or a registered name, to be measured beside ours; ""
-        is none. Cases that it does not declare to take on are left out.
+        An external kernel to measure beside ours in the cases that it computes, as
+        ``module:attribute`` or a registered name, or "".
     """
 
+    device: str = "cpu"
     quick: bool = False
-    threads: tuple[int, ...] = (1, 2)
     only: tuple[str, ...] = ()
+    threads: tuple[int, ...] = (1, 2)
     masks: str = ""
     seconds: float = 0.6
-    cliffs: bool = True
+    cliffs: bool = False
     instructions: str = "native"
     kernel: str = ""
 
 
+@dataclass(frozen=True)
+class Bench:
+    """A device with its contenders, the libraries that are absent, and its peaks by threads.
+
+    The number of threads is 0 on a GPU.
+    """
+
+    device: Device
+    contenders: Sequence[Contender]
+    absent: Sequence[dict[str, str]]
+    peaks: dict[int, Peaks]
+
+
+def open_bench(settings: Settings) -> Bench:
+    """Return the device of this machine with its contenders, and measure its peak rates.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If there is no device, or a package is missing.
+    """
+    is_gpu = settings.device == "gpu"
+    device: Device = GpuDevice() if is_gpu else CpuDevice(settings.seconds)
+    contenders, absent = load_contenders(settings.device)
+    if settings.kernel:
+        from srigl_core.benchmarks.contenders import external_kernel
+
+        contenders += external_kernel.contenders(as_backend(settings.kernel))
+    return Bench(
+        device,
+        contenders,
+        absent,
+        {n: device.peaks(n) for n in ((0,) if is_gpu else settings.threads)},
+    )
+
+
 def chosen(settings: Settings) -> list[Case]:
-    """Return the cases that `settings` asks for."""
+    """Return the cases that `settings` selects."""
+    if settings.device == "gpu":
+        return matching(gpu_cases(quick=settings.quick), settings.only, "gpu")
     if settings.instructions == "avx2":
         cases = avx2_cases(settings.threads)
     else:
         masks = Path(settings.masks) if settings.masks else None
-        cases = chosen_cases(quick=settings.quick, threads=settings.threads, masks=masks)
+        cases = cpu_cases(quick=settings.quick, threads=settings.threads, masks=masks)
     if settings.kernel:
+        from srigl_core.benchmarks.contenders import external_kernel
+
         backend = as_backend(settings.kernel)
-        cases = [case for case in cases if guest.takes(backend, case)]
+        cases = [case for case in cases if external_kernel.takes(backend, case)]
     return matching(cases, settings.only, settings.instructions)
 
 
-def measure(settings: Settings) -> dict[str, Any]:
-    """Measure everything that `settings` asks for, in this process.
+def measure(
+    settings: Settings,
+    bench: Bench,
+    save: Callable[[dict[str, Any]], object] = lambda process: None,
+) -> dict[str, Any]:
+    """Measure everything that `settings` selects, in this process.
+
+    Parameters
+    ----------
+    settings : Settings
+    bench : Bench
+    save : callable
+        Called with the result so far before each layer and at the end, also after an error.
 
     Returns
     -------
     dict
-        What the JSON holds of this process: its environment, limits, cases and cliffs.
+        The part of the result file that describes this process: versions, peak rates, cases.
 
     Raises
     ------
-    WrongResultError
-        If a contender computes something else than the reference.
+    SriglError
+        If the device fails, for example after a fault in a kernel.
     """
-    contenders, absent = load_contenders()
-    if settings.kernel:
-        contenders += guest.contenders(as_backend(settings.kernel))
-    limits = {n: measure_limits(n) for n in settings.threads}
-    cases = chosen(settings)
-    session = _Session(contenders, limits, settings)
-    measured: list[dict[str, Any]] = []
-    for _, group in itertools.groupby(cases, key=lambda case: (case.layer, case.dtype)):
-        measured += session.measure_layer(list(group), len(measured), len(cases))
-    cliffs = [measure_cliffs(n) for n in settings.threads] if settings.cliffs else []
-    return {
-        "instructions": settings.instructions,
-        "environment": relevant_environment(),
-        "versions": versions(*_OTHER_PACKAGES),
-        "libraries": _libraries(),
-        "absent": [dataclasses.asdict(library) for library in absent],
-        "limits": [dataclasses.asdict(found) for found in limits.values()],
-        "cases": measured,
-        "cliffs": cliffs,
+    cases, device = chosen(settings), bench.device
+    instructions = "gpu" if settings.device == "gpu" else settings.instructions
+    records: list[dict[str, Any]] = []
+    process: dict[str, Any] = {
+        "instructions": instructions,
+        "versions": package_versions(*device.packages),
+        "absent": list(bench.absent),
+        "limits": [dataclasses.asdict(peaks) for peaks in bench.peaks.values()],
+        "cases": records,
+        "cliffs": [],
     }
+    try:
+        for _, group in itertools.groupby(cases, key=lambda case: (case.layer, case.dtype)):
+            save(process)
+            layer: _PreparedLayer | None = None
+            for case in group:
+                layer = layer or _PreparedLayer(case, device)
+                records.append(_measured(bench, layer, case, instructions))
+                _show(Row(records[-1], OURS[settings.device]), case, len(records), len(cases))
+    finally:
+        save(process)
+    if settings.cliffs:
+        from srigl_core.benchmarks.cliffs import measure_cliffs
+
+        process["cliffs"] = [measure_cliffs(n) for n in settings.threads]
+    return process | device.software()
 
 
-class _Session:
-    """What stays the same from layer to layer."""
+def _show(row: Row, case: Case, number: int, n_cases: int) -> None:
+    """Print a line of progress, and what went wrong."""
+    words = " ".join(case.words(row.instructions))
+    print(f"[{number}/{n_cases}] {words}: {row.summary()}", flush=True)
+    for why in ("wrong", "failed"):
+        for name, reason in row.left_out(why).items():
+            print(f"  {why}: {name}: {reason}", flush=True)
 
-    def __init__(
-        self, contenders: Sequence[Contender], limits: dict[int, Limits], settings: Settings
-    ) -> None:
-        self._contenders, self._limits, self._settings = contenders, limits, settings
 
-    def measure_layer(self, cases: Sequence[Case], done: int, n_cases: int) -> list[dict[str, Any]]:
-        """Measure the cases of one layer, all of one dtype."""
-        largest = max(max(case.batch for case in cases), 1)
-        layer = _PreparedLayer(cases[0], largest)
-        records = []
-        for number, case in enumerate(cases, done + 1):
-            with thread_limit(case.threads):
-                records.append(self._measure_case(layer, case))
-            print(f"[{number}/{n_cases}] {_line(case, records[-1])}", flush=True)
-        return records
-
-    def _measure_case(self, layer: _PreparedLayer, case: Case) -> dict[str, Any]:
-        rest()
-        batch = layer.problem.batch(max(case.batch, 1), case.threads)
-        flush = Flush(case.threads) if case.cold else None
-        runs: dict[str, Hot | Cold] = {}
-        families = {}
-        for contender in self._contenders:
-            if contender.operation != case.operation or contender.unfit(case):
+def _measured(bench: Bench, layer: _PreparedLayer, case: Case, instructions: str) -> dict[str, Any]:
+    """Return the record of a case."""
+    started, device = time.perf_counter(), bench.device
+    contenders = {c.name: c for c in bench.contenders if c.operation == case.operation}
+    unfit = {name: why for name, c in contenders.items() if (why := c.unfit(case))}
+    wrong: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    runs: dict[str, Any] = {}
+    with device.limit(case.threads):
+        batches = layer.batches(case)
+        for name, contender in contenders.items():
+            if name in unfit:
                 continue
-            call = layer.bind(contender)(batch)
-            layer.check(contender, call(), case)
-            families[contender.name] = contender.family
-            if flush is None:
-                runs[contender.name] = Hot(call)
-            else:
-                other = layer.bind(contender, other=True)(batch)
-                other()
-                runs[contender.name] = Cold(call, other, flush)
-        timings = interleaved(
-            runs,
-            seconds=self._settings.seconds,
-            rest=rest if case.threads > 1 else lambda: None,
-        )
-        seconds, resource = self._least(case)
-        return {
-            **_described(case, self._settings.instructions),
-            "least_us": _rounded(seconds * _MICRO),
-            "limited_by": resource,
-            "contenders": {
-                name: {"family": families[name], **microseconds(timing)}
-                for name, timing in timings.items()
-            },
-        }
-
-    def _least(self, case: Case) -> tuple[float, str]:
-        layer = case.layer
-        need = needs(
-            case.operation,
-            n_in=layer.n_in,
-            n_out=layer.n_out,
-            n_active=layer.n_active,
-            fan_in=layer.fan_in,
-            batch=case.batch,
-            itemsize=8 if case.dtype == "float64" else 4,
-        )
-        return least_seconds(need, self._limits[case.threads], cold=case.cold)
+            try:
+                runs[name] = _checked_run(device, layer, contender, case, batches)
+            except WrongResultError as error:
+                wrong[name] = str(error)
+            except Exception as error:
+                failed[name] = _message(error)
+                _check_alive(device, name, failed[name])
+        timings, errors = device.time(runs, case.threads)
+    for name, raised in errors.items():
+        failed[name] = _message(raised)
+        _check_alive(device, name, failed[name])
+    del runs, batches
+    device.release()
+    peaks = bench.peaks[case.threads]
+    seconds, resource = least_time(work_of(case, peaks), peaks, cold=case.cold)
+    return {
+        **case.facts(instructions),
+        "least_us": rounded(seconds * _MICRO),
+        "limited_by": resource,
+        "contenders": {
+            name: _entry(contenders[name], case, timing, peaks) for name, timing in timings.items()
+        },
+        "unfit": unfit,
+        "failed": failed,
+        "wrong": wrong,
+        "seconds": rounded(time.perf_counter() - started),
+    }
 
 
 class _PreparedLayer:
-    """A layer's problem, and what each contender made of its weight, when first needed."""
+    """A layer's problem, and what each contender made of its weight."""
 
-    def __init__(self, case: Case, largest_batch: int) -> None:
-        self._arguments = (case.layer, largest_batch, case.dtype)
-        self.problem = Problem(*self._arguments)
-        self._problems = {("", 1.0, False): self.problem}
-        self._bound: dict[tuple[Contender, bool], Bind] = {}
+    def __init__(self, case: Case, device: Device) -> None:
+        self._device = device
+        self._arguments = (case.layer, device.arrays, case.dtype)
+        self._problems: dict[Any, Problem] = {}
+        self._bound: dict[tuple[Contender, int], Bind | str] = {}
 
-    def bind(self, contender: Contender, *, other: bool = False) -> Bind:
-        """Return what makes a contender's call, for this weight or another of the same numbers."""
-        key = (contender, other)
-        if key not in self._bound:
-            self._bound[key] = contender.prepare(self._problem(contender, other))
-        return self._bound[key]
+    def batches(self, case: Case) -> list[Batch]:
+        """Return the copies of the inputs that calls take in turns."""
+        return [
+            self._whole(0).batch(
+                max(case.batch, 1),
+                number,
+                grad=case.operation == "backward",
+                threads=case.threads or None,
+            )
+            for number in range(self._device.copies)
+        ]
 
-    def check(self, contender: Contender, result: Any, case: Case) -> None:
-        """Raise WrongResultError if a result is not what it should be."""
-        problem = self._problem(contender, False)
-        expected = problem.results(case.operation, max(case.batch, 1))
-        check(contender.name, contender.read(result, problem), expected)
-
-    def _problem(self, contender: Contender, other: bool) -> Problem:
-        key = (contender.values, contender.share, other)
+    def problem(self, contender: Contender, seed: int = 0) -> Problem:
+        """Return the problem that a contender solves; another seed is another weight."""
+        key = (contender.problem, seed)
         if key not in self._problems:
-            problem = self.problem
-            if other:
-                whole = ("", 1.0, True)
-                if whole not in self._problems:
-                    self._problems[whole] = Problem(*self._arguments, seed=1)
-                problem = self._problems[whole]
-            if contender.values:
-                problem = problem.narrowed(contender.values)
-            if contender.share < 1:
-                problem = problem.cut(contender.share)
-            self._problems[key] = problem
+            self._problems[key] = contender.problem(self._whole(seed))
         return self._problems[key]
 
+    def _whole(self, seed: int) -> Problem:
+        if seed not in self._problems:
+            self._problems[seed] = Problem(*self._arguments, seed=seed)
+        return self._problems[seed]
 
-def _described(case: Case, instructions: str) -> dict[str, Any]:
-    return {
-        **case.facts(),
-        "threads": case.threads,
-        "weights": "cold" if case.cold else "hot",
-        "instructions": instructions,
-    }
+    def bind(self, contender: Contender, batch: Batch, seed: int = 0) -> Call:
+        """Return a contender's call; a preparation that failed is not tried again."""
+        key = (contender, seed)
+        if key not in self._bound:
+            try:
+                self._bound[key] = contender.prepare(self.problem(contender, seed))
+            except Exception as error:
+                self._bound[key] = _message(error)  # a stored exception would hold arrays
+        bind = self._bound[key]
+        if isinstance(bind, str):
+            raise _CannotPrepareError(bind)
+        return bind(batch)
 
 
-def _line(case: Case, record: dict[str, Any]) -> str:
-    """Return one line of progress: the case, our time, and how many times slower others are."""
-    return f"{' '.join(case.words())}: {Row(record).summary('dense', 'csr')}"
+class _CannotPrepareError(Exception):
+    """A contender cannot take this weight."""
 
 
-def _libraries() -> list[dict[str, Any]]:
-    """Return the libraries with threads, and which kernels BLAS chose; no paths."""
-    from threadpoolctl import threadpool_info
+def _checked_run(
+    device: Device,
+    layer: _PreparedLayer,
+    contender: Contender,
+    case: Case,
+    batches: Sequence[Batch],
+) -> Any:
+    """Return the calls of a contender, after a check of its first and its last result."""
+    calls = [layer.bind(contender, batch) for batch in batches]
+    problem = layer.problem(contender)
+    for number in sorted({0, len(calls) - 1}):
+        with contender.around():
+            results = contender.read(calls[number]())
+        problem.check(contender.name, case.operation, results, batches[number], contender.precision)
+    return device.run(
+        calls,
+        cold=case.cold,
+        around=contender.around,
+        other=lambda: layer.bind(contender, batches[0], seed=1),
+    )
 
-    known = ("internal_api", "prefix", "version", "threading_layer", "architecture", "num_threads")
-    return [{name: pool[name] for name in known if name in pool} for pool in threadpool_info()]
+
+def _entry(contender: Contender, case: Case, timing: Timing, peaks: Peaks) -> dict[str, Any]:
+    entry = {"family": contender.family, **microseconds(timing)}
+    if contender.family == "ours":
+        precision = contender.precision
+        work = work_of(case, peaks, values=precision.values, inputs=precision.inputs)
+        seconds, resource = least_time(work, peaks, cold=case.cold)
+        entry |= {
+            "bytes": round(work.moved),
+            "least_us": rounded(seconds * _MICRO),
+            "limited_by": resource,
+        }
+    return entry
+
+
+def _message(error: Exception) -> str:
+    """Return the message of an error in one line, without folders of this machine."""
+    if isinstance(error, _CannotPrepareError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    text = _FOLDERS.sub("", lines[0] if lines else "")
+    return f"{type(error).__name__}: {text}"[:_LONGEST_MESSAGE].rstrip(": ")
+
+
+def _check_alive(device: Device, name: str, why: str) -> None:
+    """Raise SriglError if the device fails, for example after a fault in a kernel."""
+    try:
+        device.release()
+    except Exception as error:
+        raise SriglError(
+            f"the device fails since {name} ran ({why}): {_message(error)}; leave that contender "
+            f"out, and run again"
+        ) from error
 
 
 def main(settings_file: str, result_file: str) -> None:
-    """Read the settings, measure, and write what was found."""
-    given = json.loads(Path(settings_file).read_text(encoding="utf-8"))
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    """Read the settings, measure, and write the result."""
+    read: dict[str, Any] = json.loads(Path(settings_file).read_text(encoding="utf-8"))
+    read |= {name: tuple(read[name]) for name in ("only", "threads")}
+    settings = Settings(**read)
     try:
-        result = measure(Settings(**given))
+        result = measure(settings, open_bench(settings))
     except SriglError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

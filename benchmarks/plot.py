@@ -1,4 +1,4 @@
-"""The picture: times by batch, and how far ahead ours is of dense and of CSR."""
+"""The plot of a run on a CPU: times by batch, and ratios to dense and CSR."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from srigl_core.benchmarks.cases import HEADLINE
-from srigl_core.benchmarks.results import OURS, Results, Row
+from srigl_core.benchmarks.results import Results, Row
 from srigl_core.errors import BackendUnavailableError
 
 __all__ = ["check_matplotlib", "save_plot"]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# The palette of Okabe and Ito, which colour-blind readers can distinguish.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
 
@@ -29,24 +29,9 @@ def check_matplotlib() -> None:
 
 
 def save_plot(results: Results, path: Path) -> Path:
-    """Write the picture of the headline layer, on the least threads measured.
-
-    Parameters
-    ----------
-    results : Results
-    path : Path
-
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    BackendUnavailableError
-        If matplotlib is not installed.
-    """
+    """Write the plot of the headline layer, on the fewest threads measured, and return its path."""
     check_matplotlib()
-    # A figure of its own needs no pyplot, and so no display and no global state.
+    # A bare figure needs no pyplot, and therefore no display and no global state.
     from matplotlib.figure import Figure
 
     n_in, n_out = HEADLINE
@@ -62,7 +47,7 @@ def save_plot(results: Results, path: Path) -> Path:
     for axis, value, label in (
         (axes[0, 1], partial(Row.ratio, family="dense"), "times as fast as the best dense"),
         (axes[1, 0], partial(Row.ratio, family="csr"), "times as fast as the best CSR"),
-        (axes[1, 1], _fraction, "share of the machine's limit"),
+        (axes[1, 1], _roofline_share, "share of the roofline"),
     ):
         _by_sparsity(axis, rows, value, label)
         axis.axhline(1, color="#999999", linewidth=1)
@@ -72,11 +57,11 @@ def save_plot(results: Results, path: Path) -> Path:
 
 
 def _times(axis: Any, rows: Sequence[Row]) -> None:
-    """Draw ours and the best of each family."""
+    """Draw our times and the best times of each family."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row.ours is not None:
-            lines.setdefault(OURS, []).append((row.batch, row.ours))
+            lines.setdefault(row.main, []).append((row.batch, row.ours))
         for family in ("dense", "csr", "gather", "fewer neurons"):
             best = row.best(family)
             if best is not None:
@@ -88,8 +73,9 @@ def _times(axis: Any, rows: Sequence[Row]) -> None:
     _finish(axis, "microseconds")
 
 
-def _fraction(row: Row) -> float | None:
-    return row.fraction
+def _roofline_share(row: Row) -> float | None:
+    share = row.roofline_share()
+    return None if share is None else share[0]
 
 
 def _by_sparsity(

@@ -1,113 +1,231 @@
-"""The arrays of one layer, and what every contender's result is held against."""
+"""The arrays of one layer, and the check of every contender's result against float64."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core import CondensedWeight
-from srigl_core._arrays.dtypes import round_to, value_dtype
+import srigl_core
+from srigl_core import CondensedWeight, UpdateSettings
+from srigl_core._arrays.dtypes import value_dtype
+from srigl_core.benchmarks.arrays import Arrays
 from srigl_core.benchmarks.cases import Layer
+from srigl_core.contract import Backend
 from srigl_core.errors import SriglError
 from srigl_core.reference import update_mask
 
-__all__ = ["Batch", "Problem", "WrongResultError", "check"]
-
-Array = NDArray[Any]
+__all__ = [
+    "BFLOAT16",
+    "FLOAT16",
+    "FULL",
+    "TF32",
+    "Batch",
+    "Precision",
+    "Problem",
+    "WrongResultError",
+]
 
 DROP_FRACTION = 0.3
 
+_PIECE = 1 << 25
+"""Results that are compared at a time: a quarter of a gigabyte of float64."""
+
 
 class WrongResultError(SriglError):
-    """A contender computed something else than the reference."""
+    """A contender's result differs from the exact one by more than rounding explains."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The number types in which a contender computes, and the error that they allow.
+
+    Parameters
+    ----------
+    values : str
+        Dtype of the weight's values; "" is that of the case.
+    inputs : str
+        Dtype of inputs, bias and result; "" is that of the case.
+    of_products : float
+        Relative error of a product or a partial sum, in addition to that of the accumulator.
+    of_result : float
+        Relative error from rounding the result.
+    """
+
+    values: str = ""
+    inputs: str = ""
+    of_products: float = 0.0
+    of_result: float = 0.0
+
+
+FULL = Precision()
+"""Everything in the dtype of the case."""
+
+TF32 = Precision(of_products=2.0**-9)
+"""Both factors are truncated to 11 bits."""
+
+FLOAT16 = Precision("float16", "float16", of_result=2.0**-11)
+BFLOAT16 = Precision("bfloat16", "bfloat16", of_result=2.0**-8)
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The inputs of one case: NumPy's arrays, or on a GPU PyTorch's tensors, with 0 threads."""
+    """The inputs of one call, its threads (None on a GPU), and its number among equal sizes."""
 
     x: Any
     grad: Any
-    threads: int
+    threads: int | None = None
+    number: int = 0
+
+
+class _Exact(NamedTuple):
+    """Some columns of an exact result, in float64."""
+
+    name: str
+    columns: slice
+    numbers: Any
+    sizes: Any  # sums of the magnitudes of the terms
+    terms: int  # most terms in a sum
+
+
+_ALL = slice(0, None)
 
 
 class Problem:
-    """A layer's weight, bias and inputs, and the exact results in float64.
+    """A layer's condensed weight in NumPy, the arrays made of it, and the exact results.
 
     Parameters
     ----------
     layer : Layer
-    largest_batch : int
-    dtype : str
+    arrays : Arrays
+        Where the arrays are.
+    dtype : {"float32", "float64"}
         Of the values, the bias and the inputs.
     seed : int
-        Another one gives another weight of the same numbers, with the same inputs.
-
-    Attributes
-    ----------
-    weight : CondensedWeight
-    dense : ndarray, (n_out, n_in)
-    bias : ndarray, (n_out,)
+        Another seed draws another random weight; the inputs stay the same.
     """
 
-    def __init__(self, layer: Layer, largest_batch: int, dtype: str, *, seed: int = 0) -> None:
-        self.layer, self.dtype = layer, np.dtype(dtype)
-        shape = (layer.n_out, layer.n_in)
+    def __init__(
+        self, layer: Layer, arrays: Arrays, dtype: str = "float32", *, seed: int = 0
+    ) -> None:
+        self.layer, self.arrays, self.dtype = layer, arrays, dtype
         weight = layer.weight
         if weight is None or seed:
+            shape, k, n_active = (layer.n_out, layer.n_in), layer.fan_in, layer.n_active
             weight = CondensedWeight.random(
-                shape, fan_in=layer.fan_in, n_active=layer.n_active, dtype=dtype, rng=seed
+                shape, fan_in=k, n_active=n_active, dtype=dtype, rng=seed
             )
         self.weight = weight
-        rng = np.random.default_rng(12345)
-        self.bias = rng.standard_normal(layer.n_out).astype(self.dtype)
-        self._x = rng.standard_normal((largest_batch, layer.n_in), np.float32).astype(self.dtype)
-        grad = rng.standard_normal((largest_batch, layer.n_out), np.float32)
-        self._grad = grad.astype(self.dtype)
+        self._condensed = {dtype: weight}
+        self._plans: dict[Any, srigl_core.Plan] = {}
+        bias = self.cast(arrays.normal((layer.n_out,), 12345))
+        self._whole: Problem | None = None
+        self._use(arrays.array(weight.to_dense()), bias, layer.fan_in)
 
-    @cached_property
-    def dense(self) -> Array:
-        """The masked dense weight."""
-        return self.weight.to_dense()
+    def _use(self, dense: Any, bias: Any, terms: int) -> None:
+        self._dense, self._bias, self._terms = {self.dtype: dense}, {self.dtype: bias}, terms
+        self._exact: dict[Any, Iterable[_Exact]] = {}
 
-    def narrowed(self, dtype: str) -> Problem:
-        """Return the problem with the weight's values rounded to `dtype`, and all else as it is."""
-        other = object.__new__(Problem)
-        other.layer, other.dtype, other.bias = self.layer, self.dtype, self.bias
-        other._x, other._grad = self._x, self._grad
-        weight = self.weight
-        values = round_to(weight.values, value_dtype(dtype))
-        other.weight = CondensedWeight(values, weight.indices, weight.active, weight.shape)
+    def _other(self, dense: Any, bias: Any, terms: int) -> Problem:
+        """Return a problem of another dense weight and the same inputs, for products only."""
+        other = copy.copy(self)
+        other._whole = self.whole
+        other._use(dense, bias, terms)
         return other
 
-    def cut(self, share: float) -> Problem:
-        """Return the problem of the first neurons, that share of all; for products alone."""
-        rows = round(share * self.layer.n_out)
-        other = object.__new__(Problem)
-        other.layer, other.dtype, other.weight = self.layer, self.dtype, self.weight
-        other._x, other._grad = self._x, self._grad
-        other.bias, other.dense = self.bias[:rows], self.dense[:rows]
-        other.forward_results = {
-            name: (exact[:, :rows], bound[:, :rows])
-            for name, (exact, bound) in self.forward_results.items()
-        }
-        return other
+    @property
+    def whole(self) -> Problem:
+        """The problem of all neurons, from which this one was made."""
+        return self._whole or self
 
-    def batch(self, size: int, threads: int) -> Batch:
-        """Return the first `size` inputs."""
-        return Batch(self._x[:size], self._grad[:size], threads)
+    def first_neurons(self, share: float) -> Problem:
+        """Return the problem of the first neurons, this share of all."""
+        n = round(share * self.layer.n_out)
+        return self._other(self.dense()[:n], self.bias()[:n], self._terms)
+
+    def active_neurons(self) -> Problem:
+        """Return the problem of the active neurons."""
+        active = self.rows[:, 0]
+        return self._other(self.dense()[active], self.bias()[active], self._terms)
+
+    def two_of_four(self) -> Problem:
+        """Return a problem in which one of every two inputs is connected, as 2:4 requires."""
+        n_in, n_out = self.layer.n_in, self.layer.n_out
+        pairs = self.arrays.normal((n_out, n_in // 2, 2), 54321)
+        keeps_first = abs(pairs[..., 0]) > abs(pairs[..., 1])
+        pairs[..., 0] *= keeps_first
+        pairs[..., 1] *= ~keeps_first
+        dense = pairs.reshape(n_out, n_in) / (n_in / 2) ** 0.5
+        return self._other(dense, self.bias(), n_in // 2)
+
+    def cast(self, array: Any, dtype: str = "") -> Any:
+        """Return an array rounded to `dtype`; "" is the dtype of the problem."""
+        return self.arrays.cast(array, dtype or self.dtype)
+
+    def tensor(self, array: Any, dtype: str = "") -> Any:
+        """Return an array, rounded to `dtype`, as a PyTorch tensor."""
+        return self.arrays.tensor(self.cast(array, dtype))
+
+    def dense(self, dtype: str = "") -> Any:
+        """Return the masked dense weight, rounded to `dtype`."""
+        return self._rounded(self._dense, dtype)
+
+    def bias(self, dtype: str = "") -> Any:
+        """Return the bias, rounded to `dtype`."""
+        return self._rounded(self._bias, dtype)
+
+    def _rounded(self, by_dtype: dict[str, Any], dtype: str) -> Any:
+        dtype = dtype or self.dtype
+        if dtype not in by_dtype:
+            by_dtype[dtype] = self.cast(by_dtype[self.dtype], dtype)
+        return by_dtype[dtype]
+
+    def condensed(self, dtype: str = "") -> CondensedWeight:
+        """Return the condensed weight with values rounded to `dtype`, made once."""
+        dtype = dtype or self.dtype
+        if dtype not in self._condensed:
+            weight = self.weight
+            values = weight.values.astype(value_dtype(dtype))
+            made = CondensedWeight(values, weight.indices, weight.active, weight.shape)
+            self._condensed[dtype] = made
+        return self._condensed[dtype]
+
+    def plan(self, backend: str | Backend, dtype: str = "") -> srigl_core.Plan:
+        """Return the plan of the condensed weight for a backend, made once."""
+        key = (backend if isinstance(backend, str) else id(backend), dtype)
+        if key not in self._plans:
+            self._plans[key] = srigl_core.prepare(self.condensed(dtype), backend=backend)
+        return self._plans[key]
+
+    @property
+    def rows(self) -> Any:
+        """Indices of the active neurons, as a column."""
+        return self.arrays.array(self.weight.active[:, None].astype(np.int64))
+
+    @property
+    def columns(self) -> Any:
+        """Column indices of the connections of each active neuron."""
+        return self.arrays.array(self.weight.indices.astype(np.int64))
+
+    def batch(
+        self, size: int, number: int = 0, *, grad: bool = False, threads: int | None = None
+    ) -> Batch:
+        """Return the batch of this size and number (up to 3), with a gradient of y if `grad`."""
+
+        def drawn(width: int, seed: int) -> Any:
+            return self.cast(self.arrays.normal((size, width), 8 * size + seed))
+
+        x = drawn(self.layer.n_in, 2 * number)
+        return Batch(x, drawn(self.layer.n_out, 2 * number + 1) if grad else None, threads, number)
 
     @cached_property
-    def update_inputs(self) -> tuple[Array, Array, NDArray[np.bool_]]:
-        """The dense weight, gradient and mask of an update; no two magnitudes are the same.
-
-        So there are no ties, and an implementation with another order among them agrees.
-        """
+    def update_inputs(self) -> tuple[Any, Any, Any]:
+        """Dense weight, gradient and mask of an update, without ties: their order would differ."""
         rng = np.random.default_rng(54321)
         mask = self.weight.to_mask()
         weight, grad = (_distinct(mask.shape, rng) for _ in range(2))
@@ -115,79 +233,105 @@ class Problem:
 
     @property
     def update_settings(self) -> dict[str, Any]:
-        """The settings of an update."""
+        """Settings of an update."""
         return {"nnz_budget": self.weight.nnz, "drop_fraction": DROP_FRACTION}
 
-    @cached_property
-    def forward_results(self) -> dict[str, tuple[Array, Array]]:
-        """The product of the largest batch, and how far rounding may take one from it."""
-        x, dense = self._x.astype(np.float64), self.dense.astype(np.float64)
-        bias = self.bias.astype(np.float64)
-        sizes = _norms(x, 1)[:, None] * _norms(dense, 1)[None] + np.abs(bias)
-        return {"y": (x @ dense.T + bias, self._roundoff(self.layer.fan_in) * sizes)}
+    def check(
+        self,
+        name: str,
+        operation: str,
+        results: Mapping[str, Any],
+        batch: Batch,
+        precision: Precision = FULL,
+    ) -> None:
+        """Compare every number of a contender's results with float64.
 
-    def backward_results(self, size: int) -> dict[str, tuple[Array, Array]]:
-        """Return the gradients of the first `size` inputs, and what rounding may do to them."""
-        x, grad = self._x[:size].astype(np.float64), self._grad[:size].astype(np.float64)
-        dense, weight = self.dense.astype(np.float64), self.weight
-        rows, columns = weight.active[:, None], weight.indices.astype(np.intp)
-        dx_sizes = _norms(grad, 1)[:, None] * _norms(dense, 0)[None]
-        dvalues_sizes = _norms(grad, 0)[rows] * _norms(x, 0)[columns]
-        most_terms = int(np.count_nonzero(dense, axis=0).max())
-        return {
-            "dx": (grad @ dense, self._roundoff(most_terms) * dx_sizes),
-            "dvalues": ((grad.T @ x)[rows, columns], self._roundoff(size) * dvalues_sizes),
-        }
+        Raises
+        ------
+        WrongResultError
+            If a shape differs, or a number is further from the exact one than rounding allows.
 
-    @cached_property
-    def update_results(self) -> dict[str, tuple[Array, Array]]:
-        """The reference's mask; no other will do."""
-        mask = update_mask(*self.update_inputs, **self.update_settings).mask
-        return {"mask": (mask.astype(np.float64), np.zeros((1, 1)))}
-
-    def results(self, operation: str, size: int) -> dict[str, tuple[Array, Array]]:
-        """Return what an operation gives on the first `size` inputs, by name, with its bound."""
-        if operation == "update":
-            return self.update_results
-        if operation == "backward":
-            return self.backward_results(size)
-        return {
-            name: (exact[:size], bound[:size])
-            for name, (exact, bound) in self.forward_results.items()
-        }
-
-    def _roundoff(self, terms: int) -> float:
-        """Return the relative error of a sum of so many products, in any order, and twice that.
-
-        Relative to the norms of the two factors, which is more than the sum of magnitudes.
+        Notes
+        -----
+        The exact results are computed from the numbers that the contender takes, after rounding to
+        its types. The bound of each entry is ``precision.of_result`` times its
+        magnitude, plus the sum of the magnitudes of its terms times ``precision.of_products`` and
+        the error of a sum in the accumulator: of as many terms, in any order, truncated and not
+        rounded, as tensor cores do.
         """
-        unit = 2.0**-53 if self.dtype == np.float64 else 2.0**-24
-        return 2 * (terms + 2) * unit
+        key = (operation, len(batch.x), batch.number, precision.values, precision.inputs)
+        expected = self._exact.get(key)
+        if expected is None:
+            expected = self._expected(operation, batch, precision)
+            if operation != "forward" or len(batch.x) * len(self.dense()) <= _PIECE:
+                expected = self._exact[key] = list(expected)
+        for exact in expected:
+            result = self.arrays.result(results[exact.name])
+            if exact.name == "y" and result.ndim == 1:
+                result = result[None]
+            elif exact.name == "dvalues" and result.ndim == 1:
+                result = result.reshape(-1, self.layer.fan_in)
+            elif exact.name == "dvalues" and result.shape == self.dense().shape:
+                result = result[self.rows, self.columns]
+            self._compare(name, result, exact, precision)
 
+    def _expected(self, operation: str, batch: Batch, precision: Precision) -> Iterator[_Exact]:
+        if operation == "update":
+            mask = update_mask(*self.update_inputs, UpdateSettings(**self.update_settings)).mask
+            yield _Exact("mask", _ALL, self.cast(self.arrays.array(mask), "float64"), 0.0, 0)
+        elif operation == "backward":
+            yield from self._exact_gradients(batch, precision)
+        else:
+            yield from self._exact_product(batch, precision)
 
-def check(name: str, got: Mapping[str, Array], expected: Mapping[str, tuple[Array, Array]]) -> None:
-    """Raise WrongResultError if a contender's arrays are not what they should be."""
-    for what, (exact, bound) in expected.items():
-        array = np.asarray(got[what])
-        if array.shape != exact.shape:
+    def _as_taken(self, inputs: Any, precision: Precision) -> Any:
+        """Return inputs in float64, as a contender takes them: rounded to its type."""
+        return self.cast(self.cast(inputs, precision.inputs), "float64")
+
+    def _exact_product(self, batch: Batch, precision: Precision) -> Iterator[_Exact]:
+        x = self._as_taken(batch.x, precision)
+        dense, bias = self.dense(precision.values), self.bias(precision.inputs)
+        neurons = max(1, _PIECE // len(x))
+        for first in range(0, len(dense), neurons):
+            part = slice(first, first + neurons)
+            weight, offset = self.cast(dense[part], "float64"), self.cast(bias[part], "float64")
+            exact = x @ weight.T + offset
+            yield _Exact("y", part, exact, abs(x) @ abs(weight.T) + abs(offset), self._terms)
+
+    def _exact_gradients(self, batch: Batch, precision: Precision) -> Iterator[_Exact]:
+        x, grad = (self._as_taken(part, precision) for part in (batch.x, batch.grad))
+        weight = self.cast(self.dense(precision.values), "float64")
+        most_terms = int((weight != 0).sum(0).max())
+        yield _Exact("dx", _ALL, grad @ weight, abs(grad) @ abs(weight), most_terms)
+        at = self.rows, self.columns
+        dvalues, sizes = (grad.T @ x)[at], (abs(grad).T @ abs(x))[at]
+        yield _Exact("dvalues", _ALL, dvalues, sizes, len(x))
+
+    def _compare(self, name: str, result: Any, exact: _Exact, precision: Precision) -> None:
+        if exact.name == "y":
+            shape = (len(exact.numbers), len(self.dense()))
+        else:
+            shape = tuple(exact.numbers.shape)
+        if tuple(result.shape) != shape:
             raise WrongResultError(
-                f"{name}: {what} has shape {array.shape}, but should have {exact.shape}"
+                f"{name}: {exact.name} has shape {tuple(result.shape)}, but should have {shape}"
             )
-        error = np.abs(array - exact)
-        if not (error <= bound).all():
-            at = tuple(int(i) for i in np.argwhere(~(error <= bound))[0])
+        unit = 2.0**-53 if (precision.inputs or self.dtype) == "float64" else 2.0**-24
+        of_sums = precision.of_products + 4 * (exact.terms + 3) * unit
+        bound = precision.of_result * abs(exact.numbers) + of_sums * exact.sizes
+        part = result[:, exact.columns]
+        wrong = ~(abs(self.cast(part, "float64") - exact.numbers) <= bound)
+        if wrong.any():
+            row, column = divmod(int((1 * wrong.reshape(-1)).argmax()), wrong.shape[1])
             raise WrongResultError(
-                f"{name}: {what} is wrong at {at}: {array[at]!r}, but should be {exact[at]!r}"
+                f"{name}: {exact.name} is wrong at {(row, exact.columns.start + column)}: "
+                f"{part[row, column].item()!r}, but should be "
+                f"{exact.numbers[row, column].item()!r}"
             )
-
-
-def _norms(array: Array, axis: int) -> Array:
-    norms: Array = np.sqrt(np.einsum("ij,ij->i" if axis == 1 else "ij,ij->j", array, array))
-    return norms
 
 
 def _distinct(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float32]:
-    """Return normal numbers of which no two have the same magnitude."""
+    """Return normally distributed numbers, no two of the same magnitude."""
     size = int(np.prod(shape))
     magnitudes = np.sort(np.abs(rng.standard_normal(size, np.float32)))
     steps = np.arange(size)

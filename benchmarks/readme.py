@@ -1,6 +1,6 @@
-"""The README's figures, made from the JSON.
+"""The README's table, made from the JSON.
 
-``python -m srigl_core.benchmarks.readme JSON README`` puts them between the page's markers.
+``python -m srigl_core.benchmarks.readme JSON README`` writes it between the page's markers.
 """
 
 from __future__ import annotations
@@ -18,39 +18,30 @@ __all__ = ["BEGIN", "END", "block", "replaced", "write_readme"]
 BEGIN, END = "<!-- cpu-table:begin -->", "<!-- cpu-table:end -->"
 
 _HEADLINE_ROWS = (
-    (0.9, 1),
-    (0.9, 8),
-    (0.9, 64),
-    (0.9, 256),
-    (0.9, 2048),
-    (0.8, 1),
-    (0.8, 256),
-    (0.95, 1),
-    (0.95, 256),
-    (0.99, 1),
-    (0.99, 256),
+    *((0.9, batch) for batch in (1, 8, 64, 256, 2048)),
+    *((sparsity, batch) for sparsity in (0.8, 0.95, 0.99) for batch in (1, 256)),
 )
 _OTHER_LAYERS = ((768, 3072, 0.9), (4096, 4096, 0.9), (1024, 1024, 0.9), (768, 100_000, 0.96))
 _THREADS = (1, 2)
 
 
 def block(results: Results) -> str:
-    """Return the lines between the markers: a table, and what it was measured on."""
+    """Return the lines between the markers: a table, and the machine it was measured on."""
     lines = [
         "| layer | sparsity | batch | µs | dense | CSR | µs, 2 threads | dense | CSR |",
         "|-|-:|-:|-:|-:|-:|-:|-:|-:|",
     ]
     lines += [_line(label, rows) for label, rows in _chosen(results)]
-    return "\n".join([*lines, "", _says(results)])
+    return "\n".join([*lines, "", _caption(results)])
 
 
 def replaced(page: str, results: Results) -> str:
-    """Return `page` with the table between its markers made anew.
+    """Return `page` with a new table between its markers.
 
     Raises
     ------
     FileFormatError
-        If it has not one pair of markers.
+        If it does not have exactly one pair of markers.
     """
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise FileFormatError(f"the page must have one {BEGIN} and, below, one {END}")
@@ -60,16 +51,18 @@ def replaced(page: str, results: Results) -> str:
 
 
 def write_readme(results: Path, page: Path) -> None:
-    """Put the figures of `results` into `page`."""
+    """Write the table of `results` into `page`."""
     loaded = load_results(results)
     if loaded.benchmark != "cpu":
-        raise FileFormatError(f"{str(results)!r} is of a {loaded.benchmark}; run srigl bench cpu")
+        raise FileFormatError(
+            f"{str(results)!r} was measured on a {loaded.benchmark}; run srigl bench cpu"
+        )
     made = replaced(page.read_text(encoding="utf-8"), loaded)
     page.write_text(made, encoding="utf-8")
 
 
 def _chosen(results: Results) -> list[tuple[str, list[Row | None]]]:
-    """Return what each line is called and its rows, one for each number of threads."""
+    """Return the label of each line and its rows, one for each number of threads."""
     layers = [(*HEADLINE, s, b) for s, b in _HEADLINE_ROWS]
     layers += [(*layer, b) for layer in _OTHER_LAYERS for b in (1, 256)]
     keys = ("n_in", "n_out", "sparsity", "batch")
@@ -82,12 +75,12 @@ def _chosen(results: Results) -> list[tuple[str, list[Row | None]]]:
         (", backward", {**batch_256, "operation": "backward"}),
         *_learned(results),
     ]
-    found = []
+    lines = []
     for label, case in labelled:
         rows = [next(results.find(threads=n, **case), None) for n in _THREADS]
         if any(row is not None for row in rows):
-            found.append((label, rows))
-    return found
+            lines.append((label, rows))
+    return lines
 
 
 def _learned(results: Results) -> list[tuple[str, dict[str, Any]]]:
@@ -121,19 +114,19 @@ def _short(number: float) -> str:
     return f"{number:.1f}" if number < 100 else f"{number:,.0f}"
 
 
-def _says(results: Results) -> str:
-    """Return the machine and the number of rows that are lost."""
+def _caption(results: Results) -> str:
+    """Return the machine, and the number of rows in which ours is slower."""
     rows = [row for row in results.rows if row.operation == "forward" and not row.is_empty]
     lost = {
         family: sum((row.ratio(family) or 1.0) < 1 for row in rows) for family in ("dense", "csr")
     }
     machine = results.content["machine"]
     return (
-        f"Medians through the public plan, with bias, float32, and how many times as long the best "
-        f"dense and the best CSR of all contenders take in each row; {machine['cpu']}, "
-        f"{machine['cores']} cores, {results.content['started'][:10]}. Of all {len(rows)} forward "
-        f"rows measured, {lost['dense']} are slower than the best dense and {lost['csr']} slower "
-        f"than the best CSR."
+        f"Times are medians through the public plan, with bias, in float32. The columns dense and "
+        f"CSR say how many times as long the best dense and the best CSR contender of a row take. "
+        f"Measured on {machine['cpu']}, {machine['cores']} cores, "
+        f"{results.content['started'][:10]}. Of all {len(rows)} forward rows, ours is slower than "
+        f"the best dense in {lost['dense']} and slower than the best CSR in {lost['csr']}."
     )
 
 

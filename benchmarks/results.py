@@ -1,4 +1,4 @@
-"""What a run wrote: the JSON read again, and the numbers that follow from it."""
+"""The result file: written, read again, and the figures that follow from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from srigl_core.errors import FileFormatError
 __all__ = [
     "FORMAT",
     "OURS",
-    "OURS_ON_GPU",
     "Results",
     "Row",
     "load_results",
@@ -24,11 +23,12 @@ __all__ = [
 ]
 
 FORMAT = 1
-OURS, OURS_ON_GPU = "srigl numba", "srigl cupy"
-_OURS = {"cpu": OURS, "gpu": OURS_ON_GPU}
+OURS = {"cpu": "srigl numba", "gpu": "srigl cupy"}
+"""Our contender on each device."""
+
 _USUAL: dict[str, dict[str, Any]] = {
     "cpu": {"weights": "hot", "dtype": "float32", "mask": "random", "instructions": "native"},
-    "gpu": {"l2": "warm", "mask": "random", "ablated": 0},
+    "gpu": {"weights": "warm", "mask": "random", "ablated": 0},
 }
 _EMPTY = 1 << 8
 _MICRO = 1e6
@@ -37,18 +37,18 @@ _KEYS = ("benchmark", "machine", "processes", "settings", "started", "seconds")
 
 @dataclass(frozen=True)
 class Row:
-    """One case and the times of its contenders, in microseconds.
+    """One case with the times of its contenders, in microseconds.
 
     Parameters
     ----------
     case : mapping
-        As in the file.
+        As in the file; its items are also attributes.
     main : str
-        Which contender is ours.
+        Our contender.
     """
 
     case: Mapping[str, Any]
-    main: str = OURS
+    main: str = OURS["cpu"]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -62,9 +62,32 @@ class Row:
         return f"{self.case['n_in']}→{self.case['n_out']}"
 
     @property
+    def ablated(self) -> int:
+        """Number of ablated neurons."""
+        return int(self.case["n_out"] - self.case["n_active"])
+
+    @property
     def is_empty(self) -> bool:
         """Whether the layer is so small that only the call is measured."""
         return bool(self.case["n_in"] * self.case["n_out"] <= _EMPTY)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells this case from the others of a file."""
+        layer = (self.n_in, self.n_out, self.fan_in, self.n_active, self.mask)
+        inputs = (self.batch, self.threads, self.weights, self.dtype, self.instructions)
+        return (self.operation, *layer, *inputs)
+
+    @property
+    def label(self) -> str:
+        """The case in words."""
+        parts = [self.operation, self.layer, f"{self.sparsity:.0%}"]
+        parts += [f"batch {self.batch}"] if self.batch else []
+        parts += [f"threads {self.threads}"] if self.threads > 1 else []
+        parts += [] if self.mask == "random" else [self.mask]
+        parts += [f"{self.ablated} ablated"] if self.ablated else []
+        parts += [word for word in (self.dtype, self.instructions) if word in ("float64", "avx2")]
+        return " ".join([*parts, self.weights])
 
     @property
     def ours(self) -> float | None:
@@ -72,57 +95,55 @@ class Row:
         return self.time(self.main)
 
     def time(self, contender: str) -> float | None:
-        """Return a contender's median, or None if it did not take part."""
-        found = self.case["contenders"].get(contender)
-        return None if found is None else float(found["median_us"])
+        """Return a contender's median, or None if it was not measured."""
+        entry = self.case["contenders"].get(contender)
+        return None if entry is None else float(entry["median_us"])
 
     def spread(self, contender: str) -> tuple[float, float]:
-        """Return the quartiles around a contender's median."""
-        found = self.case["contenders"][contender]
-        return float(found["lower_us"]), float(found["upper_us"])
-
-    def family(self, family: str) -> dict[str, float]:
-        """Return the medians of one family's contenders, the best first."""
-        medians = {
-            name: float(found["median_us"])
-            for name, found in self.case["contenders"].items()
-            if found["family"] == family
-        }
-        return dict(sorted(medians.items(), key=lambda item: item[1]))
+        """Return the quartiles of a contender's times."""
+        entry = self.case["contenders"][contender]
+        return float(entry["lower_us"]), float(entry["upper_us"])
 
     def best(self, family: str) -> tuple[str, float] | None:
-        """Return the name and the time of the best of a family, or None if it has none here."""
-        return next(iter(self.family(family).items()), None)
+        """Return the name and the time of the fastest of a family, or None if it has none here."""
+        medians = [
+            (name, float(entry["median_us"]))
+            for name, entry in self.case["contenders"].items()
+            if entry["family"] == family
+        ]
+        return min(medians, key=lambda item: item[1], default=None)
 
     def ratio(self, family: str, contender: str | None = None) -> float | None:
         """Return how many times as long as `contender`, or ours, the best of a family takes."""
         best, time = self.best(family), self.time(contender or self.main)
         return None if best is None or time is None else best[1] / time
 
-    @property
-    def fraction(self) -> float | None:
-        """The least time that the machine allows, as a share of ours."""
-        return None if self.ours is None else float(self.case["least_us"]) / self.ours
+    def roofline_share(self, contender: str | None = None) -> tuple[float, str] | None:
+        """Return the least time as a share of that of `contender`, or ours, and what bounds it."""
+        name = contender or self.main
+        time, entry = self.time(name), self.case["contenders"].get(name, {})
+        bound = {**self.case, **entry} if name == self.main else entry
+        if time is None or "least_us" not in bound:
+            return None
+        return bound["least_us"] / time, bound["limited_by"]
 
     def bandwidth(self, contender: str) -> float | None:
-        """Return the bytes a second that a contender moves, or None if that is not known."""
-        found = self.case["contenders"].get(contender, {})
-        return 1e6 * found["bytes"] / found["median_us"] if "bytes" in found else None
+        """Return the bytes a second that a contender moves, or None if that is not recorded."""
+        entry = self.case["contenders"].get(contender, {})
+        return 1e6 * entry["bytes"] / entry["median_us"] if "bytes" in entry else None
 
-    def share_of_floor(self, contender: str) -> tuple[float, str] | None:
-        """Return the least time there can be as a share of a contender's, and what sets it."""
-        found = self.case["contenders"].get(contender, {})
-        if "least_us" not in found:
-            return None
-        return found["least_us"] / found["median_us"], found["limited_by"]
+    def left_out(self, why: str) -> Mapping[str, str]:
+        """Return the reasons by contender; `why` is "unfit", "failed" or "wrong"."""
+        reasons: Mapping[str, str] = self.case.get(why, {})
+        return reasons
 
-    def summary(self, *families: str) -> str:
-        """Return our time, and how many times as long the best of each family takes."""
+    def summary(self) -> str:
+        """Return our time, and how many times as long the best dense and CSR contenders take."""
         if self.ours is None:
             return "ours was not measured"
-        ratios = ((family, self.ratio(family)) for family in families)
-        said = [f"{ratio:.2f}x {family}" for family, ratio in ratios if ratio is not None]
-        return ", ".join([f"{self.ours:.4g} us", *said])
+        ratios = ((family, self.ratio(family)) for family in ("dense", "tf32", "fp16", "csr"))
+        words = [f"{ratio:.2f}x {family}" for family, ratio in ratios if ratio is not None]
+        return ", ".join([f"{self.ours:.4g} us", *words])
 
 
 @dataclass(frozen=True)
@@ -139,13 +160,13 @@ class Results:
 
     @property
     def benchmark(self) -> str:
-        """Return "cpu" or "gpu"."""
+        """Either "cpu" or "gpu"."""
         return str(self.content["benchmark"])
 
     @property
     def ours(self) -> str:
-        """Which contender is ours."""
-        return _OURS[self.benchmark]
+        """Our contender."""
+        return OURS[self.benchmark]
 
     @property
     def rows(self) -> list[Row]:
@@ -154,58 +175,67 @@ class Results:
 
     @property
     def processes(self) -> Sequence[Mapping[str, Any]]:
-        """One for each set of instructions; one alone on a GPU."""
-        found: Sequence[Mapping[str, Any]] = self.content["processes"]
-        return found
+        """On a CPU one process for each set of instructions; on a GPU one."""
+        processes: Sequence[Mapping[str, Any]] = self.content["processes"]
+        return processes
 
     @property
     def native(self) -> Mapping[str, Any]:
-        """The process that was held to nothing."""
+        """The process that was not restricted to AVX2."""
         return next(p for p in self.processes if p["instructions"] != "avx2")
+
+    @property
+    def wrong(self) -> list[str]:
+        """A line for each result that was wrong."""
+        return [why for row in self.rows for why in row.left_out("wrong").values()]
 
     def find(self, **wanted: Any) -> Iterator[Row]:
         """Yield the rows whose case has these values.
 
-        Where nothing else is asked for: hot weights, float32, a random mask, all instructions;
-        on a GPU a warm second-level cache, and no neuron ablated.
+        Unless others are asked for: hot or warm weights, float32, a random mask, all instructions;
+        on a GPU also no ablated neurons.
         """
         case = {**_USUAL[self.benchmark], **wanted}
         for row in self.rows:
-            if all(row.case[name] == value for name, value in case.items()):
+            if all(getattr(row, name) == value for name, value in case.items()):
                 yield row
 
 
 def load_results(path: Path) -> Results:
-    """Read what `save_results` wrote.
+    """Read a file that `save_results` wrote.
 
     Raises
     ------
     FileFormatError
-        If it is something else, or of another format.
+        If it is another file, or of another format.
     OSError
         If it cannot be read.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FileFormatError(f"{str(path)!r} is no JSON ({error}); run srigl bench cpu") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise FileFormatError(
-            f"{str(path)!r} is no result of srigl bench in format {FORMAT}; run srigl bench cpu"
-        )
-    missing = [key for key in _KEYS if key not in content]
-    if missing:
-        raise FileFormatError(f"{str(path)!r} lacks {', '.join(missing)}; run srigl bench cpu")
-    if content["benchmark"] not in _OURS:
-        raise FileFormatError(
-            f"{str(path)!r} holds a benchmark {content['benchmark']!r}, which is none of "
-            f"{', '.join(_OURS)}; run srigl bench cpu"
-        )
+        content, problem = {}, f"is not JSON ({error})"
+    else:
+        problem = _problem_of(content)
+    if problem:
+        raise FileFormatError(f"{str(path)!r} {problem}; run srigl bench cpu")
     return Results(content)
 
 
+def _problem_of(content: Any) -> str:
+    """Return why a file cannot be read, or ""."""
+    if not isinstance(content, dict) or not {"format", "benchmark"} <= set(content):
+        return "is not a result of srigl bench"
+    if content["format"] != FORMAT:
+        return f"has format {content['format']!r}, but this version reads format {FORMAT}"
+    if content["benchmark"] not in OURS:
+        return f"has benchmark={content['benchmark']!r}, which is not one of {', '.join(OURS)}"
+    missing = [key for key in _KEYS if key not in content]
+    return f"lacks {', '.join(missing)}" if missing else ""
+
+
 def save_results(path: Path, results: Results) -> None:
-    """Write the results as JSON, one case to a line; a file that is there is replaced at once."""
+    """Write the results as JSON, one case a line, and replace an existing file at once."""
     processes = [
         _braced("{}", [f"{json.dumps(key)}: {_lines(value)}" for key, value in process.items()])
         for process in results.processes
@@ -221,24 +251,25 @@ def save_results(path: Path, results: Results) -> None:
     unfinished.replace(path)
 
 
-def microseconds(timing: Timing) -> dict[str, float]:
-    """Return a timing as the file has it."""
+def microseconds(timing: Timing) -> dict[str, Any]:
+    """Return a timing as the file records it."""
     return {
         "median_us": rounded(timing.median * _MICRO),
         "lower_us": rounded(timing.lower * _MICRO),
         "upper_us": rounded(timing.upper * _MICRO),
         "rounds": timing.rounds,
         "calls": timing.calls,
+        **timing.details,
     }
 
 
 def rounded(number: float) -> float:
-    """Return four digits."""
+    """Return a number rounded to four digits."""
     return float(f"{number:.4g}")
 
 
 def _lines(value: Any) -> str:
-    """Return a list with a line for each of its items, and anything else on one line."""
+    """Return JSON of a list with one item a line, and of anything else on one line."""
     if isinstance(value, list) and value:
         return _braced("[]", [json.dumps(item, ensure_ascii=False) for item in value])
     return json.dumps(value, ensure_ascii=False)

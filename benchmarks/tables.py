@@ -1,4 +1,4 @@
-"""Pieces of a page: numbers, cells, tables in Markdown."""
+"""Numbers, cells and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from typing import Any
 
 from srigl_core.benchmarks.results import Row
 
-__all__ = ["number", "table", "time_cell"]
+__all__ = ["number", "spread_cell", "table", "time_cell"]
 
 
 def time_cell(row: Row, contender: str) -> str:
-    """Return a contender's median with the quartiles around it, or "" if it has none."""
+    """Return a contender's median and quartiles, or "" if it was not measured."""
     time = row.time(contender)
     if time is None:
         return ""
-    lower, upper = row.spread(contender)
-    return f"{number(time)} ({number(lower)} to {number(upper)})"
+    return spread_cell(time, *row.spread(contender))
+
+
+def spread_cell(median: float, lower: float, upper: float) -> str:
+    """Return a median and its quartiles."""
+    return f"{number(median)} ({number(lower)} to {number(upper)})"
 
 
 def number(value: float) -> str:
-    """Return three digits, or all before the point."""
+    """Return a number with three digits, or all digits before the point."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

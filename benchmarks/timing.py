@@ -1,37 +1,41 @@
-"""Contenders timed in turns, so that what disturbs the machine disturbs all of them alike."""
+"""Timing of several contenders in turns, so that a disturbance affects all of them equally."""
 
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 __all__ = [
-    "Cold",
-    "Hot",
+    "Call",
+    "Clock",
+    "Context",
+    "HostRun",
+    "TimeBudget",
     "Timing",
     "interleaved",
-    "no_garbage_collection",
     "quartiles",
-    "turn",
 ]
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
+Context = Callable[[], AbstractContextManager[Any]]
 
 _SAMPLE_SECONDS = 0.004
-"""A contender's part of a round lasts about so long."""
+"""About how long one contender's part of a round takes."""
 
-_MOST_CALLS = 400
+_MOST_CALLS, _MOST_COLD_CALLS = 400, 5
 _WARM_SECONDS = 0.0005
 _LONG_SECONDS = 0.03
-"""A call this long warms itself."""
+"""A call this long needs no warm-up."""
 
 _VERY_LONG_SECONDS = 0.2
-"""A call this long is not short with a disturbance."""
+"""A call this long is not a short one that was disturbed."""
 
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 15
 _FEWEST_LONG_ROUNDS = 3
@@ -40,7 +44,7 @@ _LONG_ROUND_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median of the rounds' medians, and the quartiles around it."""
+    """The seconds of one call: median and quartiles; `details` are added to the result file."""
 
     median: float
     lower: float
@@ -49,145 +53,169 @@ class Timing:
     calls: int
     """In each round."""
 
-
-@dataclass(frozen=True)
-class Hot:
-    """Calls one after the other: what fits into the caches is there."""
-
-    call: Call
-
-    def samples(self, calls: int, clock: Clock) -> list[float]:
-        """Return the seconds of each of so many calls."""
-        return [_seconds(self.call, clock) for _ in range(calls)]
-
-    def warm(self, expected: float, clock: Clock) -> None:
-        """Call for a while, unless a single call is long."""
-        ends = clock() + (_WARM_SECONDS if expected < _LONG_SECONDS else 0.0)
-        while clock() < ends:
-            self.call()
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Cold:
-    """Calls with weights that are in no cache, as if many other layers had come before.
+class _Run(Protocol):
+    @property
+    def rounds(self) -> int: ...
+    @property
+    def most_rounds(self) -> int: ...
+    def estimate(self) -> None: ...
+    def measure_round(self) -> None: ...
+    def timing(self) -> Timing: ...
+
+
+def interleaved(
+    runs: Mapping[str, _Run],
+    *,
+    is_enough: Callable[[int], bool] = lambda rounds: False,
+    rest: Call = lambda: None,
+) -> tuple[dict[str, Timing], dict[str, Exception]]:
+    """Time every contender for a few calls each round.
+
+    Parameters
+    ----------
+    runs : mapping of str to HostRun or EventRun
+        Their calls have been made once, so that nothing is left to be compiled.
+    is_enough : callable
+        Takes the number of rounds done; returns whether to stop before a run's `most_rounds`.
+    rest : callable
+        Called before each contender's part of a round.
+
+    Returns
+    -------
+    dict of str to Timing, and dict of str to Exception
+        The times, and for contenders that raised an exception, that exception.
+
+    Notes
+    -----
+    Each round begins with another contender.
+    """
+    failed: dict[str, Exception] = {}
+
+    def attempt(name: str, step: Call) -> None:
+        rest()
+        try:
+            step()
+        except Exception as error:
+            failed[name] = error.with_traceback(None)
+
+    with _no_garbage_collection():
+        for name, run in runs.items():
+            attempt(name, run.estimate)
+        for number in itertools.count():
+            left = {n for n in runs if n not in failed and runs[n].most_rounds > number}
+            if not left or is_enough(number):
+                break
+            for name in _turn(list(runs), number):
+                if name in left and runs[name].rounds <= number:
+                    attempt(name, runs[name].measure_round)
+    return {name: run.timing() for name, run in runs.items() if name not in failed}, failed
+
+
+class TimeBudget:
+    """Says after each round whether `seconds` were spent, from now on.
+
+    At least five rounds are done, or three where one takes over a second.
+    """
+
+    def __init__(self, seconds: float, clock: Clock = time.perf_counter) -> None:
+        self._clock = clock
+        self._round_started = clock()
+        self._ends = self._round_started + seconds
+
+    def __call__(self, rounds: int) -> bool:
+        """Return whether another round would exceed the budget."""
+        now = self._clock()
+        took, self._round_started = now - self._round_started, now
+        fewest = _FEWEST_LONG_ROUNDS if took > _LONG_ROUND_SECONDS else _FEWEST_ROUNDS
+        return rounds >= fewest and now + took > self._ends
+
+
+@dataclass
+class HostRun:
+    """Calls timed with the host's clock, one after the other.
+
+    A time is the median over the rounds of the median of each round.
 
     Parameters
     ----------
     call : callable
-    other : callable
-        The same with other weights. It is called just before, so that the code, the inputs and the
-        threads are as in a network's pass; only the weights are cold.
-    flush : callable
-        Replaces what is in the caches.
+    before : sequence of callable
+        Called before each timed call, such as a flush of the caches. Without any, the caches are
+        hot: they hold what the last call left.
+    around : callable
+        Returns a context in which calls are made.
+    clock : callable
+        Seconds since any point in time.
     """
 
     call: Call
-    other: Call
-    flush: Call
+    before: Sequence[Call] = ()
+    around: Context = nullcontext
+    clock: Clock = time.perf_counter
+    most_rounds = _MOST_ROUNDS
 
-    def samples(self, calls: int, clock: Clock) -> list[float]:
-        """Return the seconds of each of so many calls."""
-        seconds = []
-        for _ in range(calls):
-            self.flush()
-            self.other()
-            seconds.append(_seconds(self.call, clock))
-        return seconds
+    def __post_init__(self) -> None:
+        self._medians: list[float] = []
+        self._calls, self._is_long = 1, False
 
-    def warm(self, expected: float, clock: Clock) -> None:
-        """Do nothing: each call is prepared by itself."""
+    @property
+    def rounds(self) -> int:
+        """Rounds that have been measured."""
+        return len(self._medians)
 
+    def estimate(self) -> None:
+        """Choose the calls of a round; a long call is its contender's part of the first round."""
+        with self.around():
+            expected = self._seconds()
+            if expected <= _VERY_LONG_SECONDS:
+                expected = min(expected, self._seconds(), self._seconds())
+        most = _MOST_COLD_CALLS if self.before else _MOST_CALLS
+        self._calls = max(1, min(most, round(_SAMPLE_SECONDS / max(expected, 1e-9))))
+        self._is_long = expected >= _LONG_SECONDS
+        if self._is_long:
+            self._medians.append(expected)
 
-def interleaved(
-    runs: Mapping[str, Hot | Cold],
-    *,
-    seconds: float,
-    rest: Call = lambda: None,
-    clock: Clock = time.perf_counter,
-) -> dict[str, Timing]:
-    """Time every contender a few calls a round, for some rounds.
+    def measure_round(self) -> None:
+        """Time the calls of one round, after a warm-up where the caches are hot."""
+        with self.around():
+            if not self.before and not self._is_long:
+                ends = self.clock() + _WARM_SECONDS
+                while self.clock() < ends:
+                    self.call()
+            self._medians.append(statistics.median(self._seconds() for _ in range(self._calls)))
 
-    Parameters
-    ----------
-    runs : mapping of str to Hot or Cold
-        Already called once, so that nothing is compiled any more.
-    seconds : float
-        To spend about; but five rounds are done in any case, or three where one takes over a
-        second, and fifteen at most.
-    rest : callable
-        Called before each contender's part.
-    clock : callable
-        Seconds from any point in time.
+    def timing(self) -> Timing:
+        """Return the median of the rounds' medians, and their quartiles."""
+        lower, median, upper = quartiles(self._medians)
+        return Timing(median, lower, upper, self.rounds, self._calls)
 
-    Returns
-    -------
-    dict of str to Timing
-
-    Notes
-    -----
-    Each round begins with another contender. The call that tells how long a contender takes is
-    its part of the first round if it is long.
-    """
-    names = list(runs)
-    started = clock()
-    expected = {name: _expected(run, rest, clock) for name, run in runs.items()}
-    calls = {name: _calls(run, expected[name]) for name, run in runs.items()}
-    medians: dict[str, list[float]] = {name: [] for name in names}
-    with no_garbage_collection():
-        for first in range(_MOST_ROUNDS):
-            round_started = clock()
-            for name in turn(names, first):
-                if first == 0 and expected[name] > _LONG_SECONDS:
-                    medians[name].append(expected[name])
-                    continue
-                rest()
-                runs[name].warm(expected[name], clock)
-                medians[name].append(statistics.median(runs[name].samples(calls[name], clock)))
-            now = clock()
-            took = now - round_started
-            fewest = _FEWEST_LONG_ROUNDS if took > _LONG_ROUND_SECONDS else _FEWEST_ROUNDS
-            if first + 1 >= fewest and now + took - started > seconds:
-                break
-    return {name: _timing(found, calls[name]) for name, found in medians.items()}
+    def _seconds(self) -> float:
+        for call in self.before:
+            call()
+        call, clock = self.call, self.clock
+        started = clock()
+        call()
+        return clock() - started
 
 
-def _expected(run: Hot | Cold, rest: Call, clock: Clock) -> float:
-    rest()
-    first = run.samples(1, clock)[0]
-    return first if first > _VERY_LONG_SECONDS else min(first, *run.samples(2, clock))
+def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Return the lower quartile, the median and the upper quartile of at least two numbers."""
+    lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+    return lower, median, upper
 
 
-def _calls(run: Hot | Cold, expected: float) -> int:
-    most = _MOST_CALLS if isinstance(run, Hot) else 5
-    return max(1, min(most, round(_SAMPLE_SECONDS / max(expected, 1e-9))))
-
-
-def _seconds(call: Call, clock: Clock) -> float:
-    started = clock()
-    call()
-    return clock() - started
-
-
-def _timing(medians: list[float], calls: int) -> Timing:
-    lower, median, upper = quartiles(medians)
-    return Timing(median, lower, upper, len(medians), calls)
-
-
-def turn(names: Sequence[str], number: int) -> list[str]:
+def _turn(names: Sequence[str], number: int) -> list[str]:
     """Return the order of a round; each begins with another name."""
     first = number % len(names)
     return [*names[first:], *names[:first]]
 
 
-def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
-    """Return the lower quartile, the median and the upper quartile of two numbers or more."""
-    lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
-    return lower, median, upper
-
-
 @contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Hold Python's collector back: it would run inside somebody's call."""
+def _no_garbage_collection() -> Iterator[None]:
+    """Switch Python's garbage collector off: it would run within somebody's call."""
     enabled = gc.isenabled()
     gc.disable()
     try:

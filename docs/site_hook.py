@@ -1,11 +1,13 @@
-"""What the documentation site has beside the pages in this folder; mkdocs calls the functions here.
+"""Build the parts of the documentation site that are not pages in this folder.
 
-- Pages of the project that lie elsewhere, and those of the measurements, made from the JSON.
-- Links between all of these, written as a git host needs them, lead to the same places in the site.
-- Names of the API, "SPEC n" and "decision On" become links.
-- The modules lie in four folders; the API pages are read from one tree of links to them.
+mkdocs calls the functions here. They
 
-What does not fit is a warning, and in strict mode an error.
+- add pages from other folders, and pages that are generated from the laws and from JSON;
+- convert links, which are written as a git host needs them, to links within the site;
+- turn names of the API, "SPEC n" and "decision On" into links;
+- show mkdocstrings the package as one tree, since its modules are in four folders.
+
+Problems are warnings, and errors in strict mode.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import logging
 import posixpath
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,10 +27,10 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from srigl_core.benchmarks.on_gpu import report as gpu_report
 from srigl_core.benchmarks.readme import block
-from srigl_core.benchmarks.report import page as cpu_report
+from srigl_core.benchmarks.report import page as measured_page
 from srigl_core.benchmarks.results import load_results
+from srigl_core.testing.laws import laws_page
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
@@ -36,6 +39,7 @@ FOLDERS = ("reference", "backends", "benchmarks")
 PLACES = {
     "README.md": "first_steps.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
     "examples/kernels/c_kernel/README.md": "kernel_in_c.md",
     "benchmarks/README.md": "measured/method.md",
@@ -43,8 +47,11 @@ PLACES = {
     f"{RESULTS}/cpu.md": "measured/cpu.md",
     f"{RESULTS}/gpu.md": "measured/gpu.md",
     f"{RESULTS}/frameworks.md": "measured/frameworks.md",
+    f"{RESULTS}/gpu_kernels.json": "gpu_kernels.md",
+    f"{RESULTS}/mutants.json": "mutants.md",
+    "srigl_core/testing/laws.py": "laws.md",
 }
-"""Pages that are not in this folder, and where the site has them."""
+"""Where pages of other folders go, by the file that they are or that they are made from."""
 
 _ORIGINS = {place: path for path, place in PLACES.items()}
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)[^)#\s]+(?=[)#])")
@@ -66,7 +73,7 @@ _tree = tempfile.TemporaryDirectory()
 
 @event_priority(100)  # before mkdocstrings reads its paths
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Let the API pages read this checkout, whatever is installed."""
+    """Let mkdocstrings read this checkout, not an installed package."""
     package = Path(_tree.name, "srigl_core")
     if not package.exists():
         package.mkdir()
@@ -80,8 +87,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages from elsewhere, and whatever else pages link to."""
-    made = _measured()
+    """Add pages from other folders, and the files that pages link to."""
+    made = _measured() | _kernel_pages()
     copied = [path for path in PLACES if path not in made and (ROOT / path).exists()]
     pages = made | {path: (ROOT / path).read_text(encoding="utf-8") for path in copied}
     for path, content in pages.items():
@@ -96,28 +103,28 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def _measured() -> dict[str, str]:
-    """Return the pages that are made from the JSON."""
+    """Return the pages that are generated from JSON."""
     cpu = load_results(ROOT / RESULTS / "cpu.json")
-    made = {f"{RESULTS}/cpu.md": cpu_report(cpu, "cpu.png")}
-    on_gpu = "Not measured yet."
+    made = {f"{RESULTS}/cpu.md": measured_page(cpu, "cpu.png")}
+    on_gpu = "There are no measurements yet."
     if (ROOT / RESULTS / "gpu.json").exists():
-        made[f"{RESULTS}/gpu.md"] = gpu_report.page(load_results(ROOT / RESULTS / "gpu.json"))
-        on_gpu = "Every case and every contender: [GPU kernels](gpu.md)."
-    found = json.loads((ROOT / RESULTS / "overhead.json").read_text(encoding="utf-8"))
-    rows = "".join(f"| {call} | {time:.2f} |\n" for call, time in found["median_us"].items())
+        made[f"{RESULTS}/gpu.md"] = measured_page(load_results(ROOT / RESULTS / "gpu.json"))
+        on_gpu = "[GPU kernels](gpu.md) has all cases and contenders."
+    overhead = json.loads((ROOT / RESULTS / "overhead.json").read_text(encoding="utf-8"))
+    rows = "".join(f"| {call} | {time:.2f} |\n" for call, time in overhead["median_us"].items())
     calls = f"| call | µs |\n|-|-:|\n{rows}"
     if calls not in (ROOT / RESULTS / "frameworks.md").read_text(encoding="utf-8"):
         _log.warning("%s/frameworks.md: the times of calls are not overhead.json's", RESULTS)
     made[f"{RESULTS}/README.md"] = f"""\
 # Measured
 
-Numbers are those of the JSON in the project; [Benchmarks](../README.md) says how it is made.
+The numbers come from JSON files in the project; [Benchmarks](../README.md) describes the method.
 
 ## CPU
 
 {block(cpu)}
 
-Every case and every contender, and what the machine allows: [CPU kernels](cpu.md).
+[CPU kernels](cpu.md) has all cases and contenders, and the roofline of the machine.
 
 ## GPU
 
@@ -125,17 +132,33 @@ Every case and every contender, and what the machine allows: [CPU kernels](cpu.m
 
 ## A call
 
-{found["layer"]}; {found["machine"]["cpu"]}, {found["machine"]["cores"]} cores,
-{found["started"][:10]}.
+{overhead["layer"]}; {overhead["machine"]["cpu"]}, {overhead["machine"]["cores"]} cores,
+{overhead["started"][:10]}.
 
 {calls}
-Networks, convolutions and training in PyTorch: [Frameworks](frameworks.md).
+[Frameworks](frameworks.md) has networks, convolutions and training in PyTorch.
 """
     return made
 
 
+def _kernel_pages() -> dict[str, str]:
+    """Return the pages of the laws, of the wrong kernels, and of what the GPU kernels need."""
+    sys.path.append(str(ROOT / "tests"))
+    from gpu.compile_gate import page as gpu_kernels_page
+    from mutants.table import page as mutants_page
+
+    names = ("gpu_kernels", "mutants", "fuzz")
+    paths = [ROOT / RESULTS / f"{name}.json" for name in names]
+    kernels, mutants, fuzzed = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    return {
+        f"{RESULTS}/gpu_kernels.json": gpu_kernels_page(kernels),
+        f"{RESULTS}/mutants.json": mutants_page(mutants, fuzzed),
+        "srigl_core/testing/laws.py": laws_page(),
+    }
+
+
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links into the site's; one that leads nowhere is left for mkdocs to report."""
+    """Convert links to links within the site; mkdocs reports links without a target."""
 
     def in_site(link: re.Match[str]) -> str:
         place = _place(_path(page.file.src_uri, link[0]))
@@ -147,7 +170,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def _path(place: str, target: str) -> str:
-    """Return which path of the project a link means in the page at `place` in the site."""
+    """Return the project path of a link's target, for a link in the site's page `place`."""
     page = _ORIGINS.get(place, f"docs/{place}")
     return posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
 
@@ -161,20 +184,20 @@ def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Fi
     module = re.search(r"^::: (\S+)", page.markdown or "", re.MULTILINE)
     names, sections = _names(module[1] if module else "srigl_core"), _sections()
 
-    def linked(found: re.Match[str]) -> str:
-        name = found["name"] or ""
+    def linked(match: re.Match[str]) -> str:
+        name = match["name"] or ""
         owner, _, member = name.rpartition(".")
-        if found["section"]:
-            target = sections.get(found["section"], found[0])
-        elif found["decision"]:
-            target = _DECISIONS[found["decision"]]
+        if match["section"]:
+            target = sections.get(match["section"], match[0])
+        elif match["decision"]:
+            target = _DECISIONS[match["decision"]]
         elif name in names:
             target = names[name]
         elif owner in names:
-            return _reference(f"{names[owner]}.{member}", found[0], "optional")
+            return _reference(f"{names[owner]}.{member}", match[0], "optional")
         else:
-            return found[0]
-        return _reference(target, found[0])
+            return match[0]
+        return _reference(target, match[0])
 
     literal_block = "<p>::</p>\n"  # numpydoc's mark, which Markdown does not know
     return _REFERENCE.sub(linked, content.replace(literal_block, ""))
@@ -185,9 +208,10 @@ def _reference(target: str, text: str, attribute: str = "") -> str:
 
 
 def _names(home: str = "srigl_core") -> dict[str, str]:
-    """Map what a page may call a public name to its identifier.
+    """Map the spellings of public names on a page to their identifiers.
 
-    A class goes by its bare name, and so does a function of the module `home`, if that is no word.
+    A class may be spelled without its module. So may a function of the module `home`, if its name
+    has an underscore.
     """
     names: dict[str, str] = {}
     for page in sorted(ROOT.glob("docs/api/*.md"), key=lambda page: page.stem == "srigl_core"):
@@ -201,13 +225,16 @@ def _names(home: str = "srigl_core") -> dict[str, str]:
 
 
 def _identifier(module: str, name: str) -> str:
-    """Return a public name's identifier; of a function called like its module, the longer one."""
+    """Return the identifier of a public name.
+
+    If a function has the name of its module, the identifier contains the name twice.
+    """
     file = Path(_tree.name, *module.split("."), f"{name}.py")
     return f"{module}.{name}.{name}" if file.exists() else f"{module}.{name}"
 
 
 def _public(module: str) -> list[str]:
-    """Return the names in a module's ``__all__``, without importing it; none for an object."""
+    """Return the names in a module's ``__all__`` without importing it; none if it is no module."""
     path = Path(_tree.name, *module.split("."))
     source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     if not source.exists():
@@ -219,17 +246,17 @@ def _public(module: str) -> list[str]:
 
 
 def _sections() -> dict[str, str]:
-    """Map the numbers of the semantics' sections to their anchors."""
+    """Map section numbers of the semantics to anchors."""
     text = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
     headings = re.findall(r"^##+ ((\d(?:\.\d)?) .*)$", text, re.MULTILINE)
     return {number: slugify(heading, "-") for heading, number in headings}
 
 
 def on_env(env: object, *, config: MkDocsConfig, files: Files) -> None:
-    """Warn of public names that no API page shows."""
+    """Warn about public names that no API page shows."""
     anchors = config.plugins["autorefs"]
     for name in sorted(set(_names().values())):
         try:
             anchors.get_item_url(name)
         except KeyError:
-            _log.warning("%s is public, and on no API page: it may lack a docstring", name)
+            _log.warning("%s is public but on no API page; it may lack a docstring", name)

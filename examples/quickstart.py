@@ -1,4 +1,4 @@
-"""Pack a masked weight, multiply by it on every backend, save it and load it back."""
+"""Pack a masked weight, multiply by it on every backend, save it and load it again."""
 
 import tempfile
 from pathlib import Path
@@ -36,7 +36,7 @@ def main() -> None:
         srigl_core.save_condensed(path, {"fc1": weight, "fc1.bias": bias})
         loaded = srigl_core.load_condensed(path)
     assert loaded["fc1"] == weight
-    print("saved, loaded back, and the same to the bit")
+    print("saved and loaded: the bits are the same")
 
 
 if __name__ == "__main__":

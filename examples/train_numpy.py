@@ -1,4 +1,4 @@
-"""Train a small network by SRigL in plain NumPy: the whole training loop, nothing hidden."""
+"""Train a small network with SRigL in NumPy, with the whole training loop in view."""
 
 import numpy as np
 
@@ -24,7 +24,7 @@ def main() -> None:
         x = rng.standard_normal((BATCH, 20), dtype=np.float32)
         target = np.abs(x @ teacher.T)
 
-        # Forward and backward, dense gradients included: the trainer asks for them in its window.
+        # The forward and the backward pass. The trainer needs dense gradients in its window.
         z = x @ weights["hidden"].T + bias
         hidden = np.maximum(z, 0)
         error = hidden @ weights["output"].T - target
@@ -41,7 +41,7 @@ def main() -> None:
             weights[name] -= RATE * (1 - step / STEPS) * momenta[name]
         bias -= RATE * (1 - step / STEPS) * g_hidden.sum(axis=0)
 
-        # After its step: the trainer's. At an update, take over weights and remap the state.
+        # The trainer's step. An update returns new weights, and optimiser state is remapped.
         before = dict(trainer.masks)
         for name, update in trainer.step(weights).items():
             weights[name] = update.weight

@@ -1,10 +1,11 @@
-"""The executable definition, NumPy only: read like the paper, correct before fast.
+"""The executable definition, in NumPy: it reads like the paper, and puts correctness before speed.
 
 `condensed_matmul` is a module with `forward`, `backward` and `dense_gradient`; it computes on
-checked two-dimensional arrays. For checked arguments of any shape call
+two-dimensional arrays and checks nothing. For arguments of any shape, checked, call
 ``srigl_core.condensed_matmul(..., backend="reference")``.
 """
 
+from srigl_core.reference.activations import activate
 from srigl_core.reference.baselines import update_rigl, update_set, update_static
 from srigl_core.reference.condensed_matmul import dense_gradient
 from srigl_core.reference.condensed_update import update_condensed
@@ -18,6 +19,7 @@ __all__ = [
     "LayerBudget",
     "UpdateExplanation",
     "UpdateSchedule",
+    "activate",
     "dense_gradient",
     "erk",
     "explain_update",

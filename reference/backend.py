@@ -1,4 +1,4 @@
-"""The reference as a backend: the definition itself, for checking others and for small work."""
+"""The reference as a backend: the definition itself, to check other backends with."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["ReferenceBackend"]
 
 
 class ReferenceBackend:
-    """NumPy only, correct before fast."""
+    """The definition, in NumPy; correctness comes before speed."""
 
     name = "reference"
     capabilities = Capabilities(operations=frozenset(OPERATIONS), priority=0)
 
     def prepare(self, weight: CondensedWeight) -> ReferencePrepared:
-        """Return `weight` as it is."""
+        """Return `weight` in its own condensed layout."""
         return ReferencePrepared(weight)
 
     def update_mask(
@@ -91,5 +91,5 @@ class ReferencePrepared:
         condensed_matmul.backward(grad, x, self.weight, out=out)
 
     def with_values(self, weight: CondensedWeight) -> ReferencePrepared:
-        """Return the same for another weight."""
+        """Return the layout of another weight."""
         return ReferencePrepared(weight)

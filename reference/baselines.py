@@ -1,7 +1,7 @@
 """The methods SRigL is compared with, on the same primitives (SPEC 5).
 
-They are unstructured: weights are kept and grown over the whole layer, and rows may end up with any
-number of them.
+They are unstructured: weights are kept and grown over the whole layer, and a row may have any
+number of weights.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def update_rigl(
 
     Notes
     -----
-    Evci et al. 2020. A position pruned a moment ago may be grown again.
+    Evci et al. 2020. A position that was just pruned may be grown again.
     """
 
     def rigl(
@@ -73,7 +73,7 @@ def update_set(
     weight, mask, drop_fraction, grown_init
         As in `srigl_core.reference.update_mask`.
     rng : numpy.random.Generator or int
-        A generator or a seed. Chooses among all positions not kept, uniformly.
+        A generator or a seed. Grown positions are drawn uniformly from all that are not kept.
 
     Returns
     -------
@@ -107,7 +107,7 @@ def update_set(
 
 
 def update_static(weight: ArrayLike, mask: NDArray[np.bool_]) -> MaskUpdate:
-    """Return the update that changes no connection: inactive weights are zeroed, nothing else.
+    """Return the update that changes no connection and only zeroes inactive weights.
 
     Parameters
     ----------

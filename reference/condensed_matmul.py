@@ -1,7 +1,7 @@
 """The product with a condensed weight, and its gradients (SPEC 2; paper sec. 4.4).
 
-Sums run over one connection (or one row of the batch) after another in the accumulator's type, so
-that the order of the additions is plain to see.
+Sums take one connection (or one row of the batch) at a time, in the accumulator's dtype, so that
+the order of the additions is visible.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def forward(
     compact : bool
         Return the columns of active neurons only.
     dtype : numpy.dtype or None
-        Of the result; None is ``result_type(x, values)``.
+        Dtype of the result; None is ``result_type(x, values)``.
 
     Returns
     -------
@@ -57,11 +57,11 @@ def forward(
     SPEC 2. Accumulates in float32, or float64 where either input is float64; the activation is
     evaluated in float64, and the result rounded once.
     """
-    kind = accumulator_dtype(x.dtype, weight.dtype)
+    sum_dtype = accumulator_dtype(x.dtype, weight.dtype)
     dtype = np.result_type(x, weight.values) if dtype is None else dtype
     with np.errstate(all="ignore"):
-        inputs, values = x.astype(kind), weight.values.astype(kind)
-        offset = np.zeros(weight.shape[0], kind) if bias is None else bias.astype(kind)
+        inputs, values = x.astype(sum_dtype), weight.values.astype(sum_dtype)
+        offset = np.zeros(weight.shape[0], sum_dtype) if bias is None else bias.astype(sum_dtype)
         z = np.broadcast_to(offset, (x.shape[0], weight.shape[0])).copy()
         summed = z[:, weight.active]
         for j in range(weight.fan_in):
@@ -79,7 +79,7 @@ def _activated(z: Array, activation: str, dtype: np.dtype[Any]) -> Array:
 def backward(
     grad: Array, x: Array | None, weight: CondensedWeight, *, out: MatmulGradients
 ) -> None:
-    """Write the gradients that `out` has arrays for.
+    """Write the gradients for which `out` has arrays.
 
     Parameters
     ----------
@@ -101,15 +101,15 @@ def backward(
         if out.values is not None and x is not None:
             out.values[...] = round_to(_value_gradient(grad, x, weight), out.values.dtype)
         if out.bias is not None:
-            kind = accumulator_dtype(grad.dtype)
-            out.bias[...] = round_to(grad.astype(kind).sum(axis=0), out.bias.dtype)
+            sum_dtype = accumulator_dtype(grad.dtype)
+            out.bias[...] = round_to(grad.astype(sum_dtype).sum(axis=0), out.bias.dtype)
 
 
 def _input_gradient(grad: Array, weight: CondensedWeight) -> Array:
     """dx[c] = sum of g[active[i]] * values[i, j] over the (i, j) with indices[i, j] = c."""
-    kind = accumulator_dtype(grad.dtype, weight.dtype)
-    values, connected = weight.values.astype(kind), grad[:, weight.active].astype(kind)
-    dx = np.zeros((grad.shape[0], weight.shape[1]), kind)
+    sum_dtype = accumulator_dtype(grad.dtype, weight.dtype)
+    values, connected = weight.values.astype(sum_dtype), grad[:, weight.active].astype(sum_dtype)
+    dx = np.zeros((grad.shape[0], weight.shape[1]), sum_dtype)
     for i, columns in enumerate(weight.indices):
         dx[:, columns] += connected[:, i, None] * values[i]
     return dx
@@ -117,9 +117,9 @@ def _input_gradient(grad: Array, weight: CondensedWeight) -> Array:
 
 def _value_gradient(grad: Array, x: Array, weight: CondensedWeight) -> Array:
     """dvalues[i, j] = sum over the batch of g[active[i]] * x[indices[i, j]]."""
-    kind = accumulator_dtype(grad.dtype, x.dtype, weight.dtype)
-    dvalues = np.zeros(weight.values.shape, kind)
-    for g_row, x_row in zip(grad.astype(kind), x.astype(kind), strict=True):
+    sum_dtype = accumulator_dtype(grad.dtype, x.dtype, weight.dtype)
+    dvalues = np.zeros(weight.values.shape, sum_dtype)
+    for g_row, x_row in zip(grad.astype(sum_dtype), x.astype(sum_dtype), strict=True):
         dvalues += g_row[weight.active, None] * x_row[weight.indices]
     return dvalues
 
@@ -130,14 +130,14 @@ def dense_gradient(grad: ArrayLike, x: ArrayLike) -> Array:
     Parameters
     ----------
     grad : array, (..., n_out)
-        dL/dz; rows of ablated neurons count, or they could never revive.
+        dL/dz of all neurons; an ablated neuron can revive only by its gradient.
     x : array, (..., n_in)
-        The forward pass's input, with the same leading axes.
+        The input of the forward pass, with the same leading axes.
 
     Returns
     -------
     ndarray, (n_out, n_in)
-        float64 where either is float64, else float32.
+        float64 if either argument is float64, else float32.
 
     Raises
     ------
@@ -148,8 +148,8 @@ def dense_gradient(grad: ArrayLike, x: ArrayLike) -> Array:
 
     Notes
     -----
-    SPEC 2, Backward. No BLAS: its sums depend on its number of threads, and these numbers decide
-    which weights are grown. Cost O(batch * n_out * n_in).
+    SPEC 2, Backward. BLAS is not used: its sums depend on the number of threads, and the gradient
+    decides which weights are grown. Cost O(batch * n_out * n_in).
 
     Examples
     --------
@@ -164,9 +164,9 @@ def dense_gradient(grad: ArrayLike, x: ArrayLike) -> Array:
             f"grad of shape {grad.shape} and x of shape {x.shape} must be (..., n_out) and "
             f"(..., n_in) with the same leading axes"
         )
-    kind = accumulator_dtype(grad.dtype, x.dtype)
-    rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).astype(kind)
-    columns = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(kind)
+    sum_dtype = accumulator_dtype(grad.dtype, x.dtype)
+    rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).astype(sum_dtype)
+    columns = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(sum_dtype)
     with honour_subnormals(), np.errstate(all="ignore"):
         product: Array = np.einsum("bo,bi->oi", rows, columns, optimize=False)
     return product

@@ -184,7 +184,7 @@ def _grown(
     fan_in: int,
     grown_init: float,
 ) -> tuple[CondensedWeight, NDArray[np.int64]]:
-    """Return the new weight, and where its values were (SPEC 4.7, 4.8): the second pass."""
+    """Return the new weight, and where its values came from (SPEC 4.7, 4.8): the second pass."""
     active = np.flatnonzero(survives)
     indices = np.empty((active.size, fan_in), weight.indices.dtype)
     source = np.empty(indices.shape, np.int64)
@@ -215,8 +215,8 @@ def _connections(
     Returns
     -------
     tuple
-        The row of each neuron within the block, (neurons, 1); its columns, (neurons, k); and which
-        of all values these are.
+        The row of each neuron within the block, (neurons, 1); its columns, (neurons, k); and the
+        slice of ``values.ravel()`` with their values.
     """
     begin, end = np.searchsorted(weight.active, [start, start + n_rows])
     rows = weight.active[begin:end, None] - start
@@ -225,12 +225,12 @@ def _connections(
 
 
 class _Selection:
-    """The positions of largest magnitude, of numbers that come in order of their positions.
+    """A selection of the largest magnitudes, from numbers that are added in blocks, in order.
 
     Attributes
     ----------
     positions : ndarray of int64
-        Those chosen so far, ascending.
+        The positions that are chosen so far, ascending.
     """
 
     def __init__(self, count: int) -> None:
@@ -239,13 +239,13 @@ class _Selection:
         self._magnitudes: NDArray[Any] = np.empty(0, np.float32)
 
     def add(self, scores: NDArray[Any], candidates: NDArray[np.bool_], first: int) -> None:
-        """Take in a block, whose first number has the position `first`."""
+        """Add a block whose first number has the position `first`."""
         magnitudes = np.abs(scores)
         if self.positions.size == self._count:
-            # One that comes later and equals the least chosen loses the tie.
+            # A later number that equals the smallest chosen one loses the tie.
             candidates &= magnitudes > self._magnitudes.min(initial=np.inf)
-        found = np.flatnonzero(largest(magnitudes, candidates, self._count))
-        positions = np.concatenate([self.positions, found + first])
-        magnitudes = np.concatenate([self._magnitudes, magnitudes.reshape(-1)[found]])
+        local = np.flatnonzero(largest(magnitudes, candidates, self._count))
+        positions = np.concatenate([self.positions, local + first])
+        magnitudes = np.concatenate([self._magnitudes, magnitudes.reshape(-1)[local]])
         chosen = largest(magnitudes, np.ones(positions.size, np.bool_), self._count)
         self.positions, self._magnitudes = positions[chosen], magnitudes[chosen]

@@ -28,9 +28,9 @@ class LayerBudget:
     shape : tuple of int
         Original shape, kernel dimensions included.
     nnz_budget : int
-        B; what is realised may be less, since constant fan-in rounds down to whole rows.
+        B. A mask may have fewer weights, since constant fan-in rounds down to whole rows.
     density : Fraction
-        Share of the weights that was aimed at, before B was rounded down.
+        Target share of active weights, before B was rounded down.
     """
 
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class LayerBudget:
 
     @property
     def sparsity(self) -> float:
-        """Sparsity that was aimed at."""
+        """Target sparsity."""
         return float(1 - self.density)
 
 
@@ -93,13 +93,13 @@ def uniform(
     Parameters
     ----------
     shapes : sequence of tuple of int, or mapping of str to such
-        Original shapes of the layers; names are for error messages.
+        Original shapes of the layers. Names appear in error messages.
     sparsity : float
         Of the whole network, in [0, 1).
     dense : iterable of int
-        Positions of layers kept dense; the others pay for them.
+        Positions of the layers that stay dense; the others get fewer weights instead.
     fixed : mapping of int to int, or None
-        Budgets of layers that have their own; the others pay for, or gain from, these.
+        Budgets of single layers by position; the others share what is left.
 
     Returns
     -------
@@ -113,8 +113,8 @@ def uniform(
     Warns
     -----
     UserWarning
-        If the dense and fixed layers alone meet the network's budget; the others then take
-        `sparsity` themselves, and the network exceeds it.
+        If the dense and fixed layers alone use up the network's budget. The other layers then get
+        `sparsity` each, and the network exceeds its budget.
 
     Notes
     -----
@@ -129,8 +129,8 @@ def uniform(
         if left < 1:
             warnings.warn(
                 f"the layers with budgets of their own have {sum(budgets.values())} weights, all "
-                f"that sparsity={sparsity} leaves the network; the others take that sparsity "
-                f"themselves, and the network will have more weights",
+                f"that sparsity={sparsity} leaves the network; the other layers take "
+                f"that sparsity themselves, and the network will have more weights",
                 stacklevel=2,
             )
             share = density
@@ -157,7 +157,7 @@ def erk(
     Returns
     -------
     list of LayerBudget
-        A layer whose density would exceed 1 becomes dense, and the others are solved again.
+        A layer whose density would exceed 1 becomes dense, and the rest is solved again.
 
     Raises
     ------
@@ -212,7 +212,7 @@ def _checked(
     dense: Iterable[int],
     fixed: Mapping[int, int] | None,
 ) -> tuple[dict[str, tuple[int, ...]], list[int], dict[int, int], Fraction]:
-    """Return named shapes, sizes, the budgets known beforehand, and the network's density."""
+    """Return shapes by name, sizes, the budgets that are fixed, and the network's density."""
     if not isinstance(shapes, Mapping | list | tuple):
         raise ValueTypeError(f"shapes={shapes!r} must be a list of shapes, or a dict of them")
     if not isinstance(shapes, Mapping):

@@ -1,7 +1,7 @@
-"""Say where somebody else's mask update departs from the definition, and recognise known slips.
+"""Explain how a mask update computed elsewhere differs from the definition.
 
-Only the new mask is seen. The definition is run with one slip at a time until one gives that mask;
-failing that, the first stage whose result can be read off the mask is named.
+Only the new mask is known. The definition is run with one known deviation at a time until one gives
+that mask. If none does, the explanation names the first stage that visibly differs in the mask.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from srigl_core._arrays.checks import as_mask
 from srigl_core._arrays.float_mode import honour_subnormals
 from srigl_core._update import UpdateSettings, check_update_arrays
 from srigl_core.errors import SriglError
-from srigl_core.reference.known_slips import SLIPS, Problem, Steps, Trace
+from srigl_core.reference.known_deviations import DEVIATIONS, Problem, Steps, Trace
 from srigl_core.reference.mask_update import prune, srigl_update
 
 __all__ = ["STAGES", "UpdateExplanation", "explain_update"]
@@ -40,26 +40,27 @@ STAGES = (
 
 @dataclass(frozen=True, eq=False)
 class UpdateExplanation:
-    """How a mask compares with the definition's; true where they are the same, printable.
+    """Comparison of a mask with the definition's. It is true if they are equal, and can be printed.
 
     Parameters
     ----------
     matches : bool
     stage : str or None
         The first of `STAGES` that differs.
-    slip : str or None
-        The known slip that gives exactly this mask.
+    known_deviation : str or None
+        The known deviation that gives exactly this mask.
     rows : ndarray of int64
-        Rows in which the stage differs, ascending.
+        Rows where the stage's result differs, ascending.
     positions : ndarray of int64, (n, 2)
-        Row and column of each place in which the stage differs; empty for a stage that has none.
+        Row and column of each position where the stage's result differs; empty if that has no
+        positions.
     expected, got : object
-        The stage's result by the definition, and what the mask implies.
+        The stage's result by the definition, and the one that the mask implies.
     """
 
     matches: bool
     stage: str | None = None
-    slip: str | None = None
+    known_deviation: str | None = None
     rows: Rows = field(default_factory=lambda: np.empty(0, np.int64))
     positions: Rows = field(default_factory=lambda: np.empty((0, 2), np.int64))
     expected: object = None
@@ -71,7 +72,7 @@ class UpdateExplanation:
     def __str__(self) -> str:
         if self.matches:
             return "the mask is the definition's"
-        cause = f", {self.slip}" if self.slip else ""
+        cause = f", {self.known_deviation}" if self.known_deviation else ""
         text = f"first difference at stage {self.stage!r}{cause}"
         if self.rows.size:
             text += f"\n  rows      {_listed(self.rows.tolist())}"
@@ -132,26 +133,30 @@ def _explained(problem: Problem, got: Mask) -> UpdateExplanation:
     if np.array_equal(update.mask, got):
         return UpdateExplanation(True)
     expected = Steps(problem).run()
-    for name, steps in SLIPS.items():
+    for name, steps in DEVIATIONS.items():
         try:
-            slipped = steps(problem).run()
+            deviating = steps(problem).run()
         except (SriglError, ZeroDivisionError):
             continue
-        if np.array_equal(slipped.grown, got):
-            return _first_difference(expected, slipped, name)
+        if np.array_equal(deviating.grown, got):
+            return _first_difference(expected, deviating, name)
     return _read_off(problem, expected, got)
 
 
-def _first_difference(expected: Trace, slipped: Trace, name: str) -> UpdateExplanation:
-    for stage, part in zip(STAGES, fields(Trace), strict=True):
-        ours, theirs = getattr(expected, part.name), getattr(slipped, part.name)
-        if not np.array_equal(ours, theirs):
-            return _explanation(stage, ours, theirs, slip=name)
-    raise AssertionError("a slip that gives another mask differs at some stage")
+def _first_difference(expected: Trace, deviating: Trace, name: str) -> UpdateExplanation:
+    results = [
+        [getattr(trace, stage.name) for stage in fields(Trace)] for trace in (expected, deviating)
+    ]
+    stage, ours, theirs = next(
+        (stage, ours, theirs)
+        for stage, ours, theirs in zip(STAGES, *results, strict=True)
+        if not np.array_equal(ours, theirs)
+    )
+    return _explanation(stage, ours, theirs, name)
 
 
 def _read_off(problem: Problem, expected: Trace, got: Mask) -> UpdateExplanation:
-    """Name the first stage whose result can be seen in the mask and differs."""
+    """Name the first stage that visibly differs in the mask."""
     active: Mask = np.any(got, axis=1)
     if not np.array_equal(~active, expected.ablated):
         return _about_ablation(expected, ~active)
@@ -171,7 +176,7 @@ def _read_off(problem: Problem, expected: Trace, got: Mask) -> UpdateExplanation
             "kept",
             expected.kept,
             stay & ~(expected.grown & ~expected.kept),
-            slip=_sorted_boolean(problem, expected, got),
+            _sorted_boolean(problem, expected, got),
         )
     return _explanation("grown", expected.grown & ~expected.kept, got & ~expected.kept)
 
@@ -199,7 +204,7 @@ def _about_ablation(expected: Trace, ablated: Mask) -> UpdateExplanation:
 
 
 def _sorted_boolean(problem: Problem, expected: Trace, got: Mask) -> str | None:
-    """Recognise over-full rows that kept as many weights as they may, but not the largest."""
+    """Recognise over-full rows that kept the right number of weights, but not the largest."""
     n_keep, n_in = expected.counts[0], problem.mask.shape[1]
     eligible = prune(problem.weight, problem.mask, ~expected.ablated, n_keep, n_in)
     overfull = np.count_nonzero(eligible, axis=1) > expected.fan_in
@@ -210,34 +215,33 @@ def _sorted_boolean(problem: Problem, expected: Trace, got: Mask) -> str | None:
 
 
 def _explanation(
-    stage: str, ours: Any, theirs: Any, *, slip: str | None = None
+    stage: str, ours: Any, theirs: Any, known_deviation: str | None = None
 ) -> UpdateExplanation:
     if not isinstance(ours, np.ndarray):
-        return UpdateExplanation(False, stage, slip, expected=ours, got=theirs)
+        return UpdateExplanation(False, stage, known_deviation, expected=ours, got=theirs)
     differs = ours != theirs
     rows = np.flatnonzero(differs.reshape(differs.shape[0], -1).any(axis=1))
     if differs.ndim == 2:
         return UpdateExplanation(
             False,
             stage,
-            slip,
+            known_deviation,
             rows,
             np.argwhere(differs),
             f"{_places(ours & differs)} of {np.count_nonzero(ours)} places, not in the other",
             f"{_places(theirs & differs)} of {np.count_nonzero(theirs)} places, not in the first",
         )
-    kind = "rows " if ours.dtype == np.bool_ else "counts "
     if ours.dtype == np.bool_:
-        values = [np.flatnonzero(ours).tolist(), np.flatnonzero(theirs).tolist()]
+        what, values = "rows", [np.flatnonzero(ours), np.flatnonzero(theirs)]
     else:
-        values = [ours[rows].tolist(), theirs[rows].tolist()]
+        what, values = "counts", [ours[rows], theirs[rows]]
     return UpdateExplanation(
         False,
         stage,
-        slip,
+        known_deviation,
         rows,
-        expected=kind + _listed(values[0]),
-        got=kind + _listed(values[1]),
+        expected=f"{what} {_listed(values[0].tolist())}",
+        got=f"{what} {_listed(values[1].tolist())}",
     )
 
 

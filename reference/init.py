@@ -97,7 +97,7 @@ def sparse_init(
         With k the row's number of active weights: "kaiming_normal" and "grad_flow", normal of
         standard deviation sqrt(2/k); "kaiming_uniform", uniform within sqrt(6/k);
         "torch_default", uniform within sqrt(1/k); "grad_flow_released", normal of standard
-        deviation 2/k, as the released code does by a slip (decision O24).
+        deviation 2/k, as the released code does by mistake (decision O24).
     rng : numpy.random.Generator or int
         A generator or a seed.
     dtype : dtype-like
@@ -113,7 +113,7 @@ def sparse_init(
     SriglError
         If `init` is unknown.
     ValueTypeError
-        If `mask` is no array of bool.
+        If `mask` is not an array of bool.
     """
     if init not in INITS:
         raise SriglError(f"init={init!r} is unknown; use one of {', '.join(INITS)}")

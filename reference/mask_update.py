@@ -121,7 +121,7 @@ def prune_counts(weight: NDArray[Any], mask: Mask, drop_fraction: float) -> tupl
 
 
 def keep_and_prune(n_weights: int, n_nonzero: int, drop_fraction: float) -> tuple[int, int]:
-    """Return `prune_counts` of `n_weights` active weights, of which `n_nonzero` are not zero."""
+    """Return `prune_counts` for `n_weights` active weights, `n_nonzero` of them not zero."""
     n_prune = int(np.floor(n_weights * drop_fraction))
     n_keep = min(n_weights - n_prune, n_nonzero)
     return n_keep, n_weights - n_keep
@@ -138,8 +138,8 @@ def ablation_threshold(
 ) -> int:
     """Return the number of salient weights below which a row is ablated (SPEC 4.4).
 
-    It is lowered where it would leave so few rows that their fan-in exceeded `n_in`; lowered to
-    0 it ablates nothing, and rows that tie with it survive.
+    The threshold is lowered where it would leave so few rows that their fan-in would exceed `n_in`.
+    Rows with exactly the threshold survive, so that a threshold of 0 ablates nothing.
     """
     n_out = salient_counts.size
     fewest_rows = settings.nnz_budget // n_in
@@ -174,7 +174,7 @@ def new_fan_in(
 
 
 def _smallest_budget(salient_counts: NDArray[np.int64], settings: UpdateSettings, n_in: int) -> int:
-    """Return the least budget that gives every surviving row a weight; n_out always does."""
+    """Return the smallest budget that gives every surviving row a weight; n_out always does."""
     n_out = salient_counts.size
     ascending = np.sort(salient_counts)
     budgets = np.arange(1, n_out + 1)
@@ -196,7 +196,7 @@ def prune(weight: NDArray[Any], mask: Mask, survives: Mask, n_keep: int, fan_in:
 def grow(grad: NDArray[Any], kept: Mask, survives: Mask, fan_in: int) -> Mask:
     """Fill each surviving row up to `fan_in` where the gradient is largest (SPEC 4.7).
 
-    A position pruned a moment ago may be grown again.
+    A position that was just pruned may be grown again.
     """
     new_mask = kept.copy()
     for row in np.flatnonzero(survives):
@@ -246,15 +246,15 @@ def remap_state(state: State, mask: Mask, new_mask: Mask) -> State:
 
     Returns
     -------
-    same kind as `state`
-        New containers and new arrays; `state` is not changed. Any kind of dict becomes a dict.
+    same type as `state`
+        New containers and new arrays; `state` is not changed. A subclass of dict becomes a dict.
 
     Raises
     ------
     SriglError
         If the masks differ in shape.
     ValueTypeError
-        If one is no array of bool.
+        If one is not an array of bool.
     """
     mask = as_mask(mask, None)
     new_mask = as_mask(new_mask, mask.shape, "new_mask")

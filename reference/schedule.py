@@ -18,10 +18,10 @@ class UpdateSchedule:
     Parameters
     ----------
     t_end : int
-        Steps count from 1; a step from `t_end` on is no longer due. The paper takes 75% of
-        training, see `for_training`.
+        The step from which there are no more updates. Steps count from 1. The paper uses 75% of
+        training; see `for_training`.
     delta_t : int
-        Steps from one update to the next.
+        Number of steps from one update to the next.
     alpha : float
         Drop fraction at the start, in [0, 1].
 
@@ -44,7 +44,7 @@ class UpdateSchedule:
     alpha: float = 0.3
 
     def __post_init__(self) -> None:
-        # Plain numbers, since NumPy's own would round or overflow in products with others.
+        # NumPy's numbers would round or overflow when multiplied by others; Python's do not.
         object.__setattr__(self, "t_end", check_integer(self.t_end, "t_end", least=1))
         object.__setattr__(self, "delta_t", check_integer(self.delta_t, "delta_t", least=1))
         alpha = check_real(self.alpha, "alpha")

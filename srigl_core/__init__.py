@@ -19,7 +19,7 @@ from srigl_core._recommendation import Recommendation, recommend
 from srigl_core._registry import BackendStatus, get_backend, list_backends
 from srigl_core._training.condensed_trainer import CondensedTrainer
 from srigl_core._training.config import LayerOptions, TrainingConfig
-from srigl_core._training.methods import Method, list_methods
+from srigl_core._training.methods import LayerState, Method, list_methods
 from srigl_core._training.sparse_trainer import SparseTrainer
 from srigl_core._update import CondensedUpdate, MaskUpdate, UpdateOptions, UpdateSettings
 from srigl_core._warmup import warmup
@@ -42,6 +42,7 @@ __all__ = [
     "Connections",
     "FileFormatError",
     "LayerOptions",
+    "LayerState",
     "MaskUpdate",
     "MatmulGradients",
     "MemoryReport",

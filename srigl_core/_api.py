@@ -50,9 +50,9 @@ def condensed_matmul(
     Parameters
     ----------
     x : array, (..., n_in)
-        float16, bfloat16, float32 or float64, any strides: a NumPy, PyTorch, JAX, CuPy or
-        TensorFlow array, or an object with ``__dlpack__``, ``__array_interface__`` or
-        ``__cuda_array_interface__``. It is not copied, and never written.
+        float16, bfloat16, float32 or float64, any strides: a NumPy, PyTorch, JAX or CuPy array, or
+        an object with ``__dlpack__``, ``__array_interface__`` or ``__cuda_array_interface__``. It
+        is not copied, and never written.
     weight : CondensedWeight, (n_out, n_in)
     bias : array, (n_out,), or None
         Of the same library and on the same device as `x`. Cast to the result's dtype.
@@ -64,7 +64,7 @@ def condensed_matmul(
         outputs ``act(bias)``.
     out : array, (..., n_out) or (..., n_active), or None
         Array to write the result to, of any value type and of the library of `x`. It must not
-        share memory with an input. JAX and TensorFlow arrays are read-only and cannot be `out`.
+        share memory with an input. JAX arrays are read-only and cannot be `out`.
     backend : str, Backend or None
         As in `get_backend`.
     threads : int or None
@@ -75,7 +75,9 @@ def condensed_matmul(
     array, (..., n_out), or (..., n_active) if `compact`
         `out`, or a new array of dtype ``numpy.result_type(x, values)``, of the library and on the
         device of `x`. It carries no gradient: use `srigl_core.torch` and `srigl_core.jax` for
-        autograd and tracing.
+        autograd and tracing. For any other object that exports its memory, such as a TensorFlow
+        tensor, the result is a NumPy array, or a CuPy array on a CUDA device;
+        ``tf.experimental.dlpack.from_dlpack(y.__dlpack__())`` imports it without a copy.
 
     Raises
     ------
@@ -261,13 +263,8 @@ def update_condensed(
 
     Parameters
     ----------
-    weight : CondensedWeight, (n_out, n_in)
-        After the optimiser's step.
-    gradient_rows : callable of two ints
-        Returns rows ``start`` to ``stop`` of the dense gradient G, ablated neurons included: an
-        array of a value type, (stop - start, n_in). It is called twice for every row and must
-        return the same numbers both times.
-    settings : UpdateSettings
+    weight, gradient_rows, settings
+        As in `srigl_core.reference.update_condensed`, the definition.
     block_rows : int or None
         Rows in a block; None is about 2^18 numbers. Never changes the result.
     backend : str, Backend or None
@@ -282,17 +279,9 @@ def update_condensed(
     Raises
     ------
     SriglError
-        If a setting is out of range, a block has another shape, a number is not finite, or the
-        budget leaves the active neurons no weight. Nothing is changed.
-    ValueTypeError
-        If `weight` is not a condensed weight, or a block is not an array of a value type.
+        As in `srigl_core.reference.update_condensed`.
     BackendUnavailableError
         If the backend that was named cannot run here.
-
-    Notes
-    -----
-    SPEC 2 (Backward) and 4. The update is that of `update_mask` on the dense arrays, bit for bit.
-    `srigl_core.reference.update_condensed` is the definition.
     """
     chosen: Any = get_backend(backend, operation="update_condensed")
     check_condensed(weight)

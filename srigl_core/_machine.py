@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -14,14 +15,17 @@ __all__ = ["backend_facts", "cpu_name", "machine_facts", "n_cores", "package_ver
 PACKAGES = ("srigl-core", "numpy", "scipy", "numba", "ml_dtypes", "safetensors")
 
 
-def package_versions() -> dict[str, str]:
-    """Return the version of Python, and of this library and what it depends on."""
+def package_versions(*others: str) -> dict[str, str]:
+    """Return the versions of Python, this library, its dependencies, and `others` if installed."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
+    for package in others:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
     return versions
 
 
@@ -31,7 +35,7 @@ def machine_facts() -> dict[str, str | int]:
 
 
 def cpu_name() -> str:
-    """Return the processor's name as it gives it itself, or else its architecture."""
+    """Return the processor's name, or its architecture where the name is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -51,9 +55,9 @@ def n_cores() -> int:
 
 
 def backend_facts() -> dict[str, dict[str, object]]:
-    """Return what each backend that can run here says of itself: threads, caches and the like.
+    """Return the runtime information of each available backend, such as threads and caches.
 
-    A backend says it through a method ``runtime_info()``, which the contract leaves optional.
+    It comes from the backend's method ``runtime_info()``, which is optional.
     """
     facts = {}
     for status in list_backends():

@@ -159,11 +159,10 @@ class Plan:
         """
         threads = self.threads if threads is None else checked_threads(threads)
         if self._matmul_fast is not None and out is None and workspace is None:
-            product: Any
-            if type(x) is np.ndarray:
-                product = self._multiply_fast(x, bias, activation, compact, threads)
-            else:
-                product = self._convert_and_multiply_fast(x, bias, activation, compact, threads)
+            multiply = (
+                self._multiply_fast if type(x) is np.ndarray else self._convert_and_multiply_fast
+            )
+            product: Array | None = multiply(x, bias, activation, compact, threads)
             if product is not None:
                 return product
         with self.arrays.execution_context(x):

@@ -1,4 +1,4 @@
-"""Condensed or dense: which form of a layer is faster, by a small model or by measuring."""
+"""Recommend the condensed or the dense form of a layer, by a small model or by measuring."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _MEASURED_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Which form of a layer to use at a batch size, and how sure that is.
+    """The faster form of a layer at a batch size.
 
     Parameters
     ----------
     batch : int
     condensed, dense : float
-        Nanoseconds of a product.
+        Nanoseconds that a product takes.
     measured : bool
-        Whether they were measured here and now, each with the threads it takes by itself, or are
-        the model's, for one thread.
+        True if this process measured both times, each with its default number of threads. False
+        if a model estimated them, for one thread.
     """
 
     batch: int
@@ -42,7 +42,7 @@ class Recommendation:
 
     @property
     def speed_up(self) -> float:
-        """How many times faster the condensed product is; below 1 the dense one wins."""
+        """How many times faster the condensed product is; below 1 the dense one is faster."""
         return self.dense / self.condensed
 
     @property
@@ -65,7 +65,7 @@ def recommend(
     backend: str | Backend | None = None,
     measure: bool = False,
 ) -> Recommendation:
-    """Say whether a layer is faster condensed or dense.
+    """Recommend the condensed or the dense form of a layer.
 
     Parameters
     ----------
@@ -75,8 +75,8 @@ def recommend(
     backend : str, Backend or None
         As in `srigl_core.get_backend`.
     measure : bool
-        Time both forms of this layer, which takes about 0.1 s and the dense weight's memory.
-        Otherwise a model estimates them, from what was measured on one machine.
+        Time both forms of this layer. That takes about 0.1 s, and memory for the dense weight.
+        Otherwise a model estimates the times; it is fitted to measurements on one machine.
 
     Returns
     -------
@@ -112,7 +112,7 @@ def recommend(
 def _measured(
     weight: CondensedWeight, batch: int, plan: Callable[..., object]
 ) -> tuple[float, float]:
-    """Time both in turns, so that what disturbs one disturbs the other, and take the medians."""
+    """Time both alternately, so that a disturbance affects both, and return the medians."""
     dense = weight.to_dense().astype(np.result_type(weight.dtype, np.float32)).T
     x = np.ones((batch, weight.shape[1]), dense.dtype)
     contenders: tuple[Callable[[], object], ...] = (lambda: plan(x), lambda: x @ dense)

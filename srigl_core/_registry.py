@@ -1,4 +1,4 @@
-"""The registry of backends. Backends are found by entry point, and imported when first used."""
+"""The registry of backends: they are found by entry point, and imported when first used."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def list_backends() -> list[BackendStatus]:
 
     Notes
     -----
-    Loads every backend, and so imports the packages that it needs.
+    This loads every backend, which imports the packages that it needs.
     """
     statuses = []
     for name in _registered():
@@ -73,9 +73,9 @@ def get_backend(
         A registered name, an object that implements `Backend`, or None for the available backend
         of highest priority on `device`.
     operation : str or None
-        An operation that the backend must offer, one of `srigl_core.contract.OPERATIONS`.
+        An operation that the backend must offer: one of `srigl_core.contract.OPERATIONS`.
     device : {"cpu", "cuda"}
-        The device of the arrays; it matters only if no backend is named.
+        The device of the arrays. It is used only if no backend is named.
 
     Returns
     -------
@@ -160,7 +160,7 @@ def _preferred(operation: str, device: str) -> Backend:
     if device != "cpu":
         reasons = "; ".join(s.reason for s in list_backends() if not s.available) or "none is known"
         raise BackendUnavailableError(
-            f"the arrays are on a {device} device, and no backend for one can run here: {reasons}"
+            f"the arrays are on a {device} device, and no backend for it can run here: {reasons}"
         )
     raise BackendUnavailableError(
         f"no backend that offers {operation} is installed; is srigl-core itself installed? "

@@ -1,4 +1,4 @@
-"""Pay what a first use costs, compiling above all, before it matters."""
+"""Compile kernels and fill caches before they are needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from srigl_core.contract import Backend
 
 __all__ = ["warmup"]
 
-_SHAPE, _FAN_IN, _SOME_ABLATED = (4096, 1024), 102, 3584  # work for all threads at batch 1
+_SHAPE, _FAN_IN, _SOME_ABLATED = (4096, 1024), 102, 3584  # enough work for threads at batch 1
 
 
 def warmup(
@@ -33,24 +33,24 @@ def warmup(
     backend: str | Backend | None = None,
     weight: CondensedWeight | None = None,
 ) -> dict[str, float]:
-    """Use a backend once in each of the ways named, so that later uses find it compiled.
+    """Run a backend once in each given way, so that later calls find its kernels compiled.
 
     Parameters
     ----------
     batch : int or iterable of int
-        Batch sizes to be ready for; sizes near each other mostly share a kernel.
+        Batch sizes of later calls. Similar sizes mostly share a kernel.
     dtype : dtype-like
-        Of the inputs, one of the value types or its name; of the weight too, if none is given.
+        Dtype of the inputs: a value type or its name. Also that of the weight if `weight` is None.
     backward : bool
-        Also the gradients.
+        Also run the gradients.
     update : bool
-        Also the mask update.
+        Also run the mask update.
     threads : int or None
-        Threads that will be asked for; None is both one and the backend's default.
+        Number of threads of later calls. None runs both one thread and the backend's default.
     backend : str, Backend or None
         As in `srigl_core.get_backend`.
     weight : CondensedWeight or None
-        The layer to use; None is random ones at 90% sparsity, with and without ablated neurons.
+        The layer to use. None draws two of 90% sparsity, with and without ablated neurons.
 
     Returns
     -------
@@ -62,14 +62,14 @@ def warmup(
     SriglError
         If an argument is out of its range, or the backend does not offer the operation.
     ValueTypeError
-        If an argument is of the wrong kind.
+        If an argument has the wrong type.
     BackendUnavailableError
         If the backend asked for cannot run here.
 
     Notes
     -----
-    Inputs are C-contiguous, writeable and read-only; products are with a bias and without. Where a
-    backend keeps what it compiled, the next process only has to load it.
+    Inputs are in C order, both writeable and read-only. Products run with and without a bias. If
+    the backend keeps compiled kernels on disk, the next process only loads them.
 
     Examples
     --------
@@ -79,7 +79,7 @@ def warmup(
     >>> list(seconds)
     ['prepare', 'product, batch 1', 'product, batch 64', 'update']
     """
-    kind = value_dtype(dtype)
+    value_type = value_dtype(dtype)
     batches = batch if isinstance(batch, Iterable) else (batch,)
     sizes = [check_integer(size, "batch", least=1) for size in batches]
     each_threads = (1, None) if threads is None else (checked_threads(threads),)
@@ -87,7 +87,7 @@ def warmup(
     seconds: dict[str, float] = {}
 
     def normal(*shape: int) -> NDArray[Any]:
-        return round_to(rng.standard_normal(shape), kind)
+        return round_to(rng.standard_normal(shape), value_type)
 
     @contextmanager
     def timed(step: str) -> Iterator[None]:
@@ -96,19 +96,19 @@ def warmup(
         seconds[step] = time.perf_counter() - start
 
     with timed("prepare"):
-        weights = [weight] if weight is not None else _random_weights(kind, rng)
+        weights = [weight] if weight is not None else _random_weights(value_type, rng)
         plans = [prepare(layer, backend=backend) for layer in weights]
     n_out, n_in = weights[0].shape
     for size in sizes:
         x, grad = normal(size, n_in), normal(size, n_out)
         inputs, biases = (x, _read_only(x)), (None, normal(n_out))
         with timed(f"product, batch {size}"):
-            for plan, given, bias, n in itertools.product(plans, inputs, biases, each_threads):
-                plan(given, bias, threads=n)
+            for plan, array, bias, n in itertools.product(plans, inputs, biases, each_threads):
+                plan(array, bias, threads=n)
         if backward:
             with timed(f"gradients, batch {size}"):
-                for plan, given, n in itertools.product(plans, inputs, each_threads):
-                    plan.backward(grad, given, threads=n)
+                for plan, array, n in itertools.product(plans, inputs, each_threads):
+                    plan.backward(grad, array, threads=n)
     if update:
         with timed("update"):
             for layer, n in itertools.product(weights, each_threads):
@@ -124,9 +124,9 @@ def warmup(
     return seconds
 
 
-def _random_weights(kind: np.dtype[Any], rng: np.random.Generator) -> list[CondensedWeight]:
+def _random_weights(dtype: np.dtype[Any], rng: np.random.Generator) -> list[CondensedWeight]:
     return [
-        CondensedWeight.random(_SHAPE, fan_in=_FAN_IN, n_active=n_active, dtype=kind, rng=rng)
+        CondensedWeight.random(_SHAPE, fan_in=_FAN_IN, n_active=n_active, dtype=dtype, rng=rng)
         for n_active in (None, _SOME_ABLATED)
     ]
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from numpy.typing import ArrayLike, NDArray
 
 from srigl_core._activations import ACTIVATIONS, Activation
-from srigl_core._arrays.dtypes import VALUE_TYPES
+from srigl_core._arrays.dtypes import VALUE_TYPES, accumulator_dtype, round_to
 from srigl_core._arrays.operations import ArrayOps
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._update import CondensedUpdate, MaskUpdate, UpdateSettings
@@ -28,6 +28,8 @@ __all__ = [
     "CondensedUpdater",
     "MatmulGradients",
     "PreparedWeight",
+    "accumulator_dtype",
+    "round_to",
 ]
 
 OPERATIONS = (

@@ -1,8 +1,8 @@
 """Wrong kernels: each is a kernel of this project with one plausible bug, a diff of a few lines.
 
-A file ``mutants/KERNEL/NAME.diff`` says what is wrong, in one sentence, and which law rejects it.
-It is applied to the text of the file that it names, as that is installed. The changed module, and
-those that import it, are loaded beside the right ones, under other names; all else they share.
+A file ``mutants/KERNEL/NAME.diff`` states the bug in one sentence, and names a law that rejects it.
+The diff is applied to the installed file. The changed module, and the kernels' modules that import
+it, are loaded under other names beside the right ones; they share all other modules.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 from srigl_core.contract import Capabilities
 from srigl_core.testing import KernelCapabilities
 
-__all__ = ["MUTANTS", "Mutant", "MutantError", "apply_diff", "load_backend"]
+__all__ = ["COMPILED", "MUTANTS", "Mutant", "MutantError", "apply_diff", "load_backend"]
 
 FOLDER = Path(__file__).with_name("mutants")
 
@@ -35,18 +35,21 @@ BACKENDS = {
     "scipy_csr": ("srigl_core.backends.scipy_csr", "ScipyBackend"),
     "numba_cpu": ("srigl_core.backends.numba_cpu.backend", "NumbaBackend"),
 }
-"""Module and class of the backend of each kernel that is Python; "cupy_gpu" is CUDA."""
+"""Module and class of the backends in Python; "cupy_gpu" is CUDA."""
 
-NOT_COMPILED = ("backends/numba_cpu/condensed_matmul.py",)
-"""Files of numba_cpu without kernels. Where others are changed, float32 alone is tried: they are
-compiled anew for each type."""
+COMPILED = ("numba_cpu", "cupy_gpu")
+"""Kernels that are compiled, so that a mutant takes seconds."""
+
+WITHOUT_KERNELS = ("backends/numba_cpu/condensed_matmul.py",)
+"""Files of numba_cpu without kernels. For other files only float32 is tried, since each dtype
+compiles their kernels anew."""
 
 LAUNCHES = "srigl_core.backends.numba_cpu.calling"
-"""A module that is loaded anew for each mutant: what it compiles for its own package is kept on
-disk, with the wrong kernel in it."""
+"""A module that is loaded anew for each mutant, since what the installed one compiles is cached on
+disk: the wrong kernel would stay there."""
 
 SHARED_BYTES = 512
-"""Of the simulated CUDA device: few, so that small inputs are cut into segments."""
+"""Shared memory of the simulated CUDA device: so small that small inputs are cut into segments."""
 
 Change = Callable[[str], str]
 
@@ -57,39 +60,18 @@ class MutantError(Exception):
 
 @dataclass(frozen=True)
 class Mutant:
-    """A wrong backend.
+    """A wrong backend."""
 
-    Parameters
-    ----------
-    kernel : str
-        The folder that the diff is in: a key of `BACKENDS`, or "cupy_gpu".
-    name : str
-        Of the bug.
-    bug : str
-        What is wrong, in one sentence.
-    law : str
-        A law that rejects it.
-    file : str
-        The file of this repository that is changed.
-    diff : str
-    """
-
-    kernel: str
+    kernel: str  # the folder of the diff: a key of `BACKENDS`, or "cupy_gpu"
     name: str
-    bug: str
-    law: str
-    file: str
+    bug: str  # one sentence
+    law: str  # the name of a law that rejects it
+    file: str  # the changed file of this repository
     diff: str
 
     @classmethod
     def read(cls, path: Path) -> Mutant:
-        """Return what a diff says.
-
-        Raises
-        ------
-        MutantError
-            If it does not begin as a diff of the corpus does.
-        """
+        """Read a diff; raises `MutantError` if it does not begin as a diff of the corpus does."""
         text = path.read_text()
         head = re.match(r"# (.+\.)\n# Rejected by: (\w+)\n--- a/(\S+)\n\+\+\+ b/\3\n@@ ", text)
         if head is None:
@@ -101,42 +83,36 @@ class Mutant:
 
     @property
     def changed_lines(self) -> int:
-        """Lines that are taken out, or put in, whichever are more."""
+        """The number of lines removed or added, whichever is larger."""
         signs = [line[:1] for hunk in _hunks(self.diff) for line in hunk]
         return max(signs.count("-"), signs.count("+"))
 
     def load(self) -> Any:
         """Return the wrong backend."""
-        made = load_backend(
-            self.kernel, self.file, lambda text: apply_diff(self.diff, text, self.file)
-        )
-        made.name = f"mutant {self}"
-        return made
+        change = functools.partial(apply_diff, self.diff, file=self.file)
+        backend = load_backend(self.kernel, self.file, change)
+        backend.name = f"mutant {self}"
+        return backend
 
     def __str__(self) -> str:
         return f"{self.kernel}/{self.name}"
 
 
 def apply_diff(diff: str, text: str, file: str) -> str:
-    """Return `text`, that of `file`, with the hunks of a diff applied.
+    """Return the text of `file` with the hunks of a diff applied.
 
-    The lines of a hunk, as they were, must be in the text exactly once; their numbers are not
-    looked at.
-
-    Raises
-    ------
-    MutantError
-        If they are not.
+    Line numbers are ignored. Raises `MutantError` unless the old lines of each hunk are in the text
+    exactly once.
     """
     lines = text.splitlines()
     for hunk in _hunks(diff):
         old, new = ([line[1:] for line in hunk if line[:1] != sign] for sign in "+-")
         starts = [at for at in range(len(lines)) if lines[at : at + len(old)] == old]
         if len(starts) != 1:
-            there = "\n".join(old)
+            old_lines = "\n".join(old)
             raise MutantError(
                 f"the diff does not apply to {file}, which has these lines {len(starts)} times; "
-                f"bring the diff up to date:\n{there}"
+                f"bring the diff up to date:\n{old_lines}"
             )
         lines[starts[0] : starts[0] + len(old)] = new
     return "\n".join(lines) + "\n"
@@ -147,12 +123,9 @@ def _hunks(diff: str) -> list[list[str]]:
 
 
 def load_backend(kernel: str, file: str, change: Change) -> Any:
-    """Return a backend of its own, the text of one of whose files has been put through `change`.
+    """Return a new backend for which `change` was applied to the text of one file.
 
-    Raises
-    ------
-    MutantError
-        If the backend does not use that file.
+    Raises `MutantError` if the backend does not use that file.
     """
     if kernel == "cupy_gpu":
         return _simulated_backend(file, change)
@@ -162,7 +135,7 @@ def load_backend(kernel: str, file: str, change: Change) -> Any:
     if not _uses(module, changed):
         raise MutantError(f"the backend of {kernel} does not use {file}")
     backend = getattr(_Modules(changed, change)(module), name)()
-    if kernel == "numba_cpu" and file not in NOT_COMPILED:
+    if kernel == "numba_cpu" and file not in WITHOUT_KERNELS:
         backend.capabilities = KernelCapabilities(value_dtypes=frozenset({"float32"}))
     return backend
 
@@ -173,7 +146,7 @@ _numbers = itertools.count()
 
 
 class _Modules:
-    """Load a changed module, and the kernels' modules that import it, under names of their own."""
+    """Load a changed module, and the kernels' modules that import it, under other names."""
 
     def __init__(self, changed: str, change: Change) -> None:
         self._changed, self._change = changed, change
@@ -187,7 +160,7 @@ class _Modules:
             module = ModuleType(f"{self._prefix}.{name}")
             module.__file__ = str(path)
             module.__dict__["__builtins__"] = vars(builtins) | {"__import__": self._import}
-            # Dataclasses look their module up.
+            # Dataclasses look up their module.
             self._loaded[name] = sys.modules[module.__name__] = module
             source = self._change(source) if name == self._changed else source
             exec(compile(source, module.__name__, "exec"), module.__dict__)
@@ -227,7 +200,7 @@ def _imported(name: str) -> frozenset[str]:
 
 @functools.cache
 def _path(name: str) -> Path | None:
-    """Return the installed file of one of the kernels' modules; None if it is none."""
+    """Return the installed file of one of the kernels' modules, None for other modules."""
     package, _, last = name.rpartition(".")
     kernels = ("srigl_core.reference", "srigl_core.backends")
     if not package.startswith(kernels) and name != "srigl_core._activations":
@@ -256,7 +229,7 @@ def _simulated_backend(file: str, change: Change) -> Any:
         (folder / path.name).write_text(change(text) if path.name == Path(file).name else text)
 
     class Device(SimulatedDevice):
-        """One whose threads and blocks come in another order at each launch."""
+        """A device that runs threads and blocks in another order at each launch."""
 
         def __init__(self) -> None:
             properties = DeviceProperties("simulated", 3, SHARED_BYTES, 4 * SHARED_BYTES)

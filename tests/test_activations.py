@@ -1,11 +1,15 @@
 """The activations' formulas against the scalar functions of Python's math module."""
 
+import importlib.util
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from srigl_core import CondensedWeight, condensed_matmul
+from srigl_core.contract import ACTIVATIONS
 from srigl_core.reference.activations import activate
 
 NUMBERS = [0.0, 1e-300, -1e-9, 0.1, -0.5, 1.0, -1.0, 2.5, -3.75, 6.0, -8.0, 30.0, -40.0]
@@ -40,3 +44,18 @@ def test_activation_of_what_is_not_finite_follows_the_formula(
     x = np.array([[-np.inf], [np.inf], [np.nan]])
     y = condensed_matmul(x, weight, activation=activation, backend=matmul_backend)
     np.testing.assert_array_equal(y.ravel(), [minus_infinity, np.inf, np.nan])
+
+
+def test_every_kernel_knows_every_activation_by_its_code():
+    """Numba's and the frameworks' are compared with the formulas elsewhere, over the table."""
+    codes = [activation.code for activation in ACTIVATIONS.values()]
+    assert len(set(codes)) == len(codes)
+    folder = importlib.util.find_spec("srigl_core.backends.cupy_gpu").submodule_search_locations[0]
+    source = (Path(folder) / "numbers.cuh").read_text()
+    (enum,) = re.findall(r"enum Activation \{([^}]*)\}", source)
+    (switch,) = re.findall(r"switch \(activation\) \{(.*?)\n  \}", source, re.DOTALL)
+    names = dict(re.findall(r"k(\w+) = (\d+)", enum))
+    table = {name.title().replace("_", ""): str(row.code) for name, row in ACTIVATIONS.items()}
+    assert names == table
+    cases = len(re.findall(r"case k\w+:", switch)) + switch.count("default:")
+    assert cases == len(table)

@@ -146,20 +146,6 @@ def test_without_the_extra_the_command_prints_the_install_line(package):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("package", ["sklearn", "matplotlib"])
-def test_without_its_extra_the_demo_prints_the_install_line(package, tmp_path):
-    result = run_python(
-        f"import sys; sys.modules[{package!r}] = None\n"
-        f"sys.argv = ['srigl', 'demo', '--out', {str(tmp_path / 'out')!r}]\n"
-        "from srigl_core.cli import main\n"
-        "main()"
-    )
-    assert result.returncode == 1
-    assert 'pip install "srigl-core[demo]"' in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not (tmp_path / "out").exists()
-
-
 def test_importing_the_package_loads_nothing_of_the_command_line():
     result = run_python(
         "import sys, srigl_core, srigl_core.cli\n"
@@ -177,5 +163,5 @@ def test_the_module_runs_as_the_command():
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    for command in ("info", "verify", "demo"):
+    for command in ("info", "verify", "bench"):
         assert command in result.stdout

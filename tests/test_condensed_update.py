@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from srigl_core import CondensedWeight, SriglError, UpdateSettings, ValueTypeError, update_mask
 from srigl_core.reference import remap_state, update_condensed
-from srigl_core.testing.problems import SeededChooser, update_problem
+from srigl_core.testing.problems import SeededSource, update_problem
 
 COUNTS = ("fan_in", "n_pruned", "n_grown", "threshold", "n_active", "nnz")
 ROWS = ("ablated", "revived", "salient_counts")
@@ -23,7 +23,7 @@ def settings_of(settings):
 @given(st.integers(0, 10**6), st.integers(1, 9))
 @example(3, 1)
 def test_the_update_is_that_of_the_dense_layer_whatever_the_blocks(seed, block_rows):
-    problem = update_problem(SeededChooser(seed))
+    problem = update_problem(SeededSource(seed))
     counts = np.count_nonzero(problem.mask, axis=1)
     if len(set(counts[counts > 0])) != 1:
         weight = CondensedWeight.random(

@@ -1,24 +1,23 @@
-"""What the pages say is true: snippets, doctests and examples run, the worked example is right."""
+"""What the pages say is true: snippets and doctests run, the worked example is right.
+
+`tests/slow/test_examples.py` runs the scripts of `examples`, `tests/frameworks` what needs PyTorch
+or JAX.
+"""
 
 import doctest
 import importlib
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import srigl_core
 import srigl_core.backends
 import srigl_core.reference
 from srigl_core import UpdateSettings
-from srigl_core.cli.app import app
-from srigl_core.reference import explain_update, random_mask, update_mask
+from srigl_core.reference import explain_update, update_mask
 from srigl_core.reference.mask_update import (
     ablation_threshold,
     grow,
@@ -28,12 +27,10 @@ from srigl_core.reference.mask_update import (
     prune_counts,
 )
 from srigl_core.reference.ranking import largest
-from srigl_core.testing import UpdateTrace
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
-EXAMPLES = sorted(ROOT.glob("examples/*.py"))
-FRAMEWORK_EXAMPLES = sorted(ROOT.glob("examples/frameworks/*.py"))
+KERNELS = [ROOT / "docs" / "write-a-kernel.md", *sorted(ROOT.glob("examples/kernels/**/*.py"))]
 README = (ROOT / "README.md").read_text()
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text()
 DECISIONS = (ROOT / "docs" / "decisions.md").read_text()
@@ -52,7 +49,11 @@ def package_sources():
 
 
 MODULES = package_sources()
-WITH_DOCTESTS = [name for name, file in MODULES.items() if ">>>" in file.read_text()]
+WITH_DOCTESTS = [
+    name
+    for name, file in MODULES.items()
+    if ">>>" in file.read_text() and not name.startswith(("srigl_core.torch", "srigl_core.jax"))
+]
 
 
 def named(paths):
@@ -65,9 +66,6 @@ def snippets(page):
 
 @pytest.mark.parametrize("name", WITH_DOCTESTS)
 def test_doctests_pass(name):
-    for framework in ("torch", "jax"):
-        if name.startswith(f"srigl_core.{framework}"):
-            pytest.importorskip(framework)
     outcome = doctest.testmod(importlib.import_module(name))
     assert outcome.attempted > 0
     assert outcome.failed == 0
@@ -91,68 +89,16 @@ def test_readme_starts_with_one_snippet_of_fifteen_lines():
     assert 10 <= len(first) <= 16
 
 
-@pytest.mark.parametrize("script", named(EXAMPLES))
-def test_examples_run(script, tmp_path):
-    assert run_example(script, "-W", "error", folder=tmp_path).strip()
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("script", named(FRAMEWORK_EXAMPLES))
-def test_examples_of_frameworks_run(script, tmp_path):
-    for framework in sorted(set(re.findall(r"^import (torch|jax)\b", script.read_text(), re.M))):
-        pytest.importorskip(framework)
-    takes_quick = "--quick" in script.read_text()
-    printed = run_example(script, folder=tmp_path, arguments=["--quick"] * takes_quick)
-    assert "┃" in printed
-
-
-@pytest.mark.parametrize("framework", ["PyTorch", "JAX"])
-def test_a_trace_is_recorded_in_frameworks(framework, tmp_path, monkeypatch):
-    page = (ROOT / "docs" / "write-a-kernel.md").read_text()
-    (recording,) = re.findall(rf"^```text\n([^`]*# {framework}\n[^`]*)```", page, re.MULTILINE)
-    rng = np.random.default_rng(0)
-    before = random_mask((8, 16), fan_in=4, rng=rng)
-    numbers, grad = rng.standard_normal((2, 8, 16), np.float32)
-    settings = {"nnz_budget": 32, "drop_fraction": 0.3}
-    after = update_mask(numbers * before, grad, before, UpdateSettings(**settings)).mask
-    if framework == "PyTorch":
-        torch = pytest.importorskip("torch")
-        mask, weight = torch.tensor(before), torch.tensor(numbers * before, requires_grad=True)
-        weight.grad = torch.tensor(grad)
-
-        def your_update(weight, mask):
-            mask.copy_(torch.tensor(after))
-            weight.data *= mask
-    else:
-        array = pytest.importorskip("jax.numpy").asarray
-        weight, grad, mask = array(numbers * before), array(grad), array(before)
-
-        def your_update(weight, grad, mask):
-            return weight * after, array(after)
-
-    monkeypatch.chdir(tmp_path)
-    exec(recording, {**locals(), "UpdateTrace": UpdateTrace, "budget": 32, "zeta": 0.3})
-    (command,) = re.findall(r"^srigl (check-trace .*)", page, re.MULTILINE)
-    assert "1 updates, 0 of them not" in CliRunner().invoke(app, command.split()).output
-    with np.load("trace.npz") as recorded:
-        np.testing.assert_array_equal(recorded["0.mask_before"], before)
-        np.testing.assert_array_equal(recorded["0.weight"], numbers * before)
-        np.testing.assert_array_equal(recorded["0.mask_after"], after)
-    assert (before != after).any()
-
-
-def run_example(script, *options, folder, arguments=()):
-    done = subprocess.run(
-        [sys.executable, *options, str(script), *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONSAFEPATH": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.mark.parametrize("path", named(KERNELS))
+def test_kernels_use_public_names_only(path):
+    pages = "".join(page.read_text() for page in ROOT.glob("docs/api/*.md"))
+    documented = re.findall(r"^::: (srigl_core(?:\.[a-z]\w*)*)$", pages, re.MULTILINE)
+    imports = re.findall(r"from (srigl_core\S*) import (\([^)]*\)|.*)", path.read_text())
+    assert imports
+    for module, names in imports:
+        assert module in documented
+        assert set(re.findall(r"\w+", names)) <= set(importlib.import_module(module).__all__)
+    assert not re.search(r"srigl_core[\w.]*\._", path.read_text())
 
 
 def test_readme_and_make_run_the_same_tests():
@@ -165,16 +111,19 @@ def test_readme_and_make_run_the_same_tests():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not target.startswith("https://"):
-            assert (page.parent / target).exists(), target
+            path = (page.parent / target).resolve()
+            package, *rest = path.relative_to(ROOT).parts or (".",)
+            if package == "srigl_core":  # CI runs the tests beside an installed wheel
+                path = Path(srigl_core.__file__).parent.joinpath(*rest)
+            assert path.exists(), target
 
 
 def test_no_page_or_script_holds_a_path_of_somebodys_machine():
     home = re.compile("/(?:" + "|".join(["home", "root", "Users", "tmp", "work", "mnt"]) + r")/\w")
     files = [
         *PAGES,
-        *EXAMPLES,
-        *FRAMEWORK_EXAMPLES,
-        *ROOT.glob("tests/*.py"),
+        *ROOT.glob("examples/**/*.py"),
+        *ROOT.glob("tests/**/*.py"),
         ROOT / "Makefile",
         ROOT / "pyproject.toml",
     ]
@@ -328,7 +277,7 @@ def test_semantics_shows_the_numbers_of_the_worked_example(worked):
     ):
         assert f"```text\n{block}\n```" in SEMANTICS, block
     for row in (
-        f"| 4.2 | `n`, of which non-zero | {steps['n_weights']}, {steps['n_nonzero']} |",
+        f"| 4.2 | `n`, number of non-zero weights | {steps['n_weights']}, {steps['n_nonzero']} |",
         f"| 4.2 | `n_keep`, `n_prune` | {steps['n_keep']}, {steps['n_prune']} |",
         f"| 4.4 | `k0 = B // n_out` | {steps['fan_in_unablated']} |",
         f"| 4.4 | `t = max(1, floor(gamma_sal * k0))` | {steps['threshold_asked']} |",

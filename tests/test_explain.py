@@ -1,4 +1,4 @@
-"""What `explain_update` says of right masks, of known slips, and of anything else."""
+"""What `explain_update` says of right masks, of known deviations, and of anything else."""
 
 import math
 
@@ -13,10 +13,10 @@ from srigl_core import SriglError, UpdateSettings, ValueTypeError
 from srigl_core.reference import explain_update, update_mask
 from srigl_core.reference.explain import STAGES
 
-# ---------------------------------------------------------------- updates with one slip in them
+# ---------------------------------------------------------------- updates with one deviation
 
-# name of the slip here: (what the explanation says of it, the first stage it changes)
-SLIPS = {
+# name of the deviation here: (what the explanation says of it, the first stage it changes)
+DEVIATIONS = {
     "rounded": ("n_prune were rounded", "counts"),
     "other scope": ("the other saliency_scope", "R"),
     "n_keep gradients": ("n_keep gradients", "R"),
@@ -41,14 +41,14 @@ SLIPS = {
 }
 
 
-def slipped_update(weight, grad, mask, settings, slip=None):
-    """The update with one slip in it, or the right one; None where the slip fails."""
+def deviating_update(weight, grad, mask, settings, deviation=None):
+    """The update with one deviation, or the right one; None where the deviation fails."""
     n_out, n_in = mask.shape
     budget = settings.nnz_budget
 
     def best(scores, pool, count):
         places = np.flatnonzero(pool).tolist()
-        order = -1 if slip == "highest index" else 1
+        order = -1 if deviation == "highest index" else 1
         places.sort(key=lambda place: (-scores.flat[place], order * place))
         chosen = np.zeros(mask.shape, bool)
         chosen.flat[places[: max(count, 0)]] = True
@@ -59,71 +59,71 @@ def slipped_update(weight, grad, mask, settings, slip=None):
 
     size, pull = np.abs(weight), np.abs(grad)
     n = int(mask.sum())
-    n_prune = round(n * settings.drop_fraction) if slip == "rounded" else None
+    n_prune = round(n * settings.drop_fraction) if deviation == "rounded" else None
     n_prune = math.floor(n * settings.drop_fraction) if n_prune is None else n_prune
     n_keep = min(n - n_prune, int((mask & (weight != 0)).sum()))
     n_prune = n - n_keep
 
-    everywhere = (settings.saliency_scope == "all") != (slip == "other scope")
+    everywhere = (settings.saliency_scope == "all") != (deviation == "other scope")
     salient = best(size, mask, n_keep)
-    if slip == "n_keep gradients":
+    if deviation == "n_keep gradients":
         salient |= best(pull, np.ones_like(mask), n_keep)
-    elif slip != "only weights":
+    elif deviation != "only weights":
         salient |= best(pull, np.ones_like(mask) if everywhere else ~mask, n_prune)
     counts = salient.sum(axis=1)
 
     gamma_sal = settings.gamma_sal
     if gamma_sal is None:
         threshold = settings.min_salient or 0
-    elif slip == "gamma one" and gamma_sal == 1:
+    elif deviation == "gamma one" and gamma_sal == 1:
         threshold = 1
-    elif slip == "rounded up":
+    elif deviation == "rounded up":
         threshold = max(1, math.ceil(gamma_sal * (budget // n_out)))
     else:
         threshold = max(1, math.floor(gamma_sal * (budget // n_out)))
-    if slip != "no clamp":
+    if deviation != "no clamp":
         fewest = budget // n_in
         threshold = min(threshold, sorted(counts)[::-1][fewest]) if fewest < n_out else 0
     survives = counts >= threshold
-    if slip == "threshold ablated":
+    if deviation == "threshold ablated":
         survives = counts > threshold
-    elif slip == "for good":
+    elif deviation == "for good":
         survives &= mask.any(axis=1)
-    elif slip == "none ablated":
+    elif deviation == "none ablated":
         survives[:] = True
     if not survives.any():
         return None
 
     k = budget // survives.sum()
-    if slip == "not redistributed":
+    if deviation == "not redistributed":
         k = budget // n_out
-    elif slip == "one less":
+    elif deviation == "one less":
         k = (budget - 1) // survives.sum()
 
     candidates = mask & (weight != 0) & survives[:, None]
-    if slip == "used up":
+    if deviation == "used up":
         kept = best(size, mask & (weight != 0), n_keep) & survives[:, None]
-    elif slip == "zeros kept":
+    elif deviation == "zeros kept":
         kept = best(np.where(mask, size, 0), survives[:, None] & np.ones_like(mask), n_keep)
-    elif slip == "signed weights":
+    elif deviation == "signed weights":
         kept = best(weight, mask & survives[:, None], n_keep)
     else:
         kept = best(size, candidates, n_keep)
     for r in range(n_out):
         columns = np.flatnonzero(kept[r])
-        if slip == "first of row":
+        if deviation == "first of row":
             kept[r, columns[k:]] = False
-        elif slip == "last of row":
+        elif deviation == "last of row":
             kept[r, columns[: max(columns.size - k, 0)]] = False
         elif columns.size > k:
-            kept[r] = best(weight if slip == "signed weights" else size, kept & row(r), k)[r]
+            kept[r] = best(weight if deviation == "signed weights" else size, kept & row(r), k)[r]
 
     new_mask = kept.copy()
     for r in np.flatnonzero(survives):
         free = ~kept & row(r)
-        if slip == "no regrowth":
+        if deviation == "no regrowth":
             free &= ~mask
-        scores = {"signed gradients": grad, "by magnitude": size}.get(slip, pull)
+        scores = {"signed gradients": grad, "by magnitude": size}.get(deviation, pull)
         new_mask |= best(scores, free, k - int(kept[r].sum()))
     return new_mask
 
@@ -167,12 +167,12 @@ def right_mask(case):
 def test_right_masks_match(ties):
     for seed in range(60):
         case = random_case(seed, ties=ties)
-        new_mask = slipped_update(*case)
+        new_mask = deviating_update(*case)
         explanation = explain(case, new_mask)
         assert explanation.matches, (seed, str(explanation))
         assert explanation
         assert str(explanation) == "the mask is the definition's"
-        assert (explanation.stage, explanation.slip) == (None, None)
+        assert (explanation.stage, explanation.known_deviation) == (None, None)
 
 
 def test_released_updates_match_in_the_released_scope(released_updates):
@@ -190,31 +190,33 @@ def test_released_updates_are_recognised_as_the_other_scope(released_updates):
             case.weight, case.grad, case.mask, case.new_mask, UpdateSettings(**settings)
         )
         if not found:
-            assert "the other saliency_scope gives (decision O3)" in found.slip
+            assert "the other saliency_scope gives (decision O3)" in found.known_deviation
             assert found.stage == "R"
             assert found.rows.size
             n_recognised += 1
     assert n_recognised >= 3
 
 
-@pytest.mark.parametrize("slip", SLIPS)
-def test_a_known_slip_is_recognised_and_its_stage_named(slip):
+@pytest.mark.parametrize("deviation", DEVIATIONS)
+def test_a_known_deviation_is_recognised_and_its_stage_named(deviation):
     exact = 0
     for seed in range(80):
-        case = random_case(seed, ties=slip == "highest index" or seed % 4 == 0)
-        new_mask = slipped_update(*case, slip)
+        case = random_case(seed, ties=deviation == "highest index" or seed % 4 == 0)
+        new_mask = deviating_update(*case, deviation)
         if new_mask is None or np.array_equal(new_mask, right_mask(case)):
             continue
         explanation = explain(case, new_mask)
         assert not explanation
-        assert explanation.slip, (seed, str(explanation))
-        named = [name for name, (text, _) in SLIPS.items() if text in explanation.slip]
-        assert len(named) == 1, explanation.slip
-        # where two slips give the same mask either may be named, but it must give that mask
-        assert np.array_equal(slipped_update(*case, named[0]), new_mask), seed
-        assert explanation.stage == SLIPS[named[0]][1] or named[0] == "highest index"
-        assert explanation.slip in str(explanation)
-        exact += named[0] == slip
+        assert explanation.known_deviation, (seed, str(explanation))
+        named = [
+            name for name, (text, _) in DEVIATIONS.items() if text in explanation.known_deviation
+        ]
+        assert len(named) == 1, explanation.known_deviation
+        # where two deviations give the same mask either may be named, but it must give that mask
+        assert np.array_equal(deviating_update(*case, named[0]), new_mask), seed
+        assert explanation.stage == DEVIATIONS[named[0]][1] or named[0] == "highest index"
+        assert explanation.known_deviation in str(explanation)
+        exact += named[0] == deviation
     assert exact >= 1
 
 
@@ -237,7 +239,7 @@ def test_the_released_boolean_sort_is_recognised_whichever_weights_it_keeps(seed
         new_mask[row] = False
         new_mask[row, rng.choice(eligible, 5, replace=False)] = True
     explanation = explain(case, new_mask)
-    assert "boolean sort, over-full rows keep any k (decision O1)" in explanation.slip
+    assert "boolean sort, over-full rows keep any k (decision O1)" in explanation.known_deviation
     assert explanation.stage == "kept"
     assert explanation.rows.tolist() == [1, 4]
 
@@ -278,7 +280,7 @@ def test_a_grown_position_that_moved_is_named():
     other = int(free[np.argmin(np.abs(grad[row, free]))])
     new_mask[row, [grown, other]] = False, True
     explanation = explain(case, new_mask)
-    assert (explanation.stage, explanation.slip) == ("grown", None)
+    assert (explanation.stage, explanation.known_deviation) == ("grown", None)
     assert explanation.rows.tolist() == [row]
     assert places(explanation) == sorted([(row, grown), (row, other)])
     assert str((row, grown)) in explanation.expected
@@ -294,7 +296,7 @@ def test_a_kept_weight_exchanged_for_another_is_named():
     other = int(np.flatnonzero(~new_mask[row] & ~mask[row])[0])
     new_mask[row, [largest, other]] = False, True
     explanation = explain(case, new_mask)
-    assert (explanation.stage, explanation.slip) == ("kept", None)
+    assert (explanation.stage, explanation.known_deviation) == ("kept", None)
     assert explanation.rows.tolist() == [row]
     assert (row, largest) in places(explanation)
 
@@ -308,7 +310,7 @@ def test_a_row_with_another_fan_in_is_named(change):
     column = int(np.flatnonzero(new_mask[row] == (change < 0))[0])
     new_mask[row, column] ^= True
     explanation = explain(case, new_mask)
-    assert (explanation.stage, explanation.slip) == ("fan-in", None)
+    assert (explanation.stage, explanation.known_deviation) == ("fan-in", None)
     assert explanation.rows.tolist() == [row]
     assert explanation.expected == fan_in
     assert f"[{fan_in + change}] in 1 rows" in str(explanation)
@@ -323,7 +325,7 @@ def test_another_threshold_is_named():
         update = update_mask(weight, grad, mask, UpdateSettings(**other))
         assert update.threshold == threshold
         explanation = explain(case, update.mask)
-        assert (explanation.stage, explanation.slip) == ("threshold", None)
+        assert (explanation.stage, explanation.known_deviation) == ("threshold", None)
         changed = np.setxor1d(update.ablated, right.ablated)
         assert changed.size
         assert explanation.rows.tolist() == changed.tolist()
@@ -342,7 +344,7 @@ def test_ablated_rows_that_no_threshold_gives_are_named():
     new_mask = right.mask.copy()
     new_mask[most] = False
     explanation = explain(case, new_mask)
-    assert (explanation.stage, explanation.slip) == ("salient counts", None)
+    assert (explanation.stage, explanation.known_deviation) == ("salient counts", None)
     assert explanation.rows.tolist() == [most]
     assert str(right.salient_counts[most]) in explanation.expected
 
@@ -407,8 +409,8 @@ def test_signs_are_recognised_in_every_dtype(dtype):
     weight, grad, mask, settings = case
     case = (weight.astype(dtype), grad.astype(dtype), mask, settings)
     wide = (case[0].astype(np.float64), case[1].astype(np.float64), mask, settings)
-    explanation = explain(case, slipped_update(*wide, "signed gradients"))
-    assert "gradients were ranked with their sign" in explanation.slip
+    explanation = explain(case, deviating_update(*wide, "signed gradients"))
+    assert "gradients were ranked with their sign" in explanation.known_deviation
 
 
 def test_a_convolution_is_explained():

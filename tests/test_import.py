@@ -27,7 +27,6 @@ HEAVY = (
     "cupy",
     "torch",
     "jax",
-    "tensorflow",
     "hypothesis",
     "pytest",
     "typer",
@@ -70,6 +69,17 @@ LOADED = f"import json, sys; print(json.dumps([m for m in {HEAVY!r} if m in sys.
 )
 def test_importing_loads_no_backend_and_no_framework(statement):
     assert run(f"{statement}; {LOADED}") == []
+
+
+def test_importing_loads_numpy_and_no_other_package():
+    program = """
+import importlib.metadata, json, sys
+before = set(sys.modules)
+import srigl_core
+packages = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(json.dumps(sorted(packages & importlib.metadata.packages_distributions().keys())))
+"""
+    assert run(program) == ["numpy", "srigl_core"]
 
 
 def test_using_the_reference_loads_no_backend_and_no_framework():

@@ -1,8 +1,5 @@
 """Every law on every backend."""
 
-import importlib
-from unittest import mock
-
 import pytest
 from hypothesis import settings
 
@@ -35,12 +32,3 @@ def test_gradient_law(law, backward_backend):
 @laws_of("update_mask")
 def test_update_law(law, update_backend):
     assert_holds(law, update_backend, settings().max_examples)
-
-
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
-def test_law_holds_when_the_pool_does_all_work(law, backend_names):
-    if "numba" not in backend_names("update_mask"):
-        pytest.skip("the numba backend is not under test")
-    threads = importlib.import_module("srigl_core.backends.numba_cpu.threads")
-    with mock.patch.object(threads, "SMALLEST_PARALLEL_WORK", 0):
-        assert_holds(law, "numba", max(10, settings().max_examples // 4))

@@ -1,60 +1,19 @@
 """The registry of training methods, and methods whose passes have different masks."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
+from two_masks import registered  # noqa: F401
 
 from srigl_core import SparseTrainer, SriglError, TrainingConfig, list_methods
-from srigl_core._training import methods
-from srigl_core._update import MaskUpdate
 from srigl_core.reference import UpdateSchedule
-
-
-class TwoMasks:
-    """The largest weights in the forward pass; gradients also reach as many others."""
-
-    constant_fan_in = uses_gradients = on_device = False
-
-    def initial_mask(self, shape, nnz_budget, rng):
-        mask = np.zeros(shape, bool)
-        mask.reshape(-1)[rng.choice(mask.size, nnz_budget, replace=False)] = True
-        return mask
-
-    def update(self, weight, grad, mask, settings, *, rng, backend):
-        order = np.argsort(-np.abs(weight), axis=None, kind="stable")
-        forward, backward = np.zeros((2, *weight.shape), bool)
-        forward.reshape(-1)[order[: settings.nnz_budget]] = True
-        backward.reshape(-1)[order[: 2 * settings.nnz_budget]] = True
-        rows = np.flatnonzero(~forward.any(axis=1))
-        new_weight = np.where(backward, weight, 0)
-        counts = int((mask & ~forward).sum()), int((forward & ~mask).sum())
-        return MaskUpdate(
-            forward, new_weight, rows, rows[:0], None, *counts, backward_mask=backward
-        )
-
-
-@pytest.fixture
-def registered(monkeypatch):
-    """Let a package's entry point name `TwoMasks`."""
-    found = methods.entry_points
-
-    def entry_points(**selection):
-        own = SimpleNamespace(name="two_masks", load=lambda: TwoMasks)
-        ours = [own] if selection.get("name", own.name) == own.name else []
-        return [*found(**selection), *ours]
-
-    monkeypatch.setattr(methods, "entry_points", entry_points)
-    methods.get_method.cache_clear()
-    yield
-    methods.get_method.cache_clear()
 
 
 def test_the_methods_of_the_paper_are_registered():
     assert list_methods() == ["rigl", "set", "srigl", "static"]
 
 
-def test_a_package_registers_a_method_of_its_own(registered):
+@pytest.mark.usefixtures("registered")
+def test_a_package_registers_a_method_of_its_own():
     assert "two_masks" in list_methods()
     options = {"sparsity": 0.8, "schedule": UpdateSchedule(100, delta_t=2)}
     config = TrainingConfig(method="two_masks")
@@ -75,40 +34,3 @@ def test_a_package_registers_a_method_of_its_own(registered):
     np.testing.assert_array_equal(again.backward_mask("fc"), backward)
     with pytest.raises(SriglError, match="other settings: method was 'two_masks'"):
         SparseTrainer({"fc": (10, 20)}, **options).load_state_dict(trainer.state_dict())
-
-
-def test_hidden_weights_train_like_those_of_a_dense_parameter(registered):
-    """The parameter shows the forward pass's weights; the others keep theirs, and come back."""
-    torch = pytest.importorskip("torch")
-    from srigl_core.torch import SRigL
-
-    torch.manual_seed(0)
-    model = torch.nn.Linear(12, 8, dtype=torch.float64)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    config = TrainingConfig(method="two_masks", seed=1)
-    schedule = UpdateSchedule(100, delta_t=3)
-    srigl = SRigL(model, optimizer, sparsity=0.75, schedule=schedule, config=config)
-    (name,) = srigl.trainer.masks
-    theta, bias = model.weight.detach().clone(), model.bias.detach().clone()
-    for step in range(1, 10):
-        x = torch.randn(16, 12, dtype=torch.float64)
-        forward, backward = srigl.mask(name), torch.tensor(srigl.trainer.backward_mask(name))
-        optimizer.zero_grad()
-        (model(x) ** 3).sum().mul(0.01).backward()
-        srigl.after_backward()
-        z = x @ (theta * forward).T + bias
-        grad = 0.03 * z**2
-        theta = torch.where(backward, theta - 0.1 * grad.T @ x, 0.0)
-        bias -= 0.1 * grad.sum(0)
-        optimizer.step()
-        updates = srigl.step()
-        assert bool(updates) == (step % 3 == 0)
-        if step == 5:  # resume in the middle of a window
-            state = srigl.state_dict()
-            srigl.detach()
-            srigl = SRigL(model, optimizer, sparsity=0.75, schedule=schedule, config=config)
-            with torch.no_grad():
-                model.weight.copy_(theta * state["masks"][name])
-            srigl.load_state_dict(state)
-        torch.testing.assert_close(model.weight.detach(), theta * srigl.mask(name))
-    assert (torch.tensor(srigl.trainer.backward_mask(name)) & ~srigl.mask(name)).any()

@@ -1,4 +1,4 @@
-// Passes over whole arrays: other types, other orders, sums of columns. Grid-stride loops.
+// Passes over whole arrays: conversion, reordering, sums of columns. Grid-stride loops.
 #include "numbers.cuh"
 
 // out[i] = x[i], rounded once.
@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(256, 4)
     write(out, i, widened(x[i]), out_type);
 }
 
-// out[i] = values[positions[i]], 0 where that is negative: a layout's order.
+// out[i] = values[positions[i]], or 0 where positions[i] is negative: the order of a layout.
 template <class T>
 __global__ void __launch_bounds__(256, 4)
     arrange(const T* __restrict__ values, const long long* __restrict__ positions, void* out,
@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(256, 4)
     write(out, i, positions[i] < 0 ? Sum<T>(0) : widened(values[positions[i]]), out_type);
 }
 
-// out[c] = sum over the rows of x[b, c], (batch, n). Block (32, 8): the rows of a column are shared
-// out among eight threads, whose sums are added in order.
+// out[c] = sum over the rows of x[b, c], (batch, n). Block (32, 8): eight threads share the rows of
+// a column, and their sums are added in order.
 template <class T>
 __global__ void __launch_bounds__(256, 4)
     sum_columns(const T* __restrict__ x, void* out, long long batch, long long n, int out_type) {

@@ -1,4 +1,4 @@
-"""The CuPy backend as the contract sees it: GPU kernels on the current CUDA device."""
+"""The CuPy backend: GPU kernels on the current CUDA device."""
 
 from __future__ import annotations
 

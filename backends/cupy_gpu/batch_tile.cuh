@@ -1,10 +1,10 @@
 // A tile of the batch in shared memory: a row for each input, `size * Lanes` batch rows wide.
 //
-// A row is `Lanes` quads of 16 bytes, one for each lane that shares a neuron. Rows of fewer than 8
-// quads share the 128 bytes of a wavefront: the quads of row f are stored exchanged by `swizzle(f)`,
-// so that eight lanes that stage neighbouring rows write to different banks. `place(f)` is what the
-// host packs for an input: quad c of row f lies at `place(f) ^ c`. Behind the last row is one of
-// zeros, which padding points to: an input that is not connected is never multiplied.
+// A row is `Lanes` quads of 16 bytes, one for each lane of a neuron. Rows of fewer than 8 quads
+// share the 128 bytes of a wavefront. The quads of a row are permuted so that eight lanes that
+// stage neighbouring rows write to different banks: quad c of row f is at `place_of_row(f) ^ c`.
+// The host packs `place_of_row(f)` for an input. The last row is followed by a row of zeros, to
+// which padding points. An input that is not connected is never multiplied.
 #pragma once
 
 #include "numbers.cuh"
@@ -15,8 +15,8 @@ __device__ __forceinline__ int place_of_row(int row) {
   return row * Lanes + (row / rows_a_wavefront) % Lanes;
 }
 
-// Stage inputs `begin` to `begin + n_rows` of the batch rows from `first` on; lanes behind the last
-// row hold zeros. All threads of the block, between barriers.
+// Stage inputs `begin` to `begin + n_rows` of the batch rows from `first` on. Lanes past the last
+// batch row get zeros. All threads of the block call this, between barriers.
 template <class T, int Lanes>
 __device__ __forceinline__ void stage(Quad<T>* tile, const T* __restrict__ x, long long batch,
                                       long long n_in, long long first, long long begin, int n_rows,

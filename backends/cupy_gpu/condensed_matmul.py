@@ -1,14 +1,15 @@
 """The product with a condensed weight, and its gradients, as CUDA kernels (SPEC 2).
 
-Which kernel a product uses depends on the batch, and on the device:
+The kernel of a product depends on the batch and the device:
 
 - up to eight rows: `stream_product.cu`, which reads the weight once;
-- beyond, and for the gradient of x by the connections the other way round: `tile_product.cu`,
-  whose lanes and grid are those of `tile_launch`;
+- larger batches: `tile_product.cu`, with the lanes and the grid that `tile_launch` chooses. It also
+  computes the gradient of x, with the connections transposed;
 - `value_gradient.cu` for the gradient of the values.
 
-Other values on the same mask are put in a layout's order by one kernel. No kernel uses atomics: the
-same bits each time. A call asks for all its memory first (`scratch`), and launches then.
+One kernel arranges other values on the same mask in a layout's order. No kernel uses atomics, so
+that results are reproducible bit for bit. A call allocates all its memory (`scratch`) before the
+first launch.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ MOST_STREAM_ROWS = STREAM_ROWS[-1]
 GRADIENT_LANES = 4
 MOST_BATCH_SPLITS = 16
 MOST_SEGMENT_BLOCKS = 65_535
-"""Of a grid's third axis."""
+"""Most blocks along a grid's third axis."""
 
 _NO_ACTIVATION = ACTIVATIONS["none"].code, False
 _DESCRIBED_BATCH = 256
 
 _Launch = Callable[[], None]
 _Epilogue = tuple[int, bool]
-"""The code of the activation, and whether ablated neurons are left out."""
+"""The code of the activation, and whether the result leaves out ablated neurons."""
 
 
 class GpuPrepared:
@@ -70,11 +71,11 @@ class GpuPrepared:
         self._zeros: dict[Any, Any] = {}
 
     def with_values(self, weight: CondensedWeight) -> GpuPrepared:
-        """Return the same for other values, sharing all that depends on the mask."""
+        """Return this layout for other values; they share everything that depends on the mask."""
         return GpuPrepared(weight, self._device, self._layouts)
 
     def describe(self) -> dict[str, object]:
-        """Return kernels, layout and bytes beside the weight's own."""
+        """Return kernels, layout, and bytes in addition to the weight's own."""
         launch = self._tile_launch(_DESCRIBED_BATCH, self.weight.dtype)
         tile_rows, n_segments = self._tile_shape(launch.lanes)
         kept = (self._values, *self._arranged.values(), *self._zeros.values())
@@ -100,7 +101,7 @@ class GpuPrepared:
         threads: int | None,
         workspace: Any | None = None,
     ) -> None:
-        """Write the product to `out`; `threads` means nothing here."""
+        """Write the product to `out`; `threads` has no effect."""
         self._check_home()
         scratch = Scratch(self._device, workspace)
         epilogue = ACTIVATIONS[activation].code, compact
@@ -117,7 +118,7 @@ class GpuPrepared:
         threads: int | None,
         workspace: Any | None = None,
     ) -> None:
-        """Write the gradients to `out`; `threads` means nothing here."""
+        """Write the gradients to `out`; `threads` has no effect."""
         self._check_home()
         scratch = Scratch(self._device, workspace)
         launches = self._gradients(grad, x, out, scratch)
@@ -126,7 +127,7 @@ class GpuPrepared:
             launch()
 
     def workspace_bytes(self, batch: int, dtype: np.dtype[Any]) -> int:
-        """Return what a product or its gradients need at most, for arrays of `dtype` in C order."""
+        """Return the most bytes of a product or its gradients, for arrays of `dtype` in C order."""
         n_out, n_in = self.weight.shape
         x, grad = _outline((batch, n_in), dtype), _outline((batch, n_out), dtype)
         bias = _outline((n_out,), _wider(dtype, self.weight.dtype))
@@ -148,15 +149,17 @@ class GpuPrepared:
     def _product(
         self, x: Any, bias: Any | None, out: Any, epilogue: _Epilogue, scratch: Scratch
     ) -> _Launch:
-        kind = _wider(x.dtype, self.weight.dtype)
-        sums = accumulator_dtype(kind)
-        x = scratch.converted(x, kind)
+        dtype = _wider(x.dtype, self.weight.dtype)
+        sums = accumulator_dtype(dtype)
+        x = scratch.converted(x, dtype)
         if bias is None:
-            bias = self._nought(self.weight.shape[0], sums)
+            bias = self._cached_zeros(self.weight.shape[0], sums)
         else:
             bias = scratch.converted(bias, sums)
         multiply = self._stream if out.shape[0] <= MOST_STREAM_ROWS else self._tile
-        return self._written(out, scratch, lambda result: multiply(x, bias, result, epilogue, kind))
+        return self._written(
+            out, scratch, lambda result: multiply(x, bias, result, epilogue, dtype)
+        )
 
     def _gradients(
         self, grad: Any, x: Any | None, out: MatmulGradients, scratch: Scratch
@@ -171,23 +174,23 @@ class GpuPrepared:
         return launches
 
     def _input_gradient(self, grad: Any, out: Any, scratch: Scratch) -> _Launch:
-        kind = _wider(grad.dtype, self.weight.dtype)
-        bias = self._nought(self.weight.shape[1], accumulator_dtype(kind))
-        grad = scratch.converted(grad, kind)
+        dtype = _wider(grad.dtype, self.weight.dtype)
+        bias = self._cached_zeros(self.weight.shape[1], accumulator_dtype(dtype))
+        grad = scratch.converted(grad, dtype)
 
         def launch(result: Any) -> None:
-            self._tile(grad, bias, result, _NO_ACTIVATION, kind, of_columns=True)
+            self._tile(grad, bias, result, _NO_ACTIVATION, dtype, of_columns=True)
 
         return self._written(out, scratch, launch)
 
     def _value_gradient(self, grad: Any, x: Any, out: Any, scratch: Scratch) -> _Launch:
-        kind = _wider(_wider(grad.dtype, x.dtype), self.weight.dtype)
-        sums = accumulator_dtype(kind)
+        dtype = _wider(_wider(grad.dtype, x.dtype), self.weight.dtype)
+        sums = accumulator_dtype(dtype)
         tiles = self._layouts.tiles(GRADIENT_LANES)
         n_values = int(tiles.positions.size)
-        batch_tiles = -(-x.shape[0] // (GRADIENT_LANES * (16 // kind.itemsize)))
+        batch_tiles = -(-x.shape[0] // (GRADIENT_LANES * (16 // dtype.itemsize)))
         splits = min(batch_tiles, MOST_BATCH_SPLITS)
-        grad, x = scratch.converted(grad, kind), scratch.converted(x, kind)
+        grad, x = scratch.converted(grad, dtype), scratch.converted(x, dtype)
         partial = scratch.empty((splits, n_values), sums)
 
         def launch(result: Any) -> None:
@@ -195,7 +198,7 @@ class GpuPrepared:
             parts = min(tiles.groups, max(1, blocks_wanted // (splits * tiles.n_segments)))
             warps = min(MOST_WARPS, -(-tiles.groups // parts))
             self._device.launch(
-                Variant("value_gradient.cu", f"sum_products<{CUDA_TYPES[kind.name]}>"),
+                Variant("value_gradient.cu", f"sum_products<{CUDA_TYPES[dtype.name]}>"),
                 (splits, parts, min(tiles.n_segments, MOST_SEGMENT_BLOCKS)),
                 (32 * warps,),
                 (
@@ -238,7 +241,7 @@ class GpuPrepared:
         return self._written(out, scratch, launch)
 
     def _written(self, out: Any, scratch: Scratch, launch: Callable[[Any], None]) -> _Launch:
-        """Return what launches kernels that write to `out`, by way of an array in C order."""
+        """Return a function that launches kernels and writes their result to `out`."""
         result = scratch.writable(out)
 
         def launch_all() -> None:
@@ -249,12 +252,12 @@ class GpuPrepared:
         return launch_all
 
     def _stream(
-        self, x: Any, bias: Any, out: Any, epilogue: _Epilogue, kind: np.dtype[Any]
+        self, x: Any, bias: Any, out: Any, epilogue: _Epilogue, dtype: np.dtype[Any]
     ) -> None:
         properties = self._device.properties
         batch, n_in = x.shape
         rows = next(rows for rows in STREAM_ROWS if batch <= rows)
-        shared_bytes = (n_in + 1) * rows * kind.itemsize
+        shared_bytes = (n_in + 1) * rows * dtype.itemsize
         staged = shared_bytes <= properties.block_shared_bytes and n_in < 1 << 16
         shared_bytes *= staged
         stream = self._layouts.stream(staged=staged)
@@ -265,14 +268,14 @@ class GpuPrepared:
             -(-n_neurons * lanes // THREADS), fitting_blocks(properties, shared_bytes, THREADS)
         )
         self._device.launch(
-            stream_product(kind.name, rows, staged=staged),
+            stream_product(dtype.name, rows, staged=staged),
             (blocks,),
             (THREADS,),
             (
                 x,
                 np.int32(batch),
                 np.int64(n_in),
-                self._arrange(stream.positions, kind),
+                self._arrange(stream.positions, dtype),
                 stream.indices,
                 np.int32(stream.packs),
                 stream.columns,
@@ -295,23 +298,23 @@ class GpuPrepared:
         bias: Any,
         out: Any,
         epilogue: _Epilogue,
-        kind: np.dtype[Any],
+        dtype: np.dtype[Any],
         *,
         of_columns: bool = False,
     ) -> None:
         activation, compact = epilogue
         batch, n_neurons = out.shape
-        launch = self._tile_launch(batch, kind, of_columns=of_columns)
+        launch = self._tile_launch(batch, dtype, of_columns=of_columns)
         tiles = self._layouts.tiles(launch.lanes, of_columns=of_columns)
         self._device.launch(
-            tile_product(kind.name, launch.lanes),
+            tile_product(dtype.name, launch.lanes),
             (launch.tiles, launch.splits),
             (32 * launch.warps,),
             (
                 x,
                 np.int64(batch),
                 np.int64(x.shape[1]),
-                self._arrange(tiles.positions, kind),
+                self._arrange(tiles.positions, dtype),
                 tiles.places,
                 tiles.starts,
                 tiles.columns,
@@ -347,35 +350,35 @@ class GpuPrepared:
             properties.processor_shared_bytes,
         )
 
-    def _arrange(self, positions: Any, kind: np.dtype[Any]) -> Any:
-        """Return the values in a layout's order, as numbers of `kind`."""
-        key = (id(positions), kind.name)
+    def _arrange(self, positions: Any, dtype: np.dtype[Any]) -> Any:
+        """Return the values in a layout's order, converted to `dtype`."""
+        key = (id(positions), dtype.name)
         if key not in self._arranged:
-            values = self._device.empty(positions.size, kind)
+            values = self._device.empty(positions.size, dtype)
             variant = Variant("arrays.cu", f"arrange<{CUDA_TYPES[self.weight.dtype.name]}>")
             n = np.int64(positions.size)
-            arguments = (self._values, positions, values, n, output_type(kind))
+            arguments = (self._values, positions, values, n, output_type(dtype))
             launch_over(self._device, variant, positions.size, arguments)
             self._device.finish()
             self._arranged[key] = values
         return self._arranged[key]
 
-    def _nought(self, size: int, kind: np.dtype[Any]) -> Any:
-        key = (size, kind.name)
+    def _cached_zeros(self, size: int, dtype: np.dtype[Any]) -> Any:
+        key = (size, dtype.name)
         if key not in self._zeros:
-            zeros = self._device.zeros(size, kind)
+            zeros = self._device.zeros(size, dtype)
             self._device.finish()
             self._zeros[key] = zeros
         return self._zeros[key]
 
 
 def _outline(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """Return what tells of an array in C order, without its memory."""
+    """Return an object with shape, dtype and flags of an array in C order, without memory."""
     return SimpleNamespace(shape=shape, dtype=dtype, flags=SimpleNamespace(c_contiguous=True))
 
 
 def _wider(one: np.dtype[Any], other: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the type that holds the numbers of both."""
+    """Return the dtype that represents the numbers of both."""
     if one == other:
         return one
     if one.itemsize == other.itemsize:  # float16 and bfloat16
@@ -384,7 +387,7 @@ def _wider(one: np.dtype[Any], other: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def _stream_lanes(packs: int, n_neurons: int, processors: int) -> int:
-    """Return how many lanes share a neuron: few waste little, many keep the device busy."""
+    """Return the lanes of each neuron: fewer waste less, more keep the device busy."""
 
     def cost(lanes: int) -> float:
         wasted = -(-packs // lanes) * lanes / packs

@@ -1,4 +1,4 @@
-"""Other number types on the device, rounded once."""
+"""Conversions between dtypes on the device, rounded once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLOCKS_A_PROCESSOR = 8
 
 
 def output_type(dtype: np.dtype[Any]) -> np.int32:
-    """Return the `OutputType` of numbers.cuh."""
+    """Return the `OutputType` of numbers.cuh for a dtype."""
     return np.int32(list(CUDA_TYPES).index(dtype.name))
 
 
@@ -27,9 +27,9 @@ def launch_over(device: Device, variant: Variant, size: int, arguments: tuple[An
 
 
 def convert(device: Device, source: Any, target: Any) -> None:
-    """Write the numbers of `source` to `target`, of the same shape and in C order.
+    """Write the numbers of `source` to `target`, which has the same shape and is in C order.
 
-    `source` is in C order too, unless both are of one type.
+    `source` must be in C order too, unless the dtypes are equal.
     """
     if source.dtype == target.dtype:
         bits = f"u{target.dtype.itemsize}"
@@ -41,7 +41,7 @@ def convert(device: Device, source: Any, target: Any) -> None:
 
 
 def converted(device: Device, array: Any, dtype: np.dtype[Any]) -> Any:
-    """Return a contiguous array of `dtype`; `array` itself if it is one."""
+    """Return an array of `dtype` in C order; `array` itself if it is one."""
     array = device.contiguous(array)
     if array.dtype == dtype:
         return array

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core._arrays.checks import check_workspace, overlaps_itself
+from srigl_core._arrays.checks import check_out, check_workspace
 from srigl_core._arrays.dtypes import accumulator_dtype, value_dtype
 from srigl_core._arrays.libraries import as_array, device_of, library_of
 from srigl_core.backends.cupy_gpu.conversions import converted
@@ -38,13 +38,11 @@ class CudaArrays(ArrayOps):
         return stream
 
     def as_float_array(self, array: object, what: str) -> Any:
-        """Return `array` as a CuPy array of a value type, of the same memory."""
         shared = self._as_array(array, what)
         value_dtype(shared.dtype, f"{what} of dtype")
         return shared
 
     def as_mask(self, mask: object, shape: tuple[int, ...] | None) -> Any:
-        """Return `mask` as a CuPy array of bool."""
         shared = self._as_array(mask, "mask")
         if shared.dtype != np.bool_:
             raise ValueTypeError(
@@ -55,25 +53,12 @@ class CudaArrays(ArrayOps):
         return shared
 
     def as_out(self, out: object, shape: tuple[int, ...], inputs: dict[str, Any]) -> Any:
-        """Return `out` as a CuPy array of the same memory."""
         library_of(out).check_writable(out, "out")
         shared = self.as_float_array(out, "out")
-        if shared.shape != shape:
-            raise SriglError(f"out has shape {shared.shape}, but the result has {shape}")
-        if shared.size and overlaps_itself(shared):
-            raise SriglError(
-                f"out of strides {shared.strides} has elements that share memory; pass an array of "
-                f"its own"
-            )
-        for name, array in inputs.items():
-            if cupy.may_share_memory(shared, array):
-                raise SriglError(
-                    f"out shares memory with {name}, which must not be written; copy one"
-                )
+        check_out(shared, shape, inputs, cupy.may_share_memory)
         return shared
 
     def as_workspace(self, workspace: object, others: dict[str, Any]) -> Any:
-        """Return `workspace` as a CuPy array of the same memory."""
         library_of(workspace).check_writable(workspace, "workspace")
         shared = self._as_array(workspace, "workspace")
         check_workspace(shared, shared.data.ptr)
@@ -83,11 +68,9 @@ class CudaArrays(ArrayOps):
         return shared
 
     def contiguous(self, array: Any) -> Any:
-        """Return an array in C order, itself if it is."""
         return self._device.contiguous(array)
 
     def count_nonfinite(self, array: Any, mask: Any | None = None) -> int:
-        """Return how many numbers are NaN or infinite, where `mask` is True if there is one."""
         return count_nonfinite(self._device, array, mask)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
@@ -95,45 +78,36 @@ class CudaArrays(ArrayOps):
         return self._device.empty(shape, dtype)
 
     def assign(self, target: Any, source: Any) -> None:
-        """Copy the bits of `source`, an array of the same dtype or 0, to `target`."""
         bits = f"u{target.dtype.itemsize}"
         target.view(bits)[...] = source if isinstance(source, int) else source.view(bits)
 
     def round_to(self, array: Any, dtype: np.dtype[Any]) -> Any:
-        """Return `array` rounded once to `dtype`."""
         return converted(self._device, array, dtype)
 
     def share_memory(self, one: Any, other: Any) -> bool:
-        """Return whether two arrays may share memory."""
         return bool(cupy.may_share_memory(one, other))
 
     def from_host(self, array: NDArray[Any]) -> Any:
-        """Return a copy of a NumPy array on the device, complete for any stream."""
         copy = self._device.upload(array)
-        self._device.finish()
+        self._device.finish()  # any stream can read the copy
         return copy
 
     def to_host(self, array: Any) -> NDArray[Any]:
-        """Return a copy of an array as a NumPy array."""
         return self._device.download(array)
 
     def accumulate(self, total: Any | None, array: Any) -> Any:
-        """Return ``total + array``, or a copy of `array`, in the accumulator's dtype."""
         widened = converted(self._device, array, accumulator_dtype(array.dtype))
         if total is None:
             return widened.copy() if widened is array else widened
         return total + widened
 
     def divide(self, array: Any, divisor: int) -> Any:
-        """Return ``array / divisor``."""
         return array / array.dtype.type(divisor)
 
     def union(self, one: Any, other: Any) -> Any:
-        """Return a new array of bool, True where either of two masks is."""
         return one | other
 
     def row_counts(self, mask: Any) -> NDArray[np.int64]:
-        """Return how many elements of each row of a mask are True."""
         return self._device.download(mask.reshape(mask.shape[0], -1).sum(axis=1, dtype=np.int64))
 
     def _as_array(self, array: object, what: str) -> Any:
@@ -144,8 +118,8 @@ class CudaArrays(ArrayOps):
             shared = as_array(array, what, _read, "a CuPy array")
         else:
             raise ValueTypeError(
-                f"{what} of type {type(array).__name__} is not on a CUDA device, where backend "
-                f"'cupy' takes arrays; pass cupy.asarray({what}), or name a CPU backend"
+                f"{what} of type {type(array).__name__} is not on a CUDA device, as backend 'cupy' "
+                f"requires; pass cupy.asarray({what}), or name a CPU backend"
             )
         current = cupy.cuda.runtime.getDevice()
         if shared.device.id != current:

@@ -1,9 +1,9 @@
 """The current CUDA device, through CuPy.
 
-Kernels are compiled by CuPy's NVRTC, but not by ``RawModule``, which makes them flush subnormal
-numbers to zero (SPEC 2 forbids it) and whose disk cache does not know the headers.
+CuPy's NVRTC compiles the kernels. ``RawModule`` does not: it would make them flush subnormal
+numbers to zero, which SPEC 2 forbids, and its disk cache ignores the headers.
 
-bfloat16 is no type of CuPy's in all its versions: arrays are made and copied as the bits.
+Not all versions of CuPy have bfloat16, so that its arrays are made and copied as bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from srigl_core._cache_folder import find_cache, generation_of
+from srigl_core._cache_folder import cache_version, find_cache
 from srigl_core.backends.cupy_gpu.device import DeviceProperties
 from srigl_core.backends.cupy_gpu.variants import COMPILER_OPTIONS, Variant
 from srigl_core.errors import BackendUnavailableError
@@ -61,7 +61,7 @@ class CupyDevice:
         return _properties(cupy.cuda.runtime.getDevice())
 
     def number(self) -> int:
-        """Return which of the devices is current."""
+        """Return the number of the current device."""
         number: int = cupy.cuda.runtime.getDevice()
         return number
 
@@ -73,14 +73,14 @@ class CupyDevice:
         arguments: tuple[Any, ...],
         shared_bytes: int = 0,
     ) -> None:
-        """Run a kernel on the current stream; it is compiled when first needed."""
+        """Run a kernel on the current stream; it is compiled at first use."""
         kernel = _kernel(cupy.cuda.runtime.getDevice(), variant)
         if shared_bytes > _MOST_STATIC_SHARED_BYTES:
             kernel.max_dynamic_shared_size_bytes = shared_bytes
         kernel(grid, block, arguments, shared_mem=shared_bytes)
 
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Any:
-        """Return an uninitialised array, of CuPy's pool."""
+        """Return an uninitialised array from CuPy's pool."""
         dtype = np.dtype(dtype)
         return cupy.empty(shape, _bits(dtype)).view(dtype)
 
@@ -94,7 +94,7 @@ class CupyDevice:
         return cupy.asarray(array.view(_bits(array.dtype))).view(array.dtype)
 
     def download(self, array: Any) -> NDArray[Any]:
-        """Return a copy of a device array on the host; waits for the current stream."""
+        """Return a copy of a device array on the host; this waits for the current stream."""
         copied: NDArray[Any] = cupy.asnumpy(array.view(_bits(array.dtype)))
         return copied.view(array.dtype)
 
@@ -103,23 +103,23 @@ class CupyDevice:
         return cupy.ascontiguousarray(array.view(_bits(array.dtype))).view(array.dtype)
 
     def finish(self) -> None:
-        """Wait for the current stream: what it made can then be read on any other."""
+        """Wait for the current stream, so that other streams can read its results."""
         cupy.cuda.get_current_stream().synchronize()
 
 
 def compiled(variant: Variant, architecture: str) -> tuple[bytes, str]:
-    """Return a kernel's code and its symbol; needs no device.
+    """Return a kernel's code and its symbol. This needs no device.
 
     Parameters
     ----------
     variant : Variant
     architecture : str
-        Such as "90"; one that is newer than the compiler gets code for the driver to finish.
+        Such as "90". If it is newer than the compiler, the driver compiles the returned PTX.
 
     Raises
     ------
     BackendUnavailableError
-        If NVRTC cannot compile it, for want of headers for example; says what NVRTC said.
+        If NVRTC cannot compile it, for example without headers. The message quotes NVRTC.
     """
     nvrtc = cupy.cuda.nvrtc
     program = nvrtc.createProgram((FOLDER / variant.file).read_text(), variant.file, (), ())
@@ -150,29 +150,28 @@ def runtime_info() -> dict[str, object]:
         "device": _properties(runtime.getDevice()).name,
         "driver": runtime.driverGetVersion(),
         "CUDA runtime": runtime.runtimeGetVersion(),
-        "cache directory": _found_cache()[1],
+        "cache directory": _cache()[1],
     }
 
 
 @functools.cache
 def _properties(device: int) -> DeviceProperties:
-    found = cupy.cuda.runtime.getDeviceProperties(device)
+    properties = cupy.cuda.runtime.getDeviceProperties(device)
     return DeviceProperties(
-        name=found["name"].decode(),
-        processors=found["multiProcessorCount"],
-        block_shared_bytes=found["sharedMemPerBlockOptin"],
-        processor_shared_bytes=found["sharedMemPerMultiprocessor"],
+        name=properties["name"].decode(),
+        processors=properties["multiProcessorCount"],
+        block_shared_bytes=properties["sharedMemPerBlockOptin"],
+        processor_shared_bytes=properties["sharedMemPerMultiprocessor"],
     )
 
 
 @functools.cache
 def _kernel(device: int, variant: Variant) -> Any:
-    """Return a kernel for a device, which is the current one."""
+    """Return a kernel for a device, which must be the current one."""
     architecture = cupy.cuda.Device(device).compute_capability
-    name = hashlib.sha256(repr((variant.file, variant.name, architecture)).encode()).hexdigest()[
-        :32
-    ]
-    folder, _ = _found_cache()
+    key = repr((variant.file, variant.name, architecture))
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    folder, _ = _cache()
     if folder is None or not (folder / f"{name}.json").exists():
         code, symbol = compiled(variant, architecture)
         if folder is None or not _write(folder, name, code, symbol):
@@ -183,20 +182,23 @@ def _kernel(device: int, variant: Variant) -> Any:
 
 
 @functools.cache
-def _found_cache() -> tuple[Path | None, str]:
+def _cache() -> tuple[Path | None, str]:
     sources = (file for file in FOLDER.iterdir() if file.suffix in (".cu", ".cuh"))
     tools = (COMPILER_OPTIONS, cupy.cuda.nvrtc.getVersion())
-    return find_cache(generation_of(sources, tools), os.environ.get("CUPY_CACHE_DIR", ""))
+    return find_cache(cache_version(sources, tools), os.environ.get("CUPY_CACHE_DIR", ""))
 
 
 @functools.cache
 def _own_folder() -> tempfile.TemporaryDirectory[str]:
-    """Return a folder of this process, for where nothing can be kept: a module is a file."""
+    """Return a temporary folder, for kernels that cannot be cached: CuPy loads them from files."""
     return tempfile.TemporaryDirectory(prefix="srigl-core-")
 
 
 def _write(folder: Path, name: str, code: bytes, symbol: str) -> bool:
-    """Write what was compiled, the symbol last: others may be reading. Return whether it could."""
+    """Write a compiled kernel, and return whether that worked.
+
+    The symbol is written last, since another process may be reading.
+    """
     try:
         for file, content in (
             (f"{name}.cubin", code),
@@ -211,11 +213,11 @@ def _write(folder: Path, name: str, code: bytes, symbol: str) -> bool:
 
 
 def _cuda_headers() -> tuple[str, ...]:
-    """Return the options that make cuda_fp16.h be found."""
+    """Return the compiler options for the folder of cuda_fp16.h."""
     path = cupy.cuda.get_cuda_path()
     return () if path is None else (f"-I{os.path.join(path, 'include')}",)
 
 
 def _bits(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return a type of CuPy's of the same size: that of the bits, unless it is NumPy's own."""
+    """Return a dtype of the same size that CuPy has: `dtype` itself if it is one of NumPy's."""
     return dtype if dtype.isbuiltin == 1 else np.dtype(f"u{dtype.itemsize}")

@@ -1,4 +1,4 @@
-"""What the host code needs of a device, so that the same code drives one that is simulated."""
+"""The interface of a device for the host code, which can also drive a simulated device."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["Device", "DeviceProperties", "fitting_blocks"]
 
 @dataclass(frozen=True)
 class DeviceProperties:
-    """What a plan depends on.
+    """Properties that plans depend on.
 
     Parameters
     ----------
     name : str
     processors : int
-        Multiprocessors.
+        Number of multiprocessors.
     block_shared_bytes : int
-        Shared memory that a block can have at most, having opted in.
+        Most shared memory of a block, after opting in.
     processor_shared_bytes : int
-        That of a multiprocessor.
+        Shared memory of a multiprocessor.
     """
 
     name: str
@@ -34,7 +34,7 @@ class DeviceProperties:
 
 
 class Device(Protocol):
-    """A CUDA device, or what stands in for one; its arrays behave as NumPy's do."""
+    """A CUDA device, or a simulated one; its arrays behave like NumPy arrays."""
 
     @property
     def properties(self) -> DeviceProperties:
@@ -42,7 +42,7 @@ class Device(Protocol):
         ...
 
     def number(self) -> int:
-        """Return which of the devices is current."""
+        """Return the number of the current device."""
         ...
 
     def launch(
@@ -79,7 +79,7 @@ class Device(Protocol):
         ...
 
     def download(self, array: Any) -> NDArray[Any]:
-        """Return a copy of a device array on the host, once it has been computed."""
+        """Return a copy of a device array on the host, after it has been computed."""
         ...
 
     def contiguous(self, array: Any) -> Any:
@@ -87,12 +87,12 @@ class Device(Protocol):
         ...
 
     def finish(self) -> None:
-        """Wait for the current stream: what it made can then be read on any other."""
+        """Wait for the current stream, so that other streams can read its results."""
         ...
 
 
 def fitting_blocks(properties: DeviceProperties, shared_bytes: int, threads: int) -> int:
-    """Return how many blocks run on the device at once."""
+    """Return how many blocks can run on the device at once."""
     per_processor = min(
         2048 // threads, properties.processor_shared_bytes // max(1, shared_bytes + 1024)
     )

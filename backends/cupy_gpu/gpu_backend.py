@@ -1,4 +1,4 @@
-"""The GPU kernels as the contract sees them, on any device: CuPy's, or one that is simulated."""
+"""A backend of the GPU kernels on any `Device`: CuPy's, or a simulated one."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ class GpuBackend:
         *,
         threads: int | None,
     ) -> MaskUpdate:
-        """Return the update of SPEC 4; `threads` means nothing here."""
+        """Return the update of SPEC 4; `threads` has no effect."""
         return mask_update.srigl_update(weight, grad, mask, settings, device=self.device)

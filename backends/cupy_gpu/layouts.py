@@ -1,4 +1,4 @@
-"""A mask on the device, in every order that a kernel has asked for so far."""
+"""The layouts of a mask on the device, made when a kernel first needs them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from srigl_core.backends.cupy_gpu.tiles import Tiles, pack_tiles
 __all__ = ["Layouts", "Stream"]
 
 PACK = 8
-"""Connections that a lane of the stream product takes at a time."""
+"""Connections that a lane of the stream product processes at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +25,12 @@ class Stream:
     Parameters
     ----------
     packs : int
-        Of a neuron, each of eight connections.
+        Packs of eight connections for each neuron.
     indices : device array of uint16 or uint32, (n_active, 8 * packs)
     columns : device array of int32, (n_out,)
-        The result's column of each neuron, those without connections last.
+        Column of the result for each neuron; neurons without connections are last.
     positions : device array of int64, (n_active * 8 * packs,)
-        Where each value lies in the condensed ones, -1 for padding.
+        Position of each value in the condensed values, -1 for padding.
     """
 
     packs: int
@@ -40,23 +40,22 @@ class Stream:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what depends on the mask."""
+        """Bytes of the arrays that depend on the mask."""
         return sum(int(array.nbytes) for array in (self.indices, self.columns, self.positions))
 
 
 class Layouts:
-    """What depends on the mask only, and is shared by all values on it.
+    """The packings of one mask, which all values on the mask share.
 
-    Each packing is made on the host when first asked for. Two threads that ask at once may both
-    make it; the first one is kept.
+    Each packing is made on the host at first use. If two threads make it at once, the first one is
+    kept.
     """
 
     def __init__(self, weight: CondensedWeight, device: Device) -> None:
         self._device = device
         self._shape, self._fan_in, self._nnz = weight.shape, weight.fan_in, weight.nnz
         self._indices, self._active = weight.indices, weight.active
-        ablated = np.setdiff1d(np.arange(self._shape[0]), weight.active, assume_unique=True)
-        self._columns = np.concatenate([weight.active, ablated])
+        self._columns = np.concatenate([weight.active, weight.ablated])
         self._made: dict[Any, Tiles | Stream] = {}
 
     @property
@@ -65,15 +64,15 @@ class Layouts:
         return sum(layout.nbytes for layout in self._made.values())
 
     def tiles(self, lanes: int, *, of_columns: bool = False) -> Tiles:
-        """Return the packing for `lanes` lanes to a neuron, or to an input."""
+        """Return the packing with `lanes` lanes for each neuron, or for each input."""
         pack = self._pack_columns if of_columns else self._pack_neurons
-        found: Tiles = self._kept(("tiles", lanes, of_columns), lambda: pack(lanes))
-        return found
+        tiles: Tiles = self._kept(("tiles", lanes, of_columns), lambda: pack(lanes))
+        return tiles
 
     def stream(self, *, staged: bool) -> Stream:
         """Return the packing for the stream product, with x in shared memory or not."""
-        found: Stream = self._kept(("stream", staged), lambda: self._pack_stream(staged))
-        return found
+        stream: Stream = self._kept(("stream", staged), lambda: self._pack_stream(staged))
+        return stream
 
     def _kept(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._made:

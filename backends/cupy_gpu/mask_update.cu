@@ -1,18 +1,19 @@
 // The mask update of a layer (SPEC 4), on the bits of its numbers.
 //
 // The magnitudes of floats are ordered as their bits without the sign, so that one kernel serves
-// all types of a size. A selection finds the smallest magnitude that is chosen, eight bits at a
-// time: `count_digits` counts the next digit of those candidates that agree with all digits so far,
-// `choose_digit` takes the one that the last chosen candidate has. What equals that magnitude in
-// the end is taken in index order: `count_ties` counts it in each row, `share_ties` tells each row
-// how many are its, and `mark_largest` marks. Rows are selected from by a block each.
+// all types of a size. A selection finds the smallest chosen magnitude, eight bits at a time:
+// `count_digits` counts the next digit of the candidates that agree with all digits so far, and
+// `choose_digit` takes the digit of the last chosen candidate. Candidates with exactly that
+// magnitude are ties, and are chosen in index order: `count_ties` counts them in each row,
+// `share_ties` sets how many each row may choose, and `mark_largest` marks. Selections within rows
+// use a block for each row.
 //
-// Nothing waits for the host. Counting is by integer atomics, whose order does not matter.
+// Nothing waits for the host. Counts use integer atomics, whose order does not matter.
 //   bits       (n_out, n_in)  weights or gradients
 //   mask       (n_out, n_in)  bool
 //   marks      (n_out, n_in)  uint8, bits of `Mark`
 //   survives   (n_out)        bool
-//   selection  {magnitude so far, how many candidates are still to be chosen}
+//   selection  {magnitude so far, number of candidates that remain to be chosen}
 // Blocks of 256 threads, rows in a grid-stride loop.
 
 enum Mark { kByMagnitude = 1, kByGradient = 2, kKept = 4, kGrown = 8 };
@@ -42,7 +43,7 @@ __device__ __forceinline__ bool is_candidate(int candidates, bool active, bool s
   }
 }
 
-// totals += {active weights, those of them that are not zero}.
+// totals += {active weights, active weights that are not zero}.
 template <class U>
 __global__ void __launch_bounds__(kThreads, 4)
     count_weights(const U* __restrict__ bits, const Byte* __restrict__ mask, long long n,
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   atomicAdd(totals + 1, nonzero);
 }
 
-// total += numbers with all bits of `infinity`, where the mask is true, or everywhere.
+// total += numbers with all bits of `infinity`, where the mask is true if `masked`.
 template <class U>
 __global__ void __launch_bounds__(kThreads, 4)
     count_not_finite(const U* __restrict__ bits, const Byte* __restrict__ mask, int masked,
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (threadIdx.x == 0) atomicAdd(total, count);
 }
 
-// histogram += how often each digit is the next one. Bits above `shift` + 8 are those so far.
+// histogram += the number of candidates with each next digit. Bits above `shift` + 8 are known.
 template <class U>
 __global__ void __launch_bounds__(kThreads, 4)
     count_digits(const U* __restrict__ bits, const Byte* __restrict__ mask,
@@ -100,21 +101,21 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (count) atomicAdd(histogram + threadIdx.x, static_cast<Wide>(count));
 }
 
-// The digit of the last of the `missing` largest, and how many of that digit are among them: to be
-// called by all threads of the block, each with the count of its digit.
+// The digit of the last of the `missing` largest candidates, and how many of these have it. All
+// threads of the block call this, each with the count of its digit.
 __device__ __forceinline__ void choose(Wide count, Wide missing, Wide* sums, Wide* digit,
                                        Wide* left) {
   const int mine = threadIdx.x;
   sums[mine] = count;
   __syncthreads();
-  // Each sums up all digits from its own to the largest.
+  // Each thread sums the counts from its digit to the largest.
   for (int distance = 1; distance < kDigits; distance *= 2) {
     const Wide further = mine + distance < kDigits ? sums[mine + distance] : 0;
     __syncthreads();
     sums[mine] += further;
     __syncthreads();
   }
-  // No more than there are; and of none, the largest magnitude that is none's.
+  // Choose at most all candidates. For none, the digit is the largest: no magnitude exceeds it.
   if (missing > sums[0]) missing = sums[0];
   const Wide above = sums[mine] - count;
   if (missing == 0 ? mine == kDigits - 1 : above < missing && missing <= sums[mine]) {
@@ -124,7 +125,7 @@ __device__ __forceinline__ void choose(Wide count, Wide missing, Wide* sums, Wid
   __syncthreads();
 }
 
-// One block: the selection takes the histogram's digit; the histogram is made ready for the next.
+// One block: append the chosen digit to the selection, and clear the histogram.
 __global__ void __launch_bounds__(kThreads, 4) choose_digit(Wide* histogram, Wide* selection) {
   __shared__ Wide sums[kDigits], digit, left;
   choose(histogram[threadIdx.x], selection[1], sums, &digit, &left);
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 4) choose_digit(Wide* histogram, Wid
   selection[1] = left;
 }
 
-// ties[row] = how many candidates have the selection's magnitude.
+// ties[row] = number of candidates with the selection's magnitude.
 template <class U>
 __global__ void __launch_bounds__(kThreads, 4)
     count_ties(const U* __restrict__ bits, const Byte* __restrict__ mask,
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// One block: ties[row] = how many of its ties a row may take, the first rows first.
+// One block: ties[row] = number of its ties that a row may choose; first rows come first.
 __global__ void __launch_bounds__(kThreads, 4)
     share_ties(long long* ties, long long n_out, const Wide* __restrict__ selection) {
   __shared__ long long sums[kThreads];
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// How many threads of the block before this one have a tie, and how many there are in all.
+// The number of ties in threads of the block before this one, and in all of its threads.
 __device__ __forceinline__ int ties_before(bool is_tie, int* warp_ties, int* all) {
   const unsigned int votes = __ballot_sync(0xffffffffu, is_tie);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -196,7 +197,7 @@ __device__ __forceinline__ int ties_before(bool is_tie, int* warp_ties, int* all
   return before;
 }
 
-// marks |= mark where a candidate is chosen; counts[row] = how many are.
+// marks |= mark where a candidate is chosen; counts[row] = number of chosen candidates.
 template <class U>
 __global__ void __launch_bounds__(kThreads, 4)
     mark_largest(const U* __restrict__ bits, const Byte* __restrict__ mask,
@@ -227,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// counts[row] = positions with any of these marks.
+// counts[row] = number of positions with any of these marks.
 __global__ void __launch_bounds__(kThreads, 4)
     count_marks(const Byte* __restrict__ marks, long long n_out, long long n_in, int which,
                 long long* counts) {
@@ -241,8 +242,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// In each row that survives, by a block: with `grows` mark what is grown until the row has
-// `fan_in`, among all that is not kept; without, keep no more than the `fan_in` largest kept.
+// A block for each surviving row. With `grows`, mark positions that are not kept as grown, until
+// the row has `fan_in`. Without, keep only the `fan_in` largest of the kept positions.
 template <class U>
 __global__ void __launch_bounds__(kThreads, 4)
     fill_rows(const U* __restrict__ bits, const Byte* __restrict__ survives, long long n_out,

@@ -1,7 +1,7 @@
 """The SRigL mask update of one layer on the device, bit for bit that of the reference (SPEC 4).
 
-Read `srigl_update` beside that of `srigl_core.reference.mask_update`: the same steps in the same
-order. The two numbers that need the host are the counts of 4.2 and the salient counts of 4.4.
+`srigl_update` has the same steps, in the same order, as `srigl_core.reference.mask_update`. The
+host needs only the counts of 4.2 and the salient counts of 4.4.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def srigl_update(
     Returns
     -------
     MaskUpdate
-        `mask` and `weight` on the device; what tells of rows on the host.
+        `mask` and `weight` are on the device, the arrays about rows on the host.
     """
     layer = _Layer(device, weight, grad, mask)
     n_active, n_nonzero = layer.count_weights()
@@ -72,7 +72,7 @@ def srigl_update(
 
 
 def count_nonfinite(device: Device, array: Any, mask: Any | None = None) -> int:
-    """Return how many numbers, of those where `mask` is True, are NaN or infinite."""
+    """Return how many numbers are NaN or infinite, where `mask` is True if there is one."""
     bits = _bits(device.contiguous(array))
     infinity = _bits(np.array([np.inf]).astype(array.dtype))[0]
     where = bits if mask is None else device.contiguous(mask)
@@ -85,7 +85,7 @@ def count_nonfinite(device: Device, array: Any, mask: Any | None = None) -> int:
 
 @dataclass
 class _Layer:
-    """A layer on the device, and the marks that its update makes: a byte for each position."""
+    """A layer on the device, and the marks of its update, one byte for each position."""
 
     device: Device
     weight: Any
@@ -100,7 +100,7 @@ class _Layer:
         self._counts = device.empty(self.n_out, np.int64)
 
     def count_weights(self) -> tuple[int, int]:
-        """Return how many weights are active, and how many of these are not zero."""
+        """Return the number of active weights, and the number of those that are not zero."""
         totals = self.device.zeros(2, np.uint64)
         n = np.int64(self.weight.size)
         blocks = -(-self.weight.size // THREADS)
@@ -117,34 +117,34 @@ class _Layer:
         histogram = device.zeros(1 << DIGIT_BITS, np.uint64)
         ties = device.empty(self.n_out, np.int64)
         bits = _bits(scores)
-        whose = (bits, self.mask, self._survives, *self._shape, np.int32(candidates))
+        common = (bits, self.mask, self._survives, *self._shape, np.int32(candidates))
         for shift in reversed(range(0, 8 * bits.itemsize, DIGIT_BITS)):
-            counted = (*whose, np.int32(shift), selection, histogram)
+            counted = (*common, np.int32(shift), selection, histogram)
             self._launch("count_digits", self.n_out, scores, counted)
             self._launch("choose_digit", 1, None, (histogram, selection))
-        self._launch("count_ties", self.n_out, scores, (*whose, selection, ties))
+        self._launch("count_ties", self.n_out, scores, (*common, selection, ties))
         self._launch("share_ties", 1, None, (ties, self._shape[0], selection))
-        arguments = (*whose, selection, ties, np.int32(mark), self._marks, self._counts)
+        arguments = (*common, selection, ties, np.int32(mark), self._marks, self._counts)
         self._launch("mark_largest", self.n_out, scores, arguments)
 
     def count_marks(self, which: int) -> NDArray[np.int64]:
-        """Return how many positions of each row have any of these marks."""
+        """Return the number of positions in each row that have any of these marks."""
         arguments = (self._marks, *self._shape, np.int32(which), self._counts)
         self._launch("count_marks", self.n_out, None, arguments)
         return self.device.download(self._counts)
 
     def keep_rows(self, survives: NDArray[np.bool_]) -> None:
-        """Say which rows survive."""
+        """Set which rows survive."""
         self._survives = self.device.upload(survives)
 
     def fill_rows(self, scores: Any, fan_in: int, *, grows: bool) -> None:
-        """Keep no more than `fan_in` in a row; or grow it until it has as many."""
+        """Keep at most `fan_in` positions of each row, or grow each row to `fan_in` positions."""
         kept = (np.int64(fan_in), np.int32(grows), self._counts, self._marks)
         arguments = (_bits(scores), self._survives, *self._shape, *kept)
         self._launch("fill_rows", self.n_out, scores, arguments)
 
     def remap(self, grown_init: float) -> tuple[Any, Any, NDArray[np.bool_], int, int]:
-        """Return the new mask and weight, the rows active before, and the two counts."""
+        """Return the new mask and weight, the rows active before, the pruned and grown counts."""
         device = self.device
         new_mask = device.empty(self.mask.shape, np.bool_)
         new_weight = device.empty(self.weight.shape, self.weight.dtype)
@@ -163,7 +163,7 @@ class _Layer:
         return np.int64(self.n_out), np.int64(self.n_in)
 
     def _launch(self, kernel: str, blocks: int, scores: Any, arguments: tuple[Any, ...]) -> None:
-        """Launch a kernel for the bits of `scores`; None where it takes none."""
+        """Launch a kernel on the bits of `scores`; None if the kernel takes no scores."""
         most = BLOCKS_A_PROCESSOR * self.device.properties.processors
         name = kernel if scores is None else f"{kernel}<{BIT_TYPES[scores.dtype.itemsize]}>"
         variant = Variant("mask_update.cu", name)

@@ -1,7 +1,7 @@
-// Numbers: how each value type is read, summed and written (SPEC 2).
+// Reading, summing and writing numbers of each value type (SPEC 2).
 //
-// Sums are kept in float, in double for double. A result is rounded once, to the type that
-// `OutputType` names: it is chosen when the kernel is launched, so as not to multiply the kernels.
+// The accumulator is float, or double for double. A result is rounded once, to the type that
+// `OutputType` names. That is an argument of the kernel, so that there are fewer kernels.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -98,7 +98,7 @@ __device__ __forceinline__ A activated(A z, int activation) {
   }
 }
 
-// Numbers side by side that one load takes: aligned to all of them, up to its 16 bytes.
+// Adjacent numbers for one load, aligned to their size, at most 16 bytes.
 template <class T, int Count>
 struct alignas(Count * sizeof(T) < 16 ? Count * sizeof(T) : 16) Pack {
   static constexpr int size = Count;

@@ -1,4 +1,4 @@
-"""What a call needs memory for beside its results: taken from the device, or lent by the caller."""
+"""Temporary arrays of a call, in the device's memory or in the caller's workspace."""
 
 from __future__ import annotations
 
@@ -17,57 +17,57 @@ ALIGNMENT = 256
 
 
 class Scratch:
-    """The temporaries of one call; all of them are had before anything is launched.
+    """The temporary arrays of one call, all allocated before the first kernel is launched.
 
     Parameters
     ----------
     device : Device
-    lent : device array of uint8, or None
-        None is the device's own memory.
+    workspace : device array of uint8, or None
+        None allocates in the device's memory.
 
     Attributes
     ----------
     nbytes : int
-        What was asked for so far, alignment included.
+        Bytes allocated so far, alignment included.
     """
 
-    def __init__(self, device: Device, lent: Any | None = None) -> None:
-        self._device, self._lent = device, lent
+    def __init__(self, device: Device, workspace: Any | None = None) -> None:
+        self._device, self._workspace = device, workspace
         self._converted: dict[tuple[int, str], Any] = {}
         self._conversions: list[tuple[Any, Any]] = []
         self.nbytes = 0
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        """Return an uninitialised array; None where what is lent does not suffice."""
+        """Return an uninitialised array, or None if the workspace is too small."""
         size, start = math.prod(shape) * dtype.itemsize, self.nbytes
         self.nbytes = start + -(-size // ALIGNMENT) * ALIGNMENT
-        if self._lent is None:
+        if self._workspace is None:
             return self._device.empty(shape, dtype)
-        if start + size > self._lent.nbytes:
+        if start + size > self._workspace.nbytes:
             return None
-        return self._lent[start : start + size].view(dtype).reshape(shape)
+        return self._workspace[start : start + size].view(dtype).reshape(shape)
 
     def converted(self, array: Any, dtype: np.dtype[Any]) -> Any:
-        """Return an array in C order that will have `dtype`; `array` itself if it is one."""
+        """Return `array` in C order and `dtype`: itself, or a copy that `fill` will make."""
         if not array.flags.c_contiguous:
             array = self._of(array, array.dtype)
         return array if array is None or array.dtype == dtype else self._of(array, dtype)
 
     def writable(self, out: Any) -> Any:
-        """Return an array in C order for what `out` will hold; `out` itself if it is one."""
+        """Return an array in C order for the result; `out` itself if it is in C order."""
         return out if out.flags.c_contiguous else self.empty(out.shape, out.dtype)
 
     def fill(self) -> None:
-        """Begin to work: launch the conversions.
+        """Launch the conversions.
 
         Raises
         ------
         SriglError
-            If what is lent does not suffice; nothing was launched.
+            If the workspace is too small. Nothing is launched then.
         """
-        if self._lent is not None and self.nbytes > self._lent.nbytes:
+        if self._workspace is not None and self.nbytes > self._workspace.nbytes:
             raise SriglError(
-                f"workspace has {self._lent.nbytes} bytes, but this call needs {self.nbytes}; "
+                f"workspace has {self._workspace.nbytes} bytes, but this call needs {self.nbytes}; "
                 f"plan.workspace_bytes(batch) says how many suffice"
             )
         for source, target in self._conversions:

@@ -1,18 +1,18 @@
-// The product of one to eight rows: the weight streams through once (SPEC 2).
+// The product of one to eight rows; it reads the weight once (SPEC 2).
 //
 //   out[b, columns[i]] = act(bias[columns[i]] + sum_j values[i, j] * x[b, indices[i, j]])
 //
-// Some lanes of a warp share a neuron: each takes eight connections at a time, whose values and
-// indices are loads of 16 bytes, and adds to a sum for each row; then they add up their sums. The
-// inputs lie in shared memory, (n_in + 1, Rows), with zeros behind the last for the padding of
-// `indices` to point to; or, where they do not fit there, are read where they are. The grid is
-// persistent: as many blocks as fit the device, each staging x once.
+// Several lanes of a warp share a neuron. Each lane processes eight connections at a time, whose
+// values and indices are loads of 16 bytes, and has a sum for each row; then the lanes add their
+// sums. The inputs are staged in shared memory, (n_in + 1, Rows), followed by zeros to which the
+// padding of `indices` points. If they do not fit, they are read from global memory. The grid is
+// persistent: as many blocks as fit on the device, each of which stages x once.
 //
-// Block of warps; `lanes`, a power of two up to 32, to a neuron.
+// Block of warps; `lanes` lanes for each neuron, a power of two up to 32.
 //   x        (batch, n_in)      batch <= Rows
 //   values   (n_active, padded) padded a multiple of 8
 //   indices  (n_active, padded) uint16 if x is staged, else uint32; n_in for padding
-//   columns, bias, out: as in tile_product.cu; the neurons behind n_active have no connections
+//   columns, bias, out: as in tile_product.cu; neurons from n_active on have no connections
 #include "numbers.cuh"
 
 template <class T>
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(256, 2)
   const int lane = threadIdx.x % lanes;
   const long long neurons_a_block = blockDim.x / lanes;
   const long long stride = neurons_a_block * gridDim.x;
-  // Lanes of a warp stay together for the exchange of sums: all take as many steps.
+  // All lanes of a warp take the same number of steps, since they exchange sums in each.
   const long long steps = (n_neurons + stride - 1) / stride;
   long long neuron = blockIdx.x * neurons_a_block + threadIdx.x / lanes;
   for (long long step = 0; step < steps; ++step, neuron += stride) {

@@ -1,4 +1,4 @@
-"""Lanes and grid of a batched product, by a model of the device."""
+"""Choose lanes and grid of a batched product, by a model of the device."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from dataclasses import dataclass
 __all__ = ["TileLaunch", "best_tile_launch"]
 
 MOST_WARPS = 32
-"""Of a block."""
+"""Most warps of a block."""
 
 FEWEST_WARPS = 4
 MOST_SPLITS = 65_535
-"""Of a grid's second axis."""
+"""Most blocks along a grid's second axis."""
 
 SHARED_BYTES_A_CYCLE = 128
-"""What a multiprocessor reads from its shared memory."""
+"""Bytes that a multiprocessor reads from its shared memory."""
 
 STAGED_BYTES_A_CYCLE = 24
-"""What it gets from the second-level cache while all the others do the same."""
+"""Bytes that a multiprocessor reads from the second-level cache while all others do the same."""
 
 BLOCK_CYCLES = 1_500
-"""About what a block takes to start, and to write its results."""
+"""Estimated time for a block to start and to write its results."""
 
 CONFLICTS = {8: 1.0, 4: 1.05, 2: 1.25, 1: 1.6}
-"""Wavefronts for each that would do, by the lanes of a neuron: what ordering leaves."""
+"""Wavefronts relative to the ideal, by the lanes of a neuron: bank conflicts after ordering."""
 
 RESERVED_SHARED_BYTES = 1024
-"""What each block has beside its own."""
+"""Shared memory that the driver reserves for each block."""
 
 
 @dataclass(frozen=True)
 class TileLaunch:
-    """How a batched product runs.
+    """The launch of a batched product.
 
     Parameters
     ----------
     lanes : int
-        To a neuron.
+        Lanes of each neuron.
     tiles, splits : int
-        The grid: of the batch, and of the neurons.
+        The grid: tiles of the batch, splits of the neurons.
     warps : int
-        Of a block.
+        Warps of each block.
     """
 
     lanes: int
@@ -60,23 +60,23 @@ def best_tile_launch(
     processors: int,
     processor_shared_bytes: int,
 ) -> TileLaunch:
-    """Return the launch that a model of the device says is quickest.
+    """Return the fastest launch by a model of the device.
 
     Parameters
     ----------
     batch, n_neurons, nnz : int
     size : int
-        Batch rows of a lane: numbers in 16 bytes.
+        Batch rows of a lane: the numbers in 16 bytes.
     options : tuple
-        For each choice of lanes: lanes, inputs in a tile, tiles for all inputs.
+        For each choice of lanes: lanes, inputs in a tile, number of tiles for all inputs.
     processors, processor_shared_bytes : int
 
     Notes
     -----
-    A block stages its tile of x, and reads 16 bytes of it a lane for each connection of its
-    neurons; multiprocessors take blocks in turns.
+    A block stages its tile of x. For each connection of its neurons, each lane reads 16 bytes of
+    the tile. The multiprocessors run the blocks in rounds.
     """
-    best = None
+    launches = []
     for lanes, tile_rows, n_segments in options:
         tiles = -(-batch // (lanes * size))
         row_bytes = 16 * lanes
@@ -92,10 +92,8 @@ def best_tile_launch(
             cycles = rounds * resident * (staged + read + BLOCK_CYCLES / resident)
             cycles = max(cycles, staged + read + BLOCK_CYCLES)
             warps = min(MOST_WARPS, max(FEWEST_WARPS, per_split))
-            if best is None or cycles < best[0]:
-                best = cycles, TileLaunch(lanes, tiles, splits, warps)
-    assert best is not None
-    return best[1]
+            launches.append((cycles, TileLaunch(lanes, tiles, splits, warps)))
+    return min(launches, key=lambda launch: launch[0])[1]
 
 
 def _split_counts(groups: int) -> list[int]:

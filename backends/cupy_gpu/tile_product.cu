@@ -2,22 +2,22 @@
 //
 //   out[b, columns[i]] = act(bias[columns[i]] + sum_j values[i, j] * x[b, indices[i, j]])
 //
-// A block takes a tile of the batch (`batch_tile.cuh`) and a range of neuron groups. In a warp each
-// neuron has `Lanes` lanes, each of which sums for the batch rows in its 16 bytes of the tile, in
-// registers. A group is 32 / Lanes neurons; their connections come in chunks of four, packed side
-// by side, so that a warp reads 4 * (32 / Lanes) values and as many places in one go each.
+// A block processes a tile of the batch (`batch_tile.cuh`) and a range of neuron groups. Each
+// neuron has `Lanes` lanes of a warp. Each lane sums, in registers, for the batch rows in its 16
+// bytes of the tile. A group is 32 / Lanes neurons. Their connections are packed in chunks of four,
+// side by side, so that a warp loads 4 * (32 / Lanes) values at once, and as many places.
 //
-// Where the inputs do not fit the shared memory, they are cut into segments of `tile_rows`; the
-// sums stay in registers while the segments pass, and a warp has one group at a time.
+// If the inputs do not fit in shared memory, they are split into segments of `tile_rows`. The sums
+// stay in registers across segments, and a warp processes one group at a time.
 //
 // Grid (batch tiles, splits of the groups), block of warps, shared memory: tile_rows + 1 rows.
 //   x        (batch, n_in)          row-major
 //   values   (chunks, 32 / Lanes, 4)
-//   places   (chunks, 32 / Lanes, 4) uint16: where the row of an input lies in the tile, in quads
-//   starts   (segments, groups + 1) first chunk of each; the neurons behind `groups` have none
-//   columns  (n_neurons) which bias a neuron has, and its column of the result, unless `compact`:
-//            then that is its number
-//   bias     of the sums' type
+//   places   (chunks, 32 / Lanes, 4) uint16: position of an input's row in the tile, in quads
+//   starts   (segments, groups + 1) first chunk of each; neurons past the groups have no chunks
+//   columns  (n_neurons) index of a neuron's bias, and its column of the result. If `compact`, the
+//            column is the neuron's number instead
+//   bias     of the accumulator's type
 //   out      (batch, width) of `out_type`
 #include "batch_tile.cuh"
 

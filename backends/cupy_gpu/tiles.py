@@ -1,13 +1,14 @@
 """Connections packed for tiles of the batch in shared memory (`batch_tile.cuh`).
 
-A neuron has `lanes` lanes of a warp, a group is the 32 / lanes neurons of a warp, and a chunk is
-four connections of each of them. Neurons of a group end together: constant fan-in makes that so
-but for what is left of four; where inputs are cut into segments, and for the gradient of x, the
-shorter ones are padded with places of the tile's row of zeros.
+Each neuron has `lanes` lanes of a warp. A group is the 32 / lanes neurons of a warp, and a chunk is
+four connections of each of them. The neurons of a group end together. With constant fan-in that
+takes padding of fewer than four connections. If the inputs are split into segments, and for the
+gradient of x, shorter neurons are padded with places of the tile's row of zeros.
 
-A wavefront of shared memory serves eight lanes, one quad of 16 bytes in each of eight banks. Fewer
-than eight lanes to a neuron means several neurons to a wavefront: each neuron's connections are
-ordered so that its neighbours' inputs, at the same step, mostly lie in other banks.
+A wavefront of shared memory serves eight lanes, with one quad of 16 bytes in each of eight banks.
+With fewer than eight lanes for a neuron, several neurons share a wavefront. Each neuron's
+connections are ordered so that the inputs of its neighbours, at the same step, are mostly in other
+banks.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ class Tiles:
     Parameters
     ----------
     lanes : int
-        To a neuron.
+        Lanes of each neuron.
     tile_rows, n_segments : int
-        Inputs in a tile, and how many tiles hold all.
+        Number of inputs in a tile, and number of tiles for all inputs.
     groups : int
-        Groups of neurons that have connections.
+        Number of groups of neurons that have connections.
     places : device array of uint16, (chunks, 32 / lanes, 4)
     starts : device array of int64, (n_segments, groups + 1)
     columns : device array of int32, (n_neurons,)
-        The result's column of each neuron; those without connections are the last.
+        Column of the result for each neuron; neurons without connections are last.
     positions : device array of int64, (chunks * 32 / lanes * 4,)
-        Where each value lies in the condensed ones, -1 for padding.
+        Position of each value in the condensed values, -1 for padding.
     """
 
     lanes: int
@@ -64,18 +65,18 @@ class Tiles:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of the tile, its row of zeros included."""
+        """Bytes of the tile, including its row of zeros."""
         return (self.tile_rows + 1) * self.row_bytes
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what depends on the mask."""
+        """Bytes of the arrays that depend on the mask."""
         arrays = (self.places, self.starts, self.columns, self.positions)
         return sum(int(array.nbytes) for array in arrays)
 
 
 def rows_of_tile(n_inputs: int, lanes: int, shared_bytes: int) -> tuple[int, int]:
-    """Return how many inputs a tile holds, and how many tiles hold all."""
+    """Return the number of inputs in a tile, and the number of tiles for all inputs."""
     most = min(shared_bytes // (16 * lanes), MOST_PLACES // lanes) - 1
     n_segments = -(-n_inputs // most)
     return -(-n_inputs // n_segments), n_segments
@@ -102,9 +103,9 @@ def pack_tiles(
     degrees : ndarray of int64, (n_rows,)
         Connections of each neuron.
     entries : ndarray of int, (nnz,)
-        Where each connection's value lies in the condensed ones.
+        Position of each connection's value in the condensed values.
     columns : ndarray of int64, (n_neurons,)
-        The result's column of each neuron; those from `n_rows` on have no connections.
+        Column of the result for each neuron; neurons from `n_rows` on have no connections.
     n_inputs, lanes, shared_bytes : int
 
     Returns
@@ -152,9 +153,9 @@ def pack_tiles(
 def _ordered(
     lists: NDArray[np.int64], row: NDArray[np.int64], classes: int, members: int
 ) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
-    """Return the connections list by list, and the number of each in its list.
+    """Return the order of the connections, list by list, and the number of each in its list.
 
-    At step j a neuron is to take an input of bank ``(j + its number) % classes``, while it has any.
+    At step j a neuron takes an input of bank ``(j + its number) % classes``, as long as it has one.
     """
     bank = row % classes
     order = np.argsort(lists * classes + bank, kind="stable")
@@ -165,7 +166,7 @@ def _ordered(
 
 
 def _numbered(keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return how many equal keys come before each; the keys are sorted."""
+    """Return how many equal keys precede each key; the keys are sorted."""
     new = np.concatenate([[True], keys[1:] != keys[:-1]])
     begins = np.flatnonzero(new)
     return np.arange(keys.size) - np.repeat(begins, np.diff(np.append(begins, keys.size)))

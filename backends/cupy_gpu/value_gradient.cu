@@ -2,16 +2,17 @@
 //
 //   dvalues[i, j] = sum_b grad[b, columns[i]] * x[b, indices[i, j]]
 //
-// `sum_products`: tiles, groups and chunks are those of tile_product.cu with four lanes to a neuron.
-// Each lane holds the gradients of its batch rows in registers and multiplies them by those rows of
-// each input; four connections at a time, the lanes exchange so that each ends with the sum of one.
-// A split of the batch has a place of its own for each sum, and adds its tiles up there, in order;
-// `add_splits` adds the splits, in order. No atomics: the same bits each time.
+// `sum_products` has the tiles, groups and chunks of tile_product.cu, with four lanes for each
+// neuron. A lane holds the gradients of its batch rows in registers, and multiplies them by the
+// same rows of each input. For four connections at a time, the lanes exchange sums until each has
+// the sum of one connection. Each split of the batch adds the sums of its tiles, in order, in
+// memory of its own. `add_splits` adds the splits, in order. Without atomics, results are
+// reproducible bit for bit.
 //
 // Grid (splits of the batch, splits of the groups, splits of the segments), block of warps.
 //   x (batch, n_in), grad (batch, n_columns), row-major
 //   places, starts, columns: as in tile_product.cu
-//   partial (splits, n_values) of the sums' type, n_values = all chunks * 32
+//   partial (splits, n_values) of the accumulator's type, n_values = all chunks * 32
 #include "batch_tile.cuh"
 
 template <class T>
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(1024, 1)
           for (int j = 0; j < size; ++j)
             sums[i] = multiply_add(grads[j], widened(inputs.at[j]), sums[i]);
         }
-        // Lane 0 is to have the sum of sums[0] over the four lanes, and so on.
+        // Lane i gets the sum of sums[i] over the four lanes.
         const bool upper = lane & 2, odd = lane & 1;
         Sum<T> even_sum = upper ? sums[2] : sums[0], odd_sum = upper ? sums[3] : sums[1];
         even_sum += __shfl_xor_sync(0xffffffffu, upper ? sums[0] : sums[2], 2);

@@ -1,4 +1,4 @@
-"""The kernels that a plan can choose, each a file and the C++ name of one instance in it."""
+"""The kernels that a plan can launch: for each, a file and a C++ name expression."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import product
 __all__ = ["COMPILER_OPTIONS", "CUDA_TYPES", "Variant", "variants"]
 
 COMPILER_OPTIONS = ("--std=c++17",)
-"""What NVRTC gets beside the architecture and the headers' folders."""
+"""Options of NVRTC, besides the architecture and the headers' folders."""
 
 CUDA_TYPES = {
     "float16": "__half",
@@ -16,12 +16,12 @@ CUDA_TYPES = {
     "float32": "float",
     "float64": "double",
 }
-"""What CUDA calls the value types; their order is that of `OutputType` in numbers.cuh."""
+"""CUDA's names of the value types, in the order of `OutputType` in numbers.cuh."""
 
 TILE_LANES = (1, 2, 4, 8)
 STREAM_ROWS = (1, 2, 4, 8)
 BIT_TYPES = {2: "unsigned short", 4: "unsigned int", 8: "unsigned long long"}
-"""The bits of a weight, by its bytes: all that the order of magnitudes needs."""
+"""Types of the bits of a weight, by its bytes; the bits determine the order of magnitudes."""
 
 OF_BITS = (
     *("count_weights", "count_not_finite", "count_digits", "count_ties"),
@@ -47,9 +47,9 @@ class Variant:
 
 
 def variants() -> tuple[Variant, ...]:
-    """Return all kernels; nothing else is ever compiled."""
+    """Return all kernels that can be compiled."""
     types = CUDA_TYPES.values()
-    found = [
+    return (
         *(tile_product(t, lanes) for t, lanes in product(CUDA_TYPES, TILE_LANES)),
         *(
             stream_product(t, rows, staged=staged)
@@ -66,16 +66,15 @@ def variants() -> tuple[Variant, ...]:
             for kernel, bits in product(OF_BITS, BIT_TYPES.values())
         ),
         *(Variant("mask_update.cu", kernel) for kernel in OF_NO_BITS),
-    ]
-    return tuple(found)
+    )
 
 
 def tile_product(dtype: str, lanes: int) -> Variant:
-    """Return the batched product of `dtype` with `lanes` lanes to a neuron."""
+    """Return the batched product of `dtype` with `lanes` lanes for each neuron."""
     return Variant("tile_product.cu", f"tile_product<{CUDA_TYPES[dtype]}, {lanes}>")
 
 
 def stream_product(dtype: str, rows: int, *, staged: bool) -> Variant:
-    """Return the product of up to `rows` rows, with the inputs in shared memory or not."""
+    """Return the product of up to `rows` rows, with staged inputs in shared memory."""
     source = "Staged" if staged else "InPlace"
     return Variant("stream_product.cu", f"stream_product<{CUDA_TYPES[dtype]}, {rows}, {source}>")

@@ -1,4 +1,4 @@
-"""The Numba backend as the contract sees it."""
+"""The Numba backend: what it can do, and its operations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
 
 if numba.config.DISABLE_JIT:
     raise BackendUnavailableError(
-        "backend 'numba' compiles its kernels, which NUMBA_DISABLE_JIT forbids; unset it"
+        "backend 'numba' must compile its kernels; unset NUMBA_DISABLE_JIT, which forbids that"
     )
 
 from srigl_core.backends.numba_cpu import mask_update

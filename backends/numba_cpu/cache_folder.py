@@ -1,4 +1,4 @@
-"""Where Numba's kernels are kept between processes: their generation, and the folder for it."""
+"""The folder that keeps this backend's kernels between processes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import llvmlite
 import numba
 import numpy as np
 
-from srigl_core._cache_folder import find_cache, generation_of
+from srigl_core._cache_folder import cache_version, find_cache
 
 __all__ = ["cache_directory", "describe_cache"]
 
-# Now, since this is imported before the kernels are: a later edit is not what this process runs.
-_GENERATION = generation_of(
+# Hashed at import, before the kernels are imported: this process does not run later edits.
+_VERSION = cache_version(
     Path(__file__).parent.rglob("*.py"),
     (
         importlib.machinery.EXTENSION_SUFFIXES[0],  # Python's version, and platform
@@ -28,16 +28,16 @@ _GENERATION = generation_of(
 
 
 def cache_directory() -> str | None:
-    """Return the folder where compiled kernels are kept, or None if nowhere."""
-    folder, _ = _found()
+    """Return the folder that keeps compiled kernels, or None."""
+    folder, _ = _cache()
     return None if folder is None else str(folder)
 
 
 def describe_cache() -> str:
     """Return the folder, or why there is none, for ``srigl info``."""
-    return _found()[1]
+    return _cache()[1]
 
 
 @functools.cache
-def _found() -> tuple[Path | None, str]:
-    return find_cache(_GENERATION, numba.config.CACHE_DIR)
+def _cache() -> tuple[Path | None, str]:
+    return find_cache(_VERSION, numba.config.CACHE_DIR)

@@ -1,8 +1,8 @@
-"""Run a kernel over items, in one thread or shared out among several, with little overhead.
+"""Run a kernel over items, in one thread or several, with little overhead.
 
-Numba's dispatch finds out the type of each argument at each call, and compiles a kernel anew for a
-read-only input: for a small layer that takes longer than the product. Here the compiled code is
-called, by the dtypes and axes alone.
+Numba's dispatcher determines the type of each argument at each call, and compiles a kernel again
+for read-only inputs. For a small layer that takes longer than the product. A `Launcher` chooses the
+compiled code by the arguments' dtypes and numbers of axes only.
 """
 
 from __future__ import annotations
@@ -19,105 +19,109 @@ from numba.extending import intrinsic
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.float_mode import honour_subnormals, restore_float_mode
 
-__all__ = ["Launcher", "borrowed"]
+__all__ = ["Launcher", "uncounted"]
 
 Arguments = tuple[Any, ...]
 
 
 @intrinsic
-def borrowed(typing_context: Any, argument: Any) -> Any:
-    """Return arrays, or tuples of them, that are not counted as references.
+def uncounted(typing_context: Any, argument: Any) -> Any:
+    """Return an array, or a tuple of arrays, without reference counting.
 
-    Somebody else must hold them, as the caller in Python does. To count takes 5 nanoseconds a time,
-    and Numba does it for each array that a kernel is handed.
+    Something else must keep the memory alive, as the caller in Python does. Counting takes 5
+    nanoseconds for each array that is passed to a kernel.
     """
 
-    def borrow(context: Any, builder: Any, kind: Any, value: Any) -> Any:
-        if isinstance(kind, types.Array):
-            array = context.make_array(kind)(context, builder, value)
+    def without_count(context: Any, builder: Any, numba_type: Any, value: Any) -> Any:
+        if isinstance(numba_type, types.Array):
+            array = context.make_array(numba_type)(context, builder, value)
             array.meminfo = context.get_constant_null(types.voidptr)
             return array._getvalue()
-        if isinstance(kind, types.BaseTuple):
-            parts = cgutils.unpack_tuple(builder, value)
-            parts = [borrow(context, builder, *part) for part in zip(kind, parts, strict=True)]
-            return context.make_tuple(builder, kind, parts)
+        if isinstance(numba_type, types.BaseTuple):
+            parts = [
+                without_count(context, builder, part_type, part)
+                for part_type, part in zip(
+                    numba_type, cgutils.unpack_tuple(builder, value), strict=True
+                )
+            ]
+            return context.make_tuple(builder, numba_type, parts)
         return value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return borrow(context, builder, argument, args[0])
+        return without_count(context, builder, argument, args[0])
 
     return argument(argument), generate
 
 
 class Launcher:
-    """A kernel to be run over items.
+    """Runs a kernel over items.
 
     Parameters
     ----------
     compute : kernel
-        Called as ``compute(first, last, *arguments)`` for the items from `first` to before `last`;
-        returns whether the result can be trusted. It must write to none of its inputs, since their
-        flag is not looked at.
+        Called as ``compute(first, last, *arguments)`` for the items ``range(first, last)``. It
+        returns whether the result is valid. It must not write to its inputs, since nothing checks
+        whether they are read-only.
     """
 
     def __init__(self, compute: Any) -> None:
         @kernel()
-        def alone(n_items, arguments):
+        def serial(n_items, arguments):
             mode = honour_subnormals()
-            is_good = compute(0, n_items, *borrowed(arguments))
+            is_good = compute(0, n_items, *uncounted(arguments))
             restore_float_mode(mode)
             return is_good
 
         @kernel(parallel=True)
-        def shared_out(n_items, n_threads, arguments):
+        def parallel(n_items, n_threads, arguments):
             n_bad = 0
             for t in prange(n_threads):
                 mode = honour_subnormals()
-                # Numba types the range as signed first and then as unsigned: two compilations.
+                # Without the cast Numba compiles twice, for signed and for unsigned t.
                 part = np.int64(t)
                 first, last = n_items * part // n_threads, n_items * (part + 1) // n_threads
-                n_bad += not compute(first, last, *borrowed(arguments))
+                n_bad += not compute(first, last, *uncounted(arguments))
                 restore_float_mode(mode)
             return n_bad == 0
 
-        self._alone, self._shared_out = alone, shared_out
+        self._serial, self._parallel = serial, parallel
         self._codes: dict[Hashable, Callable[..., bool]] = {}
 
     def __call__(self, n_items: int, n_threads: int, arguments: Arguments) -> bool:
-        """Compute all items; return whether the result can be trusted.
+        """Compute all items, and return whether the result is valid.
 
         Parameters
         ----------
         n_items : int
         n_threads : int
-            With one the pool is not touched.
+            One thread does not use the pool.
         arguments : tuple
             Contiguous, aligned arrays, and ints.
         """
         if n_threads == 1:
-            return self.alone(arguments)(n_items, arguments)
-        code = self._code(self._shared_out, (n_items, n_threads, arguments))
+            return self.serial(arguments)(n_items, arguments)
+        code = self._code(self._parallel, (n_items, n_threads, arguments))
         return code(n_items, n_threads, arguments)
 
-    def alone(self, arguments: Arguments) -> Callable[[int, Arguments], bool]:
+    def serial(self, arguments: Arguments) -> Callable[[int, Arguments], bool]:
         """Return the compiled code for one thread, called as ``code(n_items, arguments)``.
 
-        It may be called again with other arguments of the same dtypes and axes.
+        It takes all arguments with the same dtypes and numbers of axes.
         """
-        return self._code(self._alone, (0, arguments))
+        return self._code(self._serial, (0, arguments))
 
     def _code(self, compiled: Any, arguments: Arguments) -> Callable[..., bool]:
         key = _key(arguments)
-        found = self._codes.get((compiled, key))
-        if found is None:
+        code = self._codes.get((compiled, key))
+        if code is None:
             signature = tuple(_numba_type(argument) for argument in arguments)
             compiled.compile(signature)
-            found = self._codes[compiled, key] = compiled.overloads[signature].entry_point
-        return found
+            code = self._codes[compiled, key] = compiled.overloads[signature].entry_point
+        return code
 
 
 def _key(argument: Any) -> Hashable:
-    """Return what an argument's type is determined by: the hash of a dtype itself is slow."""
+    """Return a hashable that determines an argument's type; hashing the dtype itself is slow."""
     if isinstance(argument, np.ndarray):
         return argument.dtype.num, argument.ndim
     if isinstance(argument, tuple):

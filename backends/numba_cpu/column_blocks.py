@@ -1,15 +1,16 @@
 """Batches: one row of the batch in each lane of a vector, one column block of x in the cache.
 
-Layout: the inputs are cut into blocks of columns, the sums into groups of rows. For each block and
-each row of a group come the connections that the row has there: `values`, and `offsets` from the
-block's first column. Within a group the rows are sorted by their number of connections, so that the
-processor can tell ahead when a row ends. There is no padding: only connected inputs are read.
+Layout: the inputs are split into blocks of columns, the sums into groups of rows. For each block
+and each row of a group, the layout stores the row's connections in that block: `values`, and
+`offsets` from the block's first column. Within a group the rows are sorted by their number of
+connections, so that the processor can predict where a row ends. There is no padding: only connected
+inputs are read.
 
-Kernel: a tile of the batch is taken at a time, as many rows as lanes. A block of x is transposed
-into a tile (columns, lanes) that stays in the cache; each connection is then one number times one
-vector, which may be several registers; the sums so far of a row are loaded before and stored after.
-At very high sparsity a block holds so many columns that its tile fills half of the second-level
-cache: loading and storing sums would cost more than that.
+Kernel: a tile of the batch has as many rows as a vector has lanes. A block of x is transposed into
+a tile (columns, lanes) that stays in the cache. Each connection then multiplies one number by one
+vector, which may be several registers. A row's partial sums are loaded before its connections in a
+block, and stored after them. At very high sparsity a block has so many columns that its tile fills
+half of the second-level cache: with smaller blocks, loading and storing sums would take longer.
 """
 
 from __future__ import annotations
@@ -50,24 +51,24 @@ REGISTERS = 4
 """Vector registers that hold a row's sums in the widest kernel."""
 
 GROUP_ROWS = 192
-"""Rows sorted together: few enough to share among threads, enough to make sorting worth it."""
+"""Rows that are sorted together: few enough to share among threads, enough to gain by sorting."""
 
 CONNECTIONS_PER_VISIT = 8
-"""Connections that a row should have in a block, to be worth loading and storing its sums."""
+"""Connections of a row in a block that make up for loading and storing its sums."""
 
 
 _WIDEST_BYTES = REGISTERS * vector_bytes()
 
 
-def widest_lanes(kind: np.dtype[Any]) -> int:
-    """Return the number of batch rows that the widest kernel takes at once."""
-    return _WIDEST_BYTES // kind.itemsize
+def widest_lanes(dtype: np.dtype[Any]) -> int:
+    """Return the number of batch rows in a tile of the widest kernel."""
+    return _WIDEST_BYTES // dtype.itemsize
 
 
-def lanes_of(batch: int, kind: np.dtype[Any]) -> int:
-    """Return the number of lanes for a tile of up to `batch` rows: a power of two, at least 8."""
+def lanes_of(batch: int, dtype: np.dtype[Any]) -> int:
+    """Return the lanes of a tile for up to `batch` rows: a power of two, at least 8."""
     lanes = 8
-    while lanes < min(batch, widest_lanes(kind)):
+    while lanes < min(batch, widest_lanes(dtype)):
         lanes *= 2
     return lanes
 
@@ -79,17 +80,17 @@ class ColumnBlocks:
     ----------
     connections : CompressedRows
     lanes : int
-    kind : numpy.dtype
-        Of the sums.
+    dtype : numpy.dtype
+        Dtype of the sums.
     """
 
     name = "column blocks"
     padding = 1.0
 
-    def __init__(self, connections: CompressedRows, lanes: int, kind: np.dtype[Any]) -> None:
-        self._kind = kind
+    def __init__(self, connections: CompressedRows, lanes: int, dtype: np.dtype[Any]) -> None:
+        self._dtype = dtype
         self.n_inputs, n_rows = connections.n_inputs, connections.n_rows
-        self.block = _block_columns(connections, lanes * kind.itemsize)
+        self.block = _block_columns(connections, lanes * dtype.itemsize)
         n_blocks = -(-self.n_inputs // self.block)
         starts, columns = connections.starts, connections.columns.astype(np.int64)
         row_of = np.repeat(np.arange(n_rows), np.diff(starts))
@@ -114,13 +115,13 @@ class ColumnBlocks:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what depends on the mask."""
+        """Bytes of the arrays that depend on the mask."""
         arrays = (self.positions, self.offsets, self.rows, self.counts, self.visits)
         return sum(array.nbytes for array in arrays)
 
-    def arrange(self, bits: Any, kind: Any) -> Any:
-        """Return the values in this layout's order, in the type of the sums, `kind`."""
-        return arranged(bits, self.positions, kind)
+    def arrange(self, bits: Any, dtype: Any) -> Any:
+        """Return the values in this layout's order, converted to the dtype of the sums."""
+        return arranged(bits, self.positions, dtype)
 
     def multiply(
         self,
@@ -136,9 +137,9 @@ class ColumnBlocks:
         lanes: int,
         n_threads: int,
     ) -> None:
-        """Write the product to `out`, for `tiles` tiles of `lanes` batch rows from `first` on.
+        """Write the product of `tiles` tiles of `lanes` batch rows, from row `first` on, to `out`.
 
-        The last of them may reach past the end of the batch.
+        The last tile may extend past the end of the batch.
         """
         runs = self._runs(lanes, tiles, n_threads)
         layout = (self.block, self.offsets, self.rows, self.counts, self.visits)
@@ -146,11 +147,12 @@ class ColumnBlocks:
         _launcher(lanes)(tiles * runs, n_threads, arguments)
 
     def _runs(self, lanes: int, tiles: int, n_threads: int) -> int:
-        """Return into how many parts the sums are cut, so that theirs stay in the cache.
+        """Return the number of parts that a tile's groups are split into.
 
-        And so that all threads have work: then the parts of a tile each transpose x anew.
+        Parts are small enough for their sums to stay in the cache, and numerous enough for all
+        threads to have work. Each part of a tile transposes x again.
         """
-        bytes_of_sums = self.counts.shape[1] * lanes * self._kind.itemsize
+        bytes_of_sums = self.counts.shape[1] * lanes * self._dtype.itemsize
         runs = -(-bytes_of_sums // (cache_bytes()[1] // 4))
         while tiles * runs % n_threads and tiles * runs < 8 * n_threads:
             runs += 1
@@ -168,7 +170,7 @@ def _block_columns(connections: CompressedRows, row_bytes: int) -> int:
 
 @functools.cache
 def stager(lanes: int) -> Any:
-    """Return the kernel that transposes a part of x into a tile of `lanes` batch rows."""
+    """Return the kernel that transposes a block of x into a tile of `lanes` batch rows."""
     square = min(lanes, 16)
     width = np.uint64(lanes)
     u = np.uint64
@@ -177,7 +179,7 @@ def stager(lanes: int) -> Any:
     def stage(x, n_in, row, last_row, begin, end, tile):
         """Transpose columns `begin` to `end` of the batch rows from `row` on into the tile.
 
-        Lanes past the last row get that row again: they are computed and dropped.
+        Lanes past the last row repeat that row; their results are not stored.
         """
         whole = begin + (end - begin) // u(square) * u(square)
         for lane in range(u(0), width, u(square)):
@@ -197,7 +199,7 @@ def stager(lanes: int) -> Any:
 def _launcher(lanes: int) -> Launcher:
     """Return the kernel for tiles of `lanes` batch rows.
 
-    An item is a tile and one of the `runs` parts that the groups are cut into.
+    An item is one of the `runs` parts of a tile.
     """
     square = min(lanes, 16)
     width = np.uint64(lanes)
@@ -206,7 +208,7 @@ def _launcher(lanes: int) -> Launcher:
 
     @kernel()
     def visit(values, offsets, at, rows, counts, tile, sums, base, is_first):
-        """Add to each row's sums its connections in one block."""
+        """Add the connections in one block to each row's sums."""
         bits = u(8 * offsets.itemsize)
         mask = (u(1) << bits) - u(1)
         for i in range(u(rows.size)):
@@ -234,7 +236,7 @@ def _launcher(lanes: int) -> Launcher:
 
     @kernel()
     def deliver(sums, rows, row, last_row, bias, columns, out, corner, code):
-        """Transpose the sums of neurons ``rows`` into the result's rows, and finish these."""
+        """Transpose the sums of neurons ``rows`` into the result; add bias, apply activation."""
         first, last = rows
         n_columns = u(bias.size)
         begin = first_column(first, columns, bias.size)

@@ -1,4 +1,4 @@
-"""How this backend's kernels are compiled: without the GIL, kept on disk where that is possible."""
+"""Compile kernels that run without the GIL, and cache them on disk where that is possible."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ def kernel(*, parallel: bool = False, reorder: bool = False) -> Callable[[Any], 
     Parameters
     ----------
     parallel : bool
-        Whether it starts the thread pool. One that does not never touches it.
+        Whether the kernel uses the thread pool.
     reorder : bool
-        Whether a sum's terms may be added in another order, which lets the compiler use vector
-        registers; the order it picks is fixed at compile time. Contracting a product and a sum to
-        one rounding is always allowed. NaN, infinity and signed zero are always honoured.
+        Whether the compiler may change the order of a sum, so that it can use vector registers.
+        That order is fixed at compile time. Fusing a product and a sum into one rounding is always
+        allowed. NaN, infinity and signed zero always keep their IEEE meaning.
 
     Notes
     -----
-    A kernel of this package is compiled once for each type of its arguments and kept in
-    `cache_directory`. One of another package is compiled anew in each process, since what it is
-    made of is not known.
+    A kernel of this package is compiled once for each combination of argument types, and cached in
+    `cache_directory`. A kernel of another package is compiled in each process, since its sources
+    are not part of the cache version.
     """
     flags = {"contract", "reassoc"} if reorder else {"contract"}
 
     def decorate(function: Any) -> Any:
         if function.__closure__:
-            # The symbols of compiled code have this name and a number that counts what a process
-            # compiled. Kernels of one factory that two processes kept could share both, and a
-            # third process would run one in place of the other.
+            # A symbol of compiled code consists of this name and a number that counts compilations
+            # of the process. Two kernels of one factory, cached by two processes, could have the
+            # same symbol, and a third process would then run one in place of the other.
             identity = hashlib.sha256(repr(_identity(function)).encode()).hexdigest()[:16]
             function.__qualname__ = f"{function.__qualname__}_{identity}"
         compiled = numba.njit(function, nogil=True, parallel=parallel, fastmath=flags)
@@ -61,11 +61,11 @@ def kernel(*, parallel: bool = False, reorder: bool = False) -> Callable[[Any], 
 
 
 class _KernelCache:
-    """What Numba asks a kernel's cache for, with one file for each compiled result.
+    """A kernel's cache with Numba's interface, and one file for each compiled result.
 
-    Numba's own cache hashes the kernel's file alone, and not the helpers that are compiled into it.
-    It also numbers the results in an index that two processes can write at once, and then one
-    finds the other's code under its name.
+    Numba's own cache hashes only the kernel's file, not the helpers that are compiled into it. It
+    also numbers the results in an index. If two processes write the index at once, a kernel may
+    later load the code of another one.
     """
 
     def __init__(self, compiled: Any) -> None:
@@ -76,22 +76,22 @@ class _KernelCache:
         return cache_directory()
 
     def load_overload(self, types: Any, target: Any) -> Any:
-        """Return what was kept for arguments of these types, or None."""
+        """Return the cached result for arguments of these types, or None."""
         file = self._file(types, target.codegen())
         if file is None:
             return None
         try:
-            kept = file.read_bytes()
+            content = file.read_bytes()
         except OSError:
             return None
-        digest, data = kept[:_DIGEST_BYTES], kept[_DIGEST_BYTES:]
+        digest, data = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
         if hashlib.sha256(data).digest() != digest:
             return None
         target.refresh()
         return CompileResult._rebuild(target, *pickle.loads(data))
 
     def save_overload(self, types: Any, result: Any) -> None:
-        """Keep a result; where that fails, the next process compiles it again."""
+        """Write a result; if that fails, the next process compiles it again."""
         file = self._file(types, result.codegen)
         machine_code = result._asdict()["library"]
         if file is None or machine_code.has_dynamic_globals:
@@ -115,11 +115,11 @@ class _KernelCache:
 
 
 def _identity(value: Any) -> Any:
-    """Return what tells `value` from others, of which the repr is the same in each process.
+    """Return an object that identifies `value`, and whose repr is the same in each process.
 
-    For a kernel these are its code and all that it is compiled with: the constants of the factory
-    that made it, global constants, and other kernels. The sources of whatever else it uses are in
-    the name of the folder.
+    The identity of a kernel covers its code and everything that is compiled into it: the constants
+    of its factory, global constants, and other kernels. Other sources that it uses are part of the
+    cache version.
     """
     function = getattr(value, "py_func", getattr(value, "_defn", value))
     if isinstance(function, FunctionType):
@@ -145,7 +145,7 @@ def _identity(value: Any) -> Any:
 
 
 def frozen(array: NDArray[Any]) -> NDArray[Any]:
-    """Return a read-only view: Numba compiles a kernel anew for each mix of writeable inputs."""
+    """Return a read-only view: Numba compiles a kernel for each combination of writeable inputs."""
     view = array.view()
     view.flags.writeable = False
     return view

@@ -1,4 +1,4 @@
-"""Which inputs each output sums, in the two directions that a product is taken (SPEC 2)."""
+"""The inputs that each output sums, in the forward and the backward direction (SPEC 2)."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True, eq=False)
 class CompressedRows:
-    """The rows of a sparse matrix, as compressed rows whose values lie in a condensed weight.
+    """The rows of a sparse matrix whose values are those of a condensed weight.
 
     Parameters
     ----------
     n_inputs : int
         Number of columns.
     starts : ndarray of int64, (n_rows + 1,)
-        Row r has the connections ``starts[r]`` to ``starts[r + 1]``.
+        Row r has the connections ``range(starts[r], starts[r + 1])``.
     columns : ndarray of integers, (nnz,)
         Ascending within a row.
     entries : ndarray of int32 or int64, (nnz,)
-        Where each value lies in ``values.ravel()``.
+        Position of each value in ``values.ravel()``.
     """
 
     n_inputs: int
@@ -41,14 +41,14 @@ class CompressedRows:
 
     @classmethod
     def of_neurons(cls, indices: Array, n_in: int) -> CompressedRows:
-        """Return a row for each active neuron: what the forward product sums."""
+        """Return one row for each active neuron: the sums of the forward product."""
         n_active, fan_in = indices.shape
         entries = np.arange(indices.size, dtype=position_dtype(indices.size))
         return cls(n_in, np.arange(n_active + 1) * fan_in, indices.ravel(), entries)
 
     @classmethod
     def of_columns(cls, indices: Array, n_in: int) -> CompressedRows:
-        """Return a row for each input, of active neurons: what the gradient of x sums."""
+        """Return one row of active neurons for each input: the sums of the gradient of x."""
         n_active, fan_in = indices.shape
         columns = indices.ravel()
         entries = np.argsort(columns, kind="stable").astype(position_dtype(indices.size))
@@ -63,37 +63,37 @@ class CompressedRows:
 
     @cached_property
     def density(self) -> float:
-        """Connections as a share of all possible ones."""
+        """Share of the possible connections that exist."""
         return self.columns.size / max(1, self.n_rows * self.n_inputs)
 
 
 def position_dtype(nnz: int) -> type[np.signedinteger[Any]]:
-    """Return the type of positions among `nnz` values: as few bytes as will do."""
+    """Return the smallest dtype for positions among `nnz` values."""
     return np.int32 if nnz <= np.iinfo(np.int32).max else np.int64
 
 
 def aligned_empty(size: int, dtype: Any) -> Array:
-    """Return an uninitialised one-dimensional array that starts on a cache line."""
-    kind = np.dtype(dtype)
-    memory = np.empty(size * kind.itemsize + _ALIGNMENT, np.uint8)
+    """Return an uninitialised one-dimensional array that is aligned to a cache line."""
+    dtype = np.dtype(dtype)
+    memory = np.empty(size * dtype.itemsize + _ALIGNMENT, np.uint8)
     skip = -memory.ctypes.data % _ALIGNMENT
-    return memory[skip : skip + size * kind.itemsize].view(kind)
+    return memory[skip : skip + size * dtype.itemsize].view(dtype)
 
 
-def arranged(bits: Array, positions: Array, kind: np.dtype[Any]) -> Array:
-    """Return the values at `positions`, 0 where that is negative, on a cache line.
+def arranged(bits: Array, positions: Array, dtype: np.dtype[Any]) -> Array:
+    """Return the values at `positions`, and 0 at negative ones, aligned to a cache line.
 
     Parameters
     ----------
     bits : ndarray, (n_active, k)
-        As `as_bits` gives them.
+        Values, from `as_bits`.
     positions : ndarray of int32 or int64
-        In ``bits.ravel()``.
-    kind : numpy.dtype
-        That of `bits`, or a float type to convert them to.
+        Positions in ``bits.ravel()``.
+    dtype : numpy.dtype
+        The dtype of `bits`, or a float dtype to convert to.
     """
-    values = aligned_empty(positions.size, kind)
-    (_arrange if kind == bits.dtype else _arrange_converted)(bits.ravel(), positions, values)
+    values = aligned_empty(positions.size, dtype)
+    (_arrange if dtype == bits.dtype else _arrange_converted)(bits.ravel(), positions, values)
     return values
 
 

@@ -1,16 +1,16 @@
 """The product with a condensed weight, and its gradients, as CPU kernels (SPEC 2).
 
-Which kernel a product uses depends on the batch, and on what the mask and the processor allow:
+The kernel of a product depends on the batch, the mask and the processor:
 
-- up to a few rows: `register_lookup` with AVX-512, `neuron_lanes` elsewhere and at very high
-  sparsity, `row_sums` for layers of a few neurons;
-- from there: `column_blocks`, in tiles of 8 to 64 batch rows, also for the gradient of x, by the
-  connections the other way round;
+- up to a few rows: `register_lookup` with AVX-512, `neuron_lanes` on other processors and at very
+  high sparsity, `row_sums` for layers of a few neurons;
+- larger batches: `column_blocks`, in tiles of 8 to 64 batch rows. It also computes the gradient of
+  x, with the connections transposed;
 - `value_gradient` for the gradient of the values.
 
-Layouts are made when first used, once for a mask; other values on the same mask are put in order
-in one pass. An item's sum is one thread's, in an order that does not depend on how the items are
-shared out: the same bits for any number of threads.
+A layout is made when it is first used, once for a mask. Other values on the same mask are arranged
+in one pass. One thread computes each item's sums, in an order that does not depend on how items are
+divided among threads. Any number of threads therefore gives the same bits.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ __all__ = ["NumbaPrepared"]
 Array = NDArray[Any]
 
 MOST_PADDING = 2.4
-"""Where the register lookup's steps are this many times those needed, plain loads are faster."""
+"""If the register lookup has this many times the necessary steps, plain loads are faster."""
 
 MOST_ROWS = 4
-"""Batch rows from which no layout that takes them one by one beats tiles of eight."""
+"""Largest batch for which a layout that processes rows one by one can beat tiles of eight."""
 
 CALL_NANOSECONDS, TILES_CALL_NANOSECONDS = 2_500, 8_000
 VISIT_NANOSECONDS, LANE_NANOSECONDS, ROW_NANOSECONDS = 0.2, 0.025, 0.12
-"""What a call takes, a connection in a tile, a lane of it, and an input or a result of a row.
+"""Times of a call, of a connection in a tile, of a lane of it, and of an input or result of a row.
 
-Measured on one machine with AVX-512, to tell what is worth waking the threads for, and for a
-recommendation.
+They were measured on one machine with AVX-512. They decide whether threads are worth waking, and
+serve recommendations.
 """
 
 
 class _Layouts:
-    """What depends on the mask only, and is shared by all values on it."""
+    """The layouts of one mask, which all values on the mask share."""
 
     def __init__(self, weight: CondensedWeight) -> None:
         self._indices, self._n_in = weight.indices, weight.shape[1]
@@ -64,7 +64,7 @@ class _Layouts:
         self._made: dict[Any, Any] = {}
 
     def for_rows(self, dtype: np.dtype[Any]) -> Any:
-        """Return the layout that takes batch rows one by one, for sums in `dtype`."""
+        """Return the layout that processes batch rows one by one, for sums in `dtype`."""
         key = ("rows", dtype.itemsize)
         return self._made.get(key) or self._keep(key, self._best_for_rows(dtype))
 
@@ -78,7 +78,7 @@ class _Layouts:
         return self._made.get("lanes") or self._keep("lanes", NeuronLanes(self._indices))
 
     def for_tiles(self, lanes: int, dtype: np.dtype[Any], *, of_columns: bool = False) -> Any:
-        """Return the layout for tiles of `lanes` batch rows; two sizes of blocks serve them all."""
+        """Return the layout for tiles of `lanes` batch rows; all share two block sizes."""
         widest = widest_lanes(dtype)
         lanes = widest if lanes > widest // 4 else widest // 4
         key = ("tiles", lanes, dtype.itemsize, of_columns)
@@ -89,7 +89,7 @@ class _Layouts:
         return made
 
     def _keep(self, key: Any, made: Any) -> Any:
-        """Keep a layout; where two threads made it at a time, the first."""
+        """Store a layout, and return it; if two threads made it at once, the first one."""
         return self._made.setdefault(key, made)
 
     @property
@@ -147,11 +147,11 @@ class NumbaPrepared:
         layout = self._layouts.for_rows(self._dtype)
         arrays = (self._values(layout, self._dtype), *layout.arrays)
         arguments = (*arrays, x, bias, self.weight.active, out, 0)
-        self._ready[x.ndim] = layout, layout.launch.alone(arguments), arrays
+        self._ready[x.ndim] = layout, layout.launch.serial(arguments), arrays
         return self._ready[x.ndim]
 
     def describe(self) -> dict[str, object]:
-        """Return kernels, layout and bytes beside the weight's own."""
+        """Return kernels, layout, and bytes in addition to the weight's own."""
         dtype = accumulator_dtype(self.weight.dtype)
         layout = self._layouts.for_rows(dtype)
         return {
@@ -162,7 +162,7 @@ class NumbaPrepared:
         }
 
     def nanoseconds(self, batch: int) -> float:
-        """Return about what a product takes with one thread: a model, measured at float32."""
+        """Estimate the single-threaded time of a product, by a model fitted to float32."""
         if batch <= MOST_ROWS:
             layout = self._layouts.for_rows(self._dtype)
             if batch <= layout.most_rows:
@@ -174,7 +174,7 @@ class NumbaPrepared:
         return TILES_CALL_NANOSECONDS + (sums + moves) * self._dtype.itemsize / 4
 
     def with_values(self, weight: CondensedWeight) -> NumbaPrepared:
-        """Return the same for other values, sharing all that depends on the mask."""
+        """Return this layout for other values; they share everything that depends on the mask."""
         return NumbaPrepared(weight, self._layouts)
 
     def matmul(
@@ -213,7 +213,7 @@ class NumbaPrepared:
         code: int,
         threads: int | None,
     ) -> None:
-        """Compute a product whose arrays are all of one type and in C order."""
+        """Compute a product; all arrays have one dtype and are in C order."""
         if batch <= MOST_ROWS:
             layout = self._layouts.for_rows(x.dtype)
             if batch <= layout.most_rows:
@@ -221,7 +221,7 @@ class NumbaPrepared:
                 with pool(threads, batch * layout.nanoseconds) as n_threads:
                     good = layout.multiply(values, x, bias, columns, out, code, n_threads)
                 if not good:
-                    # Padding met a number that is not finite, or a sum overflowed.
+                    # A sum is not finite: padding may have multiplied 0 by NaN or infinity.
                     self._layouts.row_sums.multiply(self._bits, x, bias, columns, out, code, 1)
                 return
         with pool(threads, batch * self.weight.nnz * LANE_NANOSECONDS) as n_threads:
@@ -238,7 +238,7 @@ class NumbaPrepared:
         *,
         of_columns: bool = False,
     ) -> None:
-        """Compute a product in tiles: the widest ones first, a narrower one for what is left."""
+        """Compute a product in tiles: the widest tiles first, a narrower one for the rest."""
         batch, widest = x.shape[0], widest_lanes(x.dtype)
         whole, left = divmod(batch, widest)
         lanes = lanes_of(left, x.dtype)

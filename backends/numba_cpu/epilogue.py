@@ -1,14 +1,14 @@
 """The activation functions inside a kernel (SPEC 2).
 
-Each smooth one is ``z * s(z)``, where s rises from 0 to 1 and ``s(z) + s(-z) = 1``, so that
+Each smooth activation is ``z * s(z)``, where s rises from 0 to 1 and ``s(z) + s(-z) = 1``. Hence
 
     y = z / (1 + 2**(z * q(z*z)))
 
-for some function q: a constant for silu, linear for gelu_tanh, and for gelu a polynomial fitted to
-``log2(s(-z) / s(z)) / z``. In float32 that is one loop for all three, of nothing but arithmetic,
-which the compiler turns into vector code. It is accurate enough without care: a relative error in
-the exponent or in the power is at most a quarter as large in y / z. float64 takes the C library's
-functions, element by element.
+for some function q: a constant for silu, linear for gelu_tanh, and for gelu a polynomial that is
+fitted to ``log2(s(-z) / s(z)) / z``. In float32 one loop computes all three. It consists of
+arithmetic only, so that the compiler vectorises it. A relative error of the exponent or of the
+power is at most a quarter as large in y / z, which is accurate enough. float64 uses the C library's
+functions, one element at a time.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _NONE, _RELU, _GELU, _GELU_TANH, _SILU = (
     ACTIVATIONS[name].code for name in ("none", "relu", "gelu", "gelu_tanh", "silu")
 )
 
-# The coefficients of q, constant first. gelu's are a minimax fit of s for |z| <= 5.5, off by at
-# most 3.6e-8 = 0.61 * 2**-24.
+# The coefficients of q, constant first. Those of gelu are a minimax fit of s for |z| <= 5.5, whose
+# error is at most 3.6e-8 = 0.61 * 2**-24.
 _COEFFICIENTS = {
     _GELU: (
         -2.3022094,
@@ -51,17 +51,17 @@ _COEFFICIENTS = {
 _Q = np.zeros((max(_COEFFICIENTS) + 1, 7), np.float32)  # by code
 for _code, _row in _COEFFICIENTS.items():
     _Q[_code, : len(_row)] = _row
-# From here on q is kept constant: the fit ends, and z*z may overflow. There the s of gelu and that
-# of gelu_tanh are within 2**-25 of 0 or 1.
+# Beyond this, q is constant: the fit ends, and z*z may overflow. There s of gelu and gelu_tanh is
+# within 2**-25 of 0 or 1.
 _LAST_SQUARE = np.float32(5.5**2)
 
-# 2**f for |f| <= 1/2: a minimax fit of the relative error, at most 1.1e-7 = 1.9 * 2**-24. It is 1
-# at 0, which halves subnormal z correctly.
+# 2**f for |f| <= 1/2: a minimax fit with a relative error of at most 1.1e-7 = 1.9 * 2**-24. It is 1
+# at 0, so that subnormal z are halved exactly.
 _P = np.array([1, 0.69314700, 0.24022242, 0.055507336, 0.0096715130, 0.0013264727], np.float32)
 _ONE = np.float32(1)
-# At the least exponent `_power_of_two` gives 0, and at the greatest infinity.
+# `_power_of_two` returns 0 at the smallest exponent, and infinity at the largest.
 _LEAST, _GREATEST = np.float32(-127), np.float32(128)
-# Adding this rounds to an integer, and leaves that integer + 127 in the last bits of the sum.
+# Adding this rounds to an integer n, and leaves n + 127 in the last bits of the sum.
 _ROUNDER = np.float32(1.5 * 2**23 + 127)
 
 
@@ -83,8 +83,8 @@ def activate(z: float, code: int) -> float:
 def activate_row(row, code):
     """Replace the elements of `row`, float32 or float64, (n,), by their activations."""
     if code == _RELU:
-        # As `0 if z <= 0 else z` it would be stored where it changes only, which is slow on AVX2.
-        # Here too NaN stays NaN, and the sum makes 0.0 of -0.0.
+        # `0 if z <= 0 else z` would store only where it changes something, which is slow on AVX2.
+        # NaN stays NaN here too, and the sum turns -0.0 into 0.0.
         zero = row.dtype.type(0)
         for i in range(row.size):
             row[i] = max(row[i], zero) + zero
@@ -93,11 +93,11 @@ def activate_row(row, code):
 
 
 def _smooth(row, code):
-    """Replace the elements of `row` by one of the smooth activations of them."""
-    raise NotImplementedError  # Numba takes one of the two below, by the type of `row`
+    """Replace the elements of `row` by a smooth activation."""
+    raise NotImplementedError  # Numba compiles one of the two below, by the dtype of `row`
 
 
-# Numba would test each divisor for zero, and raise; that alone would keep it from vector code.
+# By default Numba tests each divisor for zero, which prevents vectorisation.
 @overload(_smooth, jit_options={"error_model": "numpy"})
 def _smooth_of_type(row, code):
     return _smooth_float32 if row.dtype == types.float32 else _smooth_float64
@@ -123,7 +123,7 @@ def _smooth_float64(row, code):
 
 @intrinsic
 def _power_of_two(typing_context: Any, rounded: Any) -> Any:
-    """Return 2**n, where `rounded` is n + `_ROUNDER`: n + 127 moved to the exponent's place."""
+    """Return 2**n for ``rounded = n + _ROUNDER``, by shifting n + 127 into the exponent."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(32)

@@ -1,7 +1,7 @@
-"""Give a pool thread IEEE arithmetic for the length of a kernel (SPEC 2, subnormals).
+"""Switch pool threads to IEEE arithmetic while they run a kernel (SPEC 2, subnormals).
 
-The public door does so for the calling thread; a pool thread has a mode of its own, inherited from
-whichever thread started the pool.
+The public functions do that for the calling thread. A pool thread has its own mode, which it
+inherits from the thread that started the pool.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _X86_FLUSH, _ARM_FLUSH = (1 << 15) | (1 << 6), (1 << 24) | (1 << 19)
 
 @intrinsic
 def honour_subnormals(typing_context: Any) -> Any:
-    """Switch this thread to computing with subnormals; return the mode it was in, uint64."""
+    """Make this thread compute with subnormals, and return its previous mode as uint64."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if _IS_X86:
@@ -48,7 +48,7 @@ def honour_subnormals(typing_context: Any) -> Any:
 
 @intrinsic
 def restore_float_mode(typing_context: Any, mode: Any) -> Any:
-    """Put this thread back into `mode`, as `honour_subnormals` returned it."""
+    """Restore the mode that `honour_subnormals` returned."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if _IS_X86:
@@ -63,12 +63,10 @@ def restore_float_mode(typing_context: Any, mode: Any) -> Any:
 
 
 def _call(builder: Any, name: str, result: Any, *args: Any) -> Any:
-    kinds = []
-    passed = []
-    for arg in args:
-        if isinstance(arg.type, ir.PointerType):
-            arg = builder.bitcast(arg, ir.IntType(8).as_pointer())
-        kinds.append(arg.type)
-        passed.append(arg)
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, kinds), name)
-    return builder.call(function, passed)
+    byte_pointer = ir.IntType(8).as_pointer()
+    args = tuple(
+        builder.bitcast(arg, byte_pointer) if isinstance(arg.type, ir.PointerType) else arg
+        for arg in args
+    )
+    signature = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args)

@@ -1,15 +1,15 @@
 """The SRigL mask update on the CPU (SPEC 4); the steps are those of `reference/mask_update.py`.
 
-A selection needs no sort. The bits of a number, with the sign bit set, order as its magnitude does:
-such words are compared here wherever the specification compares magnitudes. The word of the last
-position chosen is found from its highest bits down, by counting. Positions above it are chosen, and
-of those equal to it as many as are missing, in index order: the total order of SPEC 4.9. Nothing
-here computes with floating-point numbers.
+A selection needs no sort. With the sign bit set, the bits of numbers are ordered as their
+magnitudes. These words are compared wherever the specification compares magnitudes; nothing here
+computes with floating-point numbers. Counting finds the word of the last chosen position, from its
+highest bits down. Positions with a larger word are chosen, then as many positions with the same
+word as are missing, in index order: the total order of SPEC 4.9.
 
-The layer is cut into one part for each thread, of whole rows.
+The layer is split into one part of whole rows for each thread.
 
-Memory. Beside masks there are the magnitudes of the active weights, at most one dense layer; they
-are gone before the new weight is made. The peak is the result and less than one dense layer more.
+Memory: besides masks, the magnitudes of the active weights take at most one dense layer. They are
+freed before the new weight is made. The peak is the result plus less than one dense layer.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Mask = NDArray[np.bool_]
 Counts = NDArray[np.int64]
 
 BLOCK = 64
-"""Words that are looked at together first: most blocks hold none that is still in question."""
+"""Words that are tested together first: most blocks have no candidate left."""
 
 NANOSECONDS = 0.3
-"""What a kernel takes for a position, on one thread; an update starts some fifteen of them."""
+"""Single-threaded time of a kernel for one position; an update runs about fifteen kernels."""
 
 
 class _ActiveWeights(NamedTuple):
-    """The active weights row by row: bits of their magnitudes, and where each part's lie."""
+    """The active weights row by row: the bits of their magnitudes, and the bounds of each part."""
 
     magnitudes: Array
     bounds: Counts
@@ -48,10 +48,10 @@ class _ActiveWeights(NamedTuple):
 
 
 class _Boundary(NamedTuple):
-    """Where a selection from the whole layer ends.
+    """The end of a selection from the whole layer.
 
-    Candidates with a word of at least `level` are chosen, and in each part the first
-    ``ties[part]`` with the word right below it.
+    Candidates with a word of at least `level` are chosen. Of the candidates with the next smaller
+    word, the first ``ties[part]`` of each part are chosen.
     """
 
     level: np.uint64
@@ -102,7 +102,7 @@ def srigl_update(
 
 
 def _last_kept(active: _ActiveWeights, survives: Mask, n_keep: int) -> _Boundary:
-    """Find where the `n_keep` largest weights of the surviving rows end, or all but the zeros."""
+    """Find the boundary of the `n_keep` largest weights of the surviving rows, without zeros."""
     candidates = np.repeat(survives, active.row_counts)
     n_keep = min(n_keep, int(active.row_nonzeros[survives].sum()))
     return _boundary(active.magnitudes, candidates, n_keep, active.bounds)
@@ -113,7 +113,7 @@ def _prune(
 ) -> tuple[Mask, Counts]:
     """Mark the weights within `boundary`, at most the `fan_in` largest of a row (SPEC 4.6).
 
-    Return how many there are in each row, too.
+    Also return the number of marks in each row.
     """
     candidates = mask.copy()
     candidates[~survives] = False
@@ -128,7 +128,7 @@ def _prune(
 def _grow(gradients: Array, kept: Mask, missing: Counts, rows: Counts) -> Mask:
     """Mark in `kept` each row's `missing` positions of largest gradient, and return it (SPEC 4.7).
 
-    A position pruned a moment ago may be grown again.
+    A position that was just pruned may be grown again.
     """
     _mark_in_rows(gradients, ~kept, missing, rows, kept)
     return kept
@@ -137,7 +137,7 @@ def _grow(gradients: Array, kept: Mask, missing: Counts, rows: Counts) -> Mask:
 def _new_weight(
     weight: Array, mask: Mask, new_mask: Mask, grown_init: float, rows: Counts
 ) -> tuple[Array, int]:
-    """Return the new weight and how many of its positions are newly active (SPEC 4.8)."""
+    """Return the new weight, and the number of its newly active positions (SPEC 4.8)."""
     new_weight, initial = np.empty_like(weight), np.empty(1, weight.dtype)
     initial[0] = grown_init
     old, new = _as_bits(weight), new_weight.view(f"u{weight.itemsize}")
@@ -161,9 +161,9 @@ def _active_weights(weights: Array, mask: Mask, rows: Counts) -> _ActiveWeights:
 
 
 def _boundary(bits: Array, candidates: Mask, count: int, bounds: Counts) -> _Boundary:
-    """Find where the `count` candidates of largest magnitude end, or all if there are fewer."""
+    """Find the boundary of the `count` largest candidates, or of all if there are fewer."""
     n_parts = bounds.size - 1
-    # The counts take no more than a byte for each word, and fit the second-level cache.
+    # The counts take at most one byte for each word, and fit in the second-level cache.
     digit_bits = max(4, min((bits.size // n_parts).bit_length() - 4, 16))
     unknown = 8 * bits.itemsize - 1
     prefix, missing, equal = 1 << unknown, min(count, int(np.count_nonzero(candidates))), -1
@@ -182,7 +182,7 @@ def _boundary(bits: Array, candidates: Mask, count: int, bounds: Counts) -> _Bou
 
 
 def _mark(bits: Array, candidates: Mask, boundary: _Boundary, rows: Counts, chosen: Mask) -> Counts:
-    """Mark in `chosen` what `boundary` selects; return how many marks each row has then."""
+    """Mark in `chosen` the candidates within `boundary`, and return the marks of each row."""
     counts = np.empty(len(bits), np.int64)
     _mark_rows(rows, bits, frozen(candidates), *boundary, chosen, counts)
     return counts
@@ -191,18 +191,18 @@ def _mark(bits: Array, candidates: Mask, boundary: _Boundary, rows: Counts, chos
 def _mark_in_rows(
     bits: Array, candidates: Mask, wanted: Counts, rows: Counts, chosen: Mask
 ) -> None:
-    """Mark in each row its ``wanted[row]`` candidates of largest magnitude; it has so many."""
+    """Mark in each row its ``wanted[row]`` largest candidates; each row has that many."""
     scratch = np.empty((rows.size - 1, bits.shape[1]), bits.dtype)
     _search_rows(rows, bits, frozen(candidates), wanted, scratch, chosen)
 
 
 def _each_part(step):
-    """Make the kernel of one part, given by number, a function that does all parts."""
+    """Return a function that runs `step`, a kernel of one numbered part, on all parts."""
 
     @kernel(parallel=True)
     def in_the_pool(bounds, *arguments):
         for part in prange(bounds.size - 1):
-            # Numba types the range as signed first and then as unsigned: two compilations.
+            # Without the cast Numba compiles twice, for signed and for unsigned part numbers.
             step(np.int64(part), bounds, *arguments)
 
     def all_parts(bounds, *arguments):
@@ -228,7 +228,7 @@ def _gather_rows(part, rows, bits, mask, scratch, magnitudes, bounds, row_counts
     for row in range(rows[part], rows[part + 1]):
         numbers, is_active = bits[row], mask[row]
         count = 0
-        for c in range(numbers.size):  # without a branch: what is not active is overwritten
+        for c in range(numbers.size):  # without a branch: inactive numbers are overwritten
             gathered[count] = numbers[c] & magnitude_bits
             count += is_active[c]
         nonzeros = 0
@@ -242,7 +242,7 @@ def _gather_rows(part, rows, bits, mask, scratch, magnitudes, bounds, row_counts
 @_each_part
 @kernel()
 def _count_digits(part, bounds, bits, candidates, prefix, unknown, width, counts):
-    """Count candidates whose words are `prefix` but for `unknown` low bits, by `width` of these."""
+    """Count candidates that agree with `prefix` above `unknown` bits, by the next `width` bits."""
     first, last = bounds[part], bounds[part + 1]
     sign, low = _sign_bit(bits), bits.dtype.type(prefix)
     span = bits.dtype.type((np.uint64(1) << np.uint64(unknown)) - np.uint64(1))
@@ -263,7 +263,7 @@ def _count_digits(part, bounds, bits, candidates, prefix, unknown, width, counts
 
 @kernel()
 def _last_digit(counts, missing):
-    """Return the last chosen's digit, how many with it are to be chosen, and how many have it."""
+    """Return the last chosen digit, how many candidates with it to choose, and how many exist."""
     digit, equal = counts.shape[1], 0
     while digit > 0:
         digit -= 1
@@ -278,7 +278,7 @@ def _last_digit(counts, missing):
 
 @kernel()
 def _mark_row(bits, candidates, level, ties, chosen):
-    """Mark candidates from `level` on, and the first `ties` right below; return the ties left."""
+    """Mark candidates of at least `level`, then up to `ties` right below; return the ties left."""
     sign, level = _sign_bit(bits), bits.dtype.type(level)
     below = bits.dtype.type(level - bits.dtype.type(1))
     for i in range(bits.size):
@@ -311,7 +311,7 @@ def _mark_rows(part, rows, bits, candidates, level, ties, chosen, counts):
 
 @kernel()
 def _count_from(words, level):
-    count = np.uint32(0)  # of columns, which SPEC 1 numbers so; in 64 bits it takes twice as long
+    count = np.uint32(0)  # enough for the columns of SPEC 1, and twice as fast as 64 bits
     for i in range(words.size):
         count = np.uint32(count + (words[i] >= level))
     return np.int64(count)
@@ -320,7 +320,7 @@ def _count_from(words, level):
 @_each_part
 @kernel()
 def _search_rows(part, rows, bits, candidates, wanted, scratch, chosen):
-    """Find each row's last word bit by bit; the row stays in the first-level cache meanwhile."""
+    """Find each row's last chosen word bit by bit; the row stays in the first-level cache."""
     sign, one = _sign_bit(bits), bits.dtype.type(1)
     words = scratch[part]
     for row in range(rows[part], rows[part + 1]):

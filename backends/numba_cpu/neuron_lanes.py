@@ -1,9 +1,9 @@
 """Small batches on any processor: one neuron in each lane of a vector.
 
-Layout: groups of as many neurons as a vector has lanes; step j of a group holds connection j of
-each of them, (groups, k, lanes). Constant fan-in makes all lanes end together, so there is no
-padding but for neurons that fill up the last group. Each step loads the lanes' inputs one by one:
-the gather instructions are slower than that.
+Layout: a group has as many neurons as a vector has lanes. Step j of a group holds connection j of
+each of its neurons, (groups, k, lanes). With constant fan-in all lanes end together, so that only
+the last group may need padding. Each step loads the lanes' inputs one by one, which is faster than
+the gather instructions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LANES = 16
 
 
 class NeuronLanes(RowLayout):
-    """Connections interleaved by neuron."""
+    """Connections, interleaved by neuron."""
 
     name = "neuron lanes"
     most_rows = 2

@@ -1,15 +1,15 @@
 """Small batches with AVX-512: inputs looked up in registers, one neuron in each of 16 lanes.
 
-The input is seen as blocks of 16 numbers. A step takes two blocks, looks up one of their 32
-numbers for each lane by a single instruction, and multiplies and adds: three vector loads for 16
-connections, where the plain loop needs 32 scalar ones. Which two blocks a step takes is planned
-once for a mask, greedily: the block with the deepest backlog in some lane, and the one that then
-serves most, lanes that lag behind counting more.
+The input is split into blocks of 16 numbers. A step loads two blocks. One instruction looks up one
+of their 32 numbers for each lane, which the step multiplies and adds. That takes three vector loads
+for 16 connections; the plain loop needs 32 scalar loads. A greedy schedule, made once for a mask,
+chooses the blocks of each step: first the block with the longest backlog in some lane, then the
+block that serves most beside it. Lanes that lag behind have more weight.
 
-Layout, for a group of 16 neurons: `values` (steps, 16); `blocks` (steps, 2), where a block starts;
-`words` (steps / 6, 16) of int32, six lookup indices of 5 bits each. A lane that a step has nothing
-for multiplies 0 by some number of the block: where that is NaN or infinite the lane is lost, and
-the kernel says so.
+Layout, for a group of 16 neurons: `values` (steps, 16); `blocks` (steps, 2), the start of each
+block; `words` (steps / 6, 16) of int32, six lookup indices of 5 bits each. A lane without a
+connection in a step multiplies 0 by some number of the block. If that is NaN or infinite, the
+lane's sum is wrong, and the kernel reports it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from srigl_core.backends.numba_cpu.calling import Launcher, borrowed
+from srigl_core.backends.numba_cpu.calling import Launcher, uncounted
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.compressed_rows import aligned_empty, position_dtype
 from srigl_core.backends.numba_cpu.results import (
@@ -52,7 +52,7 @@ MOST_URGENCY = 25
 
 
 class RegisterLookup(RowLayout):
-    """Connections scheduled for lookup in pairs of blocks."""
+    """Connections, scheduled for lookup in pairs of blocks."""
 
     name = "register lookup"
     most_rows = 4
@@ -60,7 +60,7 @@ class RegisterLookup(RowLayout):
     def __init__(self, indices: Any, n_in: int) -> None:
         n_rows, fan_in = indices.shape
         n_groups = -(-n_rows // LANES)
-        # The last block ends with the input, since nothing behind it may be read.
+        # The last block ends where the input ends, since a load must not read beyond it.
         starts = np.minimum(np.arange(-(-n_in // LANES)) * LANES, n_in - LANES)
         most_steps = n_groups * (LANES * fan_in + STEPS_PER_WORD)
         positions = np.empty(most_steps * LANES, np.int32)
@@ -80,10 +80,10 @@ class RegisterLookup(RowLayout):
         )
 
     @staticmethod
-    def takes(nnz: int, n_in: int, kind: Any) -> bool:
-        """Whether `nnz` values on `n_in` inputs can be laid out, for sums in `kind`."""
+    def takes(nnz: int, n_in: int, dtype: Any) -> bool:
+        """Whether this layout can hold `nnz` values on `n_in` inputs, for sums in `dtype`."""
         fits = LANES <= n_in <= MOST_INPUTS and position_dtype(nnz) == np.int32
-        return fits and bool(kind == np.float32)
+        return fits and bool(dtype == np.float32)
 
 
 @kernel()
@@ -94,7 +94,7 @@ def _add_step(values, at, low, high, word, x, total):
 
 @kernel()
 def _sum_group(first, last, values, words, blocks, x):
-    """Return the sums of 16 neurons over steps `first` to `last`, six at a time."""
+    """Return the sums of 16 neurons over steps `first` to `last`, in passes of six steps."""
     u = np.uint64
     start, width = u(0xFFFF), u(16)
     even, odd = zeros(x, LANES), zeros(x, LANES)
@@ -119,9 +119,9 @@ def _compute(first, last, values, words, blocks, ends, x, bias, columns, out, co
     n_neurons, n_columns = columns.size, offset.size
     low, high = min(first * LANES, n_neurons), min(last * LANES, n_neurons)
     begin, end = first_column(low, columns, n_columns), first_column(high, columns, n_columns)
-    # A vector that lies in two cache lines takes two loads: a copy costs less.
+    # Loads across two cache lines take twice as long; an aligned copy of the input costs less.
     spare = scratch(LANES + n_in, rows)
-    inputs = borrowed(spare[LANES:])
+    inputs = uncounted(spare[LANES:])
     is_good = True
     if n_neurons != n_columns:
         fill_ablated(result, 0, rows.size // n_in, columns, low, high, offset)
@@ -144,7 +144,7 @@ def _compute(first, last, values, words, blocks, ends, x, bias, columns, out, co
 
 @kernel()
 def _copy(source, target):
-    """Copy in vectors: assigned to a slice, numbers go one by one."""
+    """Copy whole vectors; an assignment to a slice would copy one number at a time."""
     whole = source.size // LANES * LANES
     for i in range(np.uint64(0), np.uint64(whole), np.uint64(LANES)):
         store(target, i, load(source, i, LANES))
@@ -157,9 +157,9 @@ RegisterLookup.launch = Launcher(_compute)
 
 @kernel()
 def _schedule(indices, starts, positions, words, blocks, ends):
-    """Plan the steps of every group; `ends` gets where each ends."""
+    """Schedule the steps of every group, and write to `ends` where each group ends."""
     n_blocks = starts.size
-    # A place is given to each block that the group has connections in.
+    # Each block with connections of the group gets a place.
     place_of, block_of = np.full(n_blocks, -1), np.empty(n_blocks, np.int64)
     backlog = np.empty((LANES, n_blocks), np.float32)
     nearest = np.empty((LANES, n_blocks), np.int32)
@@ -185,9 +185,9 @@ def _schedule(indices, starts, positions, words, blocks, ends):
 
 @kernel()
 def _count_backlog(indices, row, place_of, block_of, backlog, nearest):
-    """Count each lane's connections in each block, note the first; return how many places.
+    """Count each lane's connections in each block, note the first, and return the number of places.
 
-    The counts are float32, since Numba widens small integers, and the compiler needs narrow ones.
+    The counts are float32: Numba would widen small integers, and only narrow types vectorise well.
     """
     last_block = place_of.size - 1
     n_places = 0
@@ -250,7 +250,7 @@ def _schedule_group(indices, row, starts, positions, words, blocks, block_of, ba
 
 @kernel()
 def _need(backlog, place):
-    """Return how deep a block's longest backlog is, and then how many lanes have one."""
+    """Return a score that orders blocks by their longest backlog, then by lanes with a backlog."""
     deepest, lanes = np.float32(0), np.float32(0)
     for lane in range(LANES):
         deepest = max(deepest, backlog[lane, place])
@@ -262,8 +262,8 @@ def _need(backlog, place):
 def _best_partner(backlog, first, missing, scores):
     """Return the block that serves most beside block `first`.
 
-    What it serves better counts: a lane that the other has nothing for above all, and a lane the
-    more, the more it lags behind.
+    A block scores in each lane where its backlog is longer than that of `first`. Lanes where
+    `first` has none score highest, and lanes that lag behind score more.
     """
     nothing = np.float32(0)
     most = missing.max()
@@ -284,7 +284,7 @@ def _best_partner(backlog, first, missing, scores):
 
 @kernel()
 def _first_maximum(numbers):
-    """Return where the greatest of the numbers first is: two quick loops instead of a slow one."""
+    """Return the position of the first maximum; two simple loops are faster than one."""
     most = numbers[0]
     for number in numbers:
         most = max(most, number)

@@ -1,4 +1,4 @@
-"""How the sums of a kernel become the result: bias, ablated neurons, activation (SPEC 2)."""
+"""From the sums of a kernel to the result: bias, ablated neurons, activation (SPEC 2)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ __all__ = ["are_side_by_side", "fill_ablated", "finish_row", "first_column", "sc
 
 @kernel()
 def first_column(row, columns, n_columns):
-    """Return the first column of the result that belongs to neuron `row`.
+    """Return the first column of the result that neuron `row` owns.
 
-    A neuron owns its column and those of the ablated ones after it; the first also those before.
+    A neuron owns its own column and the columns of ablated neurons after it. The first neuron also
+    owns those before it.
     """
     if row == 0:
         return np.int64(0)
@@ -26,16 +27,16 @@ def first_column(row, columns, n_columns):
 
 @kernel()
 def are_side_by_side(columns, first, count):
-    """Whether neurons `first` to ``first + count`` are all there, with no ablated one between."""
+    """Whether `count` neurons from `first` on exist, with no ablated one between them."""
     last = first + count - 1
     return last < columns.size and columns[last] - columns[first] == count - 1
 
 
 @kernel()
 def scatter_sums(sums, lanes, neuron, columns, bias, out, row, spare):
-    """Write a vector of sums, that of `neuron` first, each to its column, with the bias added.
+    """Add the bias to the sums of `lanes` neurons from `neuron` on, and write each to its column.
 
-    The result row starts at ``out[row]``; `spare` is room for the vector.
+    The result row starts at ``out[row]``. `spare` is working memory for the vector.
     """
     store(spare, np.uint64(0), sums)
     for i in range(neuron, min(neuron + lanes, columns.size)):
@@ -44,9 +45,9 @@ def scatter_sums(sums, lanes, neuron, columns, bias, out, row, spare):
 
 @kernel()
 def fill_ablated(out, start, n_rows, columns, first, last, bias):
-    """Give the ablated neurons' columns that neurons `first` to `last` own what they sum up to.
+    """Write the bias to the columns of ablated neurons that neurons `first` to `last` own.
 
-    In `n_rows` rows of the result, the first of which starts at ``out[start]``.
+    The result has `n_rows` rows; the first starts at ``out[start]``.
     """
     n_columns = bias.size
     at = first_column(first, columns, n_columns)
@@ -60,6 +61,6 @@ def fill_ablated(out, start, n_rows, columns, first, last, bias):
 
 @kernel()
 def finish_row(out, start, first, last, code):
-    """Put columns `first` to `last` of a result row through the activation."""
+    """Apply the activation to columns `first` to `last` of a result row."""
     if code != 0:
         activate_row(out[start + first : start + last], code)

@@ -1,4 +1,4 @@
-"""What the layouts share whose kernels take the rows of a batch one by one."""
+"""Base class of the layouts whose kernels process the rows of a batch one by one."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ Array = NDArray[Any]
 
 
 class RowLayout:
-    """Connections of a mask, laid out for one kernel.
+    """Connections of a mask in the order of one kernel.
 
     The kernel's arguments are ``(values, *arrays, x, bias, columns, out, code)``.
 
     Parameters
     ----------
     positions : ndarray or None
-        Where the layout's values lie in the condensed ones, negative for padding; None where they
-        are left as they are.
+        Position of each of the layout's values in the condensed values, negative for padding. None
+        if the kernel reads the condensed values.
     arrays : tuple of ndarray
-        What else the kernel takes that depends on the mask.
+        The kernel's other arguments that depend on the mask.
     n_items : int
-        Neurons, or groups of them: what threads share.
+        Number of neurons, or groups of neurons, that threads share.
     padding : float
-        Values stored for each connection.
+        Number of values stored for each connection.
     nanoseconds : float
-        About what one thread takes for a batch row.
+        Estimated single-threaded time of a batch row.
     """
 
     name: ClassVar[str]
-    most_rows: ClassVar[int]  # up to so many it beats tiles of eight
+    most_rows: ClassVar[int]  # the largest batch for which it is faster than tiles of eight
     launch: ClassVar[Launcher]
 
     def __init__(
@@ -56,19 +56,20 @@ class RowLayout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what depends on the mask, beside the condensed arrays."""
+        """Bytes of the arrays that depend on the mask, without the condensed arrays."""
         if self._positions is None:
             return 0
         return self._positions.nbytes + sum(array.nbytes for array in self.arrays)
 
-    def arrange(self, bits: Array, kind: np.dtype[Any]) -> Array:
-        """Return the values in this layout's order, for sums in `kind`.
+    def arrange(self, bits: Array, dtype: np.dtype[Any]) -> Array:
+        """Return the values in this layout's order, for sums in `dtype`.
 
-        16-bit ones stay so, since bytes are what these kernels wait for, but for float64 sums.
+        16-bit values stay 16-bit, since memory bandwidth limits these kernels; only float64 sums
+        need a conversion.
         """
         if self._positions is None:
             return bits
-        return arranged(bits, self._positions, kind if kind == np.float64 else bits.dtype)
+        return arranged(bits, self._positions, dtype if dtype == np.float64 else bits.dtype)
 
     def multiply(
         self,
@@ -80,6 +81,6 @@ class RowLayout:
         code: int,
         n_threads: int,
     ) -> bool:
-        """Write the product to `out`; return whether it can be trusted."""
+        """Write the product to `out`, and return whether it is valid."""
         arguments = (values, *self.arrays, x, bias, columns, out, code)
         return self.launch(self.n_items, n_threads, arguments)

@@ -1,7 +1,7 @@
-"""The plain loop over neurons: the condensed format as it is, no packing.
+"""The plain loop over neurons, on the condensed arrays themselves.
 
-For layers too small to be worth packing, and for inputs with NaN or infinity where a padded
-layout could spread them.
+It is for layers that are too small to be worth packing. It also recomputes products with NaN or
+infinity, which a padded layout could spread to other neurons.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["RowSums"]
 
 
 class RowSums(RowLayout):
-    """The condensed arrays themselves."""
+    """The condensed arrays, without packing."""
 
     name = "row sums"
     most_rows = 2

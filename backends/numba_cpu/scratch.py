@@ -11,7 +11,7 @@ __all__ = ["scratch"]
 
 @kernel()
 def scratch(size, like):
-    """Return uninitialised memory of the type of `like` that starts on a cache line."""
+    """Return uninitialised memory of the dtype of `like`, aligned to a cache line."""
     spare = 64 // like.itemsize
     memory = np.empty(size + spare, like.dtype)
     skip = (-memory.ctypes.data % 64) // like.itemsize

@@ -1,8 +1,8 @@
-"""A vector register as a Numba type, and the few operations on it that the kernels are made of.
+"""A vector register as a Numba type, and the operations on it that the kernels use.
 
-A vector may have more lanes than a register of the machine: LLVM then takes several, or narrower
-ones, so one source serves AVX-512, AVX2 and NEON. Arrays are one-dimensional and contiguous,
-offsets count their elements and are not checked. `lanes` is a constant of the kernel's source.
+A vector may have more lanes than a register of the machine. LLVM then uses several registers, so
+that one source serves AVX-512, AVX2 and NEON. Arrays are one-dimensional and contiguous. Offsets
+count elements, and are not checked. `lanes` is a constant in the kernel's source.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from numba.extending import intrinsic, models, register_model
 from numba.np.arrayobj import make_array, populate_array
 
 from srigl_core.backends.numba_cpu.processor import has_half_precision
+from srigl_core.backends.numba_cpu.value_types import from_bfloat16, from_half
 
 __all__ = [
     "VectorType",
     "add",
-    "count_ones",
     "first_lane",
     "flat",
     "fma",
@@ -76,8 +76,8 @@ def _address(context: Any, builder: Any, array_type: Any, array: Any, offset: An
     return builder.gep(make_array(array_type)(context, builder, array).data, [offset])
 
 
-def _read(builder: Any, address: Any, kind: Any, align: int) -> Any:
-    value = builder.load(builder.bitcast(address, kind.as_pointer()))
+def _read(builder: Any, address: Any, llvm_type: Any, align: int) -> Any:
+    value = builder.load(builder.bitcast(address, llvm_type.as_pointer()))
     value.align = align
     return value
 
@@ -105,7 +105,7 @@ def zeros(typing_context: Any, like: Any, lanes: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def splat(typing_context: Any, scalar: Any, lanes: Any) -> Any:
-    """Return a vector that has `scalar`, float32 or float64, in each lane."""
+    """Return a vector with `scalar`, float32 or float64, in each lane."""
     vector = VectorType(scalar, _constant_lanes(lanes))
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -116,7 +116,7 @@ def splat(typing_context: Any, scalar: Any, lanes: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def splat_lane(typing_context: Any, source: Any, lane: Any, lanes: Any) -> Any:
-    """Return a vector that has the lane `lane`, a constant, of `source` in each lane."""
+    """Return a vector with lane `lane` of `source`, a constant, in each lane."""
     vector = VectorType(source.element, _constant_lanes(lanes))
     chosen = _constant_lanes(lane)
 
@@ -130,53 +130,33 @@ def splat_lane(typing_context: Any, source: Any, lane: Any, lanes: Any) -> Any:
 def load(typing_context: Any, array: Any, offset: Any, lanes: Any) -> Any:
     """Return ``array[offset : offset + lanes]``.
 
-    float32, float64 and int32 as they are; bits of 16-bit numbers, as `value_types.as_bits` gives
-    them, as float32: uint16 are float16's, int16 are bfloat16's.
+    float32, float64 and int32 stay as they are. Bits of 16-bit numbers, from `value_types.as_bits`,
+    become float32: uint16 holds float16, int16 holds bfloat16.
     """
-    kind, n = array.dtype, _constant_lanes(lanes)
-    if kind not in (types.uint16, *_LLVM):
-        raise TypingError(f"no vectors of {kind}")
-    vector = VectorType(types.float32 if kind in (types.uint16, types.int16) else kind, n)
+    dtype, n = array.dtype, _constant_lanes(lanes)
+    if dtype not in (types.uint16, *_LLVM):
+        raise TypingError(f"no vectors of {dtype}")
+    vector = VectorType(types.float32 if dtype in (types.uint16, types.int16) else dtype, n)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = _address(context, builder, signature.args[0], args[0], args[1])
-        stored = context.get_data_type(kind)
-        raw = _read(builder, address, ir.VectorType(stored, n), kind.bitwidth // 8)
-        if kind == types.int16:
-            wide = builder.zext(raw, ir.VectorType(_I32, n))
-            shift = ir.Constant(wide.type, [16] * n)
-            return builder.bitcast(builder.shl(wide, shift), ir.VectorType(ir.FloatType(), n))
-        if kind == types.uint16:
-            return _halves_as_floats(builder, raw)
+        stored = context.get_data_type(dtype)
+        raw = _read(builder, address, ir.VectorType(stored, n), dtype.bitwidth // 8)
+        if dtype == types.int16:
+            return from_bfloat16(builder, raw)
+        if dtype == types.uint16 and has_half_precision():
+            halves = builder.bitcast(raw, ir.VectorType(ir.HalfType(), n))
+            return builder.fpext(halves, ir.VectorType(ir.FloatType(), n))
+        if dtype == types.uint16:
+            return from_half(builder, raw)
         return raw
 
     return vector(array, types.uintp, lanes), generate
 
 
-def _halves_as_floats(builder: Any, raw: Any) -> Any:
-    """Convert float16 bits, without the instruction as `value_types` does for scalars."""
-    n = raw.type.count
-    integers, floats = ir.VectorType(_I32, n), ir.VectorType(ir.FloatType(), n)
-    if has_half_precision():
-        return builder.fpext(builder.bitcast(raw, ir.VectorType(ir.HalfType(), n)), floats)
-
-    def constant(number: int) -> Any:
-        return ir.Constant(integers, [number] * n)
-
-    wide = builder.zext(raw, integers)
-    moved = builder.shl(builder.and_(wide, constant(0x7FFF)), constant(13))
-    scale = ir.Constant(floats, [2.0**112] * n)
-    scaled = builder.fmul(builder.bitcast(moved, floats), scale)
-    bits = builder.bitcast(scaled, integers)
-    special = builder.fcmp_ordered(">=", scaled, ir.Constant(floats, [65536.0] * n))
-    bits = builder.select(special, builder.or_(bits, constant(0x7F800000)), bits)
-    sign = builder.shl(builder.and_(wide, constant(0x8000)), constant(16))
-    return builder.bitcast(builder.or_(bits, sign), floats)
-
-
 @intrinsic
 def load_four(typing_context: Any, array: Any, offset: Any) -> Any:
-    """Return the four numbers from ``array[offset]`` on, to be told out by `splat_lane`."""
+    """Return ``array[offset : offset + 4]``, for `splat_lane`."""
     vector = VectorType(array.dtype, 4)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -188,7 +168,7 @@ def load_four(typing_context: Any, array: Any, offset: Any) -> Any:
 
 @intrinsic
 def load_quad(typing_context: Any, array: Any, offset: Any) -> Any:
-    """Return four elements of a uint8 or uint16 array as one uint64, the first lowest."""
+    """Return four elements of a uint8 or uint16 array as one uint64, the first in the low bits."""
     bits = array.dtype.bitwidth
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -224,9 +204,9 @@ def add(typing_context: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
-    """Return ``a * b + c``, lane by lane, in one rounding where the machine has the instruction.
+    """Return ``a * b + c``, lane by lane, rounded once if the machine has the instruction.
 
-    Not LLVM's own fma, which calls a C function for each lane on a machine that has not.
+    LLVM's own fma would call a C function for each lane on a machine without it.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -238,7 +218,7 @@ def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
 
 @intrinsic
 def shift_right(typing_context: Any, vector: Any, bits: Any) -> Any:
-    """Return an int32 vector with each lane shifted right by `bits`, zeros coming in."""
+    """Return an int32 vector with each lane shifted right by `bits`, filled with zeros."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         count = builder.trunc(args[1], _I32)
@@ -251,18 +231,14 @@ def shift_right(typing_context: Any, vector: Any, bits: Any) -> Any:
 def look_up_pair(typing_context: Any, low: Any, indices: Any, high: Any) -> Any:
     """Return lane i of ``concatenate(low, high)[indices[i] % 32]``; needs AVX-512.
 
-    One instruction, ``vpermi2ps``. Compiling it for a processor without it ends the process: see
-    `processor.has_avx512`.
+    This is the instruction ``vpermi2ps``. Compiling it for a processor without it ends the process;
+    check `processor.has_avx512` first.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kinds = [arg.type for arg in args]
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(kinds[0], kinds),
-            "llvm.x86.avx512.vpermi2var.ps.512",
-        )
-        return builder.call(function, args)
+        signature = ir.FunctionType(args[0].type, [arg.type for arg in args])
+        name = "llvm.x86.avx512.vpermi2var.ps.512"
+        return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args)
 
     return low(low, indices, high), generate
 
@@ -279,9 +255,9 @@ def transpose(
 ) -> Any:
     """Transpose a square of `lanes` rows and columns, a power of two.
 
-    Row i of the square starts at ``source[source_offsets[i]]`` and becomes column i of the rows
-    that start at ``target[target_offset + j * target_stride]``. `source_offsets` is a function of
-    i, given as base, stride and last: ``base + min(i, last) * stride``.
+    `source_offsets` is a tuple (base, stride, last). Row i of the square starts at
+    ``source[base + min(i, last) * stride]``. It becomes column i of a square whose row j starts at
+    ``target[target_offset + j * target_stride]``.
     """
     n = _constant_lanes(lanes)
 
@@ -308,7 +284,7 @@ def transpose(
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """Exchange bit after bit of the row number with that of the lane number."""
+    """Exchange each bit of the row number with the same bit of the lane number."""
     n = len(rows)
     distance = 1
     while distance < n:
@@ -325,28 +301,28 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
 
 @intrinsic
 def flat(typing_context: Any, array: Any) -> Any:
-    """Return a contiguous array as a one-dimensional one of the same memory.
+    """Return a one-dimensional view of a contiguous array.
 
-    Whatever the number of axes and whether it may be written, the type is the same, so that a
-    kernel is compiled for it once. The caller sees to it that an input is not written.
+    The view has the same Numba type for any number of axes, read-only or not, so that a kernel is
+    compiled only once. The caller must not write to a read-only array.
     """
     if array.layout not in "CF":
-        raise TypingError("only a contiguous array can be seen as flat")
+        raise TypingError("only a contiguous array has a flat view")
     line = types.Array(array.dtype, 1, "C")
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        given = make_array(array)(context, builder, args[0])
-        seen = make_array(line)(context, builder)
+        original = make_array(array)(context, builder, args[0])
+        view = make_array(line)(context, builder)
         populate_array(
-            seen,
-            data=given.data,
-            shape=[given.nitems],
-            strides=[given.itemsize],
-            itemsize=given.itemsize,
-            meminfo=given.meminfo,
-            parent=given.parent,
+            view,
+            data=original.data,
+            shape=[original.nitems],
+            strides=[original.itemsize],
+            itemsize=original.itemsize,
+            meminfo=original.meminfo,
+            parent=original.parent,
         )
-        return impl_ret_borrowed(context, builder, line, seen._getvalue())
+        return impl_ret_borrowed(context, builder, line, view._getvalue())
 
     return line(array), generate
 
@@ -355,8 +331,8 @@ def flat(typing_context: Any, array: Any) -> Any:
 def gather(typing_context: Any, array: Any, indices: Any, offset: Any, lanes: Any) -> Any:
     """Return ``array[indices[offset : offset + lanes]]`` for indices of uint16 or uint32.
 
-    One load for each lane, and one for each 8 bytes of indices: faster than the gather instructions
-    of the processors that have them.
+    This makes one load for each lane, and one for each 8 bytes of indices. That is faster than the
+    gather instructions of processors.
     """
     vector = VectorType(array.dtype, _constant_lanes(lanes))
     bits = indices.dtype.bitwidth
@@ -382,7 +358,7 @@ def gather(typing_context: Any, array: Any, indices: Any, offset: Any, lanes: An
 
 @intrinsic(prefer_literal=True)
 def fold_product(typing_context: Any, a: Any, b: Any, lanes: Any) -> Any:
-    """Return ``a * b`` with its parts of `lanes` lanes added up, one after the other."""
+    """Return the sum, in order, of the parts of ``a * b`` that have `lanes` lanes each."""
     n = _constant_lanes(lanes)
     result = VectorType(a.element, n)
 
@@ -403,12 +379,12 @@ def fold_product(typing_context: Any, a: Any, b: Any, lanes: Any) -> Any:
 
 @intrinsic
 def sum_each(typing_context: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """Return a vector of four: the sums over the lanes of four vectors, halves added to halves."""
+    """Return a vector of the lane sums of four vectors; each sum adds halves to halves."""
     result = VectorType(a.element, 4)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         def halved(numbers: int, pieces: int, left: Any, right: Any) -> Any:
-            """Add the second half of each piece to the first; `numbers` of left and right."""
+            """Add the second half of each piece to the first, for `numbers` lanes in all."""
             size = left.type.count // pieces
             first = [i for i in range(numbers) if i % size < size // 2]
             second = [i for i in range(numbers) if i % size >= size // 2]
@@ -440,15 +416,9 @@ def is_finite(typing_context: Any, vector: Any) -> Any:
     """Whether no lane is NaN or infinite."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        nought = builder.fsub(args[0], args[0])
-        lanes = builder.fcmp_unordered("une", nought, ir.Constant(nought.type, None))
+        zero = builder.fsub(args[0], args[0])  # NaN if the number is not finite
+        lanes = builder.fcmp_unordered("une", zero, ir.Constant(zero.type, None))
         packed = builder.bitcast(lanes, ir.IntType(vector.lanes))
         return builder.icmp_unsigned("==", packed, packed.type(0))
 
     return types.boolean(vector), generate
-
-
-@intrinsic
-def count_ones(typing_context: Any, bits: Any) -> Any:
-    """Return how many bits of an integer are set."""
-    return bits(bits), lambda context, builder, signature, args: builder.ctpop(args[0])

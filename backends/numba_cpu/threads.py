@@ -1,8 +1,8 @@
-"""When a kernel may use Numba's thread pool, and how many of its threads.
+"""Decide whether a kernel may use Numba's thread pool, and with how many threads.
 
-One thread never starts the pool. A forked child never uses it: it would be killed by an OpenMP
-pool, and hang on others. Numba's ``workqueue`` layer aborts the process when two threads use it at
-once, so there the second one computes alone.
+A call with one thread does not start the pool. A forked child never uses it: an OpenMP pool would
+kill the child, and other pools would hang. Numba's ``workqueue`` layer aborts the process if two
+threads use it at once; there the second one computes without the pool.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from srigl_core.errors import BackendUnavailableError
 __all__ = ["SMALLEST_PARALLEL_WORK", "describe_threads", "is_small", "pool"]
 
 SMALLEST_PARALLEL_WORK = 8_000
-"""Nanoseconds of one thread below which waking the others costs more than they save."""
+"""Nanoseconds of work below which waking other threads costs more than they save."""
 
 LAYERS = ("omp", "tbb", "workqueue")
 """Numba's threading layers, the best first."""
 
 
 class _PoolState:
-    """What is known of the process's pool."""
+    """State of the process's thread pool."""
 
     def __init__(self) -> None:
         self.is_forked_child = False
@@ -42,7 +42,7 @@ def _after_fork_in_child() -> None:
     global_compiler_lock.release()
 
 
-# A child whose parent was compiling in another thread would wait for ever for Numba's lock.
+# If another thread of the parent was compiling, the child would wait for Numba's lock for ever.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=global_compiler_lock.acquire,
@@ -51,15 +51,15 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-class pool:  # noqa: N801 - used as a function would be, in a with statement
-    """Reserve the pool, and give how many threads to use; 1 means not to touch it.
+class pool:  # noqa: N801 - a context manager that reads like a function
+    """Reserve the pool, and return the number of threads to use; 1 means not to use the pool.
 
     Parameters
     ----------
     threads : int or None
-        Threads asked for; None is Numba's default.
+        Requested number of threads; None is Numba's default.
     work : float
-        What one thread would take, in nanoseconds.
+        Estimated single-threaded time, in nanoseconds.
     """
 
     __slots__ = ("_before", "_holds", "_threads", "_work")
@@ -94,20 +94,20 @@ class pool:  # noqa: N801 - used as a function would be, in a with statement
 
 
 def is_small(threads: int | None, work: float) -> bool:
-    """Whether one thread is all that can be used, or all that is worth it."""
-    alone = _state.is_forked_child or numba.config.NUMBA_NUM_THREADS == 1
-    return alone or threads == 1 or work < SMALLEST_PARALLEL_WORK
+    """Whether only one thread can be used, or more are not worth it."""
+    has_no_pool = _state.is_forked_child or numba.config.NUMBA_NUM_THREADS == 1
+    return has_no_pool or threads == 1 or work < SMALLEST_PARALLEL_WORK
 
 
 def _layer_of_started_pool() -> str | None:
     try:
         return str(numba.threading_layer())
-    except ValueError:  # an error came before the kernel did
+    except ValueError:  # an error was raised before a kernel started the pool
         return None
 
 
 def _started_threads() -> int:
-    """Return the size of the pool, started if need be: Numba cannot tell it otherwise."""
+    """Return the size of the pool; this starts it, since Numba needs that to know the size."""
     if _state.layer is None:
         _prefer_openmp()
     try:
@@ -120,17 +120,17 @@ def _started_threads() -> int:
 
 
 def _prefer_openmp() -> None:
-    """Order the layers by how soon they start: OpenMP's at once, workqueue's long after.
+    """Prefer the threading layers whose threads start fastest: OpenMP first, workqueue last.
 
-    Numba takes TBB first, which is as quick only while its threads are still awake. What the user
-    ordered by Numba's own variables is left alone, and so is a pool that runs already.
+    Numba prefers TBB, which is as fast only while its threads are awake. This changes neither an
+    order that the user gave by Numba's own variables, nor a pool that is running.
     """
     if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
         numba.config.THREADING_LAYER_PRIORITY = list(LAYERS)
 
 
 def describe_threads() -> dict[str, object]:
-    """Return the threads used by default and the pool's layer; starts the pool to learn it."""
+    """Return the default number of threads and the pool's layer; this starts the pool."""
     if _state.is_forked_child or numba.config.NUMBA_NUM_THREADS == 1:
         return {"threads": 1, "threading layer": "none: one thread starts no pool"}
     try:

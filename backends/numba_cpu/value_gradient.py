@@ -1,9 +1,9 @@
 """The gradient of the values: one dot product along the batch for each connection (SPEC 2).
 
 The tiles and the layout are those of `column_blocks`. A neuron's gradients of a tile stay in
-registers while its connections of a block pass; four connections at a time are summed over their
-lanes. A block's connections are one thread's, tile after tile, so that the order of a sum does not
-depend on the number of threads.
+registers during its connections of a block, four of which are summed over their lanes at a time.
+One thread computes all tiles of a block in order, so that the order of a sum does not depend on the
+number of threads.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def value_gradient(
     Parameters
     ----------
     blocks : ColumnBlocks
-        The forward product's, for tiles of at least `lanes`.
+        Layout of the forward product, for tiles of at least `lanes` rows.
     grad : ndarray, (batch, n_active)
     x : ndarray, (batch, n_in)
     out : ndarray, (n_active, k)
-        All of one type, in C order.
+        The three arrays have one dtype, and are in C order.
     lanes, n_threads : int
     """
     stage_grads, sum_products = _launchers(lanes, min(lanes, vector_bytes() // x.itemsize))
@@ -60,10 +60,10 @@ def value_gradient(
 
 @functools.cache
 def _launchers(lanes: int, part: int) -> tuple[Launcher, Launcher]:
-    """Return the kernel that stages tiles of gradients of `lanes` batch rows, and that of the sums.
+    """Return the kernel that transposes gradients into tiles, and the kernel that sums products.
 
-    The first one's items are tiles, the second one's blocks of columns. Products are added up to
-    vectors of `part` lanes, a register of the machine.
+    Tiles have `lanes` batch rows. The items of the first kernel are tiles, those of the second are
+    blocks of columns. Products are reduced to vectors of `part` lanes, one register of the machine.
     """
     width = np.uint64(lanes)
     u = np.uint64
@@ -71,7 +71,7 @@ def _launchers(lanes: int, part: int) -> tuple[Launcher, Launcher]:
 
     @kernel()
     def stage_tile(array, n_columns, t, begin, end, tile):
-        """Stage a tile with zeros in the lanes past the last row: these are summed too."""
+        """Stage a tile with zeros in the lanes past the last row, which are summed too."""
         last_row = u(array.size // n_columns - 1)
         row = u(t * lanes)
         stage(array, u(n_columns), row, last_row, u(begin), u(end), tile)

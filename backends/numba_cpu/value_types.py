@@ -1,7 +1,7 @@
-"""Read 16-bit numbers, which Numba does not know, from arrays of their bits.
+"""Read 16-bit floating-point numbers, which Numba does not support, from arrays of their bits.
 
-A float16 array is handed to a kernel as uint16 and a bfloat16 array as int16, so that the array's
-type alone tells `load` what the bits mean.
+A kernel receives a float16 array as uint16 and a bfloat16 array as int16, so that `load` knows the
+format by the array's dtype.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from numba.core.errors import TypingError
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-__all__ = ["as_bits", "load"]
-
-_F32, _F64, _I16, _I32 = ir.FloatType(), ir.DoubleType(), ir.IntType(16), ir.IntType(32)
+__all__ = ["as_bits", "from_bfloat16", "from_half", "load"]
 
 
 def as_bits(values: NDArray[Any]) -> NDArray[Any]:
-    """Return `values` as a kernel takes it: a view, of the same memory."""
+    """Return a view of `values` that kernels can take."""
     if values.dtype == np.float16:
         return values.view(np.uint16)
     if values.dtype.name == "bfloat16":
@@ -31,37 +29,51 @@ def as_bits(values: NDArray[Any]) -> NDArray[Any]:
 
 @intrinsic
 def load(typing_context: Any, value: Any) -> Any:
-    """Return the number that `value`, an element of an array from `as_bits`, stands for.
+    """Return the number whose bits are `value`, an element of an array from `as_bits`.
 
-    float32 and float64 come back as they are, the 16-bit types as float32.
+    float32 and float64 stay as they are; 16-bit numbers become float32.
     """
-    if value == types.uint16:
-        return types.float32(types.uint16), _from_half
-    if value == types.int16:
-        return types.float32(types.int16), _from_bfloat16
+    convert = {types.uint16: from_half, types.int16: from_bfloat16}.get(value)
+    if convert is not None:
+        return types.float32(value), lambda context, builder, sig, args: convert(builder, args[0])
     if value in (types.float32, types.float64):
         return value(value), lambda context, builder, signature, args: args[0]
     raise TypingError(f"load takes an element of as_bits(...), not {value}")
 
 
-def _from_bfloat16(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    wide = builder.shl(builder.zext(args[0], _I32), _I32(16))
-    return builder.bitcast(wide, _F32)
+def from_bfloat16(builder: Any, bits: Any) -> Any:
+    """Convert bfloat16 bits, one number or a vector, to float32."""
+    integer, floating = _word_types(bits.type)
+    wide = builder.shl(builder.zext(bits, integer), _constant(integer, 16))
+    return builder.bitcast(wide, floating)
 
 
-def _from_half(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    """Convert by integer arithmetic.
+def from_half(builder: Any, bits: Any) -> Any:
+    """Convert float16 bits, one number or a vector, to float32 by integer arithmetic.
 
-    LLVM's own conversion calls a C function where the processor has no F16C, and that function need
-    not be there. Moved to float32's place, the exponent is too small by 112: one exact
-    multiplication mends it, subnormals included. Infinity and NaN come out at 65536 and above, and
-    get all exponent bits.
+    Without F16C, LLVM's own conversion calls a C function, which may not exist. Moved to float32's
+    place, the exponent is too small by 112: one exact multiplication corrects it, also for
+    subnormals. Infinity and NaN become 65536 and more, and get all exponent bits.
     """
-    wide = builder.zext(args[0], _I32)
-    moved = builder.shl(builder.and_(wide, _I32(0x7FFF)), _I32(13))
-    scaled = builder.fmul(builder.bitcast(moved, _F32), ir.Constant(_F32, 2.0**112))
-    bits = builder.bitcast(scaled, _I32)
-    special = builder.fcmp_ordered(">=", scaled, ir.Constant(_F32, 65536.0))
-    bits = builder.select(special, builder.or_(bits, _I32(0x7F800000)), bits)
-    sign = builder.shl(builder.and_(wide, _I32(0x8000)), _I32(16))
-    return builder.bitcast(builder.or_(bits, sign), _F32)
+    integer, floating = _word_types(bits.type)
+    wide = builder.zext(bits, integer)
+    moved = builder.shl(builder.and_(wide, _constant(integer, 0x7FFF)), _constant(integer, 13))
+    scaled = builder.fmul(builder.bitcast(moved, floating), _constant(floating, 2.0**112))
+    word = builder.bitcast(scaled, integer)
+    special = builder.fcmp_ordered(">=", scaled, _constant(floating, 65536.0))
+    word = builder.select(special, builder.or_(word, _constant(integer, 0x7F800000)), word)
+    sign = builder.shl(builder.and_(wide, _constant(integer, 0x8000)), _constant(integer, 16))
+    return builder.bitcast(builder.or_(word, sign), floating)
+
+
+def _word_types(llvm_type: Any) -> tuple[Any, Any]:
+    """Return int32 and float32, or vectors of them with the lanes of `llvm_type`."""
+    words = ir.IntType(32), ir.FloatType()
+    if isinstance(llvm_type, ir.VectorType):
+        words = tuple(ir.VectorType(word, llvm_type.count) for word in words)
+    return words
+
+
+def _constant(llvm_type: Any, number: float) -> Any:
+    is_vector = isinstance(llvm_type, ir.VectorType)
+    return ir.Constant(llvm_type, [number] * llvm_type.count if is_vector else number)

@@ -1,59 +1,45 @@
-"""Everything that computes the same thing: ours, dense, CSR, gathers, and what else there is."""
+"""Everything that computes the same operations: our kernels, dense products, CSR, gathers."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from srigl_core.benchmarks.contenders.contender import Contender
 
-__all__ = ["Absent", "Contender", "contenders_of", "load_contenders"]
+__all__ = ["Contender", "load_contenders"]
 
 
-@dataclass(frozen=True)
-class Absent:
-    """A library whose contenders cannot take part here."""
-
-    library: str
-    reason: str
-    install: str
-
-
-_LIBRARIES = (
-    ("ours", "srigl-core", "pip install numba"),
-    ("numpy_blas", "NumPy", "pip install numpy"),
-    ("scipy_csr", "SciPy", "pip install scipy"),
-    ("pytorch", "PyTorch", "pip install torch"),
-    ("jax_brainevent", "brainevent", "pip install brainevent jax"),
-)
-
-
-def load_contenders() -> tuple[list[Contender], list[Absent]]:
-    """Return the contenders that are installed, and the libraries that are not."""
-    return contenders_of(_LIBRARIES, __name__)
+_LIBRARIES = {
+    "cpu": (
+        ("ours", "srigl-core", "pip install numba"),
+        ("numpy_blas", "NumPy", "pip install numpy"),
+        ("scipy_csr", "SciPy", "pip install scipy"),
+        ("pytorch", "PyTorch", "pip install torch"),
+        ("jax_brainevent", "brainevent", "pip install brainevent jax"),
+    ),
+    "gpu": (
+        ("ours", "srigl-core", "pip install 'srigl-core[cupy]'"),
+        ("pytorch", "PyTorch", "pip install torch"),
+        ("cupyx_csr", "CuPy's sparse matrices", "pip install cupy-cuda13x scipy"),
+    ),
+}
+"""Module in this package, name of the library, and the command that installs it."""
 
 
-def contenders_of(
-    libraries: Sequence[tuple[str, str, str]], package: str, *arguments: Any
-) -> tuple[list[Any], list[Absent]]:
-    """Return the contenders of each library's module, and the libraries that are not installed.
+def load_contenders(device: str) -> tuple[list[Contender], list[dict[str, str]]]:
+    """Return the installed contenders for a device, and the libraries that are not installed.
 
     Parameters
     ----------
-    libraries : sequence of (str, str, str)
-        Module, name of the library, and the line that installs it.
-    package : str
-        That holds the modules; each has a function ``contenders(*arguments)``.
+    device : {"cpu", "gpu"}
     """
-    contenders: list[Any] = []
+    contenders: list[Contender] = []
     absent = []
-    for module, library, install in libraries:
+    for module, library, install in _LIBRARIES[device]:
         try:
-            found = importlib.import_module(f"{package}.{module}")
+            loaded = importlib.import_module(f"{__name__}.{module}")
         except ImportError as error:
-            absent.append(Absent(library, str(error), install))
+            absent.append({"library": library, "reason": str(error), "install": install})
         else:
-            contenders += found.contenders(*arguments)
+            contenders += loaded.contenders(device)
     return contenders, absent

@@ -1,37 +1,50 @@
-"""What a contender is."""
+"""A contender: one way to compute an operation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from srigl_core.benchmarks.cases import Case
-from srigl_core.benchmarks.problems import Batch, Problem
+from srigl_core.benchmarks.problems import FULL, Batch, Precision, Problem
+from srigl_core.benchmarks.timing import Context
 
-__all__ = ["Bind", "Call", "Contender", "gradients_read", "product_read"]
+__all__ = [
+    "Bind",
+    "Call",
+    "Contender",
+    "gradients_read",
+    "product_read",
+    "unless_ablated",
+    "unless_compiled",
+]
 
 Call = Callable[[], Any]
 Bind = Callable[[Batch], Call]
-Read = Callable[[Any, Problem], Mapping[str, NDArray[Any]]]
+Read = Callable[[Any], Mapping[str, Any]]
 
 
-def product_read(result: Any, problem: Problem) -> dict[str, NDArray[Any]]:
-    """Return the product, (batch, n_out); a vector is one input's."""
-    product = np.asarray(result)
-    return {"y": product[None] if product.ndim == 1 else product}
+def product_read(result: Any) -> dict[str, Any]:
+    """Return the product by its name; a vector is the product of one input."""
+    return {"y": result}
 
 
-def gradients_read(result: Any, problem: Problem) -> dict[str, NDArray[Any]]:
-    """Return both gradients; one of the whole dense weight is reduced to the active places."""
-    dx, dvalues = (np.asarray(part) for part in result)
-    weight = problem.weight
-    if dvalues.shape == weight.shape:
-        dvalues = dvalues[weight.active[:, None], weight.indices.astype(np.intp)]
-    return {"dx": dx, "dvalues": dvalues.reshape(weight.values.shape)}
+def gradients_read(result: Any) -> dict[str, Any]:
+    """Return a pair of gradients by name; that of the weight may be of all its entries."""
+    dx, dvalues = result
+    return {"dx": dx, "dvalues": dvalues}
+
+
+def unless_ablated(case: Case) -> str:
+    """Leave out layers without ablated neurons."""
+    return "" if case.layer.is_ablated else "no neuron is ablated"
+
+
+def unless_compiled(case: Case) -> str:
+    """Leave out cases that are not measured with contenders compiled for the shape."""
+    return "" if case.compiled else "compiles for each shape; measured in a few cases only"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,20 +54,24 @@ class Contender:
     Parameters
     ----------
     name : str
-    family : {"ours", "guest", "dense", "csr", "gather", "fewer neurons", "other"}
-        "dense" and "csr" are what ours is compared with: the best of each.
+    family : str
+        "ours", "external" (the kernel that the user names), "dense" (in the dtype of the case),
+        "tf32", "fp16", "bf16", "csr", "gather", "fewer neurons", "other". Ours is compared with
+        the best contender of each family.
     operation : {"forward", "backward", "update"}
-    prepare : callable of Problem
-        What is done once for a weight, and not timed. Returns a function that takes a batch and
-        returns the call to be timed, without arguments; that one makes new result arrays.
-    read : callable of the call's result and a Problem
-        Its arrays by name, to be checked.
-    values : str
-        Dtype of the weight's values if it is not the case's.
-    share : float
-        Of the neurons that it computes, the first ones.
-    unfit : callable of Case
-        Why it does not take part, or "".
+    prepare : callable
+        Does what is done once for a problem's weight, which is not timed. Returns a function that
+        takes a batch and returns the call to be timed. The call takes no arguments and makes new
+        result arrays.
+    read : callable
+        Returns the arrays of the call's result by name: "y", "dx" and "dvalues", or "mask".
+    precision : Precision
+    problem : callable
+        Returns the problem to solve, where that differs.
+    around : callable
+        Returns the context in which it is called.
+    unfit : callable
+        Returns why a case is left out, or "".
     """
 
     name: str
@@ -62,6 +79,7 @@ class Contender:
     operation: str
     prepare: Callable[[Problem], Bind]
     read: Read = product_read
-    values: str = ""
-    share: float = 1.0
+    precision: Precision = FULL
+    problem: Callable[[Problem], Problem] = lambda problem: problem
+    around: Context = nullcontext
     unfit: Callable[[Case], str] = lambda case: ""

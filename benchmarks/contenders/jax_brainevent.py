@@ -1,4 +1,4 @@
-"""brainevent's product for a fixed number of connections, by JAX."""
+"""brainevent's product with a fixed number of connections, through JAX."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from srigl_core.benchmarks.cases import Case
-from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender
+from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender, unless_compiled
 from srigl_core.benchmarks.problems import Batch, Problem
 
 __all__ = ["contenders"]
 
 
-def contenders() -> list[Contender]:
+def contenders(device: str) -> list[Contender]:
     """Return the product, on one thread.
 
-    XLA makes its threads once, as many as the cores it finds. It is shown one, since a process
-    cannot have it on one thread and then on two.
+    XLA starts its threads once, as many as there are cores. It is shown a single core here, since
+    one process cannot measure it on one thread and then on two.
     """
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
     if cores:
@@ -38,10 +38,10 @@ def contenders() -> list[Contender]:
 def _product(problem: Problem) -> Bind:
     weight = problem.weight
     values, indices = jnp.asarray(weight.values), jnp.asarray(weight.indices.astype(np.int32))
-    bias, shape = jnp.asarray(problem.bias), weight.shape
+    bias, shape = jnp.asarray(problem.bias()), weight.shape
 
     def bind(batch: Batch) -> Call:
-        """Take JAX's arrays, inputs as columns; turning them is not timed."""
+        """Take JAX arrays with inputs as columns; the transposition is not timed."""
         if len(batch.x) == 1:
             x = jnp.asarray(batch.x[0])
             one = jax.jit(
@@ -58,6 +58,4 @@ def _product(problem: Problem) -> Bind:
 
 
 def _unfit(case: Case) -> str:
-    if not case.compiled:
-        return "only where contenders compiled for the shape are asked for"
-    return "" if case.threads == 1 else "runs on one thread here"
+    return unless_compiled(case) or ("" if case.threads == 1 else "runs on one thread here")

@@ -1,41 +1,36 @@
-"""Dense products by NumPy, that is by the BLAS it was built with."""
+"""Dense products of NumPy, that is of the BLAS it was built with."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from srigl_core.benchmarks.contenders.contender import (
-    Bind,
-    Call,
-    Contender,
-    gradients_read,
-)
+from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender, gradients_read
 from srigl_core.benchmarks.problems import Batch, Problem
 
 __all__ = ["contenders"]
 
 
-def contenders() -> list[Contender]:
-    """Return the product in both layouts, since neither is always the faster, and the gradients."""
+def contenders(device: str) -> list[Contender]:
+    """Return the product in both layouts, since neither is always faster, and the gradients."""
     return [
         Contender("NumPy x @ W.T", "dense", "forward", _product),
         Contender("NumPy x @ V, V = W.T stored", "dense", "forward", _product_transposed),
-        Contender("NumPy dense", "dense", "backward", _gradients, read=gradients_read),
+        Contender("NumPy dense", "dense", "backward", _gradients, gradients_read),
     ]
 
 
 def _product(problem: Problem) -> Bind:
-    weight, bias = problem.dense, problem.bias
+    weight, bias = problem.dense(), problem.bias()
     return lambda batch: lambda: batch.x @ weight.T + bias
 
 
 def _product_transposed(problem: Problem) -> Bind:
-    transposed, bias = np.ascontiguousarray(problem.dense.T), problem.bias
+    transposed, bias = np.ascontiguousarray(problem.dense().T), problem.bias()
     return lambda batch: lambda: batch.x @ transposed + bias
 
 
 def _gradients(problem: Problem) -> Bind:
-    weight = problem.dense
+    weight = problem.dense()
 
     def bind(batch: Batch) -> Call:
         return lambda: (batch.grad @ weight, batch.grad.T @ batch.x)

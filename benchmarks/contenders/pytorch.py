@@ -1,14 +1,15 @@
-"""PyTorch's ways: dense by MKL and oneDNN, CSR by MKL, and gathers as in SRigL's released code."""
+"""PyTorch's operations: dense products in all precisions, CSR, gathers, 2:4, and a mask update."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from srigl_core.benchmarks.cases import Case
 from srigl_core.benchmarks.contenders.contender import (
@@ -16,74 +17,170 @@ from srigl_core.benchmarks.contenders.contender import (
     Call,
     Contender,
     gradients_read,
+    unless_ablated,
+    unless_compiled,
 )
 from srigl_core.benchmarks.contenders.scipy_csr import csr_matrix
-from srigl_core.benchmarks.problems import Batch, Problem
+from srigl_core.benchmarks.problems import (
+    BFLOAT16,
+    FLOAT16,
+    FULL,
+    TF32,
+    Batch,
+    Precision,
+    Problem,
+)
 
-__all__ = ["contenders", "csr_tensor", "updated_mask"]
+__all__ = ["contenders"]
 
-SHARE = 0.6
-"""Of the neurons that are left where whole neurons are removed, and the rest is dense."""
+_SHARE = 0.6
+"""Share of the neurons that remain where whole neurons are removed and the rest is dense."""
 
-_MOST_GATHERED = 1 << 21
-"""Numbers that the eager gather may hold at once; it takes tens of milliseconds for more."""
+_MOST_GATHERED = {"cpu": 1 << 21, "gpu": 1 << 30}
+"""Most numbers that a gather may hold at once. On a CPU, more take tens of milliseconds."""
+
+_TWO_OF_FOUR_SIDE = 16
+"""cuSPARSELt takes weights whose sides are multiples of this."""
+
+# The library may keep partial sums in the type of the result.
+_FLOAT16 = replace(FLOAT16, of_products=FLOAT16.of_result)
+_BFLOAT16 = replace(BFLOAT16, of_products=BFLOAT16.of_result)
+_GPU_DENSE = {
+    "dense": ("float32", FULL),
+    "tf32": ("TF32", TF32),
+    "fp16": ("float16", _FLOAT16),
+    "bf16": ("bfloat16", _BFLOAT16),
+}
 
 _linear = torch.nn.functional.linear
 
 
-def contenders() -> list[Contender]:
-    """Return every way that this build of PyTorch has."""
+def contenders(device: str) -> list[Contender]:
+    """Return every way that this build of PyTorch has on a device."""
     torch.set_grad_enabled(False)
-    some = f"{SHARE:.0%} of the neurons"
-    found = [
-        Contender("torch F.linear", "dense", "forward", _dense(_linear)),
-        Contender("torch CSR", "csr", "forward", _csr),
+    return [*(_on_gpu() if device == "gpu" else _on_cpu()), *_on_both(device)]
+
+
+def _on_both(device: str) -> list[Contender]:
+    weighted = _einsum if device == "gpu" else _product_and_sum
+    return [
+        Contender("torch CSR", "csr", "forward", _csr()),
+        Contender("torch CSR", "csr", "backward", _csr_gradients, _csr_gradients_read),
         Contender(
-            "torch gather", "gather", "forward", _gather(lambda f: f), unfit=_if_much_is_gathered
+            "torch gather",
+            "gather",
+            "forward",
+            _gather(weighted),
+            unfit=_unless_gathered_fits(_MOST_GATHERED[device]),
         ),
         Contender(
             "torch gather, compiled",
             "gather",
             "forward",
-            _gather(_compiled),
-            unfit=_if_compiled_is_not_asked,
+            _gather(_product_and_sum, _compiled),
+            unfit=unless_compiled,
         ),
+        Contender("torch top-k", "other", "update", _update, lambda mask: {"mask": mask}),
+    ]
+
+
+def _on_cpu() -> list[Contender]:
+    some_neurons = partial(Problem.first_neurons, share=_SHARE)
+    some = f"{_SHARE:.0%} of the neurons"
+    made = [
+        Contender("torch F.linear", "dense", "forward", _dense()),
         Contender(
-            f"torch F.linear, {some}", "fewer neurons", "forward", _dense(_linear), share=SHARE
+            f"torch F.linear, {some}", "fewer neurons", "forward", _dense(), problem=some_neurons
         ),
-        Contender("torch dense", "dense", "backward", _dense_gradients, read=gradients_read),
-        Contender("torch CSR", "csr", "backward", _csr_gradients, read=_csr_gradients_read),
-        Contender("torch top-k", "other", "update", _update, read=_mask_read),
+        Contender("torch dense", "dense", "backward", _dense_gradients(), gradients_read),
     ]
     if torch.backends.mkldnn.is_available():
-        found += [
-            Contender("oneDNN", "dense", "forward", _dense(_onednn), unfit=_if_double),
-            Contender(
-                "oneDNN, packed weight", "dense", "forward", _onednn_packed, unfit=_if_double
-            ),
-            Contender(
-                f"oneDNN, {some}",
-                "fewer neurons",
-                "forward",
-                _dense(_onednn),
-                share=SHARE,
-                unfit=_if_double,
-            ),
-            Contender("oneDNN", "dense", "backward", _onednn_gradients, read=gradients_read),
+        product = _dense(linear=_onednn)
+        made += [
+            replace(each, unfit=_if_double)
+            for each in (
+                Contender("oneDNN", "dense", "forward", product),
+                Contender("oneDNN, packed weight", "dense", "forward", _onednn_packed),
+                Contender(
+                    f"oneDNN, {some}", "fewer neurons", "forward", product, problem=some_neurons
+                ),
+                Contender("oneDNN", "dense", "backward", _onednn_gradients, gradients_read),
+            )
         ]
-    return found
+    return made
+
+
+def _on_gpu() -> list[Contender]:
+    torch.set_float32_matmul_precision("highest")
+    # Sums in float32 throughout, as ours.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    made = []
+    for family, (label, precision) in _GPU_DENSE.items():
+        product = Contender(
+            f"torch {label}",
+            family,
+            "forward",
+            _dense(precision),
+            precision=precision,
+            around=_tf32 if precision is TF32 else _ieee,
+        )
+        backward = replace(
+            product,
+            operation="backward",
+            prepare=_dense_gradients(precision),
+            read=gradients_read,
+        )
+        fewer = replace(
+            product,
+            name=f"torch {label}, active neurons only",
+            family="fewer neurons" if family == "dense" else f"fewer neurons, {family}",
+            problem=Problem.active_neurons,
+            unfit=unless_ablated,
+        )
+        made += [product, fewer, backward]
+    return [
+        *made,
+        Contender(
+            "torch CSR, x transposed", "csr", "forward", _csr(copied=True), unfit=_if_one_row
+        ),
+        Contender(
+            "torch 2:4 float16",
+            "other",
+            "forward",
+            _two_of_four,
+            precision=_FLOAT16,
+            problem=Problem.two_of_four,
+            unfit=_unless_two_of_four_fits,
+        ),
+    ]
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@contextmanager
+def _ieee() -> Iterator[None]:
+    torch.set_float32_matmul_precision("highest")
+    yield
 
 
 def _onednn(x: Any, weight: Any, bias: Any = None) -> Any:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _dense(linear: Callable[[Any, Any, Any], Any]) -> Any:
+def _dense(precision: Precision = FULL, linear: Callable[..., Any] = _linear) -> Any:
     def prepare(problem: Problem) -> Bind:
-        weight, bias = torch.from_numpy(problem.dense), torch.from_numpy(problem.bias)
+        weight, bias = _dense_arrays(problem, precision)
 
         def bind(batch: Batch) -> Call:
-            x = torch.from_numpy(batch.x)
+            x = problem.tensor(batch.x, precision.inputs)
             return lambda: linear(x, weight, bias)
 
         return bind
@@ -91,59 +188,104 @@ def _dense(linear: Callable[[Any, Any, Any], Any]) -> Any:
     return prepare
 
 
+def _dense_arrays(problem: Problem, precision: Precision = FULL) -> tuple[Any, Any]:
+    tensor = problem.arrays.tensor
+    return tensor(problem.dense(precision.values)), tensor(problem.bias(precision.inputs))
+
+
 def _onednn_packed(problem: Problem) -> Bind:
-    """Put the weight into the layout oneDNN likes best at this batch, as frozen models do."""
-    weight, bias = torch.from_numpy(problem.dense), torch.from_numpy(problem.bias)
+    """Put the weight into oneDNN's preferred layout for each batch, as frozen models do."""
+    weight, bias = _dense_arrays(problem)
 
     def bind(batch: Batch) -> Call:
-        x = torch.from_numpy(batch.x)
+        x = problem.tensor(batch.x)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
         return lambda: _onednn(x, packed, bias)
 
     return bind
 
 
-def csr_tensor(matrix: Any, device: Any = "cpu") -> Any:
-    """Return a SciPy matrix as PyTorch's; column numbers stay of 32 bits, a third faster."""
+def _dense_gradients(precision: Precision = FULL) -> Callable[[Problem], Bind]:
+    def prepare(problem: Problem) -> Bind:
+        weight, _ = _dense_arrays(problem, precision)
+
+        def bind(batch: Batch) -> Call:
+            x, grad = (problem.tensor(part, precision.inputs) for part in (batch.x, batch.grad))
+            return lambda: (grad @ weight, grad.t() @ x)
+
+        return bind
+
+    return prepare
+
+
+def _onednn_gradients(problem: Problem) -> Bind:
+    weight, _ = _dense_arrays(problem)
+
+    def bind(batch: Batch) -> Call:
+        x, grad = problem.tensor(batch.x), problem.tensor(batch.grad)
+        return lambda: (_onednn(grad, weight.t()), _onednn(grad.t(), x.t()))
+
+    return bind
+
+
+def _csr_tensor(problem: Problem, matrix: Any) -> Any:
+    """Return a SciPy matrix as PyTorch's; 32-bit indices are faster by a third than its default."""
     arrays = (matrix.indptr, matrix.indices, matrix.data)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         return torch.sparse_csr_tensor(
-            *(torch.from_numpy(array).to(device) for array in arrays),
+            *(problem.arrays.tensor(array) for array in arrays),
             size=matrix.shape,
             check_invariants=True,
         )
 
 
-def _csr(problem: Problem) -> Bind:
-    matrix, bias = csr_tensor(csr_matrix(problem.weight)), torch.from_numpy(problem.bias)
-    column = bias[:, None]
+def _csr(*, copied: bool = False) -> Callable[[Problem], Bind]:
+    """Return the product with x as it is, or transposed into rows of inputs by each call."""
 
-    def bind(batch: Batch) -> Call:
-        x = torch.from_numpy(batch.x)
-        if len(x) == 1:
-            vector = x[0]
-            return lambda: torch.addmv(bias, matrix, vector)
-        transposed = x.t()
-        return lambda: torch.addmm(column, matrix, transposed).t()
-
-    return bind
-
-
-def _gather(treat: Callable[[Any], Any]) -> Any:
     def prepare(problem: Problem) -> Bind:
-        weight = problem.weight
-        indices = torch.from_numpy(weight.indices.astype(np.int64))
-        values, bias = torch.from_numpy(weight.values.copy()), torch.from_numpy(problem.bias)
-        product = treat(lambda x: (values * x[:, indices]).sum(-1) + bias)
+        matrix = _csr_tensor(problem, csr_matrix(problem.weight))
+        bias = problem.tensor(problem.bias())
+        column = bias[:, None]
 
         def bind(batch: Batch) -> Call:
-            x = torch.from_numpy(batch.x)
-            return lambda: product(x)
+            x = problem.tensor(batch.x)
+            if len(x) == 1:
+                vector = x[0]
+                return lambda: torch.addmv(bias, matrix, vector)
+            if copied:
+                return lambda: torch.addmm(column, matrix, x.t().contiguous()).t()
+            transposed = x.t()
+            return lambda: torch.addmm(column, matrix, transposed).t()
 
         return bind
 
     return prepare
+
+
+def _csr_gradients(problem: Problem) -> Bind:
+    matrix = csr_matrix(problem.weight)
+    places, transposed = (_csr_tensor(problem, each) for each in (matrix, matrix.T.tocsr()))
+
+    def bind(batch: Batch) -> Call:
+        x, grad = problem.tensor(batch.x), problem.tensor(batch.grad)
+        sampled = torch.sparse.sampled_addmm
+        return lambda: ((transposed @ grad.t()).t(), sampled(places, grad.t(), x, beta=0.0))
+
+    return bind
+
+
+def _csr_gradients_read(result: Any) -> dict[str, Any]:
+    dx, sampled = result
+    return gradients_read((dx, sampled.values()))
+
+
+def _einsum(gathered: Any, values: Any) -> Any:
+    return torch.einsum("bok,ok->bo", gathered, values)
+
+
+def _product_and_sum(gathered: Any, values: Any) -> Any:
+    return (values * gathered).sum(-1)
 
 
 def _compiled(function: Any) -> Any:
@@ -151,54 +293,51 @@ def _compiled(function: Any) -> Any:
     return torch.compile(function, dynamic=False)
 
 
-def _dense_gradients(problem: Problem) -> Bind:
-    weight = torch.from_numpy(problem.dense)
+def _gather(
+    weighted_sum: Callable[[Any, Any], Any],
+    transform: Callable[[Any], Any] = lambda function: function,
+) -> Callable[[Problem], Bind]:
+    """Gather the inputs of each neuron, as in SRigL's released code."""
+
+    def prepare(problem: Problem) -> Bind:
+        tensor = problem.arrays.tensor
+        indices, bias = tensor(problem.columns), tensor(problem.bias())
+        values = tensor(problem.weight.values.copy())
+        product = transform(lambda x: weighted_sum(x[:, indices], values) + bias)
+
+        def bind(batch: Batch) -> Call:
+            x = problem.tensor(batch.x)
+            return lambda: product(x)
+
+        return bind
+
+    return prepare
+
+
+def _two_of_four(problem: Problem) -> Bind:
+    bias = problem.bias("float16")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor")
+        weight = torch.sparse.to_sparse_semi_structured(problem.dense("float16"))
 
     def bind(batch: Batch) -> Call:
-        x, grad = torch.from_numpy(batch.x), torch.from_numpy(batch.grad)
-        return lambda: (grad @ weight, grad.t() @ x)
+        x = problem.tensor(batch.x, "float16")
+        return lambda: _linear(x, weight, bias)
 
     return bind
-
-
-def _onednn_gradients(problem: Problem) -> Bind:
-    weight = torch.from_numpy(problem.dense)
-
-    def bind(batch: Batch) -> Call:
-        x, grad = torch.from_numpy(batch.x), torch.from_numpy(batch.grad)
-        return lambda: (_onednn(grad, weight.t()), _onednn(grad.t(), x.t()))
-
-    return bind
-
-
-def _csr_gradients(problem: Problem) -> Bind:
-    matrix = csr_matrix(problem.weight)
-    places, transposed = csr_tensor(matrix), csr_tensor(matrix.T.tocsr())
-
-    def bind(batch: Batch) -> Call:
-        x, grad = torch.from_numpy(batch.x), torch.from_numpy(batch.grad)
-        sampled = torch.sparse.sampled_addmm
-        return lambda: ((transposed @ grad.t()).t(), sampled(places, grad.t(), x, beta=0.0))
-
-    return bind
-
-
-def _csr_gradients_read(result: Any, problem: Problem) -> dict[str, NDArray[Any]]:
-    dx, sampled = result
-    return gradients_read((dx, sampled.values()), problem)
 
 
 def _update(problem: Problem) -> Bind:
-    weight, grad, mask = (torch.from_numpy(array) for array in problem.update_inputs)
+    weight, grad, mask = (problem.arrays.tensor(array) for array in problem.update_inputs)
     budget = problem.update_settings["nnz_budget"]
     share = problem.update_settings["drop_fraction"]
-    return lambda batch: lambda: updated_mask(weight, grad, mask, budget, share)
+    return lambda batch: lambda: _updated_mask(weight, grad, mask, budget, share)
 
 
-def updated_mask(weight: Any, grad: Any, mask: Any, budget: int, share: float) -> Any:
-    """Take the steps of the update (SPEC 4) by top-k, ties as they come, the clamp left out.
+def _updated_mask(weight: Any, grad: Any, mask: Any, budget: int, share: float) -> Any:
+    """Take the steps of the update (SPEC 4) with top-k, without its tie rule and its clamp.
 
-    Works on any device, and waits for it several times.
+    It waits for a GPU several times.
     """
     n_weights = int(mask.sum())
     n_prune = int(n_weights * share)
@@ -222,20 +361,26 @@ def updated_mask(weight: Any, grad: Any, mask: Any, budget: int, share: float) -
     return kept
 
 
-def _mask_read(result: Any, problem: Problem) -> dict[str, NDArray[Any]]:
-    return {"mask": np.asarray(result)}
-
-
 def _if_double(case: Case) -> str:
     return "has no float64" if case.dtype == "float64" else ""
 
 
-def _if_much_is_gathered(case: Case) -> str:
-    gathered = case.batch * case.layer.n_active * case.layer.fan_in
-    if case.layer.n_active < case.layer.n_out:
-        return "knows no ablated neurons"
-    return "takes long" if gathered > _MOST_GATHERED else ""
+def _if_one_row(case: Case) -> str:
+    return "one row need not be transposed" if case.batch == 1 else ""
 
 
-def _if_compiled_is_not_asked(case: Case) -> str:
-    return "" if case.compiled else "only where contenders compiled for the shape are asked for"
+def _unless_gathered_fits(most: int) -> Callable[[Case], str]:
+    def unfit(case: Case) -> str:
+        if case.layer.is_ablated:
+            return "has no ablated neurons"
+        gathered = case.batch * case.layer.nnz
+        return f"would gather over {most * 4 >> 20} MiB" if gathered > most else ""
+
+    return unfit
+
+
+def _unless_two_of_four_fits(case: Case) -> str:
+    sides = (case.layer.n_out, case.layer.n_in)
+    if any(side % _TWO_OF_FOUR_SIDE for side in sides):
+        return f"a weight of {sides} has a side that is not a multiple of {_TWO_OF_FOUR_SIDE}"
+    return ""

@@ -1,4 +1,4 @@
-"""CSR products by SciPy, which has one thread."""
+"""CSR products of SciPy, which has one thread."""
 
 from __future__ import annotations
 
@@ -9,18 +9,13 @@ import scipy.sparse
 
 from srigl_core import CondensedWeight
 from srigl_core.benchmarks.cases import Case
-from srigl_core.benchmarks.contenders.contender import (
-    Bind,
-    Call,
-    Contender,
-    gradients_read,
-)
+from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender, gradients_read
 from srigl_core.benchmarks.problems import Batch, Problem
 
 __all__ = ["contenders", "csr_matrix"]
 
 
-def contenders() -> list[Contender]:
+def contenders(device: str) -> list[Contender]:
     """Return the product and the gradients."""
     return [
         Contender("SciPy CSR", "csr", "forward", _product),
@@ -29,21 +24,21 @@ def contenders() -> list[Contender]:
             "csr",
             "backward",
             _gradients,
-            read=gradients_read,
+            gradients_read,
             unfit=_if_large,
         ),
     ]
 
 
 def csr_matrix(weight: CondensedWeight) -> Any:
-    """Return the weight as CSR with numbers of 32 bits, which are enough, and half to read."""
-    found = weight.to_csr()
-    row_starts, columns = (part.astype(np.int32) for part in (found.indptr, found.indices))
-    return scipy.sparse.csr_array((found.data, columns, row_starts), shape=found.shape)
+    """Return the weight as CSR with 32-bit indices, which suffice and take half the bytes."""
+    csr = weight.to_csr()
+    row_starts, columns = (part.astype(np.int32) for part in (csr.indptr, csr.indices))
+    return scipy.sparse.csr_array((csr.data, columns, row_starts), shape=csr.shape)
 
 
 def _product(problem: Problem) -> Bind:
-    matrix, bias = csr_matrix(problem.weight), problem.bias
+    matrix, bias = csr_matrix(problem.weight), problem.bias()
 
     def bind(batch: Batch) -> Call:
         if len(batch.x) == 1:
@@ -55,10 +50,9 @@ def _product(problem: Problem) -> Bind:
 
 
 def _gradients(problem: Problem) -> Bind:
-    """SciPy has no product of two dense matrices at given places: all are computed, some taken."""
-    weight = problem.weight
-    transposed = csr_matrix(weight).T.tocsr()
-    rows, columns = weight.active[:, None], weight.indices.astype(np.intp)
+    """Compute all entries of dvalues: SciPy has no product at the places of a sparse matrix."""
+    transposed = csr_matrix(problem.weight).T.tocsr()
+    rows, columns = problem.rows, problem.columns
 
     def bind(batch: Batch) -> Call:
         x, grad = batch.x, batch.grad

@@ -1,7 +1,7 @@
-"""When a condensed convolution pays: its time beside the dense one, by window and sparsity.
+"""Compare the time of condensed and dense convolutions, for several windows and sparsities.
 
 A 1x1 convolution is a product over the channels; a larger window is unfolded first, which copies
-the input. Weights are random. `--quick` makes few calls.
+the input. Weights are random. With `--quick` there are few calls.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SPARSITIES, IMAGES, SIDE = (0.9, 0.99), 4, 14
 
 
 def median_milliseconds(calls, seconds):
-    """Return the median time of each call, all called in turns."""
+    """Return the median time of each call; the calls take turns."""
     times = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -33,7 +33,7 @@ def median_milliseconds(calls, seconds):
             started = time.perf_counter()
             call()
             times[name].append(1e3 * (time.perf_counter() - started))
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(samples) for name, samples in times.items()}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Call one layer from NumPy, PyTorch and JAX, and compare the bits of the results.
 
-Subnormal numbers are among them: XLA's threads flush these to zero, the kernels do not.
+The inputs include subnormal numbers. XLA's threads flush them to zero, and the kernels do not.
 """
 
 import jax
@@ -36,9 +36,9 @@ def main() -> None:
     expected = results["NumPy, plan"]
     table = Table("called from", "result", "same bits", "subnormal results")
     for name, result in results.items():
-        found = np.asarray(result)
-        same = np.array_equal(found.view(np.uint32), expected.view(np.uint32))
-        tiny = np.count_nonzero((found != 0) & (np.abs(found) < np.finfo(np.float32).tiny))
+        numbers = np.asarray(result)
+        same = np.array_equal(numbers.view(np.uint32), expected.view(np.uint32))
+        tiny = np.count_nonzero((numbers != 0) & (np.abs(numbers) < np.finfo(np.float32).tiny))
         table.add_row(name, type(result).__name__, "yes" if same else "NO", str(tiny))
     Console(width=100).print(table)
 

@@ -1,6 +1,6 @@
-"""Train an MLP and a small ConvNet on digits by SRigL, masked and condensed: masks, time, memory.
+"""Train an MLP and a small ConvNet on digits with SRigL: masks, time and memory of both modes.
 
-Each run has a process of its own, so that its memory can be told. `--quick` takes seconds.
+Each run has its own process, so that its memory can be measured. With `--quick` it takes seconds.
 """
 
 import argparse
@@ -10,13 +10,15 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import nn
 
-from srigl_core.demo.dataset import load_digits
 from srigl_core.reference import UpdateSchedule
 from srigl_core.torch import SRigL
 
@@ -40,12 +42,22 @@ MODES = ("dense", "masked", "condensed")
 BATCH, SPARSITY = 64, 0.9
 
 
+def digits() -> list[torch.Tensor]:
+    """Return images to train on and to test on, standardised, and their labels."""
+    images, labels = load_digits(return_X_y=True)
+    x, test_x, y, test_y = train_test_split(
+        images, labels, test_size=0.25, random_state=0, stratify=labels
+    )
+    mean, scale = x.mean(axis=0), np.maximum(x.std(axis=0), 1.0)
+    x, test_x = (((part - mean) / scale).astype(np.float32) for part in (x, test_x))
+    return [torch.from_numpy(part) for part in (x, test_x, y, test_y)]
+
+
 def train(network: str, mode: str, steps: int, width: int) -> dict[str, object]:
-    """Return what became of one run."""
+    """Return the accuracy, time, memory and connections of one run."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    digits = load_digits()
-    x, y = torch.from_numpy(digits.train_x), torch.from_numpy(digits.train_y)
+    x, test_x, y, test_y = digits()
     model = NETWORKS[network](width)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     srigl = None
@@ -74,10 +86,10 @@ def train(network: str, mode: str, steps: int, width: int) -> dict[str, object]:
             srigl.step()
     seconds = time.perf_counter() - started
     with torch.no_grad():
-        found = model(torch.from_numpy(digits.test_x)).argmax(1)
+        predicted = model(test_x).argmax(1)
     masks = [srigl.mask(name) for name in srigl.trainer.budgets] if srigl else []
     return {
-        "accuracy": float((found == torch.from_numpy(digits.test_y)).double().mean()),
+        "accuracy": float((predicted == test_y).double().mean()),
         "milliseconds": 1e3 * seconds / steps,
         "tensors": tensor_bytes(model, optimizer, masks if mode == "masked" else []),
         "growth": peak_bytes() - before,
@@ -86,7 +98,7 @@ def train(network: str, mode: str, steps: int, width: int) -> dict[str, object]:
 
 
 def shared(some: list[list[int]], others: list[list[int]]) -> str:
-    """Return how many connections are the same: rounding may decide near ties another way."""
+    """Return the share of equal connections; rounding may decide near ties differently."""
     same = sum(len(set(a) & set(b)) for a, b in zip(some, others, strict=True))
     return f"{same / sum(map(len, some)):.2%}"
 
@@ -133,17 +145,17 @@ def main() -> None:
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
                     sys.exit(done.stderr)
-                found = json.loads(done.stdout)
+                result = json.loads(done.stdout)
                 if mode == "masked":
-                    masked = found["connections"]
+                    masked = result["connections"]
                 table.add_row(
                     network,
                     mode,
-                    f"{found['accuracy']:.1%}",
-                    f"{found['milliseconds']:.2f}",
-                    f"{found['tensors'] / 2**20:.1f} MiB",
-                    f"{found['growth'] / 2**20:+.0f} MiB",
-                    shared(masked, found["connections"]) if mode == "condensed" else "",
+                    f"{result['accuracy']:.1%}",
+                    f"{result['milliseconds']:.2f}",
+                    f"{result['tensors'] / 2**20:.1f} MiB",
+                    f"{result['growth'] / 2**20:+.0f} MiB",
+                    shared(masked, result["connections"]) if mode == "condensed" else "",
                 )
                 progress.advance(task)
     Console(width=100).print(table)

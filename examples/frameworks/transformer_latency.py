@@ -1,8 +1,8 @@
-"""Latency and memory of transformer layers at 90% sparsity, condensed, beside dense PyTorch.
+"""Compare latency and memory of condensed transformer layers at 90% sparsity with dense PyTorch.
 
-The MLP blocks of a ViT-B/16 (197 tokens an image) and a GPT-2 block that generates (one token a
-sequence, 256 before it), at batch 1 and 8. Weights are random: this is of time, not of accuracy.
-`--quick` takes two blocks and few calls, and compiles nothing.
+The layers are the MLP blocks of a ViT-B/16 (197 tokens an image) and a GPT-2 block that generates
+(one token a sequence, after 256 others), at batch 1 and 8. Weights are random, since only time is
+measured. With `--quick` there are two blocks and few calls, and nothing is compiled.
 """
 
 import argparse
@@ -36,7 +36,7 @@ class MlpBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """A GPT-2 block for the next token; keys and values of those before it are kept."""
+    """A GPT-2 block for the next token, with the keys and values of earlier tokens."""
 
     def __init__(self, linear):
         super().__init__()
@@ -58,7 +58,7 @@ def condensed(n_in, n_out):
 
 
 def networks(n_blocks):
-    """Return what makes each network of a kind of linear layer, and its inputs for a batch."""
+    """Return, for each network, functions that build it from linear layers and make its inputs."""
 
     def vit(linear):
         return nn.Sequential(*(MlpBlock(linear) for _ in range(n_blocks)))
@@ -73,7 +73,7 @@ def networks(n_blocks):
 
 
 def median_seconds(contenders, seconds):
-    """Return the median time of each call, all called in turns."""
+    """Return the median time of each call; the calls take turns."""
     times = {name: [] for name in contenders}
     for call in contenders.values():
         call()
@@ -85,7 +85,7 @@ def median_seconds(contenders, seconds):
             started = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(samples) for name, samples in times.items()}
 
 
 def mebibytes(model):
@@ -115,18 +115,18 @@ def main() -> None:
         for name, (make, inputs) in made.items():
             dense, sparse = make(nn.Linear).eval(), make(condensed).eval()
             for batch in (1, 8):
-                given = inputs(batch)
+                arguments = inputs(batch)
                 torch.compiler.reset()
                 models = {"dense": dense, "condensed": sparse}
                 if not options.quick:
                     models |= {f"{n}, compiled": torch.compile(m) for n, m in list(models.items())}
                 times = median_seconds(
-                    {n: functools.partial(m, *given) for n, m in models.items()},
+                    {n: functools.partial(m, *arguments) for n, m in models.items()},
                     0.2 if options.quick else 3.0,
                 )
                 best, ours = (
-                    min(t for n, t in times.items() if n.startswith(kind))
-                    for kind in ("dense", "condensed")
+                    min(t for n, t in times.items() if n.startswith(form))
+                    for form in ("dense", "condensed")
                 )
                 order = ("dense", "dense, compiled", "condensed", "condensed, compiled")
                 table.add_row(

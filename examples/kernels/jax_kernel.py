@@ -1,23 +1,23 @@
-"""Check a JAX kernel under jit, with a fault that is known and declared: it flushes subnormals.
+"""Check a JAX kernel under jit that has a known and declared fault: it flushes subnormals.
 
     python examples/kernels/jax_kernel.py [--quick]
 
 **The kernel** gathers, multiplies and sums, in float32 or, where an input is float64, in float64,
-and rounds once. JAX knows uint16 indices, bfloat16 arrays and `numpy.result_type`'s types, so
-`asarray=jnp.asarray` is all the conversion there is. Without `jax_enable_x64` it would make float32
-of float64 silently, and the law of the result's dtype would say so: then declare
+and rounds once. JAX supports uint16 indices, bfloat16 arrays and the dtypes of `numpy.result_type`,
+so the only conversion is `asarray=jnp.asarray`. Without `jax_enable_x64` it would silently convert
+float64 to float32, and the law about the result's dtype would fail: then declare
 ``KernelCapabilities(value_dtypes={"float16", "bfloat16", "float32"})``.
 
-**The fault.** XLA's threads on the CPU replace subnormal numbers by zero. SPEC 2 wants them
-honoured, and the problems have some, so laws fail: 0 comes out where 4e-45 * 3 should, and NaN
-where infinity times 4e-45 should be infinity. The kernel cannot mend that (`srigl_core.jax` calls
-back to another one, which honours them). So it is declared: `xfails` names each law that breaks,
-and why. They are tried all the same; the report says "expected failure", or "unexpected pass" where
-no problem showed it: after few examples, or on the day that XLA honours subnormals. Chance decides
-which problems come, so `laws_broken_by_subnormals` tries one that breaks every law declared.
+**The fault.** XLA's CPU threads replace subnormal numbers by zero. SPEC 2 requires them to be
+honoured, and some problems have them, so laws fail: the result is 0 instead of 4e-45 * 3, and NaN
+instead of infinity for infinity times 4e-45. The kernel cannot fix that (`srigl_core.jax` calls
+another kernel, which honours them). So the fault is declared: `xfails` names each law that breaks,
+and why. These laws are still tried. The report says "expected failure", or "unexpected pass" if no
+problem showed the fault: after few examples, or once XLA honours subnormals. Problems are random,
+so `laws_broken_by_subnormals` tries one that breaks every law declared.
 
-**What is behind it?** An expected failure hides any other mistake that breaks the same law. So a
-second check puts the kernel to the problems that have no subnormals, with nothing expected to fail:
+**Other faults.** An expected failure hides any other bug that breaks the same law. So a second
+check, with no expected failures, tries the kernel on problems without subnormals:
 `jax_matmul_of_larger_numbers` leaves the others to the reference.
 """
 
@@ -78,17 +78,17 @@ def jax_matmul(x, values, indices, active, n_out, bias=None):
 
 @declare(asarray=jnp.asarray)
 def jax_matmul_of_larger_numbers(x, weight: CondensedWeight, bias=None):
-    """Return the same where no number is tiny, and the reference's product elsewhere."""
-    smallest = np.sqrt(np.finfo(np.float32).tiny)  # so that a product of two is no subnormal
-    given = [np.abs(np.asarray(a, np.float64)) for a in (x, weight.values, bias) if a is not None]
-    if any(((a > 0) & (a < smallest)).any() for a in given):
+    """Return the same if no number is tiny, else the reference's product."""
+    smallest = np.sqrt(np.finfo(np.float32).tiny)  # products of such numbers are not subnormal
+    arrays = [np.abs(np.asarray(a, np.float64)) for a in (x, weight.values, bias) if a is not None]
+    if any(((a > 0) & (a < smallest)).any() for a in arrays):
         return condensed_matmul(x, weight, bias, backend="reference")
     parts = (weight.values, weight.indices, weight.active, weight.shape[0])
     return jax_matmul(x, *parts, bias)
 
 
 def laws_broken_by_subnormals() -> list[str]:
-    """Return which of the laws declared are broken by a subnormal times 3."""
+    """Return the declared laws that a subnormal times 3 breaks."""
     weight = CondensedWeight(np.full((2, 1), 3, np.float32), [[0], [0]], [0, 1], (3, 2))
     problem = MatmulProblem(
         weight,
@@ -108,7 +108,7 @@ def laws_broken_by_subnormals() -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Check a kernel of JAX.")
+    parser = argparse.ArgumentParser(description="Check a JAX kernel.")
     parser.add_argument("--quick", action="store_true", help="10 examples a law instead of 100")
     max_examples = 10 if parser.parse_args(arguments).quick else 100
     try:

@@ -2,28 +2,25 @@
 
     python examples/kernels/torch_compile_kernel.py [--quick]
 
-**The kernel** is the line that everybody writes, ``(x[:, indices] * values).sum(-1)``. PyTorch's
-compiler makes one loop in C++ of it, that needs no room for the gathered numbers. How that loop
-rounds, in which order it adds and what it does with NaN and subnormals is written nowhere: so it is
-checked.
+**The kernel** is the obvious line, ``(x[:, indices] * values).sum(-1)``. PyTorch compiles it to one
+C++ loop, which does not store the gathered numbers. It is not documented how that loop rounds, in
+which order it adds, and how it treats NaN and subnormals; so it is checked.
 
-**Conversion.** The arguments are made with `asarray`: that is `torch.from_numpy`, but for bfloat16,
-which NumPy knows from ml_dtypes and PyTorch does not take from there; `as_tensor` passes its bits.
-Results are taken back as they are. Tensors made so are in C order: problems with odd strides are
-not put to the kernel.
+**Conversion.** `asarray` converts the arguments. It is `torch.from_numpy`, except for bfloat16:
+PyTorch does not accept the dtype of ml_dtypes, so `as_tensor` passes the bits. Results need no
+conversion. The tensors are in C order, so no problem has other strides.
 
 **Indices.** uint16 saves memory, but PyTorch indexes with int32 or int64 only ("tensors used as
-indices must be long, int, byte or bool tensors"), so `index_dtype="int32"` has them cast before.
-That is right below 2**31 columns.
+indices must be long, int, byte or bool tensors"), so `index_dtype="int32"` casts them. int32 is
+enough for less than 2**31 columns.
 
-**Types.** float16 and bfloat16 are summed in float32 and rounded once. Left to itself, and run
-uncompiled, the line above rounds each product to float16: `product_is_within_the_error_bound` then
-fails within a few examples. The conversion is outside of the compiled part, which so sees two
-types, not twelve pairs.
+**Types.** float16 and bfloat16 are summed in float32 and rounded once. Uncompiled, the line above
+rounds each product to float16, and `product_is_within_the_error_bound` fails within a few
+examples. The conversion is outside the compiled function, which gets two dtypes, not twelve pairs.
 
-**What is checked?** torch.compile compiles again for other types, and for sizes 0 and 1, and after
-eight times, by default, goes on uncompiled without an error. The laws would then hold for something
-else. So the limit is raised here, and reaching it is an error.
+**What is checked?** torch.compile compiles again for other dtypes, and for the sizes 0 and 1. By
+default, after eight times it continues uncompiled, without an error: the laws would then test
+something else. So the limit is raised here, and reaching it is an error.
 """
 
 from __future__ import annotations
@@ -49,7 +46,7 @@ def gather_multiply_sum(
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:
-    """Return an array of any value type, of indices or of booleans as a tensor of its memory."""
+    """Return a tensor that shares the memory of an array."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
@@ -67,7 +64,7 @@ def torch_matmul(x, values, indices, active, n_out, bias=None):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Check a kernel of torch.compile.")
+    parser = argparse.ArgumentParser(description="Check a torch.compile kernel.")
     parser.add_argument("--quick", action="store_true", help="5 examples a law instead of 100")
     max_examples = 5 if parser.parse_args(arguments).quick else 100
     try:
@@ -77,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(report)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    print(f"compiled {compiled} times, for other types and sizes")
+    print(f"compiled {compiled} times, for different dtypes and sizes")
     return 0
 
 

@@ -1,7 +1,8 @@
-"""Checks of array arguments at the public door; each error says what was expected and what came."""
+"""Checks of the arguments of public functions; errors say what was expected and what was passed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,69 +19,70 @@ __all__ = [
     "check_generator",
     "check_integer",
     "check_lengths",
+    "check_out",
     "check_real",
     "check_workspace",
     "overlaps_itself",
 ]
 
 _WORKSPACE_ALIGNMENT = 16
-"""Bytes; kernels load as many at a time."""
+"""In bytes: the size of a kernel's widest loads."""
 
 
 def as_float_array(array: object, what: str) -> NDArray[Any]:
-    """Return `array` as an ndarray of a value type, without a copy but for foreign byte order.
+    """Return `array` as an ndarray of a value type; only foreign byte order makes a copy.
 
     Parameters
     ----------
     array : array
-        NumPy's, PyTorch's, JAX's or TensorFlow's, a memoryview, or an object with
+        A NumPy, PyTorch or JAX array, a memoryview, or another object with
         ``__array_interface__`` or ``__dlpack__``; in the host's memory.
     what : str
-        Its name, for error messages.
+        Name of the argument, for error messages.
 
     Raises
     ------
     ValueTypeError
-        If it is no such object, or holds other numbers.
+        If it is not such an object, or has another dtype.
     """
     if isinstance(array, np.ma.MaskedArray):
         raise ValueTypeError(f"{what} is a masked array; pass its .filled(0), or its .data")
-    found = _on_host(array, what)
-    if found is None:
+    result = _on_host(array, what)
+    if result is None:
         raise ValueTypeError(
             f"{what} must be an array (NumPy, __array_interface__ or CPU DLPack), got "
             f"{type(array).__name__}; convert it with numpy.asarray(..., dtype=numpy.float32)"
         )
-    dtype = value_dtype(found.dtype, f"{what} of dtype")
-    return found if found.dtype == dtype else found.astype(dtype)
+    dtype = value_dtype(result.dtype, f"{what} of dtype")
+    return result if result.dtype == dtype else result.astype(dtype)
 
 
 def as_mask(mask: object, shape: tuple[int, ...] | None, what: str = "mask") -> NDArray[np.bool_]:
-    """Return `mask` as a boolean array of `shape`, or of any if that is None.
+    """Return `mask` as a boolean array of `shape`, or of any shape if that is None.
 
     Raises
     ------
     ValueTypeError
-        If it is not an array of bool: numbers are not guessed to be masks.
+        If it is not an array of bool. Arrays of numbers are not taken for masks.
     SriglError
         If it has another shape.
     """
-    found = None if isinstance(mask, np.ma.MaskedArray) else _on_host(mask, what)
-    if found is None or found.dtype != np.bool_:
-        came = type(mask).__name__ if found is None else f"dtype {found.dtype}"
-        raise ValueTypeError(f"{what} must be an array of bool, got {came}; pass mask != 0")
-    if shape is not None and found.shape != shape:
-        raise SriglError(f"{what} has shape {found.shape}, but must have {shape}")
-    return found
+    result = None if isinstance(mask, np.ma.MaskedArray) else _on_host(mask, what)
+    if result is None or result.dtype != np.bool_:
+        actual = type(mask).__name__ if result is None else f"dtype {result.dtype}"
+        raise ValueTypeError(f"{what} must be an array of bool, got {actual}; pass mask != 0")
+    if shape is not None and result.shape != shape:
+        raise SriglError(f"{what} has shape {result.shape}, but must have {shape}")
+    return result
 
 
 def _on_host(array: object, what: str) -> NDArray[Any] | None:
-    """Return an array as one of NumPy's, of the same memory; None for what is no array."""
+    """Return an array as a NumPy array of the same memory, or None if it is not an array."""
     if isinstance(array, np.ndarray):
-        return np.asarray(array)  # numpy.matrix has products of its own
+        return np.asarray(array)  # subclasses such as numpy.matrix define other products
     hint = "a NumPy array, for example what its .numpy() or numpy.asarray(...) gives"
-    found: NDArray[Any] | None = as_array(array, what, _read, hint)
-    return found
+    result: NDArray[Any] | None = as_array(array, what, _read, hint)
+    return result
 
 
 def _read(array: Any) -> NDArray[Any] | None:
@@ -113,7 +115,7 @@ def check_lengths(shape: object, what: str) -> tuple[int, ...]:
     Raises
     ------
     ValueTypeError
-        If it is no tuple or list of integers.
+        If it is not a tuple or list of integers.
     SriglError
         If a length is negative.
     """
@@ -123,12 +125,12 @@ def check_lengths(shape: object, what: str) -> tuple[int, ...]:
 
 
 def check_generator(rng: object) -> np.random.Generator:
-    """Return `rng`, or a new generator where it is a seed or None.
+    """Return `rng` if it is a generator, or a new generator if it is a seed or None.
 
     Raises
     ------
     ValueTypeError
-        If it is neither.
+        If it is anything else.
     SriglError
         If the seed is negative.
     """
@@ -164,48 +166,63 @@ def as_out(out: object, shape: tuple[int, ...], inputs: dict[str, NDArray[Any]])
     Raises
     ------
     ValueTypeError
-        If `out` is no array of a value type, or its library lets nobody write to it.
+        If `out` is not an array of a value type, or the arrays of its library are read-only.
     SriglError
         If its shape differs, it is read-only, several of its elements share memory, or it shares
         memory with one of `inputs`.
     """
     if type(out) is not np.ndarray:
         library_of(out).check_writable(out, "out")
-    found = None if isinstance(out, np.ma.MaskedArray) else _on_host(out, "out")
-    if found is None:
+    result = None if isinstance(out, np.ma.MaskedArray) else _on_host(out, "out")
+    if result is None:
         raise ValueTypeError(f"out must be an array, got {type(out).__name__}")
-    if value_dtype(found.dtype, "out of dtype") != found.dtype:
-        raise ValueTypeError(f"out of dtype {found.dtype.str!r} must be in native byte order")
-    if found.shape != shape:
-        raise SriglError(f"out has shape {found.shape}, but the result has {shape}")
-    if not found.flags.writeable:
+    if value_dtype(result.dtype, "out of dtype") != result.dtype:
+        raise ValueTypeError(f"out of dtype {result.dtype.str!r} must be in native byte order")
+    if not result.flags.writeable:
         raise SriglError("out is read-only; pass a writeable array")
-    if found.size and overlaps_itself(found):
+    check_out(result, shape, inputs, _share_memory)
+    return result
+
+
+def check_out(
+    out: Any,
+    shape: tuple[int, ...],
+    inputs: Mapping[str, Any],
+    share_memory: Callable[[Any, Any], bool],
+) -> None:
+    """Check that a result of `shape` can be written to an array of NumPy or of a device.
+
+    Raises
+    ------
+    SriglError
+        If the shape differs, several elements share memory, or `out` shares memory with an input.
+    """
+    if out.shape != shape:
+        raise SriglError(f"out has shape {out.shape}, but the result has {shape}")
+    if out.size and overlaps_itself(out):
         raise SriglError(
-            f"out of strides {found.strides} has elements that share memory; pass an array of its "
-            f"own"
+            f"out of strides {out.strides} has elements that share memory; pass an array of its own"
         )
     for name, array in inputs.items():
-        if np.may_share_memory(found, array) and _share_memory(found, array):
+        if share_memory(out, array):
             raise SriglError(f"out shares memory with {name}, which must not be written; copy one")
-    return found
 
 
 def check_workspace(workspace: Any, address: int) -> None:
-    """Check that an array, NumPy's or a device's, is bytes that kernels can use as they like.
+    """Check that an array of NumPy or of a device can be the working memory of kernels.
 
     Parameters
     ----------
     workspace : array
     address : int
-        Of its first byte.
+        Address of its first byte.
 
     Raises
     ------
     ValueTypeError
-        If it holds anything but bytes.
+        If its dtype is not uint8.
     SriglError
-        If it is not one run of bytes, or begins at an odd address.
+        If it is not one-dimensional and contiguous, or is not aligned.
     """
     if workspace.dtype != np.uint8:
         raise ValueTypeError(f"workspace must be an array of uint8, got {workspace.dtype}")
@@ -222,6 +239,8 @@ def check_workspace(workspace: Any, address: int) -> None:
 
 
 def _share_memory(out: NDArray[Any], array: NDArray[Any]) -> bool:
+    if not np.may_share_memory(out, array):
+        return False
     try:
         return np.shares_memory(out, array, max_work=10_000)  # type: ignore[arg-type] # numpy: any int
     except np.exceptions.TooHardError:
@@ -229,7 +248,7 @@ def _share_memory(out: NDArray[Any], array: NDArray[Any]) -> bool:
 
 
 def overlaps_itself(array: Any) -> bool:
-    """Return whether several elements of an array, NumPy's or a device's, may share memory."""
+    """Return whether elements of an array of NumPy or of a device may share memory."""
     reach = array.itemsize
     for stride, length in sorted(
         (abs(stride), length)

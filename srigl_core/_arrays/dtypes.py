@@ -1,8 +1,7 @@
-"""Which number types a condensed layer may hold, and how they combine (SPEC 1 and 2).
+"""The value types of a condensed layer, and how they combine (SPEC 1 and 2).
 
-bfloat16 is not a NumPy type: it comes from ``ml_dtypes``, which is imported only when a
-bfloat16 array has to be made here. Recognising one needs no import, since its dtype can exist
-only if somebody has imported ``ml_dtypes`` already.
+NumPy has no bfloat16. Its dtype comes from ``ml_dtypes``, which is imported only to make a bfloat16
+array. Recognising one needs no import: its dtype exists only once ``ml_dtypes`` is imported.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def value_dtype(dtype: DTypeLike, what: str = "dtype") -> np.dtype[Any]:
     dtype : dtype-like
         A NumPy dtype, or a name from `VALUE_TYPES`.
     what : str
-        What carries the dtype, for the error message.
+        Name of the argument that has the dtype, for the error message.
 
     Returns
     -------
@@ -52,26 +51,26 @@ def value_dtype(dtype: DTypeLike, what: str = "dtype") -> np.dtype[Any]:
     Raises
     ------
     ValueTypeError
-        If `dtype` is none of the four.
+        If `dtype` is not one of the four.
     """
     if isinstance(dtype, str) and dtype == "bfloat16":
         import ml_dtypes
 
         dtype = ml_dtypes.bfloat16
     try:
-        found: np.dtype[Any] = np.dtype(dtype)
+        result: np.dtype[Any] = np.dtype(dtype)
     except TypeError:
         raise ValueTypeError(
             f"{what} {dtype!r} is not a number type; use one of {', '.join(VALUE_TYPES)}"
         ) from None
-    if found in _NATIVE:
-        return _NATIVE[found]
-    if found.name == "bfloat16":
-        return found
-    if found.kind == "f" and found.newbyteorder("=") in _NATIVE:
-        return found.newbyteorder("=")
+    if result in _NATIVE:
+        return _NATIVE[result]
+    if result.name == "bfloat16":
+        return result
+    if result.kind == "f" and result.newbyteorder("=") in _NATIVE:
+        return result.newbyteorder("=")
     raise ValueTypeError(
-        f"{what} {found.name!r} is not supported; convert to one of {', '.join(VALUE_TYPES)} "
+        f"{what} {result.name!r} is not supported; convert to one of {', '.join(VALUE_TYPES)} "
         f"first, for example array.astype(numpy.float32)"
     )
 
@@ -82,7 +81,7 @@ def result_dtype(x: np.dtype[Any], values: np.dtype[Any]) -> np.dtype[Any]:
     Raises
     ------
     ValueTypeError
-        If one is float16 and the other bfloat16: neither holds the other.
+        If one is float16 and the other bfloat16: neither can represent the other.
     """
     if x == values:
         return x
@@ -95,31 +94,31 @@ def result_dtype(x: np.dtype[Any], values: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def accumulator_dtype(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
-    """Return float64 where any of `dtypes` is float64, else float32 (SPEC 2, Types)."""
+    """Return float64 if any of `dtypes` is float64, else float32 (SPEC 2, Types)."""
     wide = any(dtype == np.float64 for dtype in dtypes)
     return np.dtype(np.float64 if wide else np.float32)
 
 
 def index_dtype(n_in: int) -> np.dtype[Any]:
-    """Return uint16 where it can number `n_in` columns, else uint32 (SPEC 1)."""
+    """Return uint16 if it can number `n_in` columns, else uint32 (SPEC 1)."""
     return np.dtype(np.uint16 if n_in <= 65536 else np.uint32)
 
 
 def is_half(dtype: np.dtype[Any]) -> bool:
     """Whether `dtype` is one of the two 16-bit value types."""
-    return dtype.char in ("e", "E")  # NumPy's float16 and ml_dtypes' bfloat16; their names are slow
+    return dtype.char in ("e", "E")  # float16, and bfloat16 of ml_dtypes; `dtype.name` is slow
 
 
 def as_float_view(array: NDArray[Any]) -> NDArray[Any]:
-    """Return `array` itself, or its exact float32 copy where it holds 16-bit numbers."""
+    """Return `array` itself, or an exact float32 copy of 16-bit numbers."""
     return array.astype(np.float32) if is_half(array.dtype) else array
 
 
 def round_to(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Round `array` once, to nearest even, to `dtype`.
 
-    NumPy does that for its own types. ``ml_dtypes`` turns float64 into bfloat16 by way of
-    float32, which rounds twice; going there by round-to-odd makes the second rounding exact
+    NumPy rounds its own types once. ``ml_dtypes`` converts float64 to bfloat16 through float32,
+    which rounds twice. Here the first rounding is to odd, which makes the second one exact
     (S. Boldo and G. Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
 
     Parameters

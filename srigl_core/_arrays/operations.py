@@ -160,7 +160,6 @@ class HostArrays(ArrayOps):
         return honour_subnormals()
 
     def as_workspace(self, workspace: object, others: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
-        """Return `workspace`, checked."""
         if type(workspace) is not np.ndarray:
             raise ValueTypeError(
                 f"workspace must be a NumPy array of uint8, got {type(workspace).__name__}"
@@ -174,7 +173,6 @@ class HostArrays(ArrayOps):
         return workspace
 
     def count_nonfinite(self, array: NDArray[Any], mask: NDArray[np.bool_] | None = None) -> int:
-        """Return how many numbers are NaN or infinite, where `mask` is True if there is one."""
         nonfinite = ~_is_finite(array)
         return int(np.count_nonzero(nonfinite if mask is None else mask & nonfinite))
 
@@ -187,23 +185,19 @@ class HostArrays(ArrayOps):
         return np.ndarray(shape, dtype, memory, -memory.ctypes.data % _ALIGNMENT)
 
     def assign(self, target: NDArray[Any], source: NDArray[Any] | int) -> None:
-        """Copy `source` to `target`."""
         target[...] = source
 
     def accumulate(self, total: NDArray[Any] | None, array: NDArray[Any]) -> NDArray[Any]:
-        """Return ``total + array``, or a copy of `array`, in the accumulator's dtype."""
         widened = array.astype(accumulator_dtype(array.dtype))
         with honour_subnormals(), np.errstate(over="ignore", invalid="ignore"):
             return widened if total is None else total + widened
 
     def divide(self, array: NDArray[Any], divisor: int) -> NDArray[Any]:
-        """Return ``array / divisor``."""
         with honour_subnormals():
             quotient: NDArray[Any] = array / divisor
         return quotient
 
     def row_counts(self, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Return how many elements of each row of a mask are True."""
         counts: NDArray[np.int64] = np.count_nonzero(mask.reshape(mask.shape[0], -1), axis=1)
         return counts
 

@@ -1,4 +1,4 @@
-"""Which inputs each active neuron of a constant fan-in layer has (SPEC 1)."""
+"""The connections of a constant fan-in layer: the inputs of each active neuron (SPEC 1)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Connections:
     SriglError
         If shapes disagree, a number is out of range or out of order, or nothing is active.
     ValueTypeError
-        If an array holds anything but integers.
+        If an array does not hold integers.
 
     Notes
     -----
@@ -282,7 +282,7 @@ def _integers(numbers: ArrayLike, what: str) -> NDArray[Any]:
 
 
 def _ascending(array: NDArray[Any], what: str, limit: int) -> NDArray[np.int64]:
-    """Return a copy as int64, once it is found to ascend along its last axis, in 0..limit."""
+    """Return an int64 copy of an array; check that it is below `limit`, and ascends along rows."""
     wrong = (array < 0) | (array >= limit)
     if wrong.any():
         raise SriglError(f"{what} holds {array[wrong][0]}, but must lie in 0..{limit - 1}")

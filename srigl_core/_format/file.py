@@ -1,7 +1,7 @@
 """Condensed weights in safetensors files: plain arrays plus metadata.
 
-A layer called ``fc1`` is stored as ``fc1.values``, ``fc1.indices`` and ``fc1.active``, with its
-dense shape and the name of its value type in the metadata; other arrays are stored as they are.
+A layer called ``fc1`` is stored as ``fc1.values``, ``fc1.indices`` and ``fc1.active``. Its dense
+shape and the name of its value type are in the metadata. Other arrays are stored as they are.
 bfloat16 is stored as uint16, since safetensors' NumPy loader does not know it. Everything read is
 validated before it is used.
 """
@@ -22,7 +22,18 @@ from srigl_core._arrays.dtypes import VALUE_TYPES, index_dtype, value_dtype
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
 
-__all__ = ["FORMAT_VERSION", "load_condensed", "read_whole", "save_condensed", "write_whole"]
+__all__ = [
+    "FORMAT_VERSION",
+    "array_names",
+    "layer_metadata",
+    "load_condensed",
+    "read_layers",
+    "read_whole",
+    "save_condensed",
+    "take_weight",
+    "weight_arrays",
+    "write_whole",
+]
 
 FORMAT_VERSION = "1"
 
@@ -36,20 +47,20 @@ def save_condensed(
     path: str | os.PathLike[str],
     tensors: CondensedWeight | Mapping[str, CondensedWeight | NDArray[Any]],
 ) -> None:
-    """Write condensed weights, and arrays that go with them such as biases, to one file.
+    """Write condensed weights, and other arrays such as biases, to one file.
 
     Parameters
     ----------
     path : path-like
         Replaced as a whole: a reader sees the old file or the new one.
     tensors : CondensedWeight, or mapping of str to CondensedWeight or ndarray
-        One weight alone is called "weight".
+        A single weight gets the name "weight".
 
     Raises
     ------
     ValueTypeError
-        If something else is to be saved, or an array of a dtype safetensors does not store, or a
-        name is no string.
+        If an entry is neither, an array has a dtype that safetensors does not store, or a name is
+        not a string.
     SriglError
         If two names collide, or a name cannot be stored.
     """
@@ -63,20 +74,20 @@ def save_condensed(
             f"{type(tensors).__name__}"
         )
     arrays: dict[str, NDArray[Any]] = {}
-    layers: dict[str, dict[str, Any]] = {}
+    layers: dict[str, CondensedWeight] = {}
     for name, tensor in tensors.items():
         _check_name(name)
-        parts = _weight_arrays(name, tensor) if isinstance(tensor, CondensedWeight) else None
         if isinstance(tensor, CondensedWeight):
-            layers[name] = {"shape": list(tensor.shape), "dtype": tensor.dtype.name}
-        for key, array in (parts or {name: _plain_array(name, tensor)}).items():
+            layers[name], parts = tensor, weight_arrays(name, tensor)
+        else:
+            parts = {name: _plain_array(name, tensor)}
+        for key, array in parts.items():
             if key in arrays:
                 raise SriglError(f"two tensors would be stored as {key!r}; rename one")
             if key == _RESERVED:
                 raise SriglError(f"safetensors keeps the name {key!r} for itself; rename the array")
             arrays[key] = array
-    metadata = {_VERSION_KEY: FORMAT_VERSION, _LAYERS_KEY: json.dumps(layers)}
-    write_whole(Path(path), save(arrays, metadata=metadata))
+    write_whole(Path(path), save(arrays, metadata=layer_metadata(layers)))
 
 
 def load_condensed(path: str | os.PathLike[str]) -> dict[str, CondensedWeight | NDArray[Any]]:
@@ -93,24 +104,45 @@ def load_condensed(path: str | os.PathLike[str]) -> dict[str, CondensedWeight | 
     Raises
     ------
     FileFormatError
-        If the file is truncated, of another format or version, or what it holds is not a valid
-        condensed weight: a wrong dtype or shape, an index out of range or out of order.
+        If the file is truncated, has another format or version, or holds an invalid condensed
+        weight: a wrong dtype or shape, an index out of range or out of order.
     OSError
         If the file cannot be read.
     """
     arrays, metadata = read_whole(path, "np")
     try:
-        return _tensors(arrays, _layers(metadata))
+        weights = {
+            name: take_weight(arrays, name, layer) for name, layer in read_layers(metadata).items()
+        }
+        collisions = weights.keys() & arrays.keys()
+        if collisions:
+            raise FileFormatError(f"{sorted(collisions)} name both a layer and an array")
+        return weights | arrays
     except SriglError as error:
         raise FileFormatError(f"{os.fspath(path)!r}: {error}") from error
 
 
-def _weight_arrays(name: str, weight: CondensedWeight) -> dict[str, NDArray[Any]]:
+def array_names(name: str) -> list[str]:
+    """Return the names under which the arrays of a layer are stored."""
+    return [f"{name}.{part}" for part in _PARTS]
+
+
+def weight_arrays(name: str, weight: CondensedWeight) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a layer as they are stored, by their names in the file."""
     arrays = {**weight.value_arrays, "indices": weight.indices, "active": weight.active}
     return {
         f"{name}.{part}": array.view(np.uint16) if array.dtype.name == "bfloat16" else array
         for part, array in arrays.items()
     }
+
+
+def layer_metadata(layers: Mapping[str, CondensedWeight]) -> dict[str, str]:
+    """Return the metadata of a file that holds these layers."""
+    described = {
+        name: {"shape": list(weight.shape), "dtype": weight.dtype.name}
+        for name, weight in layers.items()
+    }
+    return {_VERSION_KEY: FORMAT_VERSION, _LAYERS_KEY: json.dumps(described)}
 
 
 def _check_name(name: object) -> None:
@@ -119,7 +151,7 @@ def _check_name(name: object) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise SriglError(f"tensor name {name!r} is no valid Unicode; rename it") from None
+        raise SriglError(f"tensor name {name!r} is not valid Unicode; rename it") from None
 
 
 def _plain_array(name: str, array: object) -> NDArray[Any]:
@@ -137,12 +169,12 @@ def _plain_array(name: str, array: object) -> NDArray[Any]:
 def read_whole(
     path: str | os.PathLike[str], framework: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the tensors of a safetensors file, of a framework that it knows, and its metadata.
+    """Return a safetensors file's tensors, of the framework "np" or "pt", and its metadata.
 
     Raises
     ------
     FileFormatError
-        If it is no such file, or a part of one.
+        If it is not a safetensors file, or a truncated one.
     OSError
         If it cannot be read.
     """
@@ -161,7 +193,7 @@ def read_whole(
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, or leave what is there as it is if that fails."""
+    """Write a file as a whole; an existing file stays as it is if that fails."""
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -172,15 +204,23 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
-def _layers(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def read_layers(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return shape and dtype of each layer in a file, by its metadata.
+
+    Raises
+    ------
+    FileFormatError
+        If the file has another format or version.
+    """
     version = metadata.get(_VERSION_KEY)
     if version is None:
         raise FileFormatError(
-            "the file has no srigl_core.format_version; it was not written by save_condensed"
+            "the file has no srigl_core.format_version; it was not written by save_condensed or "
+            "save_model"
         )
     if version != FORMAT_VERSION:
         raise FileFormatError(
-            f"the file is of format version {version!r}, but this srigl-core reads "
+            f"the file has format version {version!r}, but this srigl-core reads "
             f"{FORMAT_VERSION!r}; use the srigl-core that wrote it, or a newer one"
         )
     try:
@@ -195,23 +235,23 @@ def _layers(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         ) from error
 
 
-def _tensors(
-    arrays: dict[str, NDArray[Any]], layers: Mapping[str, Mapping[str, Any]]
-) -> dict[str, CondensedWeight | NDArray[Any]]:
-    tensors: dict[str, CondensedWeight | NDArray[Any]] = {}
-    for name, layer in layers.items():
-        missing = [f"{name}.{part}" for part in _PARTS if f"{name}.{part}" not in arrays]
-        if missing:
-            raise FileFormatError(f"layer {name!r} lacks {', '.join(map(repr, missing))}")
-        parts = [arrays.pop(f"{name}.{part}") for part in _PARTS]
-        try:
-            tensors[name] = _weight(*parts, **layer)
-        except SriglError as error:
-            raise FileFormatError(f"layer {name!r}: {error}") from error
-    collisions = tensors.keys() & arrays.keys()
-    if collisions:
-        raise FileFormatError(f"{sorted(collisions)} name both a layer and an array")
-    return tensors | arrays
+def take_weight(
+    arrays: dict[str, NDArray[Any]], name: str, layer: Mapping[str, Any]
+) -> CondensedWeight:
+    """Remove a layer's stored arrays from `arrays`, and return its weight.
+
+    Raises
+    ------
+    FileFormatError
+        If an array is missing, or the arrays are not a valid weight.
+    """
+    missing = [key for key in array_names(name) if key not in arrays]
+    if missing:
+        raise FileFormatError(f"layer {name!r} lacks {', '.join(map(repr, missing))}")
+    try:
+        return _weight(*(arrays.pop(key) for key in array_names(name)), **layer)
+    except SriglError as error:
+        raise FileFormatError(f"layer {name!r}: {error}") from error
 
 
 def _weight(

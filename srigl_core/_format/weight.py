@@ -22,7 +22,7 @@ __all__ = ["CondensedWeight", "MemoryReport", "check_condensed"]
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes of a layer in three forms; printing it gives a small table.
+    """Bytes of a layer in three forms. It prints as a small table.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class MemoryReport:
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
 class CondensedWeight:
-    """An immutable constant fan-in weight, packed: connections and a value for each.
+    """An immutable, packed constant fan-in weight: connections, and one value for each.
 
     Row ``active[i]`` of the dense weight has ``values[i, j]`` at column ``indices[i, j]``, and
     zeros elsewhere. Rows that are not in `active` are ablated. A value of 0.0 is still active:
@@ -110,7 +110,7 @@ class CondensedWeight:
     values: NDArray[Any]
     connections: Connections
     _plans: dict[Any, Any] = field(default_factory=dict)
-    """Those that `srigl_core._plan.plan_of` made, by backend."""
+    """The plans that `srigl_core._plan.plan_of` made, by backend."""
 
     def __init__(
         self, values: ArrayLike, indices: ArrayLike, active: ArrayLike, shape: tuple[int, int]
@@ -118,7 +118,7 @@ class CondensedWeight:
         self._set(as_float_array(values, "values"), Connections(indices, active, shape))
 
     def _set(self, values: NDArray[Any], connections: Connections) -> None:
-        """Take over checked connections and a copy of the values.
+        """Store checked connections and a copy of the values.
 
         Every weight is made here. A scale for each neuron would be one more array beside `values`,
         here and in `value_arrays`.
@@ -136,7 +136,7 @@ class CondensedWeight:
 
     @classmethod
     def from_connections(cls, values: ArrayLike, connections: Connections) -> CondensedWeight:
-        """Return a weight on connections that are checked already, and shared.
+        """Return a weight on connections, which it shares.
 
         Parameters
         ----------
@@ -181,8 +181,8 @@ class CondensedWeight:
     def from_nonzero(cls, weight: ArrayLike) -> CondensedWeight:
         """Pack the entries of `weight` that are not zero.
 
-        An active weight that happens to be 0.0, such as one just grown, is lost: use `from_dense`
-        with the mask wherever there is one.
+        An active weight of 0.0, such as one that was just grown, is lost. If there is a mask, use
+        `from_dense`.
 
         Parameters
         ----------
@@ -199,7 +199,7 @@ class CondensedWeight:
 
     @classmethod
     def from_csr(cls, matrix: Any) -> CondensedWeight:
-        """Pack a SciPy sparse matrix; its stored entries are active, stored zeros included.
+        """Pack a SciPy sparse matrix. Its stored entries are active, zeros included.
 
         Parameters
         ----------
@@ -209,9 +209,9 @@ class CondensedWeight:
         Raises
         ------
         ValueTypeError
-            If it is no SciPy sparse matrix, or its numbers are not of a value type.
+            If it is not a SciPy sparse matrix, or its dtype is not a value type.
         SriglError
-            If its rows do not all store the same number of entries or none.
+            If a row does not store the common number of entries, or none.
         """
         import scipy.sparse
 
@@ -221,7 +221,7 @@ class CondensedWeight:
                 f"array use from_dense"
             )
         try:
-            # A pointer out of range would have SciPy's compiled code read beyond its arrays.
+            # With a pointer out of range, SciPy's compiled code would read beyond its arrays.
             getattr(matrix, "check_format", lambda full_check: None)(full_check=True)
             csr = scipy.sparse.csr_array(matrix, copy=True)
             csr.sum_duplicates()
@@ -232,8 +232,9 @@ class CondensedWeight:
         if not active.size or np.unique(counts[active]).size > 1:
             raise SriglError(
                 f"matrix is not constant fan-in: its rows store from {counts.min()} to "
-                f"{counts.max()} entries (row {counts.argmax()}), where all must store the same "
-                f"number or none, and at least one some; pad or prune rows to one count"
+                f"{counts.max()} entries (row {counts.argmax()}), but each row must store the "
+                f"same number or none, and at least one row must store some; pad or prune rows to "
+                f"one count"
             )
         shape = (active.size, counts[active[0]])
         return cls(csr.data.reshape(shape), csr.indices.reshape(shape), active, csr.shape)
@@ -403,8 +404,8 @@ class CondensedWeight:
     def as_linear_operator(self) -> scipy.sparse.linalg.LinearOperator:
         """Return this weight as a SciPy linear operator, with its transpose.
 
-        Operands are checked as in `condensed_matmul`. Integers, with which SciPy tries operators
-        out, are cast to the weight's dtype.
+        Operands are checked as in `condensed_matmul`. Integers, with which SciPy probes operators,
+        are cast to the weight's dtype.
 
         Raises
         ------
@@ -438,7 +439,7 @@ class CondensedWeight:
         )
 
     def _plan(self) -> Any:
-        # Imported here: plans are made of weights, so that their module imports this one.
+        # Imported here, since the module of plans imports this one.
         from srigl_core._plan import plan_of
 
         return plan_of(self)

@@ -13,7 +13,7 @@ from srigl_core._format.connections import Connections, flat_shape
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._registry import get_backend
 from srigl_core._training.config import TrainingConfig
-from srigl_core._training.methods.srigl import Srigl, initial_fan_in
+from srigl_core._training.methods.srigl import SRIGL, initial_fan_in
 from srigl_core._training.skeleton import TrainerSkeleton, entry_of, error_context
 from srigl_core._update import CondensedUpdate, GradientRows
 from srigl_core.contract import Backend
@@ -91,7 +91,7 @@ class CondensedTrainer(TrainerSkeleton):
         track_itop: bool = True,
     ) -> None:
         super().__init__(shapes, sparsity=sparsity, schedule=schedule, config=config)
-        if not isinstance(self._method, Srigl):
+        if self._method is not SRIGL:
             raise SriglError(
                 f"method={self.config.method!r} cannot train condensed layers, which need "
                 f"method='srigl'; use masked training"

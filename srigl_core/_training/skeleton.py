@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from srigl_core._arrays.checks import check_integer
 from srigl_core._format.connections import flat_shape
 from srigl_core._training.config import LayerOptions, TrainingConfig
-from srigl_core._training.methods import get_method
+from srigl_core._training.methods import Method, get_method
 from srigl_core._update import UpdateOptions, UpdateSettings
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.distributions import LayerBudget, erk, nnz_budget, uniform
@@ -48,7 +48,6 @@ class TrainerSkeleton(ABC):
         if not isinstance(config, TrainingConfig):
             raise ValueTypeError(f"config must be a TrainingConfig, got {type(config).__name__}")
         self.config = config
-        self._method = get_method(config.method)
         if not isinstance(schedule, UpdateSchedule):
             schedule = UpdateSchedule.for_training(schedule)
         self._schedule = schedule
@@ -57,6 +56,10 @@ class TrainerSkeleton(ABC):
         self.budgets = _budgets(shapes, sparsity, config.distribution, self._options)
         self._rng = np.random.default_rng(config.seed)
         self.step_count = 0
+
+    @property
+    def _method(self) -> Method:
+        return get_method(self.config.method)  # not kept, so that trainers can be pickled
 
     @property
     def needs_grad(self) -> bool:

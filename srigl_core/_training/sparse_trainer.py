@@ -13,6 +13,7 @@ from srigl_core._arrays.checks import as_float_array, as_mask, check_integer
 from srigl_core._arrays.operations import HOST_ARRAYS, ArrayOps
 from srigl_core._registry import get_backend
 from srigl_core._training.config import TrainingConfig
+from srigl_core._training.methods import LayerState
 from srigl_core._training.skeleton import TrainerSkeleton, entry_of, error_context
 from srigl_core._update import MaskUpdate
 from srigl_core.contract import Backend
@@ -214,13 +215,10 @@ class SparseTrainer(TrainerSkeleton):
                         f"is True"
                     )
                 grad = arrays.divide(*self._window[name])
+            weight = arrays.as_float_array(weight, "weight")
+            settings = self._update_settings(name)
             return self._method.update(
-                arrays.as_float_array(weight, "weight"),
-                grad,
-                self.masks[name],
-                self._update_settings(name),
-                rng=self._rng,
-                backend=self._backend,
+                LayerState(weight, grad, self.masks[name], settings, self._rng, self._backend)
             )
 
     def _take(self, name: str, update: MaskUpdate) -> None:

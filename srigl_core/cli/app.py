@@ -46,26 +46,28 @@ def verify(
         list[str] | None,
         typer.Argument(
             metavar="KERNEL",
-            help="A registered backend, or module:attribute, which may be a class or a function. "
-            "All backends that can run here, if none is named.",
+            help="A registered backend, or the module:attribute of a class or a function. "
+            "By default all backends that can run here.",
         ),
     ] = None,
     op: Annotated[
         str | None,
-        typer.Option(help="Only the laws of this operation, which is what a function computes."),
+        typer.Option(help="Only the laws of this operation; the one that a function computes."),
     ] = None,
     max_examples: Annotated[int, typer.Option(min=1, help="Problems for each law.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Of the problems.")] = 0,
-    report: Annotated[Path | None, typer.Option(help="JSON to write all outcomes to.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the problems.")] = 0,
+    report: Annotated[Path | None, typer.Option(help="JSON file to write the results to.")] = None,
     xfails: Annotated[
-        Path | None, typer.Option(help="Lines 'law: reason' of laws that are expected to fail.")
+        Path | None,
+        typer.Option(help="File of laws that are expected to fail: lines 'law: reason'."),
     ] = None,
     list_laws: Annotated[
         bool, typer.Option("--list", help="Print the laws; check nothing.")
     ] = False,
 ) -> None:
     """Check that kernels obey the laws of the condensed matmul and the mask update."""
-    from srigl_core.cli.verify import laws_page, read_xfails, verify_kernels
+    from srigl_core.cli.verify import read_xfails, verify_kernels
+    from srigl_core.testing.laws import laws_page
 
     if list_laws:
         typer.echo(laws_page())
@@ -86,9 +88,9 @@ def verify(
 @app.command()
 @one_line_errors
 def check_trace(
-    trace: Annotated[Path, typer.Argument(help="What UpdateTrace.save wrote.")],
+    trace: Annotated[Path, typer.Argument(help="A file that UpdateTrace.save wrote.")],
 ) -> None:
-    """Check mask updates that were recorded in somebody's training against the definition."""
+    """Check mask updates recorded during training against the definition."""
     from srigl_core.testing import check_trace
 
     verdicts, console = check_trace(trace), make_console()
@@ -97,25 +99,4 @@ def check_trace(
         console.print(str(verdict), markup=False, soft_wrap=True)
     console.print(f"{len(verdicts)} updates, {len(wrong)} of them not the definition's")
     if wrong:
-        raise typer.Exit(1)
-
-
-@app.command()
-@one_line_errors
-def demo(
-    full: Annotated[bool, typer.Option("--full", help="Also SET, and twice the seeds.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("srigl-demo"),
-    seed: Annotated[int, typer.Option(min=0, help="The first of the seeds.")] = 0,
-) -> None:
-    """Train on handwritten digits, dense and sparse; save, load and time the result."""
-    from srigl_core.demo.experiment import Experiment
-    from srigl_core.demo.run import run_demo
-
-    experiment = Experiment.full(seed) if full else Experiment.short(seed)
-    console = make_console()
-    report = run_demo(experiment, out, console=console)
-    backends = [backend for network in report["networks"] for backend in network["backends"]]
-    wrong = sorted({backend["backend"] for backend in backends if not backend["agrees"]})
-    if wrong:
-        console.print(f"predictions differ from the dense network's: {', '.join(wrong)}")
         raise typer.Exit(1)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -20,7 +19,7 @@ __all__ = ["bench"]
 
 
 class _WithKernels(TyperGroup):
-    """Takes the name of a kernel for that of the command which measures one."""
+    """Takes an unknown command for the name of a kernel to measure."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that the first of `args` names, and its arguments."""
@@ -31,22 +30,24 @@ class _WithKernels(TyperGroup):
 
 bench = typer.Typer(
     cls=_WithKernels,
-    help="Measure the kernels beside the alternatives; srigl bench KERNEL: somebody else's, too.",
+    help="Measure the kernels beside the alternatives; srigl bench KERNEL: an external one, too.",
     no_args_is_help=True,
 )
 
+_Quick = Annotated[bool, typer.Option("--quick", help="A few cases, in a minute.")]
 _Results = Annotated[Path, typer.Argument(help="JSON that srigl bench wrote.")]
+_Runs = Annotated[Path, typer.Argument(help="JSON that srigl bench wrote, or a folder of them.")]
+_Seconds = Annotated[float, typer.Option(min=0.0, help="For each case, about.")]
+_OUT = Path("srigl-bench")
 
 
 @bench.command()
 @one_line_errors
 def cpu(
-    quick: Annotated[bool, typer.Option("--quick", help="A few cases, in a minute.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for cpu.json, cpu.md and cpu.png.")] = Path(
-        "srigl-bench"
-    ),
+    quick: _Quick = False,
+    out: Annotated[Path, typer.Option(help="Folder for cpu.json, cpu.md and cpu.png.")] = _OUT,
     threads: Annotated[
-        str, typer.Option(help="Numbers of threads, such as 1,2; at most the cores there are.")
+        str, typer.Option(help="Numbers of threads, such as 1,2; at most the number of cores.")
     ] = "",
     only: Annotated[
         list[str] | None,
@@ -57,9 +58,9 @@ def cpu(
     ] = None,
     masks: Annotated[
         Path | None,
-        typer.Option(help="Folder with .safetensors of srigl demo: its layers are measured too."),
+        typer.Option(help="Folder with .safetensors of save_condensed: measure these layers, too."),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="For each case, about.")] = 0.6,
+    seconds: _Seconds = 0.6,
     cliffs: Annotated[
         bool, typer.Option("--cliffs", help="Only the batches 1 to 160 one by one, for jumps.")
     ] = False,
@@ -68,10 +69,9 @@ def cpu(
     from srigl_core import get_backend
 
     get_backend("numba")
-    from srigl_core.benchmarks.cpu import run_cpu
-    from srigl_core.benchmarks.measure import Settings
-
-    settings = Settings(
+    results = _measured(
+        out,
+        name="cpu-cliffs" if cliffs else "",
         quick=quick,
         threads=_threads(threads),
         only=("cliffs",) if cliffs else tuple(only or ()),
@@ -79,12 +79,10 @@ def cpu(
         seconds=seconds,
         cliffs=cliffs or not (quick or only),
     )
-    written = run_cpu(settings, out, name="cpu-cliffs" if cliffs else "cpu")
-    _show_goals(written[0], measured_only=True)
-    if cliffs:
-        _show_cliffs(written[0])
-    names = ", ".join(path.name for path in written)
-    make_console().print(f"In {out}: {names}", soft_wrap=True)
+    for measured in results.native["cliffs"] if cliffs else []:
+        for place in measured["found"]:
+            _print(f"threads {measured['threads']}: {place}")
+    _exit_code(results)
 
 
 @bench.command()
@@ -94,13 +92,11 @@ def kernel(
         str,
         typer.Argument(metavar="KERNEL", help="A registered backend, or module:attribute."),
     ],
-    quick: Annotated[bool, typer.Option("--quick", help="A few cases, in a minute.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the JSON, the page, the picture.")] = Path(
-        "srigl-bench"
-    ),
+    quick: _Quick = False,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON, the page, the plot.")] = _OUT,
     threads: Annotated[str, typer.Option(help="Numbers of threads, such as 1,2.")] = "1",
     only: Annotated[list[str] | None, typer.Option(help="As in srigl bench cpu.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="For each case, about.")] = 0.6,
+    seconds: _Seconds = 0.6,
 ) -> None:
     """Time a kernel beside ours, dense, CSR and gathers; the same as srigl bench KERNEL."""
     from srigl_core import get_backend
@@ -108,31 +104,29 @@ def kernel(
 
     get_backend("numba")
     name = as_backend(target).name
-    from srigl_core.benchmarks.cpu import run_cpu
-    from srigl_core.benchmarks.measure import Settings
-    from srigl_core.benchmarks.results import load_results
-
-    settings = Settings(
+    results = _measured(
+        out,
+        name="kernel",
         quick=quick,
         threads=_threads(threads),
         only=("native", *(only or ())),
         seconds=seconds,
-        cliffs=False,
         kernel=target,
     )
-    written = run_cpu(settings, out, name="kernel")
-    _show_beside_ours(load_results(written[0]), name)
-    names = ", ".join(path.name for path in written)
-    make_console().print(f"In {out}: {names}", soft_wrap=True)
+    table = Table("case", f"{name}, us", "ours, us", "best dense, us", "best CSR, us", box=None)
+    for row in results.rows:
+        bests = (row.best(family) for family in ("dense", "csr"))
+        times = (row.time(name), row.ours, *(best and best[1] for best in bests))
+        table.add_row(row.label, *("" if time is None else f"{time:,.4g}" for time in times))
+    make_console().print(table)
+    _exit_code(results, name)
 
 
 @bench.command()
 @one_line_errors
 def gpu(
-    quick: Annotated[bool, typer.Option("--quick", help="A few cases, in a minute.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for gpu.json and gpu.md.")] = Path(
-        "srigl-bench"
-    ),
+    quick: _Quick = False,
+    out: Annotated[Path, typer.Option(help="Folder for gpu.json and gpu.md.")] = _OUT,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -142,87 +136,86 @@ def gpu(
     ] = None,
 ) -> None:
     """Time the CUDA kernels against dense in all precisions, CSR and gathers."""
-    from srigl_core.benchmarks.gpu import GpuSettings, run_gpu, wrong_results
-    from srigl_core.benchmarks.results import load_results
-
-    written = run_gpu(GpuSettings(quick, tuple(only or ())), out)
-    _show_goals(written[0], measured_only=True)
-    wrong = wrong_results(load_results(written[0]))
-    for why in wrong:
-        make_console(stderr=True).print(f"wrong: {why}", markup=False, soft_wrap=True)
-    names = ", ".join(path.name for path in written)
-    make_console().print(f"In {out}: {names}", soft_wrap=True)
-    if wrong:
-        raise typer.Exit(1)
+    _exit_code(_measured(out, device="gpu", quick=quick, only=tuple(only or ())))
 
 
 @bench.command()
 @one_line_errors
 def report(results: _Results) -> None:
-    """Write the page, and of a CPU the picture, again, beside the JSON."""
+    """Write the page and, for a CPU, the plot again, beside the JSON."""
     from srigl_core.benchmarks.report import write_report
     from srigl_core.benchmarks.results import load_results
 
     written = write_report(load_results(results), results.parent, results.stem)
-    make_console().print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
+    _print(f"wrote {', '.join(map(str, written))}")
 
 
 @bench.command()
 @one_line_errors
-def goals(results: _Results) -> None:
-    """Hold the results against the goals."""
-    _show_goals(results)
+def compare(old: _Runs, new: _Runs) -> None:
+    """Show what got slower or faster beyond the spread; exit with 1 if something got slower."""
+    from srigl_core.benchmarks.compare import compare as compare_runs
+    from srigl_core.benchmarks.compare import load_runs
+
+    comparison = compare_runs(load_runs(old), load_runs(new))
+    for warning in comparison.warnings:
+        _print(f"warning: {warning}", to_stderr=True)
+    for word, changes in (("slower", comparison.slower), ("faster", comparison.faster)):
+        _print(f"{len(changes)} of {comparison.n_times} times are {word} beyond the spread")
+        for change in changes:
+            _print(f"  {change}")
+    if comparison.others is not None:
+        _print(f"the other contenders take {comparison.others:.2f} times as long (median)")
+    if comparison.slower:
+        raise typer.Exit(1)
 
 
 @bench.command()
 @one_line_errors
 def readme(results: _Results, page: Annotated[Path, typer.Argument(help="README.md")]) -> None:
-    """Put the figures between the README's markers."""
+    """Write the table between the README's markers."""
     from srigl_core.benchmarks.readme import write_readme
 
     write_readme(results, page)
 
 
-def _show_goals(path: Path, *, measured_only: bool = False) -> None:
-    from srigl_core.benchmarks.goals import verdicts
+def _measured(out: Path, *, name: str = "", **settings: Any) -> Results:
+    """Measure, print the names of the files, and return their content."""
+    from srigl_core.benchmarks.measure import Settings
     from srigl_core.benchmarks.results import load_results
+    from srigl_core.benchmarks.run import run
 
-    words = {True: "[green]yes[/]", False: "[bold red]no[/]", None: "[dim]not measured[/]"}
-    table = Table("case", "goal", "reached", "met", box=None)
-    for verdict in verdicts(load_results(path)):
-        if measured_only and verdict.met is None:
-            continue
-        table.add_row(
-            escape(verdict.name), escape(verdict.asked), escape(verdict.reached), words[verdict.met]
-        )
-    make_console().print(table)
+    written = run(Settings(**settings), out, name=name)
+    _print(f"In {out}: {', '.join(path.name for path in written)}")
+    return load_results(written[0])
 
 
-def _show_beside_ours(results: Results, guest: str) -> None:
-    table = Table("case", f"{guest}, us", "ours, us", "best dense, us", "best CSR, us", box=None)
-    for row in results.rows:
-        bests = (row.best(family) for family in ("dense", "csr"))
-        times = (row.time(guest), row.ours, *(best and best[1] for best in bests))
-        case = f"{row.operation} {row.layer} {row.sparsity:.0%} batch {row.batch} {row.weights}"
-        table.add_row(case, *("" if time is None else f"{time:,.4g}" for time in times))
-    make_console().print(table)
+def _exit_code(results: Results, kernel: str = "") -> None:
+    """Exit with 1 if a result was wrong, or `kernel` failed, after printing why."""
+    errors = [f"wrong: {why}" for why in results.wrong]
+    errors += [
+        f"failed: {name}: {why}"
+        for row in results.rows
+        for name, why in row.left_out("failed").items()
+        if name == kernel
+    ]
+    for error in dict.fromkeys(errors):
+        _print(error, to_stderr=True)
+    if errors:
+        raise typer.Exit(1)
 
 
-def _show_cliffs(path: Path) -> None:
-    from srigl_core.benchmarks.results import load_results
-
-    for found in load_results(path).native["cliffs"]:
-        for place in found["found"]:
-            make_console().print(f"threads {found['threads']}: {place}", soft_wrap=True)
+def _print(text: str, *, to_stderr: bool = False) -> None:
+    make_console(stderr=to_stderr).print(text, markup=False, soft_wrap=True)
 
 
-def _threads(given: str) -> tuple[int, ...]:
-    """Return the numbers in a list such as "1,2"; one and two, if there are cores, for ""."""
+def _threads(text: str) -> tuple[int, ...]:
+    """Return the numbers in a list such as "1,2"; for "" one and two, if there are two cores."""
     from srigl_core._machine import n_cores
 
-    if not given:
+    if not text:
         return tuple(range(1, min(2, n_cores()) + 1))
     try:
-        return tuple(sorted({int(number) for number in given.split(",")}))
+        return tuple(sorted({int(number) for number in text.split(",")}))
     except ValueError:
-        raise SriglError(f"threads={given!r} is no list of numbers such as 1,2") from None
+        raise SriglError(f"threads={text!r} is not a list of numbers such as 1,2") from None

@@ -1,4 +1,4 @@
-"""What a first result costs, in fresh processes, with an empty cache of kernels and a warm one."""
+"""Time to a first result in fresh processes, with an empty and with a warm kernel cache."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from srigl_core import SriglError, get_backend
 __all__ = ["measure_first_use", "show_first_use"]
 
 BATCHES = (1, 64)
-"""One for each class of batch sizes that has kernels of its own."""
+"""One for each class of batch sizes with kernels of its own."""
 
 REPEATS = 3
-"""Processes for each median; the empty cache takes long, and is measured once."""
+"""Processes for each median. The empty cache takes long, and is measured once."""
 
 _PROCESS = """
 import json, sys, time
@@ -43,7 +43,7 @@ print(json.dumps(times))
 
 
 def show_first_use(console: Console) -> None:
-    """Measure, and print a table.
+    """Measure first results, and print a table.
 
     Raises
     ------
@@ -61,8 +61,8 @@ def show_first_use(console: Console) -> None:
     console.print(table)
     console.print(
         f"Backend numba, float32, one thread, 512 by 1024 at 90% sparsity. A first result is "
-        f"counted from the end of import numba, with the import of srigl_core. Medians of "
-        f"{REPEATS} processes; with an empty cache, one."
+        f"timed from the end of import numba, and includes the import of srigl_core. Medians of "
+        f"{REPEATS} processes; of one with an empty cache."
     )
 
 
@@ -71,7 +71,7 @@ def _three_digits(seconds: float) -> str:
 
 
 def measure_first_use(batch: int) -> dict[str, float]:
-    """Return seconds for what fresh processes do, one after the other, on one cache.
+    """Return the seconds of each step in fresh processes, which run in turn and share a cache.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ def measure_first_use(batch: int) -> dict[str, float]:
 
 
 def _times(batch: int, cache: str) -> list[float]:
-    """Return the clock in a fresh process: at its start, after both imports and two products."""
+    """Return clock times of a fresh process: at its start, after both imports and two products."""
     process = subprocess.run(
         [sys.executable, "-P", "-c", _PROCESS, str(batch)],
         env={**os.environ, "SRIGL_CACHE_DIR": cache},
@@ -113,7 +113,7 @@ def _times(batch: int, cache: str) -> list[float]:
         check=False,
     )
     if process.returncode:
-        said = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
-        raise SriglError(f"a fresh process gave no first result: {said[-1]}")
+        output = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
+        raise SriglError(f"a fresh process gave no first result: {output[-1]}")
     times: list[float] = json.loads(process.stdout)
     return times

@@ -1,4 +1,4 @@
-"""``srigl info``: what is installed, what can run, and if not, why."""
+"""``srigl info``: the versions, the machine, and which backends can run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["show_info"]
 
 def show_info(console: Console) -> None:
     """Print versions, machine and backends."""
-    facts = Table("", "", box=None, show_header=False, padding=(0, 2))
-    known: dict[str, object] = {**package_versions(), **machine_facts()}
-    for backend, said in backend_facts().items():
-        known.update({f"{backend}: {name}": value for name, value in said.items()})
-    for name, value in known.items():
-        facts.add_row(name, escape(str(value)))
-    console.print(facts)
+    table = Table("", "", box=None, show_header=False, padding=(0, 2))
+    rows: dict[str, object] = {**package_versions(), **machine_facts()}
+    for backend, runtime_info in backend_facts().items():
+        rows.update({f"{backend}: {name}": value for name, value in runtime_info.items()})
+    for name, value in rows.items():
+        table.add_row(name, escape(str(value)))
+    console.print(table)
     console.print()
     console.print(_backend_table(list_backends()))
 
@@ -28,9 +28,10 @@ def show_info(console: Console) -> None:
 def _backend_table(statuses: list[BackendStatus]) -> Table:
     table = Table("backend", "can run here", "device", "operations, or what is missing", box=None)
     for status in statuses:
-        able = status.capabilities
-        if able is None:
+        capabilities = status.capabilities
+        if capabilities is None:
             table.add_row(status.name, "no", "", escape(status.reason))
         else:
-            table.add_row(status.name, "yes", able.device, ", ".join(sorted(able.operations)))
+            operations = ", ".join(sorted(capabilities.operations))
+            table.add_row(status.name, "yes", capabilities.device, operations)
     return table

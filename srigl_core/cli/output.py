@@ -1,4 +1,4 @@
-"""How the commands write: one console, and errors of this library as one line."""
+"""Output of the commands: a console, and this library's errors as one line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["make_console", "one_line_errors"]
 Arguments = ParamSpec("Arguments")
 
 _WIDTH_OF_FILES = 110
-"""Columns where the output is no terminal, which has no width of its own."""
+"""Columns of output that is not a terminal and has no width of its own."""
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """Return a console on stdout, or on stderr; wide enough for tables where that is a file."""
+    """Return a console on stdout or stderr; on a file it is wide enough for tables."""
     console = Console(stderr=stderr, highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, _WIDTH_OF_FILES)
@@ -28,7 +28,7 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def one_line_errors(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """Wrap a command: what the user can put right is one line on stderr, and exit code 1."""
+    """Wrap a command so that an error that the user can fix is one line on stderr, exit code 1."""
 
     @functools.wraps(command)
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:

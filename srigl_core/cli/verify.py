@@ -11,16 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from srigl_core import SriglError, list_backends
 
 if TYPE_CHECKING:
-    from rich.status import Status
-
     from srigl_core.testing import Law, Report
 
-__all__ = ["laws_page", "read_xfails", "verify_kernels"]
+__all__ = ["read_xfails", "verify_kernels"]
 
 _STYLES = {
     "passed": "green",
@@ -32,37 +29,12 @@ _STYLES = {
 
 
 def verify_kernels(
-    targets: Sequence[str],
-    *,
-    op: str | None,
-    max_examples: int,
-    seed: int,
-    xfails: dict[str, str],
-    report: Path | None,
-    console: Console,
+    targets: Sequence[str], *, op: str | None, report: Path | None, console: Console, **options: Any
 ) -> bool:
-    """Try every law on every kernel named, and print what became of them.
+    """Try the laws on each kernel, print the results, and write them to `report` as JSON.
 
-    Parameters
-    ----------
-    targets : sequence of str
-        Registered backends, or ``module:attribute``; none means all backends that can run here.
-    op : str or None
-        Only the laws of this operation; what a function computes.
-    max_examples : int
-        Problems for each law.
-    seed : int
-        Of the problems.
-    xfails : dict of str to str
-        Laws that are expected to fail, and why.
-    report : Path or None
-        Where to write a list of all reports, as JSON.
-    console : Console
-
-    Returns
-    -------
-    bool
-        Whether of every kernel a law was checked, and no law failed that was not expected to.
+    Without targets, all backends that can run here are tried. `op` and `options` are arguments of
+    `srigl_core.testing.verify`. Returns whether every report is `ok`.
 
     Raises
     ------
@@ -75,52 +47,27 @@ def verify_kernels(
 
     if report is not None and (report.is_dir() or not report.parent.is_dir()):
         raise SriglError(f"--report {report}: it must name a file in a folder that is there")
-    names = targets or _available()
+    names = targets or [status.name for status in list_backends() if status.available]
+    if not names:
+        raise SriglError("no backend can run here, so nothing can be verified; see srigl info")
     for name in names:
         as_backend(name, op)
-    # A kernel that crashes takes this process with it; then at least it is said where.
+    # A kernel that crashes takes this process with it; then the stack shows where.
     if sys.__stderr__ and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)
     reports: list[Report] = []
     for name in names:
         with console.status("") as status:
 
-            def progress(law: Law, status: Status = status, name: str = name) -> None:
-                status.update(f"{escape(name)}: {law.name}")
+            def progress(law: Law, name: str = name, update: Any = status.update) -> None:
+                update(f"{escape(name)}: {law.name}")
 
-            found = verify(
-                name,
-                op=op,
-                max_examples=max_examples,
-                seed=seed,
-                xfails=xfails,
-                progress=progress,
-            )
-        reports.append(found)
-        _show(found, console)
-        if report is not None:  # now: the next kernel may take this process with it
-            content: list[dict[str, Any]] = [each.as_json() for each in reports]
-            report.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return all(found.ok for found in reports)
-
-
-def laws_page() -> str:
-    """Return all laws, as the page docs/laws.md."""
-    from srigl_core.testing import LAWS
-
-    lines = [
-        "# Laws",
-        "",
-        "What `srigl verify` tries on a kernel. `srigl verify --list` wrote this.",
-    ]
-    for operation in dict.fromkeys(law.operation for law in LAWS):
-        lines += ["", f"## {operation}", ""]
-        lines += [
-            f"- `{law.name}`: {law.statement} Compared with {law.against}, within {law.within}."
-            for law in LAWS
-            if law.operation == operation
-        ]
-    return "\n".join(lines)
+            reports.append(verify(name, op=op, progress=progress, **options))
+        _show(reports[-1], console)
+        if report is not None:  # now, since the next kernel may crash
+            content = json.dumps([each.as_json() for each in reports], indent=1)
+            report.write_text(content + "\n", encoding="utf-8")
+    return all(each.ok for each in reports)
 
 
 def read_xfails(path: Path) -> dict[str, str]:
@@ -129,43 +76,32 @@ def read_xfails(path: Path) -> dict[str, str]:
     Raises
     ------
     SriglError
-        If a line says something else, or it is no text.
+        If a line has another form, or the file is not text.
     OSError
         If it cannot be read.
     """
-    found = {}
+    xfails = {}
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SriglError(f"{path} is no text in UTF-8 ({error})") from error
     for number, line in enumerate(text.splitlines(), 1):
-        said = line.partition("#")[0].strip()
-        law, colon, reason = (part.strip() for part in said.partition(":"))
-        if said and not (law and colon and reason):
+        content = line.partition("#")[0].strip()
+        law, colon, reason = (part.strip() for part in content.partition(":"))
+        if content and not (law and colon and reason):
             raise SriglError(f"{path}, line {number}: {line!r} is not 'law: reason'")
-        if said:
-            found[law] = reason
-    return found
-
-
-def _available() -> list[str]:
-    names = [status.name for status in list_backends() if status.available]
-    if not names:
-        raise SriglError("no backend can run here, so nothing can be verified; see srigl info")
-    return names
+        if content:
+            xfails[law] = reason
+    return xfails
 
 
 def _show(report: Report, console: Console) -> None:
-    title = f"backend {escape(report.kernel)}"
-    table = Table("law", "outcome", title=title, title_justify="left", box=None)
-    table.add_column("examples", justify="right")
-    for result in report.results:
-        outcome = f"[{_STYLES[result.status]}]{result.status}[/]"
-        if result.detail:
-            outcome += f"[dim]: {escape(result.detail)}[/]"
-        table.add_row(escape(result.law.name), outcome, f"{result.examples:,}")
-    console.print(table)
+    def show(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    show(f"backend {report.kernel}", "italic")
+    for result, line in zip(report.results, report.table, strict=True):
+        show(line, _STYLES[result.status])
     for failure in report.failures_shown():
-        console.print(f"\n{failure}", style="red", markup=False, soft_wrap=True)
-    style = None if report.n_run else "bold red"
-    console.print(f"\n{report.summary}\n", style=style, markup=False, soft_wrap=True)
+        show(f"\n{failure}", "red")
+    show(f"\n{report.summary}\n", None if report.n_run else "bold red")

@@ -1,8 +1,8 @@
 """Property-test kernels: the laws that every backend obeys, and the problems they are tried on.
 
-`check_kernel` tries a bare function, `verify` a backend, `BackendConformance` does it within
-pytest, ``srigl verify`` in the shell. Strategies are in `srigl_core.testing.strategies`; trying
-needs the extra ``test``.
+`check_kernel` tries a function and `verify` a backend; `BackendConformance` is a pytest class, and
+``srigl verify`` a command. All need the extra ``test``. Hypothesis strategies are in
+`srigl_core.testing.strategies`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from srigl_core.testing.law import Law, LawViolation, NotApplicable
 from srigl_core.testing.laws import LAWS
 from srigl_core.testing.problems import MatmulProblem, UpdateProblem, array_of
 from srigl_core.testing.report import ConformanceError, Failure, LawResult, Report
+from srigl_core.testing.targets import as_backend
 from srigl_core.testing.update_trace import UpdateTrace, check_trace
 from srigl_core.testing.verification import check_kernel, check_law, verify
 
@@ -42,6 +43,7 @@ __all__ = [
     "UpdateSettings",
     "UpdateTrace",
     "array_of",
+    "as_backend",
     "check_kernel",
     "check_law",
     "check_trace",
@@ -52,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "BackendConformance":  # imported when asked for: it needs pytest
+    if name == "BackendConformance":  # not imported above, since it imports pytest
         from srigl_core.testing.conformance import BackendConformance
 
         return BackendConformance

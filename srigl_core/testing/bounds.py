@@ -1,4 +1,4 @@
-"""The a-priori error bound of SPEC 2: the only tolerance that products are compared with."""
+"""The a-priori error bound of SPEC 2, the only tolerance for products."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["FloatLimits", "Outcome", "first_violation", "float_limits"]
 
 @dataclass(frozen=True)
 class FloatLimits:
-    """What rounding does in a float type.
+    """The limits of a float type.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class FloatLimits:
 
     @property
     def overflow(self) -> float:
-        """The magnitude from which rounding to nearest gives infinity."""
+        """The smallest magnitude that rounds to infinity."""
         return self.largest * (1 + self.roundoff)
 
 
@@ -53,7 +53,7 @@ def float_limits(dtype: np.dtype[Any]) -> FloatLimits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a sum of products should be, to be compared with what a kernel gave.
+    """The expected value of a sum of products, and what bounds the error of a result.
 
     Parameters
     ----------
@@ -101,12 +101,12 @@ class Outcome:
             return np.where(self.unchecked, np.inf, bound).astype(np.float64)
 
 
-def first_violation(got: NDArray[Any], outcome: Outcome) -> tuple[tuple[int, ...], str] | None:
-    """Return the first element of `got` that SPEC 2 does not allow, and why.
+def first_violation(result: NDArray[Any], outcome: Outcome) -> tuple[tuple[int, ...], str] | None:
+    """Return the first element of `result` that SPEC 2 does not allow, and why.
 
     Parameters
     ----------
-    got : ndarray of a value type, shape of ``outcome.z``
+    result : ndarray of a value type, shape of ``outcome.z``
     outcome : Outcome
 
     Returns
@@ -116,25 +116,26 @@ def first_violation(got: NDArray[Any], outcome: Outcome) -> tuple[tuple[int, ...
 
     Notes
     -----
-    Where the sum of magnitudes exceeds half the accumulator's largest number nothing is checked;
-    where the result may overflow its type, infinity of the right sign will do; where it should not
-    be finite, it must be that very infinity, or NaN.
+    Where the sum of magnitudes exceeds half the accumulator's largest number nothing is checked.
+    Where the result may overflow its dtype, infinity of the right sign is allowed. Where the
+    expected value is infinity or NaN, so must be the result.
     """
-    limits = float_limits(got.dtype)
-    expected, bound = outcome.y, outcome.bound(got.dtype)
-    result = got.astype(np.float64)
+    limits = float_limits(result.dtype)
+    expected, bound = outcome.y, outcome.bound(result.dtype)
+    got = result.astype(np.float64)
     with np.errstate(all="ignore"):
         finite = np.isfinite(expected) & np.isfinite(outcome.z)
-        within = np.abs(result - expected) <= bound
+        within = np.abs(got - expected) <= bound
         may_overflow = np.abs(expected) + bound >= limits.overflow
-        overflowed = may_overflow & (result == np.copysign(np.inf, expected))
-        same_class = (result == expected) | (np.isnan(result) & np.isnan(expected))
+        overflowed = may_overflow & (got == np.copysign(np.inf, expected))
+        same_class = (got == expected) | (np.isnan(got) & np.isnan(expected))
     allowed = outcome.unchecked | np.where(finite, within | overflowed, same_class)
     if allowed.all():
         return None
     where = tuple(int(i) for i in np.argwhere(~allowed)[0])
-    due, given = float(expected[where]), float(result[where])
-    said = f"at {where}: expected {due!r}, got {given!r}"
+    wanted, value = float(expected[where]), float(got[where])
+    message = f"at {where}: expected {wanted!r}, got {value!r}"
     if finite[where]:
-        said += f", which differs by {abs(given - due):.3g} where the bound is {bound[where]:.3g}"
-    return where, said
+        message += f", which differs by {abs(value - wanted):.3g}"
+        message += f" where the bound is {bound[where]:.3g}"
+    return where, message

@@ -2,55 +2,95 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core.testing.bounds import Outcome, first_violation
 from srigl_core.testing.law import LawViolation
+from srigl_core.testing.problems import BETWEEN, MatmulProblem, laid_out
 
-__all__ = ["assert_near", "assert_same_bits", "assert_within"]
+__all__ = [
+    "assert_near",
+    "assert_neighbours_untouched",
+    "assert_same_bits",
+    "assert_unwritten",
+    "assert_within",
+    "out_array",
+]
+
+Result = TypeVar("Result")
 
 
-def assert_within(got: NDArray[Any], outcome: Outcome, what: str) -> None:
-    """Raise `LawViolation` if `got` is not within the error bound of SPEC 2."""
-    if got.shape != outcome.z.shape:
-        raise LawViolation(f"{what} has shape {got.shape}, expected {outcome.z.shape}")
-    violation = first_violation(got, outcome)
+def assert_within(result: NDArray[Any], outcome: Outcome, what: str) -> None:
+    """Raise `LawViolation` if `result` is not within the error bound of SPEC 2."""
+    if result.shape != outcome.z.shape:
+        raise LawViolation(f"{what} has shape {result.shape}, expected {outcome.z.shape}")
+    violation = first_violation(result, outcome)
     if violation is not None:
         raise LawViolation(f"{what} {violation[1]}")
 
 
-def assert_near(got: NDArray[Any], other: NDArray[Any], bound: NDArray[Any], what: str) -> None:
-    """Raise `LawViolation` if two results differ by more than `bound`, where all is finite."""
-    if got.shape != other.shape:
-        raise LawViolation(f"{what} has shape {got.shape}, the other {other.shape}")
+def assert_near(result: NDArray[Any], other: NDArray[Any], bound: NDArray[Any], what: str) -> None:
+    """Raise `LawViolation` if two finite results differ by more than a finite `bound`."""
+    if result.shape != other.shape:
+        raise LawViolation(f"{what} has shape {result.shape}, the other {other.shape}")
     with np.errstate(all="ignore"):
-        mine, theirs = got.astype(np.float64), other.astype(np.float64)
-        decided = np.isfinite(mine) & np.isfinite(theirs) & np.isfinite(bound)
-        far = decided & (np.abs(mine - theirs) > bound)
+        got, expected = result.astype(np.float64), other.astype(np.float64)
+        decided = np.isfinite(got) & np.isfinite(expected) & np.isfinite(bound)
+        far = decided & (np.abs(got - expected) > bound)
     if far.any():
         where = tuple(int(i) for i in np.argwhere(far)[0])
         raise LawViolation(
-            f"{what} differs at {where}: expected {float(theirs[where])!r}, got "
-            f"{float(mine[where])!r}, where {bound[where]:.3g} is allowed"
+            f"{what} differs at {where}: expected {float(expected[where])!r}, got "
+            f"{float(got[where])!r}, where {bound[where]:.3g} is allowed"
         )
 
 
-def assert_same_bits(got: NDArray[Any], expected: NDArray[Any], what: str) -> None:
+def assert_same_bits(result: NDArray[Any], expected: NDArray[Any], what: str) -> None:
     """Raise `LawViolation` if dtype, shape or any bit differs."""
-    if got.dtype != expected.dtype or got.shape != expected.shape:
+    if result.dtype != expected.dtype or result.shape != expected.shape:
         raise LawViolation(
-            f"{what}: {got.dtype} {got.shape} instead of {expected.dtype} {expected.shape}"
+            f"{what}: {result.dtype} {result.shape} instead of {expected.dtype} {expected.shape}"
         )
-    if got.tobytes() != expected.tobytes():
-        differs = np.argwhere(_bits(got) != _bits(expected))
+    if result.tobytes() != expected.tobytes():
+        differs = np.argwhere(_bits(result) != _bits(expected))
         where = tuple(int(i) for i in differs[0])
-        raise LawViolation(f"{what}: at {where} expected {expected[where]!r}, got {got[where]!r}")
+        raise LawViolation(
+            f"{what}: at {where} expected {expected[where]!r}, got {result[where]!r}"
+        )
 
 
 def _bits(array: NDArray[Any]) -> NDArray[Any]:
     if array.dtype.kind in "bi":
         return array
     return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+
+
+def assert_unwritten(arrays: Sequence[NDArray[Any] | None], call: Callable[[], Result]) -> Result:
+    """Return the result of a call; raise `LawViolation` if it writes to one of the arrays."""
+    before = [array if array is None else array.tobytes() for array in arrays]
+    result = call()
+    if before != [array if array is None else array.tobytes() for array in arrays]:
+        raise LawViolation("an input was written")
+    return result
+
+
+def out_array(shape: tuple[int, ...], problem: MatmulProblem) -> NDArray[Any]:
+    """Return an array of NaN with the dtype and memory layout of a problem's `out`."""
+    return laid_out(np.full(shape, np.nan, problem.out_dtype), problem.out_layout)
+
+
+def assert_neighbours_untouched(out: NDArray[Any], problem: MatmulProblem) -> None:
+    """Raise `LawViolation` if memory between the elements of `out` was written."""
+    if out.base is None:
+        return
+    between = out.base[:0]
+    if problem.out_layout == "every second":
+        between = out.base[..., 1::2]
+    elif problem.out_layout == "F within a larger array":
+        between = out.base[-1:]
+    if (between != BETWEEN).any():
+        raise LawViolation("memory between the elements of out was written")

@@ -11,10 +11,9 @@ import pytest
 
 from srigl_core.testing.law import Law
 from srigl_core.testing.laws import LAWS
-from srigl_core.testing.report import LawResult
 from srigl_core.testing.verification import verify
 
-__all__ = ["BackendConformance", "report_to_pytest"]
+__all__ = ["BackendConformance"]
 
 
 class BackendConformance:
@@ -28,13 +27,13 @@ class BackendConformance:
     Attributes
     ----------
     backend : str, Backend, class or function
-        As in `srigl_core.testing.targets.as_backend`.
+        As in `as_backend`.
     op : str or None
-        Only the laws of this operation; of a function, what it computes.
+        Only the laws of this operation. For a function, the operation that it computes.
     max_examples, seed : int
-        As in `srigl_core.testing.verify`.
+        As in `verify`.
     xfails : mapping of str to str
-        Laws that are expected to fail, and why.
+        The laws that are expected to fail, each with a reason.
     """
 
     backend: ClassVar[Any] = None
@@ -48,38 +47,28 @@ class BackendConformance:
         """The backend obeys a law."""
         if self.op not in (None, law.operation):
             pytest.skip(f"only {self.op} is under test")
-        report = verify(
-            self._kernel(),
-            op=self.op,
-            laws=[law],
-            max_examples=self.max_examples,
-            seed=self.seed,
-            xfails=self.xfails,
-        )
-        report_to_pytest(report.results[0])
+        options: dict[str, Any] = {"max_examples": self.max_examples, "xfails": self.xfails}
+        report = verify(self._kernel(), op=self.op, laws=[law], seed=self.seed, **options)
+        (result,) = report.results
+        if result.status == "not applicable":
+            pytest.skip(result.detail)
+        if result.status == "expected failure":
+            pytest.xfail(result.detail)
+        if result.status == "failed":
+            pytest.fail(str(result), pytrace=False)
+        if result.status == "unexpected pass":
+            warnings.warn(
+                f"{law.name} passes, and was expected to fail ({result.detail}); take it out of "
+                f"the xfails",
+                stacklevel=2,
+            )
 
     def test_some_law_can_be_checked(self) -> None:
-        """Something is under test at all."""
+        """At least one law can be checked."""
         one = verify(self._kernel(), op=self.op, max_examples=1, seed=self.seed, shrink=False)
         assert one.n_run, one.summary
 
     def _kernel(self) -> Any:
-        """Return the backend; a function as it is, and not as a method."""
-        found = inspect.getattr_static(type(self), "backend")
-        return found.__func__ if isinstance(found, staticmethod) else found
-
-
-def report_to_pytest(result: LawResult) -> None:
-    """Pass, fail, skip or xfail the running test, as a law did."""
-    if result.status == "not applicable":
-        pytest.skip(result.detail)
-    if result.status == "expected failure":
-        pytest.xfail(result.detail)
-    if result.status == "failed":
-        pytest.fail(str(result), pytrace=False)
-    if result.status == "unexpected pass":
-        warnings.warn(
-            f"{result.law.name} passes, and was expected to fail ({result.detail}); take it out of "
-            f"the xfails",
-            stacklevel=2,
-        )
+        """Return the backend; a function itself, instead of a bound method."""
+        kernel = inspect.getattr_static(type(self), "backend")
+        return kernel.__func__ if isinstance(kernel, staticmethod) else kernel

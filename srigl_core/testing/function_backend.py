@@ -1,11 +1,11 @@
-"""A bare function as a backend, so that the laws can be tried on it."""
+"""A function as a backend, so that the laws can be tried on it."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from srigl_core._update import MaskUpdate, UpdateSettings
 from srigl_core.contract import OPERATIONS, Capabilities, MatmulGradients
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.mask_update import make_update, srigl_update
-from srigl_core.testing.kernel_capabilities import OPTIONAL_SETTINGS, KernelCapabilities, in_full
+from srigl_core.testing.kernel_capabilities import KernelCapabilities, completed
 from srigl_core.testing.law import LawViolation
 
 __all__ = ["FunctionBackend", "declare"]
@@ -32,53 +32,60 @@ PARAMETERS = {
     "condensed_matmul_backward": ("grad", "x", *_WEIGHT, "threads"),
     "update_mask": ("weight", "grad", "mask", *_SETTINGS, "settings", "threads"),
 }
-"""What a function for an operation may be handed, by the names of its parameters."""
+"""The parameters that a function for an operation may have."""
 
 
 class FunctionBackend:
     """A function that computes one operation, as a `Backend`.
 
-    The function is called with what its parameters are called after, so that it takes what it
-    needs and no more; ``**kwargs`` takes everything. For ``condensed_matmul``: `x`, (batch, n_in),
-    and of the weight `values` and `indices`, (n_active, k), `active`, (n_active,), `n_out` and
-    `n_in`, or `weight`, the `CondensedWeight`; `bias`, (n_out,) or None; `activation`; `compact`;
-    `out`, to be written; `threads`, an int or None. It returns (batch, n_out), or (batch, n_active)
-    where `compact` is true, in ``np.result_type(x, values)``, or writes to `out`. There is at least
-    one row: an empty batch is answered without a call. For ``condensed_matmul_backward``: `grad`,
-    (batch, n_out), `x`, the weight and `threads`; it returns dx, (batch, n_in), dvalues,
-    (n_active, k), and dbias, (n_out,), in value types of its choice. For ``update_mask``: `weight`,
-    `grad` and `mask`, (n_out, n_in), and the settings, by name or as `settings`; it returns the new
-    mask, or mask and weight, or a `MaskUpdate`, and raises ValueError where the budget is too small
-    (SPEC 4.5). Without `asarray`, the arrays of a weight cannot be written.
+    The function is called with the arguments that its parameters name; ``**kwargs`` takes all of
+    them. Parameters with a default may have other names. The arguments are
+
+    - for all products and gradients: `weight`, the `CondensedWeight`, and its parts `values` and
+      `indices`, (n_active, k), `active`, (n_active,), `n_out` and `n_in`; `threads`, an int or
+      None;
+    - for ``condensed_matmul``: `x`, (batch, n_in); `bias`, (n_out,) or None; `activation`;
+      `compact`; `out`, an array to write to. The function returns (batch, n_out), or
+      (batch, n_active) if `compact`, in dtype ``np.result_type(x, values)``, or it writes to
+      `out`;
+    - for ``condensed_matmul_backward``: `grad`, (batch, n_out), and `x`. It returns dx,
+      (batch, n_in), dvalues, (n_active, k), and dbias, (n_out,), each of any value type;
+    - for ``update_mask``: `weight`, `grad` and `mask`, (n_out, n_in), `threads`, and the settings,
+      by name or as `settings`. It returns the new mask, or mask and weight, or a `MaskUpdate`. It
+      raises ValueError if the budget is too small (SPEC 4.5).
+
+    An empty batch is answered without a call. Without `asarray`, the arrays of a weight are
+    read-only.
 
     Parameters
     ----------
     function : callable
     op : str or None
-        One of `srigl_core.contract.OPERATIONS`; None is "condensed_matmul". What is None here and
-        below is what the function was declared with (`declare`).
+        One of `srigl_core.contract.OPERATIONS`. For this and the options below, None is what the
+        function was declared with (`declare`); the default is "condensed_matmul".
     capabilities : Capabilities or None
-        What it takes on; None is all that its parameters allow. Without `bias` or `activation`
-        among these there is none in a problem; without `weight`, `active` and `n_out` no neuron is
-        ablated.
+        What the function can do; by default all that its parameters allow. Without the parameter
+        `bias` or `activation` problems have none; without `weight`, `active` and `n_out` no neuron
+        is ablated.
     asarray : callable or None
-        Makes the function's arrays of NumPy's, which are then in C order; as ``jnp.asarray``.
+        Converts NumPy arrays, which are then in C order, to the function's, as ``jnp.asarray``.
     index_dtype : dtype-like or None
-        What `indices` and `active` are cast to; None leaves uint16 or uint32, and int64.
+        The dtype to cast `indices` and `active` to; by default they stay uint16 or uint32, and
+        int64.
 
     Attributes
     ----------
-    given : dict of str to object
-        Those of `capabilities`, `asarray` and `index_dtype` that it was made with.
+    options : dict of str to object
+        Those of `capabilities`, `asarray` and `index_dtype` that were passed here.
     xfails : mapping of str to str
-        Laws that are expected to fail, and why.
+        The laws that are expected to fail, each with a reason.
 
     Raises
     ------
     SriglError
-        If it is a class or a backend, a parameter without a default has another name, there is no
-        operation `op`, `index_dtype` is no type of integers, or `out` is to be written by a
-        function whose arrays `asarray` makes.
+        If `function` is a class or a backend, a parameter without a default has another name,
+        there is no operation `op`, `index_dtype` is not an integer dtype, or the function has a
+        parameter `out` although `asarray` converts its arrays.
     """
 
     def __init__(
@@ -95,42 +102,40 @@ class FunctionBackend:
                 f"a kernel must be a function, got {function!r}; a backend, or a class that makes "
                 f"one, is for srigl_core.testing.verify"
             )
-        declared = _declaration_of(function)
-        given: dict[str, Any] = {
-            "capabilities": capabilities,
-            "asarray": asarray,
-            "index_dtype": index_dtype,
-        }
-        self.given = {name: value for name, value in given.items() if value is not None}
-        op = op or declared.op
-        capabilities = capabilities or declared.capabilities
-        asarray = asarray or declared.asarray
-        index_dtype = declared.index_dtype if index_dtype is None else index_dtype
+        declared = _declared(function)
+        self.options = _not_none(
+            capabilities=capabilities, asarray=asarray, index_dtype=index_dtype
+        )
+        op = op or declared.get("op", "condensed_matmul")
         if op not in OPERATIONS:
             raise SriglError(f"op={op!r} is unknown; use one of {', '.join(OPERATIONS)}")
-        self.function, self._asarray = function, asarray
-        self._index_dtype = None if index_dtype is None else _index_type(index_dtype)
-        self._taken = _taken(function, op)
-        if asarray is not None and "out" in self._taken:
+        options = {**declared, **self.options}
+        self.function, self._asarray = function, options.get("asarray")
+        self._index_dtype = _integer_dtype(options.get("index_dtype"))
+        self._parameters = _parameters(function, op)
+        if self._asarray is not None and "out" in self._parameters:
             raise SriglError(
                 "a function whose arrays asarray makes cannot write to out, which is NumPy's; "
                 "return the product instead"
             )
         self.name = getattr(function, "__name__", type(function).__name__)
-        self.xfails = declared.xfails
-        self.capabilities: Capabilities = _capabilities(
-            self._taken, op, capabilities, asarray is not None
+        self.xfails: Mapping[str, str] = declared.get("xfails", {})
+        self.capabilities: Capabilities = _narrowed(
+            completed(options.get("capabilities", KernelCapabilities())),
+            op,
+            self._parameters,
+            is_converted=self._asarray is not None,
         )
 
     def prepare(self, weight: CondensedWeight) -> _FunctionWeight:
-        """Return the weight, to be handed to the function at each call."""
+        """Return the weight, to be passed to the function at each call."""
         return _FunctionWeight(self, weight)
 
-    def call(self, offered: Mapping[str, Any]) -> Any:
-        """Call the function with what it takes of `offered`."""
-        given = {name: self._lent(name, offered[name]) for name in self._taken}
+    def call(self, **arguments: Any) -> Any:
+        """Call the function with those of the arguments that it has parameters for."""
+        taken = {name: self._converted(name, arguments[name]) for name in self._parameters}
         with np.errstate(all="ignore"):
-            return self.function(**given)
+            return self.function(**taken)
 
     def update_mask(
         self,
@@ -141,22 +146,21 @@ class FunctionBackend:
         *,
         threads: int | None,
     ) -> MaskUpdate:
-        """Return the function's update; what it does not tell is taken to be right."""
-        named = {name: getattr(settings, name) for name in _SETTINGS}
+        """Return the function's update, with the correct values for what it does not return."""
         arrays = {"weight": weight, "grad": grad, "mask": mask}
         try:
-            found = self.call({**arrays, **named, "settings": settings, "threads": threads})
+            result = self.call(**arrays, **asdict(settings), settings=settings, threads=threads)
         except ValueError as error:
             raise SriglError(str(error)) from error
-        if isinstance(found, MaskUpdate):
-            return found
-        parts = found if isinstance(found, tuple) else (found,)
+        if isinstance(result, MaskUpdate):
+            return result
+        parts = result if isinstance(result, tuple) else (result,)
         try:
             new_mask = HOST_ARRAYS.as_mask(parts[0], mask.shape)
         except SriglError as error:
             raise LawViolation(f"the new mask: {error}") from error
         try:
-            right = srigl_update(weight, grad, mask, settings)
+            expected = srigl_update(weight, grad, mask, settings)
         except SriglError as error:
             raise LawViolation(f"a mask was returned, expected ValueError: {error}") from error
         update = make_update(
@@ -164,23 +168,22 @@ class FunctionBackend:
             mask,
             new_mask,
             grown_init=settings.grown_init,
-            fan_in=right.fan_in,
-            threshold=right.threshold,
-            salient_counts=right.salient_counts,
+            fan_in=expected.fan_in,
+            threshold=expected.threshold,
+            salient_counts=expected.salient_counts,
         )
         if len(parts) == 1:
             return update
-        return replace(update, weight=_host(parts[1], "the new weight"))
+        return replace(update, weight=_as_numpy(parts[1], "the new weight"))
 
-    def _lent(self, name: str, given: Any) -> Any:
-        if not isinstance(given, np.ndarray):
-            return given
+    def _converted(self, name: str, argument: Any) -> Any:
+        if not isinstance(argument, np.ndarray):
+            return argument
         if name in ("indices", "active") and self._index_dtype is not None:
-            given = given.astype(self._index_dtype)
+            argument = argument.astype(self._index_dtype)
         if self._asarray is None:
-            return given
-        # A copy: what the function writes to its arrays is its own affair then.
-        return self._asarray(np.array(given, order="C"))
+            return argument
+        return self._asarray(np.array(argument, order="C"))  # a copy, that the function may write
 
 
 class _FunctionWeight:
@@ -188,9 +191,17 @@ class _FunctionWeight:
 
     def __init__(self, backend: FunctionBackend, weight: CondensedWeight) -> None:
         self._backend, self._weight = backend, weight
+        self._parts = {
+            "weight": weight,
+            "values": weight.values,
+            "indices": weight.indices,
+            "active": weight.active,
+            "n_out": weight.shape[0],
+            "n_in": weight.shape[1],
+        }
 
     def describe(self) -> Mapping[str, object]:
-        """Return what a plan shows."""
+        """Describe the layout."""
         nbytes = self._weight.values.nbytes + self._weight.indices.nbytes
         return {"kernel": self._backend.name, "layout": "condensed", "bytes": nbytes}
 
@@ -208,26 +219,27 @@ class _FunctionWeight:
         out: NDArray[Any],
         threads: int | None,
     ) -> None:
-        """Write what the function returns to `out`, or have it write there."""
-        taken = self._backend._taken
-        is_compact = compact and "compact" in taken
-        columns = self._weight.n_active if is_compact else self._weight.shape[0]
-        own = out if columns == out.shape[1] else np.full((len(x), columns), np.nan, out.dtype)
-        options = {"activation": activation, "compact": is_compact, "out": own, "threads": threads}
-        if "out" in taken:
-            own[...] = np.nan  # so that what is not written shows
-        found = self._backend.call({"x": x, "bias": bias, **self._parts(), **options})
-        if "out" not in taken or (found is not None and found is not own):
-            own = _host(found, "the product")
-            due = result_dtype(x.dtype, self._weight.dtype)
-            if own.shape != (len(x), columns) or own.dtype != due:
+        """Write the function's product to `out`, or let the function write it."""
+        parameters = self._backend._parameters
+        compact = compact and "compact" in parameters
+        shape = (len(x), self._weight.n_active if compact else self._weight.shape[0])
+        product = out if shape == out.shape else np.empty(shape, out.dtype)
+        if "out" in parameters:
+            product[...] = np.nan  # shows which elements the function does not write
+        options = {"activation": activation, "compact": compact, "threads": threads}
+        result = self._backend.call(x=x, bias=bias, out=product, **options, **self._parts)
+        if "out" not in parameters or (result is not None and result is not product):
+            product = _as_numpy(result, "the product")
+            dtype = result_dtype(x.dtype, self._weight.dtype)
+            if product.shape != shape or product.dtype != dtype:
                 raise LawViolation(
-                    f"the product has dtype {own.dtype} and shape {own.shape}, expected {due} and "
-                    f"{(len(x), columns)}"
+                    f"the product has dtype {product.dtype} and shape {product.shape}, expected "
+                    f"{dtype} and {shape}"
                 )
-        if own is not out:
-            chosen = own if own.shape == out.shape else own[:, self._weight.active]
-            out[...] = chosen if chosen.dtype == out.dtype else round_to(chosen, out.dtype)
+        if product is not out:
+            if shape != out.shape:
+                product = product[:, self._weight.active]
+            out[...] = round_to(product, out.dtype)
 
     def backward(
         self,
@@ -238,34 +250,24 @@ class _FunctionWeight:
         threads: int | None,
     ) -> None:
         """Write the gradients that the function returns to `out`."""
-        if x is None:  # the function may always want it; what depends on it is not asked for
+        if x is None:  # the function always gets one; what depends on it is not used
             x = np.zeros((len(grad), self._weight.shape[1]), grad.dtype)
-        found = self._backend.call({"grad": grad, "x": x, **self._parts(), "threads": threads})
-        if isinstance(found, MatmulGradients):
-            found = tuple(getattr(found, part.name) for part in fields(found))
-        if not isinstance(found, tuple) or len(found) != 3:
-            raise LawViolation(f"expected dx, dvalues and dbias, got {type(found).__name__}")
-        for part, gradient in zip(fields(out), found, strict=True):
-            due = getattr(out, part.name)
-            if due is None:
+        result = self._backend.call(grad=grad, x=x, **self._parts, threads=threads)
+        if isinstance(result, MatmulGradients):
+            result = (result.x, result.values, result.bias)
+        if not isinstance(result, tuple) or len(result) != 3:
+            raise LawViolation(f"expected dx, dvalues and dbias, got {type(result).__name__}")
+        for part, gradient in zip(fields(out), result, strict=True):
+            target = getattr(out, part.name)
+            if target is None:
                 continue
-            given = _host(gradient, f"the gradient of {part.name}")
-            if given.shape != due.shape:
+            gradient = _as_numpy(gradient, f"the gradient of {part.name}")
+            if gradient.shape != target.shape:
                 raise LawViolation(
-                    f"the gradient of {part.name} has shape {given.shape}, expected {due.shape}"
+                    f"the gradient of {part.name} has shape {gradient.shape}, expected "
+                    f"{target.shape}"
                 )
-            due[...] = given if given.dtype == due.dtype else round_to(given, due.dtype)
-
-    def _parts(self) -> dict[str, Any]:
-        weight = self._weight
-        return {
-            "weight": weight,
-            "values": weight.values,
-            "indices": weight.indices,
-            "active": weight.active,
-            "n_out": weight.shape[0],
-            "n_in": weight.shape[1],
-        }
+            target[...] = round_to(gradient, target.dtype)
 
 
 def declare(
@@ -276,14 +278,14 @@ def declare(
     index_dtype: Any | None = None,
     xfails: Mapping[str, str] | None = None,
 ) -> Callable[[Function], Function]:
-    """Return a decorator that notes on a function how it is to be checked.
+    """Return a decorator that declares how a function is to be checked.
 
     Parameters
     ----------
     op, capabilities, asarray, index_dtype
         As in `FunctionBackend`.
     xfails : mapping of str to str, or None
-        Laws that are expected to fail, and why.
+        The laws that are expected to fail, each with a reason.
 
     Raises
     ------
@@ -298,91 +300,97 @@ def declare(
     >>> FunctionBackend(product).capabilities.value_dtypes
     frozenset({'float32'})
     """
-    noted = _Declaration(op, capabilities, asarray, index_dtype, dict(xfails or {}))
+    declared = _not_none(
+        op=op,
+        capabilities=capabilities,
+        asarray=asarray,
+        index_dtype=index_dtype,
+        xfails=dict(xfails or {}),
+    )
 
     def decorate(function: Function) -> Function:
         if inspect.isclass(function):
             raise ValueTypeError(
                 f"{function.__name__} is a class; give it the attributes capabilities and xfails"
             )
-        function.declared = noted  # type: ignore[attr-defined]
+        function.declared = declared  # type: ignore[attr-defined]
         return function
 
     return decorate
 
 
-@dataclass(frozen=True)
-class _Declaration:
-    op: str = "condensed_matmul"
-    capabilities: Capabilities | None = None
-    asarray: Callable[[NDArray[Any]], Any] | None = None
-    index_dtype: Any | None = None
-    xfails: Mapping[str, str] = field(default_factory=dict)
+def _not_none(**options: Any) -> dict[str, Any]:
+    return {name: option for name, option in options.items() if option is not None}
 
 
-def _declaration_of(function: Any) -> _Declaration:
+def _declared(function: Any) -> dict[str, Any]:
     """Return what a function, or the one that a partial calls, was declared with."""
     while isinstance(function, functools.partial) and not hasattr(function, "declared"):
         function = function.func
-    found: _Declaration = getattr(function, "declared", _Declaration())
-    return found
+    declared: dict[str, Any] = getattr(function, "declared", {})
+    return declared
 
 
-def _index_type(given: Any) -> np.dtype[Any]:
+def _integer_dtype(index_dtype: Any) -> np.dtype[Any] | None:
+    if index_dtype is None:
+        return None
     try:
-        found: np.dtype[Any] = np.dtype(given)
+        dtype: np.dtype[Any] = np.dtype(index_dtype)
     except TypeError as error:
-        raise SriglError(f"index_dtype={given!r} is no dtype ({error})") from error
-    if found.kind not in "iu":
-        raise SriglError(f"index_dtype={given!r} is no type of integers; use int32 or int64")
-    return found
+        raise SriglError(f"index_dtype={index_dtype!r} is no dtype ({error})") from error
+    if dtype.kind not in "iu":
+        raise SriglError(f"index_dtype={index_dtype!r} is no integer dtype; use int32 or int64")
+    return dtype
 
 
-def _taken(function: Callable[..., Any], op: str) -> frozenset[str]:
-    """Return the names that a function is called with."""
+def _parameters(function: Callable[..., Any], op: str) -> frozenset[str]:
+    """Return the names of the arguments that a function is called with."""
     names = PARAMETERS[op]
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError as error:
         raise SriglError(
-            f"the parameters of {function!r} cannot be told; wrap it in a function of Python"
+            f"the parameters of {function!r} cannot be read; wrap it in a function of Python"
         ) from error
     if any(part.kind is part.VAR_KEYWORD for part in parameters):
         return frozenset(names)
     for part in parameters:
-        strange = part.name not in names and part.default is part.empty
-        if part.kind is part.POSITIONAL_ONLY or strange:
+        is_unknown = part.name not in names and part.default is part.empty
+        if part.kind is part.POSITIONAL_ONLY or is_unknown:
             raise SriglError(
-                f"the function's parameter {part.name!r} is none that it can be called with for "
-                f"{op}; name parameters {', '.join(names)}, or give it a default"
+                f"the function's parameter {part.name!r} cannot be passed for {op}; name "
+                f"parameters {', '.join(names)}, or give it a default"
             )
     return frozenset(part.name for part in parameters if part.name in names)
 
 
-def _capabilities(
-    taken: frozenset[str], op: str, given: Capabilities | None, is_converted: bool
+def _narrowed(
+    capabilities: KernelCapabilities, op: str, parameters: frozenset[str], *, is_converted: bool
 ) -> KernelCapabilities:
-    """Return what is declared, less what a function of those parameters cannot do."""
-    able = replace(in_full(given or KernelCapabilities()), operations=frozenset({op}))
+    """Return the declared capabilities without those that the parameters rule out."""
+    capabilities = replace(capabilities, operations=frozenset({op}))
     if op == "update_mask":
-        named = OPTIONAL_SETTINGS if "settings" in taken else OPTIONAL_SETTINGS & taken
-        return replace(able, settings=able.settings & named, out=False)
-    is_product = op == "condensed_matmul"
+        settings = capabilities.settings
+        if "settings" not in parameters:
+            settings &= parameters
+        return replace(capabilities, settings=settings, out=False)
+    if op == "condensed_matmul":
+        if "activation" not in parameters:
+            capabilities = replace(capabilities, activations=frozenset({"none"}))
+        if "bias" not in parameters:
+            capabilities = replace(capabilities, bias=False)
+    can_ablate = not parameters.isdisjoint({"weight", "active", "n_out"})
     return replace(
-        able,
-        bias=able.bias and (not is_product or "bias" in taken),
-        activations=able.activations
-        if not is_product or "activation" in taken
-        else frozenset({"none"}),
-        ablation=able.ablation and not taken.isdisjoint({"weight", "active", "n_out"}),
-        strides=able.strides and not is_converted,
-        out=able.out and "out" in taken,
+        capabilities,
+        ablation=capabilities.ablation and can_ablate,
+        strides=capabilities.strides and not is_converted,
+        out=capabilities.out and "out" in parameters,
     )
 
 
-def _host(found: Any, what: str) -> NDArray[Any]:
-    """Return a result, of whatever library, as an array of NumPy."""
+def _as_numpy(result: Any, what: str) -> NDArray[Any]:
+    """Return a result, an array of any library, as a NumPy array."""
     try:
-        return HOST_ARRAYS.as_float_array(found, what)
+        return HOST_ARRAYS.as_float_array(result, what)
     except SriglError as error:
         raise LawViolation(str(error)) from error

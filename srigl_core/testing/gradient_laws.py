@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -11,55 +11,87 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core._plan import plan_of
-from srigl_core._registry import get_backend
+from srigl_core._plan import Plan, prepare
 from srigl_core.contract import Backend, MatmulGradients
-from srigl_core.testing.comparisons import assert_near, assert_same_bits, assert_within
+from srigl_core.testing.bounds import Outcome
+from srigl_core.testing.comparisons import (
+    assert_near,
+    assert_neighbours_untouched,
+    assert_same_bits,
+    assert_unwritten,
+    assert_within,
+    out_array,
+)
 from srigl_core.testing.flush_mode import flushing_subnormals
-from srigl_core.testing.kernel_capabilities import KernelCapabilities, capabilities_of
-from srigl_core.testing.law import Law, LawViolation, NotApplicable, registering
+from srigl_core.testing.kernel_capabilities import capabilities_of
+from srigl_core.testing.law import Law, LawViolation, NotApplicable, law_decorator
 from srigl_core.testing.oracles import expected_gradients, expected_product
-from srigl_core.testing.out_arrays import assert_neighbours_untouched, out_array
 from srigl_core.testing.problems import (
-    Chooser,
     MatmulProblem,
     matmul_problem,
     special_numbers,
-    with_subnormal_terms,
+    subnormal_problem,
 )
-from srigl_core.testing.thread_calls import in_threads
+from srigl_core.testing.thread_calls import assert_same_in_threads
 
 __all__ = ["GRADIENT_LAWS"]
 
 GRADIENT_LAWS: list[Law] = []
-_law = registering(GRADIENT_LAWS, "condensed_matmul_backward", matmul_problem)
+_law = law_decorator(GRADIENT_LAWS, "condensed_matmul_backward", matmul_problem)
 
 
-@_law(against="extended precision", within="the error bound of SPEC 2")
+def _backward(plan: Plan, problem: MatmulProblem, **options: Any) -> MatmulGradients:
+    return plan.backward(problem.grad, problem.x, **options)
+
+
+def _expected(problem: MatmulProblem) -> dict[str, Outcome]:
+    return expected_gradients(problem.weight, problem.grad, problem.x)
+
+
+def _by_name(gradients: MatmulGradients) -> dict[str, NDArray[Any]]:
+    """Return the gradients that are not None."""
+    return {name: array for name, array in vars(gradients).items() if array is not None}
+
+
+def _assert_gradients(
+    gradients: MatmulGradients, expected: Mapping[str, Outcome], what: str = ""
+) -> None:
+    for name, gradient in _by_name(gradients).items():
+        assert_within(gradient, expected[name], f"{what}the gradient of {name}")
+
+
+def _assert_same_gradients(
+    gradients: MatmulGradients, expected: MatmulGradients, what: str
+) -> None:
+    for name, gradient in _by_name(gradients).items():
+        assert_same_bits(gradient, getattr(expected, name), f"{what}the gradient of {name}")
+
+
+@_law("extended precision", "within the error bound of SPEC 2")
 def gradients_are_within_the_error_bound(backend: Backend, problem: MatmulProblem) -> None:
     """dx, dvalues and dbias obey the bound of SPEC 2; those of 16-bit values are float32."""
-    expected = expected_gradients(problem.weight, problem.grad, problem.x)
-    plan = plan_of(problem.weight, backend)
-    got = plan.backward(problem.grad, problem.x)
-    for name, gradient in _each(got):
-        if name != "x" and gradient.dtype.itemsize == 2:
-            raise LawViolation(f"the gradient of {name} has dtype {gradient.dtype}")
-        assert_within(gradient, expected[name], f"the gradient of {name}")
+    gradients = _backward(prepare(problem.weight, backend=backend), problem)
+    for name in ("values", "bias"):
+        dtype = getattr(gradients, name).dtype
+        if dtype.name in ("float16", "bfloat16"):
+            raise LawViolation(f"the gradient of {name} has dtype {dtype}, expected float32")
+    _assert_gradients(gradients, _expected(problem))
 
 
-@_law(against="the reference and SciPy CSR", within="two bounds")
+@_law("the reference and SciPy CSR", "within twice the bound")
 def gradients_agree_with_other_oracles(backend: Backend, problem: MatmulProblem) -> None:
     """The reference and SciPy CSR give the same gradients, within twice the bound."""
-    expected = expected_gradients(problem.weight, problem.grad, problem.x)
-    got = plan_of(problem.weight, backend).backward(problem.grad, problem.x)
+    expected = _expected(problem)
+    gradients = _backward(prepare(problem.weight, backend=backend), problem)
     for oracle in sorted({"reference", "scipy"} - {backend.name}):
-        other = plan_of(problem.weight, get_backend(oracle)).backward(problem.grad, problem.x)
-        for (name, mine), (_, theirs) in zip(_each(got), _each(other), strict=True):
-            bound = 2 * expected[name].bound(mine.dtype)
-            assert_near(mine, theirs, bound, f"the gradient of {name}, beside that of {oracle},")
+        others = _by_name(_backward(prepare(problem.weight, backend=oracle), problem))
+        for name, gradient in _by_name(gradients).items():
+            bound = 2 * expected[name].bound(gradient.dtype)
+            what = f"the gradient of {name}, compared with that of {oracle},"
+            assert_near(gradient, others[name], bound, what)
 
 
-@_law(against="extended precision", within="the error bound of SPEC 2")
+@_law("extended precision", "within the error bound of SPEC 2")
 def unconnected_places_do_not_reach_gradients(backend: Backend, problem: MatmulProblem) -> None:
     """NaN in grad at ablated rows or in x at unconnected columns reaches neither dx nor dvalues."""
     ablated = problem.weight.ablated
@@ -69,195 +101,155 @@ def unconnected_places_do_not_reach_gradients(backend: Backend, problem: MatmulP
     grad, x = problem.grad.copy(), problem.x.copy()
     grad[..., ablated] = special_numbers(grad[..., ablated].shape, 1)
     x[..., unconnected] = special_numbers(x[..., unconnected].shape, 2)
-    expected = expected_gradients(problem.weight, problem.grad, problem.x)
-    got = plan_of(problem.weight, backend).backward(grad, x, wrt=("x", "values"))
-    for name, gradient in _each(got):
-        assert_within(gradient, expected[name], f"with NaN elsewhere, the gradient of {name}")
+    gradients = prepare(problem.weight, backend=backend).backward(grad, x, wrt=("x", "values"))
+    _assert_gradients(gradients, _expected(problem), "with NaN elsewhere, ")
 
 
-@_law(against="extended precision", within="the error bound of SPEC 2")
+@_law("extended precision", "within the error bound of SPEC 2")
 def non_finite_gradients_propagate(backend: Backend, problem: MatmulProblem) -> None:
     """NaN and infinity in connected places spread by IEEE rules, and no further."""
     grad, x, values = problem.grad.copy(), problem.x.copy(), problem.weight.values.copy()
     grad[..., -1] = special_numbers(grad[..., -1].shape, 3)
     x[..., 0] = special_numbers(x[..., 0].shape, 4)
     values[:, -1] = special_numbers(values[:, -1].shape, 5)
+    without_grad = replace(problem, grad=np.zeros_like(problem.grad))
     cases = {
         "grad and x": replace(problem, grad=grad, x=x),
-        # 0 times infinity: a zero is no reason to skip a term.
-        "x, and grad 0": replace(problem, grad=np.zeros_like(problem.grad), x=x),
-        "the values, and grad 0": replace(
-            problem, weight=problem.weight.with_values(values), grad=np.zeros_like(problem.grad)
-        ),
+        # 0 times infinity is NaN: a zero gradient is no reason to skip a term.
+        "x, and grad 0": replace(without_grad, x=x),
+        "the values, and grad 0": replace(without_grad, weight=problem.weight.with_values(values)),
     }
     for what, case in cases.items():
-        expected = expected_gradients(case.weight, case.grad, case.x)
-        got = plan_of(case.weight, backend).backward(case.grad, case.x)
-        for name, gradient in _each(got):
-            assert_within(gradient, expected[name], f"with NaN and inf in {what}, that of {name}")
+        gradients = _backward(prepare(case.weight, backend=backend), case)
+        _assert_gradients(gradients, _expected(case), f"with NaN and inf in {what}, ")
 
 
-@_law(against="itself", within="no bit")
+@_law("itself", "bit for bit")
 def same_inputs_give_the_same_gradients(backend: Backend, problem: MatmulProblem) -> None:
-    """Gradients have the same bits again, on any number of threads, also in a flushing thread."""
-    plan = plan_of(problem.weight, backend)
-    first = plan.backward(problem.grad, problem.x)
-    repeats = [plan.backward(problem.grad, problem.x, threads=t) for t in (1, 2, 3, 8)]
+    """Repeated gradients have the same bits, on any number of threads and in a flushing thread."""
+    plan = prepare(problem.weight, backend=backend)
+    first = _backward(plan, problem)
+    repeats = [_backward(plan, problem, threads=threads) for threads in (1, 2, 3, 8)]
     with flushing_subnormals():
-        repeats.append(plan.backward(problem.grad, problem.x))
+        repeats.append(_backward(plan, problem))
     for again in repeats:
-        _assert_same_gradients(again, first, "again,")
+        _assert_same_gradients(again, first, "again, ")
 
 
-def _subnormal_problem(choose: Chooser, able: KernelCapabilities) -> MatmulProblem:
-    """Build gradients of which every term of dx is subnormal."""
-    return with_subnormal_terms(matmul_problem(choose, able), values=choose.pick((False, True)))
+@_law("extended precision", "within the error bound of SPEC 2", build=subnormal_problem)
+def subnormal_gradients_are_honoured(backend: Backend, problem: MatmulProblem) -> None:
+    """Subnormal gradients reach dx and dbias, also in a thread that flushes such numbers."""
+    plan = prepare(problem.weight, backend=backend)
+    with flushing_subnormals():
+        flushed = _backward(plan, problem, wrt=("x", "bias"))
+    for gradients in (_backward(plan, problem, wrt=("x", "bias")), flushed):
+        _assert_gradients(gradients, _expected(problem), "of subnormal numbers, ")
+
+
+@_law("extended precision", "within the error bound of SPEC 2")
+def gradients_are_written_to_out(backend: Backend, problem: MatmulProblem) -> None:
+    """With out= each element of a gradient is written there, in its type, and nothing else is."""
+    if not capabilities_of(backend).out:
+        raise NotApplicable("it returns its results")
+    expected = _expected(problem)
+    arrays = {name: out_array(outcome.z.shape, problem) for name, outcome in expected.items()}
+    plan = prepare(problem.weight, backend=backend)
+    gradients = _backward(plan, problem, out=MatmulGradients(**arrays))
+    for name, array in arrays.items():
+        if getattr(gradients, name) is not array:
+            raise LawViolation(f"the gradient of {name} is not the array passed as out")
+    _assert_gradients(gradients, expected, f"out of {problem.out_dtype}, ")
+    for array in arrays.values():
+        assert_neighbours_untouched(array, problem)
+
+
+@_law("extended precision", "within the error bound of SPEC 2")
+def each_gradient_may_be_asked_for_alone(backend: Backend, problem: MatmulProblem) -> None:
+    """Whichever gradients are asked for are right, and the others are None."""
+    expected = _expected(problem)
+    plan = prepare(problem.weight, backend=backend)
+    for wrt in [*combinations(expected, 1), *combinations(expected, 2)]:
+        gradients = _backward(plan, problem, wrt=wrt)
+        returned = tuple(_by_name(gradients))
+        if returned != wrt:
+            raise LawViolation(f"asked for {wrt}, got the gradients of {returned}")
+        _assert_gradients(gradients, expected, f"of {wrt}, ")
+
+
+@_law("itself", "bit for bit")
+def with_values_has_its_own_gradients(backend: Backend, problem: MatmulProblem) -> None:
+    """Gradients of plan.with_values(v) are those of a new plan; the old plan's do not change."""
+    plan = prepare(problem.weight, backend=backend)
+    first = _backward(plan, problem)
+    other = problem.weight.with_values(problem.weight.values[::-1, ::-1])
+    changed = _backward(plan.with_values(other.values), problem)
+    fresh = _backward(prepare(other, backend=backend), problem)
+    _assert_same_gradients(changed, fresh, "of with_values, ")
+    _assert_same_gradients(_backward(plan, problem), first, "of the old plan, ")
 
 
 @_law(
-    against="extended precision",
-    within="the error bound of SPEC 2",
-    build=_subnormal_problem,
+    "extended precision, and itself",
+    "within the error bound of SPEC 2, and bit for bit",
 )
-def subnormal_gradients_are_honoured(backend: Backend, problem: MatmulProblem) -> None:
-    """Subnormal gradients reach dx and dbias, also in a thread that flushes such numbers."""
-    expected = expected_gradients(problem.weight, problem.grad, problem.x)
-    plan = plan_of(problem.weight, backend)
-    with flushing_subnormals():
-        flushed = plan.backward(problem.grad, problem.x, wrt=("x", "bias"))
-    for got in (plan.backward(problem.grad, problem.x, wrt=("x", "bias")), flushed):
-        for name, gradient in _each(got):
-            assert_within(gradient, expected[name], f"the subnormal gradient of {name}")
-
-
-@_law(against="extended precision", within="the error bound of SPEC 2")
-def gradients_are_written_to_out(backend: Backend, problem: MatmulProblem) -> None:
-    """With out= each gradient is written there whole, in its type, and nothing else is."""
-    if not capabilities_of(backend).out:
-        raise NotApplicable("it returns its results")
-    expected = expected_gradients(problem.weight, problem.grad, problem.x)
-    out = MatmulGradients(
-        **{name: out_array(outcome.z.shape, problem) for name, outcome in expected.items()}
-    )
-    got = plan_of(problem.weight, backend).backward(problem.grad, problem.x, out=out)
-    for (name, gradient), (_, given) in zip(_each(got), _each(out), strict=True):
-        if gradient is not given:
-            raise LawViolation(f"the gradient of {name} was not returned as given in out")
-        assert_within(gradient, expected[name], f"out of {problem.out_dtype}, gradient of {name}")
-        assert_neighbours_untouched(gradient, problem)
-
-
-@_law(against="extended precision", within="the error bound of SPEC 2")
-def each_gradient_may_be_asked_for_alone(backend: Backend, problem: MatmulProblem) -> None:
-    """Whichever gradients are asked for are right, and the others are None."""
-    expected = expected_gradients(problem.weight, problem.grad, problem.x)
-    plan = plan_of(problem.weight, backend)
-    for wrt in [wrt for size in (1, 2) for wrt in combinations(expected, size)]:
-        found = dict(_each(plan.backward(problem.grad, problem.x, wrt=wrt)))
-        if set(found) != set(wrt):
-            raise LawViolation(f"asked for {wrt}, got the gradients of {tuple(found)}")
-        for name, gradient in found.items():
-            assert_within(gradient, expected[name], f"of {wrt}, the gradient of {name}")
-
-
-@_law(against="itself", within="no bit")
-def with_values_has_its_own_gradients(backend: Backend, problem: MatmulProblem) -> None:
-    """Gradients of plan.with_values(v) are those of a plan made anew; the old plan's stay."""
-    plan = plan_of(problem.weight, backend)
-    first = plan.backward(problem.grad, problem.x)
-    other = problem.weight.with_values(problem.weight.values[::-1, ::-1])
-    changed = plan.with_values(other.values).backward(problem.grad, problem.x)
-    fresh = plan_of(other, backend).backward(problem.grad, problem.x)
-    _assert_same_gradients(changed, fresh, "of with_values,")
-    _assert_same_gradients(plan.backward(problem.grad, problem.x), first, "of the old plan,")
-
-
-@_law(against="extended precision, and itself", within="the error bound of SPEC 2, and no bit")
 def earlier_calls_leave_gradients_alone(backend: Backend, problem: MatmulProblem) -> None:
-    """What counts is what grad and x hold now; gradients stay as they are at later calls."""
-    plan = plan_of(problem.weight, backend)
-    grad, x = np.array(problem.grad), np.array(problem.x)
+    """Gradients are those of what grad and x hold now, and later calls do not change them."""
+    plan = prepare(problem.weight, backend=backend)
+    problem = replace(problem, grad=np.array(problem.grad), x=np.array(problem.x))
     if "condensed_matmul" in backend.capabilities.operations:
-        plan(-x)
-    first = plan.backward(grad, x)
-    kept = MatmulGradients(**{name: gradient.copy() for name, gradient in _each(first)})
-    expected = expected_gradients(problem.weight, grad, x)
-    for name, gradient in _each(first):
-        assert_within(gradient, expected[name], f"after another product, the gradient of {name}")
-    for array in (grad, x):
+        plan(-problem.x)
+    first = _backward(plan, problem)
+    kept = MatmulGradients(**{name: array.copy() for name, array in _by_name(first).items()})
+    _assert_gradients(first, _expected(problem), "after another product, ")
+    for array in (problem.grad, problem.x):
         array *= array.dtype.type(-0.5)
-    expected = expected_gradients(problem.weight, grad, x)
-    for name, gradient in _each(plan.backward(grad, x)):
-        assert_within(gradient, expected[name], f"with other numbers, the gradient of {name}")
-    _assert_same_gradients(first, kept, "of an earlier call,")
+    _assert_gradients(_backward(plan, problem), _expected(problem), "with other numbers, ")
+    _assert_same_gradients(first, kept, "of an earlier call, ")
 
 
-@_law(against="itself", within="no bit")
+@_law("itself", "bit for bit")
 def threads_may_share_a_plan_for_gradients(backend: Backend, problem: MatmulProblem) -> None:
     """Called from several threads at once, a plan gives each the bits of its own gradients."""
-    plan = plan_of(problem.weight, backend)
+    plan = prepare(problem.weight, backend=backend)
     grads = (problem.grad, -problem.grad, np.zeros_like(problem.grad))
-    cases = [(grad, problem.x) for grad in grads]
-    alone = [plan.backward(*case) for case in cases]
-    together = in_threads([partial(plan.backward, *case) for case in cases])
-    for expected, results in zip(alone, together, strict=True):
-        for got in results:
-            _assert_same_gradients(got, expected, "beside those of other threads,")
+    calls = [partial(plan.backward, grad, problem.x) for grad in grads]
+    assert_same_in_threads(calls, partial(_assert_same_gradients, what="beside other threads, "))
 
 
-def _assert_same_gradients(got: MatmulGradients, expected: MatmulGradients, what: str) -> None:
-    for (name, mine), (_, due) in zip(_each(got), _each(expected), strict=True):
-        assert_same_bits(mine, due, f"{what} the gradient of {name}")
-
-
-@_law(against="itself", within="no bit")
+@_law("itself", "bit for bit")
 def gradients_do_not_write_their_inputs(backend: Backend, problem: MatmulProblem) -> None:
     """Neither grad nor x nor the weight changes."""
-    weight = problem.weight
-    inputs = (problem.grad, problem.x, weight.values, weight.indices)
-    before = [array.tobytes() for array in inputs]
-    plan_of(weight, backend).backward(problem.grad, problem.x)
-    if before != [array.tobytes() for array in inputs]:
-        raise LawViolation("an input was written")
+    arrays = (problem.grad, problem.x, problem.weight.values, problem.weight.indices)
+    assert_unwritten(arrays, lambda: _backward(prepare(problem.weight, backend=backend), problem))
 
 
-def _each(gradients: MatmulGradients) -> Iterator[tuple[str, NDArray[Any]]]:
-    for part in fields(gradients):
-        gradient = getattr(gradients, part.name)
-        if gradient is not None:
-            yield part.name, gradient
+# The definition of a gradient: by how much a linear function of the product changes.
 
 
-# By the definition of a gradient: it is what the product, by a linear function of it, changes by.
-
-
-@_law(against="the reference's product", within="the error bounds of both")
+@_law("the reference's product", "within the error bounds of both")
 def gradient_of_x_is_the_adjoint(backend: Backend, problem: MatmulProblem) -> None:
     """<grad, A x> is <dx, x>: dx is the adjoint of the product."""
-    plan = plan_of(problem.weight, backend)
-    dx = plan.backward(problem.grad, problem.x, wrt=("x",)).x
+    dx = _backward(prepare(problem.weight, backend=backend), problem, wrt=("x",)).x
     assert dx is not None
-    expected = expected_gradients(problem.weight, problem.grad, problem.x)["x"]
     product = expected_product(problem.weight, problem.x, None, "none")
     _assert_equal_sums(
         (problem.grad, product.z, np.zeros_like(product.z)),
-        (problem.x, dx, expected.bound(dx.dtype)),
+        (problem.x, dx, _expected(problem)["x"].bound(dx.dtype)),
         "<grad, A x> and <dx, x>",
     )
 
 
-@_law(against="the reference's product", within="the error bounds of both")
+@_law("the reference's product", "within the error bounds of both")
 def gradient_of_values_is_that_of_differences(backend: Backend, problem: MatmulProblem) -> None:
-    """Where one value changes, <grad, A x> changes by that times the value's gradient."""
+    """If one value changes, <grad, A x> changes by that change times the value's gradient."""
     weight = problem.weight
-    dvalues = plan_of(weight, backend).backward(problem.grad, problem.x, wrt=("values",)).values
+    dvalues = _backward(prepare(weight, backend=backend), problem, wrt=("values",)).values
     assert dvalues is not None
-    expected = expected_gradients(weight, problem.grad, problem.x)["values"]
-    bound = expected.bound(dvalues.dtype)
+    bound = _expected(problem)["values"].bound(dvalues.dtype)
     for i, j in {(0, 0), (weight.n_active - 1, weight.fan_in - 1)}:
         values = np.zeros_like(weight.values)
         values[i, j] = 1
-        # The product is linear in the values, so that this is the difference quotient itself.
+        # The product is linear in the values, so this is the difference quotient itself.
         product = expected_product(weight.with_values(values), problem.x, None, "none")
         _assert_equal_sums(
             (problem.grad, product.z, np.zeros_like(product.z)),
@@ -267,14 +259,14 @@ def gradient_of_values_is_that_of_differences(backend: Backend, problem: MatmulP
 
 
 def _assert_equal_sums(one: Any, other: Any, what: str) -> None:
-    """Compare sums of products; each is given as factors, results, and the bounds of these."""
+    """Compare two sums of products, each passed as factors, results, and the results' bounds."""
     sums, allowed = [], np.longdouble(0)
     with np.errstate(all="ignore"):
         for factors, results, bound in (one, other):
             terms = factors.astype(np.longdouble) * results.astype(np.longdouble)
             sums.append(terms.sum())
             allowed += (np.abs(factors.astype(np.longdouble)) * bound).sum()
-            # What summing up here rounds off.
+            # The rounding error of this sum.
             allowed += terms.size * np.finfo(np.longdouble).eps * np.abs(terms).sum()
         if not np.isfinite([*sums, allowed]).all():
             raise NotApplicable("a sum is not finite")

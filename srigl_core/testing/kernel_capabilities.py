@@ -1,52 +1,52 @@
-"""What of the definition a kernel takes on: problems beyond that are not put to it."""
+"""What a kernel can do; it is tried on problems within these capabilities only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 from srigl_core._arrays.dtypes import VALUE_TYPES
 from srigl_core.contract import ACTIVATIONS, OPERATIONS, Backend, Capabilities
 from srigl_core.errors import SriglError
 
-__all__ = ["OPTIONAL_SETTINGS", "KernelCapabilities", "capabilities_of", "in_full", "left_out"]
+__all__ = ["OPTIONAL_SETTINGS", "KernelCapabilities", "capabilities_of", "completed", "left_out"]
 
 INDEX_TYPES = ("uint16", "uint32")
 
 OPTIONAL_SETTINGS = frozenset({"gamma_sal", "min_salient", "saliency_scope", "grown_init"})
-"""Settings of an update that a kernel may do without: it then has those of no ablation, the \
-paper's scope, and zeros where weights grow."""
+"""Settings of an update that a kernel need not take: without them it ablates no neuron, looks for \
+large gradients at inactive positions, and grows weights as zeros."""
 
 
 @dataclass(frozen=True, repr=False)
 class KernelCapabilities(Capabilities):
-    """The capabilities of a backend, and what a bare kernel may leave out besides.
+    """The capabilities of a backend, and of a function that does less than a backend.
 
-    Of a function, what its parameters tell is added (`srigl_core.testing.FunctionBackend`): one
-    without a parameter ``bias`` takes none.
+    A function's parameters narrow them (`srigl_core.testing.FunctionBackend`): without a parameter
+    ``bias`` there is no bias.
 
     Parameters
     ----------
     device, operations, value_dtypes, index_dtypes, priority
         As in `Capabilities`.
     activations : frozenset of str
-        Those of `srigl_core.contract.ACTIVATIONS` that it computes.
+        The activations that it computes, from `srigl_core.contract.ACTIVATIONS`.
     bias : bool
-        Whether it adds one.
+        Whether it adds a bias.
     ablation : bool
-        Whether neurons may be ablated: otherwise all are active.
+        Whether neurons may be ablated. If False, all are active.
     strides : bool
-        Whether arrays may have any strides and alignment: otherwise they are in C order, and
+        Whether arrays may have any strides and alignment. If False, they are in C order and
         aligned.
     out : bool
-        Whether it writes results in place, in any value type: otherwise it returns them.
+        Whether it writes results in place, in any value type. If False, it returns them.
     settings : frozenset of str
-        Those of `OPTIONAL_SETTINGS` that its mask update takes.
+        The settings that its mask update takes, from `OPTIONAL_SETTINGS`.
 
     Raises
     ------
     SriglError
-        If there is no operation, type, activation or setting of a name.
+        If an operation, dtype, activation or setting is unknown.
     """
 
     activations: frozenset[str] = frozenset(ACTIVATIONS)
@@ -66,7 +66,7 @@ class KernelCapabilities(Capabilities):
         }
         for name, names in known.items():
             object.__setattr__(self, name, frozenset(getattr(self, name)))
-            unknown = set(getattr(self, name)).difference(names)
+            unknown = getattr(self, name).difference(names)
             if unknown:
                 raise SriglError(
                     f"{name} has {', '.join(map(repr, sorted(unknown)))}; use some of "
@@ -74,42 +74,44 @@ class KernelCapabilities(Capabilities):
                 )
 
     def __repr__(self) -> str:
-        """Return Python for it: what is not the default, in the same order each time."""
-        told = []
+        """Return Python that makes it: what is not the default, in the same order each time."""
+        arguments = []
         for part in fields(self):
             value = getattr(self, part.name)
             if value != part.default:
                 names = isinstance(value, frozenset)
-                told.append(f"{part.name}={sorted(value) if names else value!r}")
-        return f"KernelCapabilities({', '.join(told)})"
+                arguments.append(f"{part.name}={sorted(value) if names else value!r}")
+        return f"KernelCapabilities({', '.join(arguments)})"
 
 
 def capabilities_of(backend: Backend) -> KernelCapabilities:
-    """Return what a backend declares, in full."""
-    return in_full(backend.capabilities)
+    """Return the capabilities that a backend declares, completed."""
+    return completed(backend.capabilities)
 
 
-def in_full(able: Capabilities) -> KernelCapabilities:
-    """Return capabilities with what a bare kernel may leave out, and all of it left in."""
-    if isinstance(able, KernelCapabilities):
-        return able
-    return KernelCapabilities(**{part.name: getattr(able, part.name) for part in fields(able)})
+def completed(capabilities: Capabilities) -> KernelCapabilities:
+    """Return capabilities as `KernelCapabilities`, which by default restrict nothing."""
+    if isinstance(capabilities, KernelCapabilities):
+        return capabilities
+    return KernelCapabilities(**asdict(capabilities))
 
 
-def left_out(able: KernelCapabilities) -> list[str]:
-    """Return, in words, what no problem for such a kernel has."""
-    missing = _missing(VALUE_TYPES, able.value_dtypes)
-    if able.operations - {"update_mask"}:
-        missing += [f"{name} indices" for name in _missing(INDEX_TYPES, able.index_dtypes)]
-        flags = {"ablated neurons": able.ablation, "strides": able.strides, "out=": able.out}
-        missing += [name for name, is_able in flags.items() if not is_able]
-    if "condensed_matmul" in able.operations:
-        missing += ["bias"] * (not able.bias)
-        missing += [f"activation {name}" for name in _missing(ACTIVATIONS, able.activations)]
-    if "update_mask" in able.operations:
-        missing += _missing(sorted(OPTIONAL_SETTINGS), able.settings)
+def left_out(capabilities: KernelCapabilities) -> list[str]:
+    """Return what the problems for such a kernel leave out, in words."""
+    missing = _missing(VALUE_TYPES, capabilities.value_dtypes)
+    if capabilities.operations - {"update_mask"}:
+        indices = _missing(INDEX_TYPES, capabilities.index_dtypes)
+        missing += [f"{name} indices" for name in indices]
+        missing += ["ablated neurons"] * (not capabilities.ablation)
+        missing += ["strides"] * (not capabilities.strides)
+        missing += ["out="] * (not capabilities.out)
+    if "condensed_matmul" in capabilities.operations:
+        missing += ["bias"] * (not capabilities.bias)
+        missing += [f"activation {n}" for n in _missing(ACTIVATIONS, capabilities.activations)]
+    if "update_mask" in capabilities.operations:
+        missing += _missing(sorted(OPTIONAL_SETTINGS), capabilities.settings)
     return missing
 
 
-def _missing(names: Iterable[str], taken: frozenset[str]) -> list[str]:
-    return [name for name in names if name not in taken]
+def _missing(names: Iterable[str], declared: frozenset[str]) -> list[str]:
+    return [name for name in names if name not in declared]

@@ -1,24 +1,23 @@
-"""What a law is, and how one is checked on one problem."""
+"""What a law is, and how one is checked on a problem."""
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from srigl_core.contract import Backend
 from srigl_core.testing.kernel_capabilities import KernelCapabilities, capabilities_of
-from srigl_core.testing.problems import Chooser, MatmulProblem
+from srigl_core.testing.problems import DataSource, MatmulProblem
 
-__all__ = ["Law", "LawViolation", "NotApplicable", "check", "registering"]
+__all__ = ["Law", "LawViolation", "NotApplicable", "check", "law_decorator"]
 
 Holds = TypeVar("Holds", bound=Callable[[Backend, Any], None])
-Build = Callable[[Chooser, KernelCapabilities], Any]
+Build = Callable[[DataSource, KernelCapabilities], Any]
 
 
-class LawViolation(AssertionError):  # noqa: N818 - what pytest users expect of a failed law
-    """A backend breaks a law; the message has the place, what was expected and what was given."""
+class LawViolation(AssertionError):  # noqa: N818 - pytest shows an AssertionError as a failure
+    """A backend breaks a law; the message says where, what was expected, and the result."""
 
 
 class NotApplicable(Exception):  # noqa: N818 - an outcome, not an error
@@ -36,44 +35,39 @@ class Law:
         One sentence.
     against : str
         What a result is compared with.
-    within : str
-        How far it may be from that.
+    tolerance : str
+        How far the result may be from that, such as "bit for bit".
     operation : str
-        The operation it is about, one of `srigl_core.contract.OPERATIONS`.
+        The operation that the law is about, one of `srigl_core.contract.OPERATIONS`.
     build : callable
-        Makes a problem of a `Chooser`, within a kernel's capabilities.
+        Takes a `DataSource` and a kernel's capabilities; returns a problem within these.
     holds : callable
-        Takes a backend and a problem.
+        Takes a backend and a problem; raises `LawViolation` or `NotApplicable`.
     """
 
     name: str
     statement: str
     against: str
-    within: str
+    tolerance: str
     operation: str
     build: Build
     holds: Callable[[Backend, Any], None]
 
 
-class LawDecorator(Protocol):
-    """Makes laws of functions."""
+def law_decorator(
+    laws: list[Law], operation: str, build: Build
+) -> Callable[..., Callable[[Holds], Holds]]:
+    """Return a decorator that appends a function to `laws`.
 
-    def __call__(
-        self, *, against: str, within: str, build: Build | None = None
-    ) -> Callable[[Holds], Holds]:
-        """Return a decorator for a law that differs in what it is compared with, or built of."""
-        ...
+    The decorator takes `against` and `tolerance`, and another `build` if the law needs one. The
+    function's docstring is the law's statement.
+    """
+    default_build = build
 
-
-def registering(laws: list[Law], operation: str, build: Build) -> LawDecorator:
-    """Return a decorator that adds a function to `laws`; its docstring is the law's statement."""
-    usual = build
-
-    def law(*, against: str, within: str, build: Build | None = None) -> Callable[[Holds], Holds]:
+    def law(against: str, tolerance: str, *, build: Build = default_build) -> Any:
         def register(holds: Holds) -> Holds:
             statement = (holds.__doc__ or "").strip()
-            made = build or usual
-            laws.append(Law(holds.__name__, statement, against, within, operation, made, holds))
+            laws.append(Law(holds.__name__, statement, against, tolerance, operation, build, holds))
             return holds
 
         return register
@@ -92,26 +86,15 @@ def check(backend: Backend, law: Law, problem: Any) -> None:
         If the backend does not offer the operation or the dtypes, or the problem has nothing to
         check.
     """
-    able = capabilities_of(backend)
-    if law.operation not in able.operations:
+    capabilities = capabilities_of(backend)
+    if law.operation not in capabilities.operations:
         raise NotApplicable(f"{backend.name!r} does not offer {law.operation}")
-    taken = (
-        (problem.weight.dtype, problem.x.dtype)
-        if isinstance(problem, MatmulProblem)
-        else (problem.weight.dtype,)
-    )
-    for dtype in taken:
-        if dtype.name not in able.value_dtypes:
-            raise NotApplicable(f"{backend.name!r} does not take {dtype.name}")
+    dtypes = {"values": problem.weight.dtype}
     if isinstance(problem, MatmulProblem):
-        kind = problem.weight.indices.dtype.name
-        if kind not in able.index_dtypes:
-            raise NotApplicable(f"{backend.name!r} does not take indices of {kind}")
-    try:
-        law.holds(backend, problem)
-    except NotApplicable as error:
-        *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
-        raised_by = frame.f_globals.get("__name__", "")
-        if raised_by != law.holds.__module__ and not raised_by.startswith("srigl_core.testing."):
-            raise LawViolation(f"the kernel raised NotApplicable: {error}") from error
-        raise
+        dtypes |= {"inputs": problem.x.dtype, "indices": problem.weight.indices.dtype}
+    for what, dtype in dtypes.items():
+        is_index = what == "indices"
+        taken = capabilities.index_dtypes if is_index else capabilities.value_dtypes
+        if dtype.name not in taken:
+            raise NotApplicable(f"{backend.name!r} does not take {what} of {dtype}")
+    law.holds(backend, problem)

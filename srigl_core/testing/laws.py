@@ -7,7 +7,20 @@ from srigl_core.testing.law import Law
 from srigl_core.testing.product_laws import PRODUCT_LAWS
 from srigl_core.testing.update_laws import UPDATE_LAWS
 
-__all__ = ["LAWS"]
+__all__ = ["LAWS", "laws_page"]
 
 LAWS: tuple[Law, ...] = (*PRODUCT_LAWS, *GRADIENT_LAWS, *UPDATE_LAWS)
-"""Those of the product, of its gradients and of the mask update, each with a name of its own."""
+"""The laws of the product, of its gradients and of the mask update; each name is unique."""
+
+
+def laws_page() -> str:
+    """Return a list of all laws, as Markdown."""
+    lines = ["# Laws", "", "`srigl verify` tries these laws on a kernel; `--list` prints them."]
+    for operation in dict.fromkeys(law.operation for law in LAWS):
+        lines += ["", f"## {operation}", ""]
+        lines += [
+            f"- `{law.name}`: {law.statement} Compared with {law.against}, {law.tolerance}."
+            for law in LAWS
+            if law.operation == operation
+        ]
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Products and gradients by SPEC 2 in extended precision, with what bounds their errors."""
+"""Products and gradients in extended precision, with what bounds their errors (SPEC 2)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["expected_gradients", "expected_product"]
 def expected_product(
     weight: CondensedWeight, x: NDArray[Any], bias: NDArray[Any] | None, activation: str
 ) -> Outcome:
-    """Return the product in extended precision, (..., n_out), by SPEC 2.
+    """Return the product in extended precision, (..., n_out).
 
     Parameters
     ----------
@@ -41,19 +41,18 @@ def expected_product(
         if bias is not None:
             z += bias.astype(np.longdouble)
             scale += _magnitudes(bias.astype(np.longdouble))
-        kind = accumulator_dtype(x.dtype, weight.dtype)
-        return Outcome(z, scale, terms, kind, activation)
+        return Outcome(z, scale, terms, accumulator_dtype(x.dtype, weight.dtype), activation)
 
 
 def _magnitudes(products: NDArray[np.longdouble]) -> NDArray[np.longdouble]:
-    """Return the magnitudes of the finite terms: those that may overflow on the way."""
+    """Return the magnitudes of the finite terms: only these may overflow in a partial sum."""
     return np.where(np.isfinite(products), np.abs(products), 0)
 
 
 def expected_gradients(
     weight: CondensedWeight, grad: NDArray[Any], x: NDArray[Any]
 ) -> dict[str, Outcome]:
-    """Return dx, dvalues and dbias in extended precision, by SPEC 2, Backward.
+    """Return dx, dvalues and dbias in extended precision, as "x", "values" and "bias".
 
     Parameters
     ----------
@@ -74,11 +73,11 @@ def expected_gradients(
             products = g[:, row, None] * rows[:, columns]
             dvalues[i], values_scale[i] = products.sum(axis=0), _magnitudes(products).sum(axis=0)
         batch = np.array(g.shape[0])
-        kind = accumulator_dtype(grad.dtype, weight.dtype)
-        all_kinds = accumulator_dtype(kind, x.dtype)
-        bias_kind = accumulator_dtype(grad.dtype)
+        x_dtype = accumulator_dtype(grad.dtype, weight.dtype)
+        values_dtype = accumulator_dtype(grad.dtype, weight.dtype, x.dtype)
+        bias_dtype = accumulator_dtype(grad.dtype)
         return {
-            "x": Outcome(dx.reshape(x.shape), dx_scale.reshape(x.shape), degree, kind),
-            "values": Outcome(dvalues, values_scale, batch, all_kinds),
-            "bias": Outcome(g.sum(axis=0), _magnitudes(g).sum(axis=0), batch, bias_kind),
+            "x": Outcome(dx.reshape(x.shape), dx_scale.reshape(x.shape), degree, x_dtype),
+            "values": Outcome(dvalues, values_scale, batch, values_dtype),
+            "bias": Outcome(g.sum(axis=0), _magnitudes(g).sum(axis=0), batch, bias_dtype),
         }

@@ -1,9 +1,9 @@
-"""Problems that can tell a right kernel from a wrong one, built from a source of choices.
+"""Problems that can tell a right kernel from a wrong one, built from a source of integers.
 
-The choices come from Hypothesis (`srigl_core.testing.strategies`), which shrinks a failure by
-making each choice smaller: the first option of every list is the simplest. Or from a seeded
-generator (`SeededChooser`), or they are those of an earlier problem (`RecordedChoices`). What a
-kernel does not take on is not chosen.
+A problem is a function of the integers that its builder draws. They come from a seeded generator
+(`SeededSource`), from Hypothesis (`srigl_core.testing.strategies.HypothesisSource`), which shrinks
+a failure by drawing smaller ones, or from an earlier problem (`RecordedSource`). The first option
+of every list is the simplest. A problem stays within a kernel's capabilities.
 """
 
 from __future__ import annotations
@@ -32,65 +32,42 @@ __all__ = [
     "LAYOUTS",
     "MAGNITUDES",
     "UPDATE_MAGNITUDES",
-    "Chooser",
+    "DataSource",
     "MatmulProblem",
-    "RecordedChoices",
-    "SeededChooser",
+    "RecordedSource",
+    "SeededSource",
     "UpdateProblem",
     "any_mask",
     "array_of",
+    "combinable_dtypes",
     "laid_out",
     "matmul_problem",
     "random_inputs",
     "random_numbers",
     "special_numbers",
+    "subnormal_problem",
     "update_problem",
-    "with_subnormal_terms",
 ]
 
 Option = TypeVar("Option")
 
 SIZES = (1, 2, 3, 5, 8, 17, 33, 40)
-BATCHES = (
-    (1,),
-    (2,),
-    (),
-    (3,),
-    (7,),
-    (8,),
-    (9,),
-    (2, 3),
-    (16,),
-    (17,),
-    (32,),
-    (33,),
-    (65,),
-    (130,),
-    (0,),
+BATCHES: tuple[tuple[int, ...], ...] = (
+    *((1,), (2,), (), (3,), (7,), (8,), (9,), (2, 3)),
+    *((16,), (17,), (32,), (33,), (65,), (130,), (0,)),
 )
 MAGNITUDES = ("integers", "normal", "zeros", "cancelling", "subnormal", "huge", "spread")
 UPDATE_MAGNITUDES = ("integers", "normal", "zeros", "subnormal", "spread", "close")
 OUT_LAYOUTS = ("C", "F", "reversed", "every second", "rows reversed", "F within a larger array")
 DISTINCT_LAYOUTS = (*OUT_LAYOUTS, "offset by a byte")
 LAYOUTS = (*DISTINCT_LAYOUTS, "shared rows", "shared columns")
+ORDERED_DTYPES = F32, F64, F16, BF16 = ("float32", "float64", "float16", "bfloat16")
 DTYPE_PAIRS = (
-    ("float32", "float32"),
-    ("float64", "float64"),
-    ("float32", "float64"),
-    ("float64", "float32"),
-    ("float16", "float16"),
-    ("bfloat16", "bfloat16"),
-    ("float16", "float32"),
-    ("bfloat16", "float32"),
-    ("float32", "float16"),
-    ("float32", "bfloat16"),
-    ("float64", "bfloat16"),
-    ("float16", "float64"),
-    ("float64", "float16"),
-    ("bfloat16", "float64"),
+    *((F32, F32), (F64, F64), (F32, F64), (F64, F32), (F16, F16), (BF16, BF16), (F16, F32)),
+    *((BF16, F32), (F32, F16), (F32, BF16), (F64, BF16), (F16, F64), (F64, F16), (BF16, F64)),
 )
-UPDATE_DTYPES = ("float32", "float64", "float16", "bfloat16")
 EVERYTHING = KernelCapabilities()
+BETWEEN = 77  # in memory between the elements of an array
 WIDE = (50_000, 65_536)  # more columns than int16 can number, and all that uint16 can
 WIDER = (70_000,)
 DEEP = 1_025  # connections of a neuron: more than vectors, warps or blocks of threads sum at once
@@ -100,38 +77,38 @@ LARGE_PRODUCT = (130, 131, 200)  # n_out, n_in, batch: enough work for threads t
 LARGE_LAYERS = ((401, 399), (3, 70_000), (1_100, 5))
 
 
-class Chooser(ABC):
-    """A source of choices.
+class DataSource(ABC):
+    """A source of integers.
 
     Attributes
     ----------
-    made : list of int
-        The choices so far, for `RecordedChoices`: an option by its place, a generator by its seed.
+    drawn : list of int
+        The integers drawn so far; `RecordedSource` draws them again.
     """
 
     def __init__(self) -> None:
-        self.made: list[int] = []
+        self.drawn: list[int] = []
 
     @abstractmethod
-    def _choose(self, least: int, most: int) -> int:
+    def _draw(self, least: int, most: int) -> int:
         """Return an integer within ``least..most``."""
 
     def integer(self, least: int, most: int) -> int:
-        """Return an integer within ``least..most``."""
-        self.made.append(self._choose(least, most))
-        return self.made[-1]
+        """Draw an integer within ``least..most``."""
+        self.drawn.append(self._draw(least, most))
+        return self.drawn[-1]
 
-    def pick(self, options: Sequence[Option]) -> Option:
-        """Return one of `options`."""
+    def sampled_from(self, options: Sequence[Option]) -> Option:
+        """Draw the index of an option; return that option."""
         return options[self.integer(0, len(options) - 1)]
 
-    def generator(self) -> np.random.Generator:
-        """Return a generator for the bulk of the numbers."""
+    def rng(self) -> np.random.Generator:
+        """Draw the seed of a generator, for a problem's many numbers."""
         return np.random.default_rng(self.integer(0, 2**32 - 1))
 
 
-class SeededChooser(Chooser):
-    """Choices from a seeded generator, the same on every machine.
+class SeededSource(DataSource):
+    """Integers of a seeded generator, the same on every machine.
 
     Parameters
     ----------
@@ -142,31 +119,31 @@ class SeededChooser(Chooser):
         super().__init__()
         self._rng = np.random.default_rng(seed)
 
-    def _choose(self, least: int, most: int) -> int:
+    def _draw(self, least: int, most: int) -> int:
         return int(self._rng.integers(least, most, endpoint=True))
 
 
-class RecordedChoices(Chooser):
-    """Choices made before, made again.
+class RecordedSource(DataSource):
+    """The integers that an earlier problem was built from.
 
     Parameters
     ----------
-    numbers : sequence of int
-        What `Chooser.made` held.
+    integers : sequence of int
+        The `drawn` of another source.
     """
 
-    def __init__(self, numbers: Sequence[int]) -> None:
+    def __init__(self, integers: Sequence[int]) -> None:
         super().__init__()
-        self._left = iter(numbers)
+        self._remaining = iter(integers)
 
-    def _choose(self, least: int, most: int) -> int:
-        left = next(self._left, None)
-        if left is None:
+    def _draw(self, least: int, most: int) -> int:
+        recorded = next(self._remaining, None)
+        if recorded is None:
             raise SriglError(
-                "the choices end before the problem is complete; they were made for a kernel of "
+                "the integers end before the problem is complete; they were drawn for a kernel of "
                 "other capabilities, or by another version"
             )
-        return min(max(left, least), most)
+        return min(max(recorded, least), most)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,9 +158,9 @@ class MatmulProblem:
     bias : ndarray, (n_out,), or None
     activation : str
     out_dtype : numpy.dtype
-        A type to write results in.
+        The dtype of `out` where a law passes one.
     out_layout, layout, grad_layout, bias_layout : str
-        Those of `LAYOUTS` that results are written in, and that `x`, `grad` and `bias` have.
+        The memory layouts of `out`, `x`, `grad` and `bias`, from `LAYOUTS`.
     """
 
     weight: CondensedWeight
@@ -220,70 +197,67 @@ class UpdateProblem:
     settings: UpdateSettings
 
 
-def matmul_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> MatmulProblem:
+def matmul_problem(
+    source: DataSource, capabilities: KernelCapabilities = EVERYTHING
+) -> MatmulProblem:
     """Build a product: any shape, dtype, magnitude and memory layout, all numbers finite."""
-    pairs = (*3 * DTYPE_PAIRS[:1], *DTYPE_PAIRS)  # what most calls are made with comes more often
-    taken = [pair for pair in pairs if able.value_dtypes.issuperset(pair)]
-    x_dtype, values_dtype = map(value_dtype, choose.pick(taken))
-    lead, n_out, n_in, fan_in = _product_shape(choose, able)
-    few = (n_out, 1, max(1, n_out // 2), max(1, n_out - 1))
-    n_active = min(choose.pick(few), TALL[0]) if able.ablation else n_out
-    magnitude = choose.pick(MAGNITUDES)
-    layouts = LAYOUTS if able.strides else LAYOUTS[:1]
-    layout, grad_layout, bias_layout = (choose.pick(layouts) for _ in range(3))
-    grad_dtype = choose.pick(_grad_dtypes(x_dtype, values_dtype, able))
+    pairs = (*3 * DTYPE_PAIRS[:1], *DTYPE_PAIRS)  # the most common pair more often
+    pairs_taken = [pair for pair in pairs if capabilities.value_dtypes.issuperset(pair)]
+    x_dtype, values_dtype = map(value_dtype, source.sampled_from(pairs_taken))
+    lead, n_out, n_in, fan_in = _product_shape(source, capabilities)
+    n_active = n_out
+    if capabilities.ablation:
+        few = (n_out, 1, max(1, n_out // 2), max(1, n_out - 1))
+        n_active = min(source.sampled_from(few), TALL[0])
+    magnitude = source.sampled_from(MAGNITUDES)
+    possible = LAYOUTS if capabilities.strides else LAYOUTS[:1]
+    layouts = layout, grad_layout, bias_layout = [source.sampled_from(possible) for _ in range(3)]
+    grad_dtypes = (x_dtype, x_dtype, *combinable_dtypes(capabilities, x_dtype, values_dtype))
+    grad_dtype = source.sampled_from(grad_dtypes)
     bias_dtypes = (None, x_dtype, np.dtype(np.float32), np.dtype(np.float64))
-    bias_dtype = choose.pick(bias_dtypes) if able.bias else None
-    bias_magnitude = choose.pick(("normal", magnitude))
-    activation = choose.pick([name for name in ACTIVATIONS if name in able.activations])
+    bias_dtype = source.sampled_from(bias_dtypes) if capabilities.bias else None
+    bias_magnitude = source.sampled_from(("normal", magnitude))
+    activations = [name for name in ACTIVATIONS if name in capabilities.activations]
+    activation = source.sampled_from(activations)
     out_dtype = result_dtype(x_dtype, values_dtype)
-    if able.out:
-        out_dtype = value_dtype(choose.pick(("float32", "float64", "float16", "bfloat16")))
-    out_layout = choose.pick(OUT_LAYOUTS) if able.strides else "C"
-    rng = choose.generator()
+    if capabilities.out:
+        out_dtype = value_dtype(source.sampled_from(ORDERED_DTYPES))
+    out_layout = source.sampled_from(OUT_LAYOUTS) if capabilities.strides else "C"
+    rng = source.rng()
     weight = _random_weight(rng, (n_out, n_in), fan_in, n_active, values_dtype, magnitude)
-    x = random_inputs(rng, weight, lead, x_dtype, magnitude)
-    grad = random_numbers(rng, (*lead, n_out), grad_dtype, magnitude)
+    x = laid_out(random_inputs(rng, weight, lead, x_dtype, magnitude), layout)
+    grad = laid_out(random_numbers(rng, (*lead, n_out), grad_dtype, magnitude), grad_layout)
     bias = None
     if bias_dtype is not None:
         bias = laid_out(random_numbers(rng, (n_out,), bias_dtype, bias_magnitude), bias_layout)
-    return MatmulProblem(
-        weight,
-        laid_out(x, layout),
-        laid_out(grad, grad_layout),
-        bias,
-        activation,
-        out_dtype,
-        out_layout,
-        layout,
-        grad_layout,
-        bias_layout,
-    )
+    return MatmulProblem(weight, x, grad, bias, activation, out_dtype, out_layout, *layouts)
 
 
 def _product_shape(
-    choose: Chooser, able: KernelCapabilities
+    source: DataSource, capabilities: KernelCapabilities
 ) -> tuple[tuple[int, ...], int, int, int]:
-    """Choose leading shape, n_out, n_in and fan-in: mostly small, and what only large ones show."""
-    kinds = []
-    if "uint16" in able.index_dtypes:
-        kinds += ["small"] * 30 + ["large", "deep", "tall", "long", "wide"]
-    if "uint32" in able.index_dtypes:
-        kinds += ["wider"]
-    kind = choose.pick(kinds)  # first: a failure is made small choice by choice, in their order
-    lead, n_out, n_in = choose.pick(BATCHES), choose.pick(SIZES), choose.pick(SIZES)
-    if kind == "large":
+    """Draw leading shape, n_out, n_in and fan-in: mostly small, sometimes large in one of them."""
+    sizes = []
+    if "uint16" in capabilities.index_dtypes:
+        sizes += ["small"] * 30 + ["large", "deep", "tall", "long", "wide"]
+    if "uint32" in capabilities.index_dtypes:
+        sizes += ["wider"]
+    size = source.sampled_from(sizes)  # first, since shrinking makes earlier draws smaller first
+    lead = source.sampled_from(BATCHES)
+    n_out, n_in = source.sampled_from(SIZES), source.sampled_from(SIZES)
+    if size == "large":
         n_out, n_in, batch = LARGE_PRODUCT
         return (batch,), n_out, n_in, n_in // 2
-    if kind == "deep":
-        return _at_most(lead, 33), min(n_out, 8), DEEP, choose.pick((DEEP, DEEP // 2))
-    if kind == "long":
+    if size == "deep":
+        return _at_most(lead, 33), min(n_out, 8), DEEP, source.sampled_from((DEEP, DEEP // 2))
+    if size == "long":
         lead, n_out, n_in = (LONG,), min(n_out, 8), min(n_in, 8)
-    elif kind == "tall":
-        lead, n_out = _at_most(lead, 1), choose.pick(TALL if able.ablation else TALL[:1])
-    elif kind in ("wide", "wider"):
-        lead, n_in = _at_most(lead, 2), choose.pick(WIDE if kind == "wide" else WIDER)
-    fan_in = choose.pick((1, n_in, max(1, n_in // 2), min(n_in, 7), min(n_in, 2)))
+    elif size == "tall":
+        lead = _at_most(lead, 1)
+        n_out = source.sampled_from(TALL if capabilities.ablation else TALL[:1])
+    elif size in ("wide", "wider"):
+        lead, n_in = _at_most(lead, 2), source.sampled_from(WIDE if size == "wide" else WIDER)
+    fan_in = source.sampled_from((1, n_in, max(1, n_in // 2), min(n_in, 7), min(n_in, 2)))
     return lead, n_out, n_in, min(fan_in, SIZES[-1])
 
 
@@ -291,14 +265,13 @@ def _at_most(lead: tuple[int, ...], rows: int) -> tuple[int, ...]:
     return lead[:1] and (min(lead[0], rows),)
 
 
-def _grad_dtypes(
-    x_dtype: np.dtype[Any], values_dtype: np.dtype[Any], able: KernelCapabilities
+def combinable_dtypes(
+    capabilities: KernelCapabilities, *others: np.dtype[Any]
 ) -> list[np.dtype[Any]]:
-    """Return dtypes that a gradient may have beside such inputs, that of the inputs first."""
-    others = {"float16": "bfloat16", "bfloat16": "float16"}
-    refused = {others.get(x_dtype.name), others.get(values_dtype.name)}
-    found = [value_dtype(name) for name in UPDATE_DTYPES if name in able.value_dtypes - refused]
-    return [x_dtype, x_dtype, *found]
+    """Return the value types that combine with all `others`, float32 first."""
+    refused = {{"float16": "bfloat16", "bfloat16": "float16"}.get(other.name) for other in others}
+    names = [name for name in ORDERED_DTYPES if name in capabilities.value_dtypes - refused]
+    return [value_dtype(name) for name in names]
 
 
 def _random_weight(
@@ -309,7 +282,7 @@ def _random_weight(
     dtype: np.dtype[Any],
     magnitude: str,
 ) -> CondensedWeight:
-    """Return a weight, whose first neuron is connected to the last column, and to the first."""
+    """Return a weight whose first neuron is connected to the first and the last column."""
     pattern = CondensedWeight.random(shape, fan_in=fan_in, n_active=n_active, rng=rng)
     indices = pattern.indices.copy()
     indices[0, 0] = 0
@@ -318,11 +291,10 @@ def _random_weight(
     return CondensedWeight(values, indices, pattern.active, shape)
 
 
-def with_subnormal_terms(problem: MatmulProblem, *, values: bool) -> MatmulProblem:
-    """Return a problem of the same shapes whose product and gradients have no other terms.
-
-    Subnormal are the values, or else the inputs and gradients.
-    """
+def subnormal_problem(source: DataSource, capabilities: KernelCapabilities) -> MatmulProblem:
+    """Build a product whose every term is subnormal: by its inputs and `grad`, or by its values."""
+    problem = matmul_problem(source, capabilities)
+    by_values = source.sampled_from((False, True))
     rng = np.random.default_rng(0)
 
     def numbers(like: NDArray[Any], *, subnormal: bool) -> NDArray[Any]:
@@ -331,38 +303,46 @@ def with_subnormal_terms(problem: MatmulProblem, *, values: bool) -> MatmulProbl
         return np.asarray(rng.integers(1, most, like.shape) * scale).astype(like.dtype)
 
     weight = problem.weight
-    x, grad = (numbers(part, subnormal=not values) for part in (problem.x, problem.grad))
+    x, grad = (numbers(part, subnormal=not by_values) for part in (problem.x, problem.grad))
     return replace(
         problem,
-        weight=weight.with_values(numbers(weight.values, subnormal=values)),
+        weight=weight.with_values(numbers(weight.values, subnormal=by_values)),
         x=laid_out(x, problem.layout),
         grad=laid_out(grad, problem.grad_layout),
         bias=None,
     )
 
 
-def update_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> UpdateProblem:
+def update_problem(
+    source: DataSource, capabilities: KernelCapabilities = EVERYTHING
+) -> UpdateProblem:
     """Build a mask update: tie-rich or distinct numbers, any mask, any setting that works."""
-    dtypes = [value_dtype(name) for name in UPDATE_DTYPES if name in able.value_dtypes]
-    dtype = choose.pick(dtypes)
-    grad_dtype = choose.pick((dtype, dtype, *dtypes))
-    large = choose.pick((None,) * 24 + LARGE_LAYERS)
-    n_out, n_in = choose.pick(SIZES), choose.pick(SIZES)
+    dtypes = combinable_dtypes(capabilities)
+    dtype = source.sampled_from(dtypes)
+    grad_dtype = source.sampled_from((dtype, dtype, *dtypes))
+    large = source.sampled_from((None,) * 24 + LARGE_LAYERS)
+    n_out, n_in = source.sampled_from(SIZES), source.sampled_from(SIZES)
     n_out, n_in = large or (n_out, n_in)
-    magnitude = choose.pick((*UPDATE_MAGNITUDES, "zeros", "zeros"))
-    density = choose.pick((None, None, None, "any", "any", "any", "none", "all"))
-    nnz_budget = choose.integer(choose.pick((n_out, n_out, n_out, 1)), n_out * n_in)
-    drop_fraction = choose.pick((0.3, 0.0, 0.0, 1.0, 0.05, 0.5, 0.9, None))
-    taken = able.settings
-    gamma_sal = choose.pick((0.3, None, 1.0, 0.9, 0.01, 0.6)) if "gamma_sal" in taken else None
-    is_too_little = choose.pick((False, False, False, True))
-    counted = gamma_sal is None and "min_salient" in taken and choose.integer(0, 1)
-    counts = (choose.integer(0, n_in), choose.pick((n_in + 1, 2**40)))
-    min_salient = choose.pick((*3 * counts[:1], counts[1])) if counted else None
-    scope = choose.pick(("inactive", "all")) if "saliency_scope" in taken else "inactive"
-    grown_init = choose.pick((0.0, 0.5, -0.1, 1e-8)) if "grown_init" in taken else 0.0
-    unseen = choose.pick((0.0, 0.0, np.nan))
-    rng = choose.generator()
+    magnitude = source.sampled_from((*UPDATE_MAGNITUDES, "zeros", "zeros"))
+    density = source.sampled_from((None, None, None, "any", "any", "any", "none", "all"))
+    nnz_budget = source.integer(source.sampled_from((n_out, n_out, n_out, 1)), n_out * n_in)
+    drop_fraction = source.sampled_from((0.3, 0.0, 0.0, 1.0, 0.05, 0.5, 0.9, None))
+    optional = capabilities.settings
+    gamma_sal = min_salient = None
+    if "gamma_sal" in optional:
+        gamma_sal = source.sampled_from((0.3, None, 1.0, 0.9, 0.01, 0.6))
+    is_just_below = source.sampled_from((False, False, False, True))
+    is_counted = gamma_sal is None and "min_salient" in optional and source.integer(0, 1)
+    counts = (source.integer(0, n_in), source.sampled_from((n_in + 1, 2**40)))
+    if is_counted:
+        min_salient = source.sampled_from((*3 * counts[:1], counts[1]))
+    scope, grown_init = "inactive", 0.0
+    if "saliency_scope" in optional:
+        scope = source.sampled_from(("inactive", "all"))
+    if "grown_init" in optional:
+        grown_init = source.sampled_from((0.0, 0.5, -0.1, 1e-8))
+    unseen = source.sampled_from((0.0, 0.0, np.nan))
+    rng = source.rng()
     weight = random_numbers(rng, (n_out, n_in), dtype, magnitude)
     grad = random_numbers(rng, (n_out, n_in), grad_dtype, magnitude)
     mask = any_mask(rng, (n_out, n_in), constant_fan_in=density is None)
@@ -370,9 +350,9 @@ def update_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> Up
         mask[...] = density == "all"
     weight[~mask & (rng.random(mask.shape) < 0.5)] = unseen
     if drop_fraction is None:
-        drop_fraction = _just_too_little(rng, int(np.count_nonzero(mask)))
-    if gamma_sal is not None and is_too_little:
-        gamma_sal = _just_too_little(rng, nnz_budget // n_out)
+        drop_fraction = _just_below_a_count(rng, int(np.count_nonzero(mask)))
+    if gamma_sal is not None and is_just_below:
+        gamma_sal = _just_below_a_count(rng, nnz_budget // n_out)
     settings = UpdateSettings(
         nnz_budget,
         drop_fraction,
@@ -389,7 +369,7 @@ def update_problem(choose: Chooser, able: KernelCapabilities = EVERYTHING) -> Up
 def _is_enough(
     weight: NDArray[Any], grad: NDArray[Any], mask: NDArray[np.bool_], settings: UpdateSettings
 ) -> bool:
-    """Whether a budget of less than a weight for each neuron is one for each that survives."""
+    """Whether the budget gives every surviving neuron a weight."""
     try:
         srigl_update(weight, grad, mask, settings)
     except SriglError:
@@ -397,9 +377,10 @@ def _is_enough(
     return True
 
 
-def _just_too_little(rng: np.random.Generator, whole: int) -> float:
-    """Return a fraction of which `whole` times it is, in float64, below an integer by a hair."""
-    return float(np.nextafter(rng.integers(1, max(whole, 1), endpoint=True) / max(whole, 1), 0))
+def _just_below_a_count(rng: np.random.Generator, total: int) -> float:
+    """Return a fraction whose product with `total` is just below an integer in float64."""
+    total = max(total, 1)
+    return float(np.nextafter(rng.integers(1, total, endpoint=True) / total, 0))
 
 
 def random_inputs(
@@ -409,7 +390,7 @@ def random_inputs(
     dtype: np.dtype[Any],
     magnitude: str,
 ) -> NDArray[Any]:
-    """Return inputs, (..., n_in), of one of `MAGNITUDES`."""
+    """Return inputs, (..., n_in), of a magnitude in `MAGNITUDES`."""
     shape = (*lead, weight.shape[1])
     x = random_numbers(rng, shape, dtype, magnitude)
     if magnitude == "cancelling":
@@ -422,7 +403,7 @@ def random_inputs(
 def array_of(
     numbers: Any, dtype: str, layout: str = "C", shape: tuple[int, ...] | None = None
 ) -> NDArray[Any]:
-    """Return an array of bool or of a value type, by name, in a memory layout of `LAYOUTS`."""
+    """Return an array of bool or a value type, named by `dtype`, in a layout of `LAYOUTS`."""
     array = np.array(numbers, bool if dtype == "bool" else value_dtype(dtype))
     return laid_out(array if shape is None else array.reshape(shape), layout)
 
@@ -433,32 +414,30 @@ def laid_out(array: NDArray[Any], layout: str) -> NDArray[Any]:
         return np.asfortranarray(array)
     if layout == "reversed":
         return np.ascontiguousarray(array[..., ::-1])[..., ::-1]
-    if layout == "every second":
-        wide = np.full((*array.shape[:-1], 2 * array.shape[-1]), 77, array.dtype)
-        wide[..., ::2] = array
-        return wide[..., ::2]
     if layout == "rows reversed":
         return np.ascontiguousarray(array[::-1])[::-1]
-    if layout == "F within a larger array":
-        larger = np.full((array.shape[0] + 1, *array.shape[1:]), 77, array.dtype, order="F")
-        larger[:-1] = array
-        return larger[:-1]
-    if layout == "offset by a byte":
-        memory = np.empty(array.nbytes + 1, np.uint8)[1:]
-        shifted = memory.view(array.dtype).reshape(array.shape)
-        shifted[...] = array
-        return shifted
     if layout == "shared rows" and array.ndim > 1:
         return np.broadcast_to(array[:1], array.shape)
     if layout == "shared columns":
         return np.broadcast_to(array[..., :1], array.shape)
-    return np.ascontiguousarray(array)
+    if layout == "every second":
+        shape = (*array.shape[:-1], 2 * array.shape[-1])
+        view = np.full(shape, BETWEEN, array.dtype)[..., ::2]
+    elif layout == "F within a larger array":
+        shape = (array.shape[0] + 1, *array.shape[1:])
+        view = np.full(shape, BETWEEN, array.dtype, order="F")[:-1]
+    elif layout == "offset by a byte":
+        view = np.empty(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    else:
+        return np.ascontiguousarray(array)
+    view[...] = array
+    return view
 
 
 def any_mask(
     rng: np.random.Generator, shape: tuple[int, int], *, constant_fan_in: bool
 ) -> NDArray[np.bool_]:
-    """Return a mask: of any constant fan-in and ablation, or of rows that differ."""
+    """Return a mask: any constant fan-in with any ablation, or rows that differ."""
     n_out, n_in = shape
     if not constant_fan_in:
         return rng.random(shape) < rng.random()
@@ -474,7 +453,7 @@ def any_mask(
 def random_numbers(
     rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any], magnitude: str
 ) -> NDArray[Any]:
-    """Return finite numbers, of one of `MAGNITUDES` or `UPDATE_MAGNITUDES`."""
+    """Return finite numbers of a magnitude in `MAGNITUDES` or `UPDATE_MAGNITUDES`."""
     limits = float_limits(dtype)
     numbers: NDArray[Any]
     if magnitude == "integers":
@@ -509,6 +488,6 @@ def _cancelling(rng: np.random.Generator, weight: CondensedWeight) -> NDArray[np
 
 
 def special_numbers(shape: tuple[int, ...], seed: int) -> NDArray[np.float64]:
-    """Return NaN, of few bits and of all, and infinities."""
+    """Return infinities and NaN with few and with all bits set."""
     full = np.array([2**63 - 1, 2**64 - 1], np.uint64).view(np.float64)
     return np.random.default_rng(seed).choice([np.nan, np.inf, -np.inf, *full], shape)

@@ -15,30 +15,35 @@ from srigl_core._format.weight import CondensedWeight
 from srigl_core._plan import Plan, prepare
 from srigl_core.contract import Backend
 from srigl_core.testing.bounds import Outcome
-from srigl_core.testing.comparisons import assert_near, assert_same_bits, assert_within
+from srigl_core.testing.comparisons import (
+    assert_near,
+    assert_neighbours_untouched,
+    assert_same_bits,
+    assert_unwritten,
+    assert_within,
+    out_array,
+)
 from srigl_core.testing.flush_mode import can_flush_subnormals, flushing_subnormals
-from srigl_core.testing.kernel_capabilities import KernelCapabilities, capabilities_of
-from srigl_core.testing.law import Law, LawViolation, NotApplicable, registering
+from srigl_core.testing.kernel_capabilities import capabilities_of
+from srigl_core.testing.law import Law, LawViolation, NotApplicable, law_decorator
 from srigl_core.testing.oracles import expected_product
-from srigl_core.testing.out_arrays import assert_neighbours_untouched, out_array
 from srigl_core.testing.problems import (
     DISTINCT_LAYOUTS,
-    Chooser,
     MatmulProblem,
     laid_out,
     matmul_problem,
     special_numbers,
-    with_subnormal_terms,
+    subnormal_problem,
 )
-from srigl_core.testing.thread_calls import in_threads
+from srigl_core.testing.thread_calls import assert_same_in_threads
 
 __all__ = ["PRODUCT_LAWS"]
 
 PRODUCT_LAWS: list[Law] = []
-_law = registering(PRODUCT_LAWS, "condensed_matmul", matmul_problem)
+_law = law_decorator(PRODUCT_LAWS, "condensed_matmul", matmul_problem)
 
 
-def _product_of(problem: MatmulProblem) -> Outcome:
+def _expected(problem: MatmulProblem) -> Outcome:
     bias = None if problem.bias is None else round_to(problem.bias, problem.result_dtype)
     return expected_product(problem.weight, problem.x, bias, problem.activation)
 
@@ -56,55 +61,61 @@ def _call(plan: Plan, problem: MatmulProblem, **options: Any) -> NDArray[Any]:
     return plan(problem.x, problem.bias, activation=problem.activation, **options)
 
 
-def _assert_product(backend: Backend, problem: MatmulProblem, expected: Outcome, what: str) -> None:
+def _product(backend: str | Backend, problem: MatmulProblem, **options: Any) -> NDArray[Any]:
+    return _call(prepare(problem.weight, backend=backend), problem, **options)
+
+
+def _assert_product(backend: Backend, problem: MatmulProblem, what: str) -> None:
     """Check a product and its compact form."""
-    plan = prepare(problem.weight, backend=backend)
+    plan, expected = prepare(problem.weight, backend=backend), _expected(problem)
     assert_within(_call(plan, problem), expected, f"{what}, the product")
     compact = _call(plan, problem, compact=True)
     columns = _columns(expected, problem.weight.active)
     assert_within(compact, columns, f"{what}, the compact product")
 
 
-@_law(against="extended precision", within="the error bound of SPEC 2")
+@_law("extended precision", "within the error bound of SPEC 2")
 def product_is_within_the_error_bound(backend: Backend, problem: MatmulProblem) -> None:
     """The product has dtype result_type(x, values), and each element obeys the bound of SPEC 2."""
-    got = _call(prepare(problem.weight, backend=backend), problem)
-    if got.dtype != problem.result_dtype:
-        raise LawViolation(f"the product has dtype {got.dtype}, expected {problem.result_dtype}")
-    assert_within(got, _product_of(problem), "the product")
+    product = _product(backend, problem)
+    if product.dtype != problem.result_dtype:
+        raise LawViolation(
+            f"the product has dtype {product.dtype}, expected {problem.result_dtype}"
+        )
+    assert_within(product, _expected(problem), "the product")
 
 
-@_law(against="the reference and SciPy CSR", within="two bounds")
+@_law("the reference and SciPy CSR", "within twice the bound")
 def product_agrees_with_other_oracles(backend: Backend, problem: MatmulProblem) -> None:
     """The reference and SciPy CSR give the same product, within twice the bound."""
-    got = _call(prepare(problem.weight, backend=backend), problem)
-    outcome = _product_of(problem)
+    product = _product(backend, problem)
+    outcome = _expected(problem)
     for oracle in sorted({"reference", "scipy"} - {backend.name}):
-        other = _call(prepare(problem.weight, backend=oracle), problem)
-        bound = 2 * outcome.bound(got.dtype)
-        assert_near(got, other, bound, f"the product, compared with that of {oracle},")
+        other = _product(oracle, problem)
+        bound = 2 * outcome.bound(product.dtype)
+        assert_near(product, other, bound, f"the product, compared with that of {oracle},")
 
 
-@_law(against="extended precision", within="the error bound of SPEC 2")
+@_law("extended precision", "within the error bound of SPEC 2")
 def compact_output_is_the_active_columns(backend: Backend, problem: MatmulProblem) -> None:
     """With compact=True the result has the active neurons' columns and no others."""
-    expected = _columns(_product_of(problem), problem.weight.active)
-    got = _call(prepare(problem.weight, backend=backend), problem, compact=True)
-    assert_within(got, expected, "the compact product")
+    expected = _columns(_expected(problem), problem.weight.active)
+    product = _product(backend, problem, compact=True)
+    assert_within(product, expected, "the compact product")
 
 
-@_law(against="extended precision", within="the error bound of SPEC 2")
+@_law("extended precision", "within the error bound of SPEC 2")
 def ablated_neurons_output_the_activated_bias(backend: Backend, problem: MatmulProblem) -> None:
     """An ablated neuron outputs act(bias), 0 without a bias, whatever the input."""
     ablated = problem.weight.ablated
     if not ablated.size:
         raise NotApplicable("no neuron is ablated")
     poisoned = replace(problem, x=np.full_like(problem.x, np.nan))
-    got = _call(prepare(problem.weight, backend=backend), poisoned)[..., ablated]
-    assert_within(got, _columns(_product_of(problem), ablated), "the output of ablated neurons")
+    product = _product(backend, poisoned)[..., ablated]
+    assert_within(product, _columns(_expected(problem), ablated), "the output of ablated neurons")
 
 
-@_law(against="extended precision", within="the error bound of SPEC 2")
+@_law("extended precision", "within the error bound of SPEC 2")
 def unconnected_inputs_do_not_contribute(backend: Backend, problem: MatmulProblem) -> None:
     """NaN and infinity in columns that no neuron is connected to do not reach the product."""
     unconnected = ~problem.weight.to_mask().any(axis=0)
@@ -112,22 +123,19 @@ def unconnected_inputs_do_not_contribute(backend: Backend, problem: MatmulProble
         raise NotApplicable("every column is connected")
     x = problem.x.copy()
     x[..., unconnected] = special_numbers(x[..., unconnected].shape, 1)
-    what = "with NaN and inf at unconnected inputs"
-    _assert_product(backend, replace(problem, x=x), _product_of(problem), what)
+    _assert_product(backend, replace(problem, x=x), "with NaN and inf at unconnected inputs")
 
 
-@_law(against="extended precision", within="the error bound of SPEC 2")
+@_law("extended precision", "within the error bound of SPEC 2")
 def non_finite_inputs_reach_their_neurons_only(backend: Backend, problem: MatmulProblem) -> None:
     """NaN and infinity spread by IEEE rules to the neurons connected to them, and to no others."""
     for column in {0, problem.x.shape[-1] - 1, problem.x.shape[-1] // 2}:
         x = problem.x.copy()
         x[..., column] = special_numbers(x[..., column].shape, column)
-        poisoned = replace(problem, x=x)
-        what = f"with NaN or inf in column {column}"
-        _assert_product(backend, poisoned, _product_of(poisoned), what)
+        _assert_product(backend, replace(problem, x=x), f"with NaN or inf in column {column}")
 
 
-@_law(against="extended precision", within="the error bound of SPEC 2")
+@_law("extended precision", "within the error bound of SPEC 2")
 def non_finite_weights_and_biases_propagate(backend: Backend, problem: MatmulProblem) -> None:
     """NaN and infinity in values or bias reach their own neuron's output, and no other's."""
     values = problem.weight.values.copy()
@@ -139,12 +147,12 @@ def non_finite_weights_and_biases_propagate(backend: Backend, problem: MatmulPro
     if capabilities_of(backend).bias:
         cases["the bias"] = replace(problem, bias=bias)
     for what, poisoned in cases.items():
-        _assert_product(backend, poisoned, _product_of(poisoned), f"with NaN and inf in {what}")
+        _assert_product(backend, poisoned, f"with NaN and inf in {what}")
 
 
-@_law(against="itself", within="no bit")
+@_law("itself", "bit for bit")
 def same_inputs_give_the_same_bits(backend: Backend, problem: MatmulProblem) -> None:
-    """A product has the same bits again, on any number of threads, and after other work."""
+    """A repeated product has the same bits, on any number of threads, and after other work."""
     plan = prepare(problem.weight, backend=backend)
     first = _call(plan, problem)
     for threads in (1, 2, 3, 8, None):
@@ -158,34 +166,30 @@ def same_inputs_give_the_same_bits(backend: Backend, problem: MatmulProblem) -> 
     assert_same_bits(_call(used, problem), first, "the product after others by the same plan")
 
 
-@_law(against="itself", within="no bit")
+@_law("itself", "bit for bit")
 def inputs_are_not_written(backend: Backend, problem: MatmulProblem) -> None:
     """Neither x nor the bias nor the weight changes."""
-    before = problem.x.tobytes(), problem.weight.values.tobytes(), problem.weight.indices.tobytes()
-    bias = None if problem.bias is None else problem.bias.tobytes()
-    _call(prepare(problem.weight, backend=backend), problem)
-    after = problem.x.tobytes(), problem.weight.values.tobytes(), problem.weight.indices.tobytes()
-    if before != after or bias != (None if problem.bias is None else problem.bias.tobytes()):
-        raise LawViolation("an input was written")
+    arrays = (problem.x, problem.weight.values, problem.weight.indices, problem.bias)
+    assert_unwritten(arrays, lambda: _product(backend, problem))
 
 
-@_law(against="extended precision", within="the error bound of SPEC 2")
+@_law("extended precision", "within the error bound of SPEC 2")
 def out_is_filled_whatever_it_held(backend: Backend, problem: MatmulProblem) -> None:
     """With out= every element is written, in any value type, rounded once, and nothing else is."""
     if not capabilities_of(backend).out:
         raise NotApplicable("it returns its results")
-    plan, whole = prepare(problem.weight, backend=backend), _product_of(problem)
+    plan, whole = prepare(problem.weight, backend=backend), _expected(problem)
     for compact in (False, True):
         outcome = _columns(whole, problem.weight.active) if compact else whole
         out = out_array(outcome.z.shape, problem)
         if _call(plan, problem, out=out, compact=compact) is not out:
-            raise LawViolation("the call did not return the array given as out")
+            raise LawViolation("the call did not return the array passed as out")
         what = f"out of {problem.out_dtype}, laid out {problem.out_layout!r}, compact={compact},"
         assert_within(out, outcome, what)
         assert_neighbours_untouched(out, problem)
 
 
-@_law(against="extended precision", within="the error bound of SPEC 2")
+@_law("extended precision", "within the error bound of SPEC 2")
 def memory_layout_does_not_matter(backend: Backend, problem: MatmulProblem) -> None:
     """Any strides and alignment of x give a product within the bound of the same numbers."""
     if not capabilities_of(backend).strides:
@@ -193,18 +197,15 @@ def memory_layout_does_not_matter(backend: Backend, problem: MatmulProblem) -> N
     plan = prepare(problem.weight, backend=backend)
     for layout in DISTINCT_LAYOUTS:
         elsewhere = replace(problem, x=laid_out(problem.x, layout))
-        assert_within(_call(plan, elsewhere), _product_of(elsewhere), f"of x laid out {layout!r},")
-
-
-def _subnormal_problem(choose: Chooser, able: KernelCapabilities) -> MatmulProblem:
-    """Build a product of which every term is subnormal."""
-    return with_subnormal_terms(matmul_problem(choose, able), values=choose.pick((False, True)))
+        assert_within(
+            _call(plan, elsewhere), _expected(elsewhere), f"the product of x laid out {layout!r}"
+        )
 
 
 @_law(
-    against="itself, and extended precision",
-    within="no bit, and the bound",
-    build=_subnormal_problem,
+    "itself, and extended precision",
+    "bit for bit, and within the error bound of SPEC 2",
+    build=subnormal_problem,
 )
 def subnormals_are_honoured_in_any_thread_mode(backend: Backend, problem: MatmulProblem) -> None:
     """A thread that flushes subnormals gets the same bits, and is left in its mode."""
@@ -214,7 +215,7 @@ def subnormals_are_honoured_in_any_thread_mode(backend: Backend, problem: Matmul
     for activation in sorted({problem.activation, "none"} & capabilities_of(backend).activations):
         case = replace(problem, activation=activation)
         first = _call(plan, case)
-        assert_within(first, _product_of(case), "the product")
+        assert_within(first, _expected(case), "the product")
         with flushing_subnormals():
             before = subnormals_are_flushed()
             again = _call(plan, case)
@@ -223,21 +224,24 @@ def subnormals_are_honoured_in_any_thread_mode(backend: Backend, problem: Matmul
         assert_same_bits(again, first, "the product in a flushing thread")
 
 
-@_law(against="itself", within="no bit")
+@_law("itself", "bit for bit")
 def with_values_is_a_fresh_plan(backend: Backend, problem: MatmulProblem) -> None:
-    """plan.with_values(v) has the bits of a plan made anew for v; the old plan stays as it was."""
+    """plan.with_values(v) has the bits of a new plan for v; the old plan does not change."""
     plan = prepare(problem.weight, backend=backend)
     first = _call(plan, problem)
     values = problem.weight.values[::-1, ::-1]
     changed = _call(plan.with_values(values), problem)
-    fresh = _call(prepare(problem.weight.with_values(values), backend=backend), problem)
+    fresh = _product(backend, replace(problem, weight=problem.weight.with_values(values)))
     assert_same_bits(changed, fresh, "the product of with_values")
     assert_same_bits(_call(plan, problem), first, "the old plan's product")
 
 
-@_law(against="extended precision, and itself", within="the error bound of SPEC 2, and no bit")
+@_law(
+    "extended precision, and itself",
+    "within the error bound of SPEC 2, and bit for bit",
+)
 def earlier_calls_leave_no_trace(backend: Backend, problem: MatmulProblem) -> None:
-    """What counts is what x and the bias hold now; a result stays as it is at later calls."""
+    """A product is that of what x and the bias hold now, and later calls do not change it."""
     plan = prepare(problem.weight, backend=backend)
     x, bias = np.array(problem.x), None if problem.bias is None else np.array(problem.bias)
     reused = replace(problem, x=x, bias=bias)
@@ -246,26 +250,23 @@ def earlier_calls_leave_no_trace(backend: Backend, problem: MatmulProblem) -> No
     for array in (x, bias):
         if array is not None:
             np.negative(array, out=array)
-    assert_within(_call(plan, reused), _product_of(reused), "with other numbers, the product")
+    assert_within(_call(plan, reused), _expected(reused), "with other numbers, the product")
     assert_same_bits(first, kept, "an earlier product")
 
 
-@_law(against="itself", within="no bit")
+@_law("itself", "bit for bit")
 def threads_may_share_a_plan(backend: Backend, problem: MatmulProblem) -> None:
     """Called from several threads at once, a plan gives each the bits of its own product."""
     plan = prepare(problem.weight, backend=backend)
     cases = [replace(problem, x=x) for x in (problem.x, -problem.x, np.zeros_like(problem.x))]
-    alone = [_call(plan, case) for case in cases]
-    together = in_threads([partial(_call, plan, case) for case in cases])
-    for expected, results in zip(alone, together, strict=True):
-        for got in results:
-            assert_same_bits(got, expected, "a product beside those of other threads")
+    calls = [partial(_call, plan, case) for case in cases]
+    assert_same_in_threads(calls, partial(assert_same_bits, what="a product beside other threads"))
 
 
-# Metamorphic: a kernel is compared with itself, on a problem that has the same or a related answer.
+# Metamorphic laws compare a kernel with itself, on a problem with the same or a related result.
 
 
-@_law(against="itself", within="two bounds")
+@_law("itself", "within twice the bound")
 def permuted_neurons_permute_the_product(backend: Backend, problem: MatmulProblem) -> None:
     """Neurons in another order have their outputs in that order."""
     weight = problem.weight
@@ -278,15 +279,15 @@ def permuted_neurons_permute_the_product(backend: Backend, problem: MatmulProble
     if problem.bias is not None:
         bias = np.empty_like(problem.bias)
         bias[place] = problem.bias
-    got = _call(prepare(weight, backend=backend), problem)
-    elsewhere = _call(prepare(moved, backend=backend), replace(problem, weight=moved, bias=bias))
-    bound = 2 * _product_of(problem).bound(got.dtype)
-    assert_near(elsewhere[..., place], got, bound, "the product of neurons in another order")
+    product = _product(backend, problem)
+    elsewhere = _product(backend, replace(problem, weight=moved, bias=bias))
+    bound = 2 * _expected(problem).bound(product.dtype)
+    assert_near(elsewhere[..., place], product, bound, "the product of neurons in another order")
 
 
-@_law(against="itself", within="two bounds")
+@_law("itself", "within twice the bound")
 def permuted_inputs_do_not_matter(backend: Backend, problem: MatmulProblem) -> None:
-    """Inputs in another order, and connections with them, give the same product."""
+    """Inputs in another order, with connections in that order, give the same product."""
     weight = problem.weight
     place = np.random.default_rng(0).permutation(weight.shape[1])
     columns = place[weight.indices]
@@ -299,15 +300,15 @@ def permuted_inputs_do_not_matter(backend: Backend, problem: MatmulProblem) -> N
     )
     x = np.empty_like(problem.x, order="C")
     x[..., place] = problem.x
-    got = _call(prepare(weight, backend=backend), problem)
-    same = _call(prepare(moved, backend=backend), replace(problem, weight=moved, x=x))
-    bound = 2 * _product_of(problem).bound(got.dtype)
-    assert_near(same, got, bound, "the product of inputs in another order")
+    product = _product(backend, problem)
+    same = _product(backend, replace(problem, weight=moved, x=x))
+    bound = 2 * _expected(problem).bound(product.dtype)
+    assert_near(same, product, bound, "the product of inputs in another order")
 
 
-@_law(against="itself", within="three bounds")
+@_law("itself", "within three times the bound")
 def product_is_linear_in_the_input(backend: Backend, problem: MatmulProblem) -> None:
-    """The products of two inputs add up to that of their sum; that of -x is minus that of x."""
+    """The product of a sum is the sum of the products; that of -x is minus that of x."""
     if "none" not in capabilities_of(backend).activations:
         raise NotApplicable("it always applies an activation")
     plan = prepare(problem.weight, backend=backend)
@@ -315,22 +316,22 @@ def product_is_linear_in_the_input(backend: Backend, problem: MatmulProblem) -> 
     halves = [np.where(part, problem.x, 0).astype(problem.x.dtype) for part in (even, ~even)]
     bare = [replace(problem, x=x, bias=None, activation="none") for x in (problem.x, *halves)]
     whole, first, second = (_call(plan, part).astype(np.float64) for part in bare)
-    bounds = [_product_of(part).bound(problem.result_dtype) for part in bare]
+    bounds = [_expected(part).bound(problem.result_dtype) for part in bare]
     with np.errstate(all="ignore"):
         assert_near(first + second, whole, np.sum(bounds, axis=0), "the product of a sum")
     negative = _call(plan, replace(bare[0], x=-problem.x)).astype(np.float64)
     assert_near(-negative, whole, 2 * bounds[0], "minus the product of -x")
 
 
-@_law(against="itself", within="two bounds")
+@_law("itself", "within twice the bound")
 def batch_rows_do_not_interact(backend: Backend, problem: MatmulProblem) -> None:
-    """A row of a batch has the product that it has alone, whatever the other rows hold."""
+    """A row of a batch has the same product alone, whatever the other rows hold."""
     x = problem.x.reshape(-1, problem.x.shape[-1])
     if len(x) < 2:
         raise NotApplicable("there are no two rows")
     plan = prepare(problem.weight, backend=backend)
     whole = _call(plan, replace(problem, x=x))
-    bound = 2 * _product_of(replace(problem, x=x)).bound(whole.dtype)
+    bound = 2 * _expected(replace(problem, x=x)).bound(whole.dtype)
     for row in {0, len(x) // 2, len(x) - 1}:
         alone = _call(plan, replace(problem, x=x[row]))
         assert_near(whole[row], alone, bound[row], f"row {row} of a batch")

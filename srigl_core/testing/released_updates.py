@@ -1,4 +1,4 @@
-"""Mask updates that the authors' released code computed, free of ties and of its slips."""
+"""Mask updates that the authors' released code computed, without ties or its known bugs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from numpy.typing import NDArray
 from srigl_core._update import UpdateSettings
 from srigl_core.testing.problems import UpdateProblem
 
-__all__ = ["N_RELEASED_UPDATES", "ReleasedUpdate", "released_updates"]
-
-N_RELEASED_UPDATES = 80
+__all__ = ["ReleasedUpdate", "released_updates"]
 
 
 @dataclass(frozen=True, eq=False)
 class ReleasedUpdate(UpdateProblem):
-    """An update, and what came of it.
+    """An update and its recorded result.
 
     Parameters
     ----------
@@ -31,7 +29,7 @@ class ReleasedUpdate(UpdateProblem):
     new_mask : ndarray of bool, (n_out, n_in)
     new_weight : ndarray, (n_out, n_in)
     recorded : mapping
-        All else that was recorded: the step, the schedule, the rows ablated.
+        The rest of the record, such as the step, the schedule and the ablated rows.
     """
 
     new_mask: NDArray[np.bool_]
@@ -41,7 +39,7 @@ class ReleasedUpdate(UpdateProblem):
 
 @functools.cache
 def released_updates() -> tuple[ReleasedUpdate, ...]:
-    """Return the `N_RELEASED_UPDATES` updates; their arrays cannot be written."""
+    """Return the 80 updates; their arrays are read-only."""
     path = resources.files("srigl_core.testing") / "data" / "srigl_released_updates.npz"
     with path.open("rb") as file, np.load(file) as arrays:
         return tuple(_unpacked(arrays, case) for case in json.loads(bytes(arrays["meta"])))

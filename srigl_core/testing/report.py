@@ -1,11 +1,11 @@
-"""What became of the laws for one kernel."""
+"""The results of trying the laws on a kernel."""
 
 from __future__ import annotations
 
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from srigl_core.testing.law import Law
@@ -30,18 +30,18 @@ class ConformanceError(AssertionError):
 
 @dataclass(frozen=True)
 class Failure:
-    """How a kernel breaks a law.
+    """A problem on which a kernel breaks a law.
 
     Parameters
     ----------
     message : str
-        The first wrong element: what was expected, what was given, and the bound.
+        The first wrong element: the expected value, the result, and the bound.
     code : str
-        Python that shows it.
+        Python that shows the failure again.
     shape : tuple of int
-        (n_out, n_in) of the smallest problem found.
+        (n_out, n_in) of the problem.
     examples : int
-        Problems that were tried until one failed, that one included.
+        Problems tried until the first one failed, including that one.
     """
 
     message: str
@@ -52,7 +52,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class LawResult:
-    """What became of one law.
+    """The result of trying one law.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ class LawResult:
     status : str
         One of `STATUSES`.
     examples : int
-        Problems on which it was checked, but for those tried to make a failure smaller.
+        Problems on which the law was checked, without those tried to shrink a failure.
     detail : str
         Why nothing was checked, or why a failure is expected.
     failure : Failure or None
@@ -77,21 +77,15 @@ class LawResult:
             return f"{self.law.name}: {self.status}{self.detail and ': '}{self.detail}"
         return (
             f"{self.law.name}: {self.law.statement}\n"
-            f"Compared with {self.law.against}, within {self.law.within}.\n\n"
+            f"Compared with {self.law.against}, {self.law.tolerance}.\n\n"
             f"{textwrap.indent(self.failure.message, '    ')}\n\n"
             f"{textwrap.indent(self.failure.code, '    ')}"
         )
 
-    @property
-    def in_a_line(self) -> str:
-        """The failure's message; of a traceback its last line."""
-        assert self.failure is not None
-        return self.failure.message.splitlines()[-1]
-
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the laws for one kernel; prints as a table, with the failures below.
+    """The results of all laws for one kernel; prints as a table, followed by the failures.
 
     Parameters
     ----------
@@ -99,7 +93,7 @@ class Report:
     results : tuple of LawResult
     max_examples, seed : int
     left_out : tuple of str
-        What no problem had, as the kernel does not declare it.
+        What the kernel does not declare, so that no problem has it.
     """
 
     kernel: str
@@ -110,64 +104,68 @@ class Report:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many laws had each of `STATUSES`."""
-        found = Counter(result.status for result in self.results)
-        return {status: found[status] for status in STATUSES}
+        """The number of laws with each status of `STATUSES`."""
+        counts = Counter(result.status for result in self.results)
+        return {status: counts[status] for status in STATUSES}
 
     @property
     def n_run(self) -> int:
-        """How many laws were checked."""
+        """The number of laws that were checked."""
         return len(self.results) - self.counts["not applicable"]
 
     @property
     def examples(self) -> int:
-        """Problems tried, of all laws."""
+        """The number of problems tried, for all laws."""
         return sum(result.examples for result in self.results)
 
     @property
     def failures(self) -> tuple[LawResult, ...]:
-        """The laws that are broken, but for those expected to be."""
+        """The results of laws that are broken and not expected to be."""
         return tuple(result for result in self.results if result.status == "failed")
 
     @property
     def ok(self) -> bool:
-        """Whether a law was checked, and none failed that was not expected to."""
+        """Whether at least one law was checked, and there are no `failures`."""
         return self.n_run > 0 and not self.failures
 
     @property
     def summary(self) -> str:
-        """The counts, in a line; and in another what was left out."""
-        tally = ", ".join(f"{count} {status}" for status, count in self.counts.items() if count)
+        """The counts in one line, and what was left out in another."""
+        counts = ", ".join(f"{count} {status}" for status, count in self.counts.items() if count)
         if not self.n_run:
-            return f"{self.kernel}: nothing was checked: {tally}"
-        told = f"{self.kernel}: {self.n_run} checks run on {self.examples:,} examples: {tally}"
+            return f"{self.kernel}: nothing was checked: {counts}"
+        line = f"{self.kernel}: {self.n_run} checks run on {self.examples:,} examples: {counts}"
         if self.left_out:
-            told += f"\nnot declared, so not tried: {', '.join(self.left_out)}"
-        return told
+            line += f"\nnot declared, so not tried: {', '.join(self.left_out)}"
+        return line
 
-    def __str__(self) -> str:
+    @property
+    def table(self) -> list[str]:
+        """A line for each law: its name, the number of examples, the result."""
         width = max((len(result.law.name) for result in self.results), default=0)
-        lines = [
+        return [
             f"{result.law.name:<{width}}  {result.examples:>6,}  {result.status}"
             + (f": {result.detail}" if result.detail else "")
             for result in self.results
         ]
-        return "\n\n".join(["\n".join(lines), self.summary, *self.failures_shown()])
+
+    def __str__(self) -> str:
+        return "\n\n".join(["\n".join(self.table), self.summary, *self.failures_shown()])
 
     def failures_shown(self) -> Iterator[str]:
         """Yield the failures as text: each problem once, with all laws that it breaks."""
-        by_problem: dict[str, list[LawResult]] = {}
+        by_problem: dict[str, list[tuple[LawResult, str]]] = {}
         for result in self.failures:
             assert result.failure is not None
             problem = result.failure.code.replace(result.law.name, "")
-            by_problem.setdefault(problem, []).append(result)
-        for first, *others in by_problem.values():
-            lines = [f"{other.law.name}: {other.in_a_line}" for other in others]
-            more = f"\n\nThe same problem breaks\n{textwrap.indent(chr(10).join(lines), '    ')}"
-            yield f"{first}{more if others else ''}"
+            last_line = result.failure.message.splitlines()[-1]
+            by_problem.setdefault(problem, []).append((result, last_line))
+        for (first, _), *others in by_problem.values():
+            lines = [f"\n    {other.law.name}: {line}" for other, line in others]
+            yield f"{first}\n\nThe same problem breaks{''.join(lines)}" if lines else str(first)
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it in types that JSON has."""
+        """Return the report as JSON types."""
         return {
             "kernel": self.kernel,
             "ok": self.ok,
@@ -180,22 +178,9 @@ class Report:
 
 
 def _as_json(result: LawResult) -> dict[str, Any]:
-    law, failure = result.law, result.failure
-    found = {
-        "law": law.name,
-        "operation": law.operation,
-        "statement": law.statement,
-        "against": law.against,
-        "within": law.within,
-        "status": result.status,
-        "examples": result.examples,
-        "detail": result.detail,
-    }
-    if failure is not None:
-        found["failure"] = {
-            "message": failure.message,
-            "code": failure.code,
-            "shape": failure.shape,
-            "examples": failure.examples,
-        }
-    return found
+    law_names = ("operation", "statement", "against", "tolerance")
+    content = {"law": result.law.name, **{name: getattr(result.law, name) for name in law_names}}
+    content |= {name: getattr(result, name) for name in ("status", "examples", "detail")}
+    if result.failure is not None:
+        content["failure"] = asdict(result.failure)
+    return content

@@ -1,4 +1,4 @@
-"""Make a problem that fails as small as it gets, by Hypothesis (extra ``test``)."""
+"""Replay failures, and shrink them with Hypothesis (extra ``test``)."""
 
 from __future__ import annotations
 
@@ -11,45 +11,24 @@ import hypothesis
 from hypothesis import Phase, strategies
 from hypothesis.database import ExampleDatabase, choices_to_bytes
 
-from srigl_core.testing.strategies import DrawnChooser
+from srigl_core.testing.strategies import HypothesisSource
 
-__all__ = ["kept_failures", "shrunk"]
-
-Attempt = Callable[[DrawnChooser], None]
+__all__ = ["replay_and_shrink"]
 
 _SECONDS = 10
-"""After which the smallest problem so far has to do: a kernel may break many laws, slowly."""
+"""The longest time to shrink a failure for: a slow kernel may break many laws."""
 
 
-def shrunk(attempt: Attempt, choices: Sequence[int], database: ExampleDatabase | None) -> None:
-    """Try smaller and smaller problems, from the one of these choices on, that fail as well.
+class _StartingPoint(ExampleDatabase):
+    """A database that always holds one problem; what is found goes to another database."""
 
-    Parameters
-    ----------
-    attempt : callable of a chooser
-        Raises where a problem fails.
-    choices : sequence of int
-    database : ExampleDatabase or None
-        Where to keep what is found.
-    """
-    _attempt(attempt, _Given(choices, database))
-
-
-def kept_failures(attempt: Attempt, database: ExampleDatabase) -> None:
-    """Try what failed earlier."""
-    _attempt(attempt, database)
-
-
-class _Given(ExampleDatabase):
-    """A database that has the choices of one problem, whatever is asked for."""
-
-    def __init__(self, choices: Sequence[int], kept: ExampleDatabase | None) -> None:
+    def __init__(self, drawn: Sequence[int], kept: ExampleDatabase | None) -> None:
         super().__init__()
-        # With one choice too many: what it knows to the end Hypothesis takes to be shrunk already.
-        self._choices, self._kept = choices_to_bytes([*choices, 0]), kept
+        # Hypothesis takes a problem that uses all integers to be shrunk already: so one more.
+        self._content, self._kept = choices_to_bytes([*drawn, 0]), kept
 
     def fetch(self, key: bytes) -> Iterator[bytes]:
-        yield self._choices
+        yield self._content
 
     def save(self, key: bytes, value: bytes) -> None:
         if self._kept is not None:
@@ -60,11 +39,20 @@ class _Given(ExampleDatabase):
             self._kept.delete(key, value)
 
 
-def _attempt(attempt: Attempt, database: ExampleDatabase) -> None:
+def replay_and_shrink(
+    attempt: Callable[[HypothesisSource], None],
+    database: ExampleDatabase | None,
+    drawn: Sequence[int] | None = None,
+) -> None:
+    """Attempt the problem of `drawn`, or those that `database` kept; shrink what fails.
+
+    `attempt` builds a problem from a source, raises if it fails, and remembers the last one that
+    did. Failures are kept in `database`.
+    """
     end = time.monotonic() + _SECONDS
 
     @hypothesis.settings(
-        database=database,
+        database=database if drawn is None else _StartingPoint(drawn, database),
         deadline=None,
         derandomize=False,
         phases=(Phase.reuse, Phase.shrink),
@@ -77,9 +65,8 @@ def _attempt(attempt: Attempt, database: ExampleDatabase) -> None:
     @hypothesis.given(strategies.data())
     def attempts(data: Any) -> None:
         if time.monotonic() < end:
-            attempt(DrawnChooser(data.draw))
+            attempt(HypothesisSource(data.draw))
 
-    # The last failure is the smallest, and the attempt's to keep; of one that comes and goes
-    # Hypothesis raises an error of its own.
+    # The last failure is the smallest. Hypothesis raises it, or an error of its own if it is flaky.
     with contextlib.suppress(Exception):
         attempts()

@@ -1,7 +1,8 @@
-"""Hypothesis strategies for what kernels are tried on (extra ``test``).
+"""Hypothesis strategies for the problems that kernels are tried on (extra ``test``).
 
-All shrink to one neuron of one connection. Their argument `able` is what a kernel takes on: what
-goes beyond that is not drawn. Value types are "float32", "float64", "float16" and "bfloat16".
+Examples shrink to one neuron with one connection. The argument `capabilities` of a strategy
+restricts its examples to what a kernel declares. A `dtype` is "float32", "float64", "float16" or
+"bfloat16".
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from srigl_core.testing.problems import (
     LAYOUTS,
     MAGNITUDES,
     UPDATE_MAGNITUDES,
-    Chooser,
+    DataSource,
     MatmulProblem,
     UpdateProblem,
     any_mask,
+    combinable_dtypes,
     laid_out,
     matmul_problem,
     random_inputs,
@@ -34,7 +36,7 @@ from srigl_core.testing.problems import (
 )
 
 __all__ = [
-    "DrawnChooser",
+    "HypothesisSource",
     "condensed_weights",
     "gradients",
     "inputs",
@@ -48,135 +50,90 @@ __all__ = [
 Problem = TypeVar("Problem")
 
 
-class DrawnChooser(Chooser):
-    """Choices drawn by Hypothesis.
+class HypothesisSource(DataSource):
+    """Integers drawn by Hypothesis.
 
     Parameters
     ----------
     draw : callable
-        What a composite strategy is given.
+        The argument `draw` of a composite strategy.
     """
 
     def __init__(self, draw: Callable[[Any], Any]) -> None:
         super().__init__()
-        self._draw = draw
+        self._draw_from = draw
 
-    def _choose(self, least: int, most: int) -> int:
-        return int(self._draw(st.integers(least, most)))
+    def _draw(self, least: int, most: int) -> int:
+        return int(self._draw_from(st.integers(least, most)))
 
 
+@st.composite
 def problems(
-    build: Callable[[Chooser, KernelCapabilities], Problem], able: KernelCapabilities = EVERYTHING
-) -> st.SearchStrategy[Problem]:
-    """Return the strategy of the problems that `build` makes.
-
-    Parameters
-    ----------
-    build : callable
-        Takes a `Chooser` and capabilities, as a law's ``build``.
-    able : KernelCapabilities
-    """
-
-    @st.composite
-    def drawn(draw: st.DrawFn) -> Problem:
-        return build(DrawnChooser(draw), able)
-
-    return drawn()
+    draw: st.DrawFn,
+    build: Callable[[DataSource, KernelCapabilities], Problem],
+    capabilities: KernelCapabilities = EVERYTHING,
+) -> Problem:
+    """Draw a problem from `build`, such as a law's."""
+    return build(HypothesisSource(draw), capabilities)
 
 
-def matmul_problems(able: KernelCapabilities = EVERYTHING) -> st.SearchStrategy[MatmulProblem]:
-    """Return products and gradients: shapes, dtypes, magnitudes and memory layouts of all kinds.
-
-    Parameters
-    ----------
-    able : KernelCapabilities
-    """
-    return problems(matmul_problem, able)
+def matmul_problems(
+    capabilities: KernelCapabilities = EVERYTHING,
+) -> st.SearchStrategy[MatmulProblem]:
+    """Return a strategy for products and gradients: any shape, dtype, magnitude and layout."""
+    return problems(matmul_problem, capabilities)
 
 
-def update_problems(able: KernelCapabilities = EVERYTHING) -> st.SearchStrategy[UpdateProblem]:
-    """Return mask updates: tie-rich and distinct numbers, constant fan-in masks and others.
-
-    Parameters
-    ----------
-    able : KernelCapabilities
-    """
-    return problems(update_problem, able)
+def update_problems(
+    capabilities: KernelCapabilities = EVERYTHING,
+) -> st.SearchStrategy[UpdateProblem]:
+    """Return a strategy for mask updates: tie-rich and distinct numbers, any mask and settings."""
+    return problems(update_problem, capabilities)
 
 
-def value_dtypes(able: KernelCapabilities = EVERYTHING) -> st.SearchStrategy[np.dtype[Any]]:
-    """Return the value types, float32 first.
-
-    Parameters
-    ----------
-    able : KernelCapabilities
-    """
-    order = ("float32", "float64", "float16", "bfloat16")
-    return st.sampled_from([value_dtype(name) for name in order if name in able.value_dtypes])
+def value_dtypes(
+    capabilities: KernelCapabilities = EVERYTHING,
+) -> st.SearchStrategy[np.dtype[Any]]:
+    """Return a strategy for the value types, float32 first."""
+    return st.sampled_from(combinable_dtypes(capabilities))
 
 
 def condensed_weights(
-    able: KernelCapabilities = EVERYTHING,
+    capabilities: KernelCapabilities = EVERYTHING,
 ) -> st.SearchStrategy[CondensedWeight]:
-    """Return weights: a single neuron and many, k = 1 and k = n_in, ablation, both index types.
-
-    Parameters
-    ----------
-    able : KernelCapabilities
-    """
-    return matmul_problems(able).map(lambda problem: problem.weight)
+    """Return a strategy for weights: one neuron or many, any fan-in, ablation, both index types."""
+    return matmul_problems(capabilities).map(lambda problem: problem.weight)
 
 
 @st.composite
 def inputs(
-    draw: st.DrawFn, weight: CondensedWeight, able: KernelCapabilities = EVERYTHING
+    draw: st.DrawFn, weight: CondensedWeight, capabilities: KernelCapabilities = EVERYTHING
 ) -> NDArray[Any]:
-    """Return inputs of a weight, (..., n_in), of any strides, batches and magnitudes.
+    """Draw inputs of a weight, (..., n_in): any batch, magnitude and strides.
 
-    Among them are zeros of both signs, subnormal and huge numbers, terms of a neuron that nearly
-    cancel, NaN and infinity.
-
-    Parameters
-    ----------
-    weight : CondensedWeight, (n_out, n_in)
-    able : KernelCapabilities
+    Some hold zeros of both signs, subnormal or huge numbers, terms of a neuron that nearly cancel,
+    NaN or infinity.
     """
-    dtype = draw(value_dtypes(able).filter(lambda kind: _combine(kind, weight.dtype)))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    lead, magnitude = draw(st.sampled_from(BATCHES)), draw(st.sampled_from(MAGNITUDES))
+    source = HypothesisSource(draw)
+    dtype = source.sampled_from(combinable_dtypes(capabilities, weight.dtype))
+    rng = source.rng()
+    lead, magnitude = source.sampled_from(BATCHES), source.sampled_from(MAGNITUDES)
     x = random_inputs(rng, weight, lead, dtype, magnitude)
-    if draw(st.booleans()):
-        x[rng.random(x.shape) < 0.1] = draw(st.sampled_from((np.nan, np.inf, -np.inf)))
-    return laid_out(x, draw(st.sampled_from(LAYOUTS)) if able.strides else "C")
+    if source.sampled_from((False, True)):
+        x[rng.random(x.shape) < 0.1] = source.sampled_from((np.nan, np.inf, -np.inf))
+    return laid_out(x, source.sampled_from(LAYOUTS) if capabilities.strides else "C")
 
 
 @st.composite
 def masks(draw: st.DrawFn, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return masks, ndarrays of bool: of constant fan-in, with ablation, and others.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        (n_out, n_in).
-    """
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    return any_mask(rng, shape, constant_fan_in=draw(st.sampled_from((True, False))))
+    """Draw a mask, (n_out, n_in): constant fan-in with any ablation, or rows that differ."""
+    source = HypothesisSource(draw)
+    return any_mask(source.rng(), shape, constant_fan_in=source.sampled_from((True, False)))
 
 
 @st.composite
 def gradients(draw: st.DrawFn, shape: tuple[int, int], dtype: str = "float32") -> NDArray[Any]:
-    """Return dense gradients: many of them with ties and zeros.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        (n_out, n_in).
-    dtype : str
-        A value type.
-    """
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    return random_numbers(rng, shape, value_dtype(dtype), draw(st.sampled_from(UPDATE_MAGNITUDES)))
-
-
-def _combine(one: np.dtype[Any], other: np.dtype[Any]) -> bool:
-    return {one.name, other.name} != {"float16", "bfloat16"}
+    """Draw a dense gradient, (n_out, n_in); many have ties and zeros."""
+    source = HypothesisSource(draw)
+    magnitude = source.sampled_from(UPDATE_MAGNITUDES)
+    return random_numbers(source.rng(), shape, value_dtype(dtype), magnitude)

@@ -23,33 +23,35 @@ def as_backend(kernel: Any, op: str | None = None) -> Backend:
     Parameters
     ----------
     kernel : str, Backend, class or function
-        The name of a registered backend; ``module:attribute``, of a module that is installed or in
-        the working directory; a backend, or what makes one without arguments, such as a class or a
-        `functools.partial` of one; or a function (`FunctionBackend`).
+        A backend; the name of a registered one; ``module:attribute``, where the module is installed
+        or in the working directory; a callable that makes a backend without arguments, such as a
+        class or a `functools.partial` of one; or a function that computes an operation
+        (`FunctionBackend`).
     op : str or None
-        What a function computes; None is what it was declared with, or "condensed_matmul".
+        The operation that a function computes; None is the one that it was declared with, or
+        "condensed_matmul".
 
     Raises
     ------
     SriglError
-        If nothing of that name can be found, imported or made, it is no kernel, or there is no
-        operation `op`.
+        If `kernel` cannot be found, imported or made, it is no kernel, or there is no operation
+        `op`.
     """
     if op is not None and op not in OPERATIONS:
         raise SriglError(f"op={op!r} is unknown; use one of {', '.join(OPERATIONS)}")
-    found = kernel
+    resolved = kernel
     if isinstance(kernel, str):
         if ":" not in kernel:
             return get_backend(kernel)
-        found = _imported(kernel)
-    if not is_backend(found) and callable(found) and _makes_a_backend(found):
-        found = _made(found, kernel)
-    if is_backend(found):
-        return found
-    if callable(found):
-        return FunctionBackend(found, op)
+        resolved = _imported(kernel)
+    if not is_backend(resolved) and callable(resolved) and _makes_a_backend(resolved):
+        resolved = _made(resolved, kernel)
+    if is_backend(resolved):
+        return resolved
+    if callable(resolved):
+        return FunctionBackend(resolved, op)
     raise ValueTypeError(
-        f"{kernel!r} is a {type(found).__name__}; name a backend, a class with the methods of "
+        f"{kernel!r} is a {type(resolved).__name__}; name a backend, a class with the methods of "
         f"srigl_core.contract.Backend, or a function"
     )
 
@@ -57,20 +59,20 @@ def as_backend(kernel: Any, op: str | None = None) -> Backend:
 def _imported(target: str) -> Any:
     module, _, attribute = target.partition(":")
     here = str(Path.cwd())
-    if here not in sys.path[:1]:  # first: what is being edited, not what was installed of it
+    if here not in sys.path[:1]:  # first, so that the file being edited hides an installed one
         sys.path.insert(0, here)
     try:
         if not module or module.startswith("."):
             raise ImportError("it names no module")
-        found: Any = importlib.import_module(module)
+        value: Any = importlib.import_module(module)
         for part in attribute.split("."):
-            found = getattr(found, part)
+            value = getattr(value, part)
     except (Exception, SystemExit) as error:
         raise SriglError(
             f"{target!r} cannot be imported ({type(error).__name__}: {error}); write "
             f"module:attribute, of a module that is installed or in the working directory"
         ) from error
-    return found
+    return value
 
 
 def _made(make: Callable[[], Any], kernel: Any) -> Any:
@@ -85,12 +87,12 @@ def _made(make: Callable[[], Any], kernel: Any) -> Any:
         ) from error
 
 
-def _makes_a_backend(found: Any) -> bool:
-    """Whether it is a class, or can be called with nothing and has no parameter of a kernel."""
-    if inspect.isclass(found):
+def _makes_a_backend(value: Any) -> bool:
+    """Whether it is a class, or can be called without arguments and takes none of a kernel's."""
+    if inspect.isclass(value):
         return True
     try:
-        parameters = inspect.signature(found).parameters.values()
+        parameters = inspect.signature(value).parameters.values()
     except ValueError:
         return False
     known = {name for names in PARAMETERS.values() for name in names}

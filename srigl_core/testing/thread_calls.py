@@ -1,36 +1,30 @@
-"""Call from several threads at once, to test that they do not share what they compute in."""
+"""Call from several threads at once, to test that the calls share no memory."""
 
 from __future__ import annotations
 
 import contextvars
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
 from typing import TypeVar
 
-__all__ = ["in_threads"]
+__all__ = ["assert_same_in_threads"]
 
 Result = TypeVar("Result")
 
 _ROUNDS = 3
 _SWITCH_SECONDS = 1e-5
-"""Between two threads that run Python: often enough that one is stopped in the midst of a call."""
+"""How long a thread runs Python code: short enough to interrupt calls."""
 
 
-def in_threads(calls: Sequence[Callable[[], Result]]) -> list[list[Result]]:
-    """Return what each call returns, some times over, made in a thread of its own.
-
-    Parameters
-    ----------
-    calls : sequence of callable
-        They begin together.
-
-    Returns
-    -------
-    list of list
-        The results of each.
-    """
+def assert_same_in_threads(
+    calls: Sequence[Callable[[], Result]], assert_same: Callable[[Result, Result], None]
+) -> None:
+    """Compare the results of calls made at once, each in its own thread, with those made alone."""
+    alone = [copy.deepcopy(call()) for call in calls]
     together = Barrier(len(calls))
 
     def repeated(call: Callable[[], Result]) -> list[Result]:
@@ -41,12 +35,11 @@ def in_threads(calls: Sequence[Callable[[], Result]]) -> list[list[Result]]:
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         with ThreadPoolExecutor(len(calls)) as pool:
-            # In the caller's context, which has NumPy's handling of overflows.
-            contexts = [contextvars.copy_context() for _ in calls]
-            futures = [
-                pool.submit(context.run, repeated, call)
-                for context, call in zip(contexts, calls, strict=True)
-            ]
-            return [future.result() for future in futures]
+            # A copy of this context has NumPy's error handling.
+            runs = [partial(contextvars.copy_context().run, repeated, call) for call in calls]
+            futures = [pool.submit(run) for run in runs]
     finally:
         sys.setswitchinterval(usual)
+    for expected, future in zip(alone, futures, strict=True):
+        for result in future.result():
+            assert_same(result, expected)

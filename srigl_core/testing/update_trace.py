@@ -1,4 +1,4 @@
-"""Recorded mask updates of somebody's training, and their check against the definition."""
+"""Record mask updates during training, and check them against the definition."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _SETTINGS = tuple(part.name for part in fields(UpdateSettings))
 
 
 class UpdateTrace:
-    """Mask updates, kept to be checked later.
+    """Mask updates, recorded to be checked later.
 
-    In the file, update number i has the arrays ``i.weight``, ``i.grad``, ``i.mask_before`` and
-    ``i.mask_after``, (n_out, n_in) or a convolution's shape, and ``i.settings``, JSON: its name as
-    "layer", and the arguments of `UpdateSettings`.
+    The file has, for update number i, the arrays ``i.weight``, ``i.grad``, ``i.mask_before`` and
+    ``i.mask_after``, (n_out, n_in) or a convolution's shape, and ``i.settings``: JSON with the
+    layer's name as "layer" and the arguments of `UpdateSettings`.
 
     Examples
     --------
@@ -50,7 +50,7 @@ class UpdateTrace:
     def add(
         self, layer: str, weight: Any, grad: Any, mask_before: Any, mask_after: Any, **settings: Any
     ) -> None:
-        """Keep an update.
+        """Record an update; arrays are copied.
 
         Parameters
         ----------
@@ -58,15 +58,15 @@ class UpdateTrace:
             A name for the report.
         weight, grad : array, (n_out, n_in) or a convolution's shape
             The weight after the optimiser's step and before the update, and the dense gradient
-            that the update saw: of NumPy, PyTorch, JAX, on the CPU. Copied.
+            that the update used; arrays of NumPy, PyTorch or JAX, on the CPU.
         mask_before, mask_after : array of bool, same shape
         **settings
-            Those of `UpdateSettings`.
+            The arguments of `UpdateSettings`.
 
         Raises
         ------
         SriglError
-            If an array or a setting is missing or does not fit; nothing is kept.
+            If an array or a setting is missing or does not fit; nothing is recorded.
         """
         unknown = set(settings) - set(_SETTINGS)
         missing = {"nnz_budget", "drop_fraction"} - set(settings)
@@ -76,53 +76,53 @@ class UpdateTrace:
                 f"nnz_budget, drop_fraction, and others of UpdateSettings"
             )
         checked = asdict(UpdateSettings(**settings))
-        given = {"weight": weight, "grad": grad}
-        numbers = [HOST_ARRAYS.as_float_array(array, name) for name, array in given.items()]
+        arrays = {"weight": weight, "grad": grad}
+        numbers = [HOST_ARRAYS.as_float_array(array, name) for name, array in arrays.items()]
         masks = [HOST_ARRAYS.as_mask(mask, numbers[0].shape) for mask in (mask_before, mask_after)]
         if numbers[1].shape != numbers[0].shape:
             raise SriglError(
                 f"grad has shape {numbers[1].shape}, but weight {numbers[0].shape}; pass the dense "
                 f"gradient"
             )
-        # NumPy's files do not know bfloat16; wider numbers have the same order, and the same mask.
+        # NumPy's files have no bfloat16. Wider numbers have the same order, so the same mask.
         numbers = [part.astype(np.float32) if part.itemsize == 2 else part for part in numbers]
-        kept: dict[str, Any] = dict(zip(_ARRAYS, (*numbers, *masks), strict=True))
-        kept["settings"] = json.dumps(
-            {"layer": layer, **{name: checked[name] for name in settings}}, default=_plain
+        parts: dict[str, Any] = dict(zip(_ARRAYS, (*numbers, *masks), strict=True))
+        parts["settings"] = json.dumps(
+            {"layer": layer, **{name: checked[name] for name in settings}}, default=_as_json
         )
         number = self._n_updates
-        self._arrays |= {f"{number}.{name}": np.array(part) for name, part in kept.items()}
+        self._arrays |= {f"{number}.{name}": np.array(part) for name, part in parts.items()}
         self._n_updates += 1
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the updates so far to an ``.npz``.
+        """Write the recorded updates to an ``.npz``.
 
         Raises
         ------
         OSError
-            If it cannot be written; what was there stays.
+            If it cannot be written; an earlier file stays.
         """
         content = io.BytesIO()
         np.savez_compressed(content, **self._arrays)  # type: ignore[arg-type] # an option's
         write_whole(Path(path), content.getvalue())
 
 
-def _plain(number: Any) -> Any:
-    """Return a number of NumPy's, or of another library, as JSON has them."""
+def _as_json(number: Any) -> Any:
+    """Convert a number of NumPy or another library to Python's."""
     return number.item()
 
 
 @dataclass(frozen=True)
 class TraceVerdict:
-    """How one recorded update compares with the definition.
+    """The comparison of one recorded update with the definition; true if the masks are equal.
 
     Parameters
     ----------
     number : int
-        Its place in the trace.
+        The update's number in the trace.
     layer : str
     explanation : UpdateExplanation or None
-        None where the update could not be computed.
+        None if the update could not be computed.
     error : str
         Why it could not.
     """
@@ -136,8 +136,8 @@ class TraceVerdict:
         return bool(self.explanation)
 
     def __str__(self) -> str:
-        said = self.error if self.explanation is None else str(self.explanation)
-        return f"update {self.number}, layer {self.layer!r}: {said}"
+        result = self.error if self.explanation is None else self.explanation
+        return f"update {self.number}, layer {self.layer!r}: {result}"
 
 
 def check_trace(path: str | os.PathLike[str]) -> list[TraceVerdict]:
@@ -146,17 +146,17 @@ def check_trace(path: str | os.PathLike[str]) -> list[TraceVerdict]:
     Parameters
     ----------
     path : path
-        An ``.npz`` that `UpdateTrace` wrote, or one like it.
+        An ``.npz`` of the format of `UpdateTrace`.
 
     Returns
     -------
     list of TraceVerdict
-        One for each update, true where the mask is the definition's.
+        One for each update, true if the mask is the definition's.
 
     Raises
     ------
     FileFormatError
-        If it is no such file, or holds no update; says what is missing.
+        If the file has another format, or no update; the message says what is missing.
     OSError
         If it cannot be read.
     """
@@ -184,15 +184,15 @@ def _verdicts(arrays: dict[str, NDArray[Any]]) -> Iterator[TraceVerdict]:
         missing = [n for n in (*_ARRAYS, "settings") if f"{number}.{n}" not in arrays]
         if missing:
             raise FileFormatError(f"update {number} lacks {', '.join(missing)}")
-        said = json.loads(str(arrays[f"{number}.settings"]))
-        layer = said.pop("layer", str(number))
+        settings = json.loads(str(arrays[f"{number}.settings"]))
+        layer = settings.pop("layer", str(number))
         weight, grad, before, after = (arrays[f"{number}.{name}"] for name in _ARRAYS)
-        unknown = set(said) - set(_SETTINGS)
+        unknown = set(settings) - set(_SETTINGS)
         if unknown:
             raise FileFormatError(f"update {number} has settings {', '.join(sorted(unknown))}")
         try:
-            found = explain_update(weight, grad, before, after, **said)
+            explanation = explain_update(weight, grad, before, after, UpdateSettings(**settings))
         except SriglError as error:
             yield TraceVerdict(number, layer, None, str(error))
         else:
-            yield TraceVerdict(number, layer, found)
+            yield TraceVerdict(number, layer, explanation)

@@ -16,7 +16,7 @@ from srigl_core.torch.folding import Folding, fold_ablated
 from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.model_file import load_model, save_model
 from srigl_core.torch.model_report import LayerReport, ModelReport, report
-from srigl_core.torch.onnx_export import export_onnx
+from srigl_core.torch.onnx import export_onnx
 from srigl_core.torch.released_checkpoint import load_released_checkpoint
 from srigl_core.torch.training import SRigL
 

@@ -42,13 +42,11 @@ class TorchArrays(ArrayOps):
         return no_grad
 
     def as_float_array(self, array: object, what: str) -> Any:
-        """Return `array` as a tensor of a value type that shares its memory."""
         tensor = self._as_tensor(array, what)
         numpy_dtype(tensor.dtype, what)
         return tensor
 
     def as_mask(self, mask: object, shape: tuple[int, ...] | None) -> Any:
-        """Return `mask` as a tensor of bool."""
         tensor = self._as_tensor(mask, "mask")
         if tensor.dtype != torch.bool:
             raise ValueTypeError(
@@ -59,7 +57,6 @@ class TorchArrays(ArrayOps):
         return tensor
 
     def as_out(self, out: object, shape: tuple[int, ...], inputs: dict[str, Any]) -> Any:
-        """Return `out` as a tensor that shares its memory."""
         library_of(out).check_writable(out, "out")
         tensor = self.as_float_array(out, "out")
         if tensor.shape != shape:
@@ -70,7 +67,6 @@ class TorchArrays(ArrayOps):
         return tensor
 
     def as_workspace(self, workspace: object, others: dict[str, Any]) -> Any:
-        """Return `workspace` as a tensor that shares its memory."""
         library_of(workspace).check_writable(workspace, "workspace")
         tensor = self._as_tensor(workspace, "workspace")
         if tensor.dtype != torch.uint8:
@@ -81,15 +77,12 @@ class TorchArrays(ArrayOps):
         return tensor
 
     def dtype(self, array: Any) -> np.dtype[Any]:
-        """Return the NumPy dtype of a tensor."""
         return numpy_dtype(array.dtype)
 
     def contiguous(self, array: Any) -> Any:
-        """Return a tensor in C order, itself if it is."""
         return array.contiguous()
 
     def count_nonfinite(self, array: Any, mask: Any | None = None) -> int:
-        """Return how many numbers are NaN or infinite, where `mask` is True if there is one."""
         nonfinite = ~torch.isfinite(array)
         return int((nonfinite if mask is None else nonfinite & mask).sum())
 
@@ -98,22 +91,18 @@ class TorchArrays(ArrayOps):
         return torch.empty(shape, dtype=torch_dtype(dtype), device=self._device)
 
     def assign(self, target: Any, source: Any) -> None:
-        """Copy `source`, a tensor of the same dtype or 0, to `target`."""
         target.fill_(source) if isinstance(source, int) else target.copy_(source)
 
     def round_to(self, array: Any, dtype: np.dtype[Any]) -> Any:
-        """Return a tensor rounded once to `dtype`."""
         if array.dtype == torch.float64 and dtype.name == "bfloat16":
             array = _rounded_to_odd(array)  # PyTorch would round twice, first to float32
         return array.to(torch_dtype(dtype))
 
     def share_memory(self, one: Any, other: Any) -> bool:
-        """Return whether two tensors may share memory."""
         (start, end), (other_start, other_end) = _bounds(one), _bounds(other)
         return start < other_end and other_start < end
 
     def to_caller(self, array: Any, like: object) -> Any:
-        """Convert a tensor to the array library of `like`."""
         if isinstance(like, torch.Tensor):
             return array
         exported, dtype = library_of(array).export(array)
@@ -122,28 +111,22 @@ class TorchArrays(ArrayOps):
         return library_of(like).to_caller(exported, like)
 
     def from_host(self, array: NDArray[Any]) -> Any:
-        """Return a copy of a NumPy array on the device."""
         return from_numpy(array.copy()).to(self._device)
 
     def to_host(self, array: Any) -> NDArray[Any]:
-        """Return a copy of a tensor as a NumPy array."""
         return as_numpy(array).copy()
 
     def accumulate(self, total: Any | None, array: Any) -> Any:
-        """Return ``total + array``, or a copy of `array`, in the accumulator's dtype."""
         dtype = torch_dtype(accumulator_dtype(numpy_dtype(array.dtype)))
         return array.to(dtype, copy=True) if total is None else total + array.to(dtype)
 
     def divide(self, array: Any, divisor: int) -> Any:
-        """Return ``array / divisor``."""
         return array / torch.tensor(divisor, dtype=array.dtype, device=array.device)
 
     def union(self, one: Any, other: Any) -> Any:
-        """Return a new tensor of bool, True where either of two masks is."""
         return one | other
 
     def row_counts(self, mask: Any) -> NDArray[np.int64]:
-        """Return how many elements of each row of a mask are True."""
         return as_numpy(mask.reshape(mask.shape[0], -1).sum(dim=1))
 
     def _as_tensor(self, array: object, what: str) -> Any:

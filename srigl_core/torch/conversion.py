@@ -27,7 +27,7 @@ from srigl_core.torch.training import SRigL
 if TYPE_CHECKING:
     import scipy.sparse
 
-__all__ = ["condense", "to_csr", "to_masked_dense"]
+__all__ = ["condense", "dense_layer", "to_csr", "to_masked_dense"]
 
 
 def condense(
@@ -122,8 +122,15 @@ def to_masked_dense(model: Any) -> Any:
         model is not changed.
     """
     layers = condensed_modules(model)
-    dense = {id(layer): _dense(name, layer) for name, layer in layers.items()}
-    replace_modules(model, {name: dense[id(layer)] for name, layer in layers.items()})
+    for name, layer in layers.items():
+        activation = linear_of(layer).activation
+        if activation not in (None, "none"):
+            raise SriglError(
+                f"layer {name!r} has activation={activation!r}, but a dense layer has none; add "
+                f"a module for the activation to the model, and set the layer's to None"
+            )
+    made = {layer: dense_layer(layer) for layer in set(layers.values())}
+    replace_modules(model, {name: made[layer] for name, layer in layers.items()})
     return model
 
 
@@ -181,15 +188,19 @@ def _condensed(target: Target, mask: NDArray[np.bool_], hint: str) -> Any:
     return condensed_layer(target, weight)
 
 
-def _dense(name: str, layer: Any) -> Any:
-    """Return the dense layer that replaces a condensed one."""
-    linear = linear_of(layer)
-    if linear.activation not in (None, "none"):
-        raise SriglError(
-            f"layer {name!r} has activation={linear.activation!r}, but a dense layer has none; add "
-            f"a module for the activation to the model, and set the layer's to None"
-        )
-    dense = linear.to_linear()
+def dense_layer(layer: Any) -> Any:
+    """Return a condensed layer as a dense one with zeros; without its activation.
+
+    Parameters
+    ----------
+    layer : CondensedLinear or CondensedConv2d
+
+    Returns
+    -------
+    torch.nn.Linear or torch.nn.Conv2d
+        Bias, device, dtype, mode and what requires a gradient are kept.
+    """
+    dense = linear_of(layer).to_linear()
     if not isinstance(layer, CondensedConv2d):
         return dense
     geometry = {name: getattr(layer, name) for name in GEOMETRY}

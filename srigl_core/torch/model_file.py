@@ -1,8 +1,8 @@
 """A model with condensed layers in one safetensors file.
 
 Condensed layers are stored as `srigl_core.save_condensed` stores them, each under its module's
-name, and everything else as the model's ``state_dict`` names it; `srigl_core.load_condensed` reads
-the file too. What the layers' modules are is in the metadata besides.
+name. Everything else has the name that it has in the model's ``state_dict``. The metadata also
+describes the layers' modules. `srigl_core.load_condensed` can read the file too.
 """
 
 from __future__ import annotations
@@ -13,12 +13,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from srigl_core._arrays.dtypes import VALUE_TYPES
-from srigl_core._format.file import FORMAT_VERSION, read_whole, write_whole
+from srigl_core._format.file import (
+    array_names,
+    layer_metadata,
+    read_layers,
+    read_whole,
+    take_weight,
+    weight_arrays,
+    write_whole,
+)
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
@@ -29,15 +35,12 @@ from srigl_core.torch.tensors import as_numpy, from_numpy
 
 __all__ = ["load_model", "save_model"]
 
-_VERSION_KEY = "srigl_core.format_version"
-_LAYERS_KEY = "srigl_core.layers"
 _MODULES_KEY = "srigl_core.modules"
-_PARTS = ("values", "indices", "active")
 _GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 
 
 def save_model(model: Any, path: str | os.PathLike[str]) -> None:
-    """Write a model's state, condensed layers and all else, to one safetensors file.
+    """Write a model's state, condensed layers included, to one safetensors file.
 
     Parameters
     ----------
@@ -48,37 +51,24 @@ def save_model(model: Any, path: str | os.PathLike[str]) -> None:
     Raises
     ------
     ValueTypeError
-        If `model` is no module, or its state holds something that is no tensor.
+        If `model` is not a module, or its state holds something other than tensors.
     SriglError
-        If a condensed layer's tensors are no valid weight.
+        If a condensed layer's tensors are not a valid weight.
     """
     from safetensors.torch import save
 
     layers = condensed_modules(model)
     tensors = _plain_state(model, layers)
-    shapes, modules = {}, {}
+    weights = {name: linear_of(module).to_condensed() for name, module in layers.items()}
     for name, module in layers.items():
-        linear = linear_of(module)
-        weight = linear.to_condensed()
-        kind = weight.dtype.name
-        shapes[name] = {"shape": list(weight.shape), "dtype": kind}
-        modules[name] = _description(module)
-        values = from_numpy(weight.values)
-        arrays = (
-            values.view(torch.uint16) if kind == "bfloat16" else values,
-            from_numpy(weight.indices),
-            from_numpy(weight.active),
-        )
-        tensors |= {f"{name}.{p}": a for p, a in zip(_PARTS, arrays, strict=True)}
-        if linear.bias is not None:
-            tensors[f"{name}.bias"] = linear.bias.detach()
+        arrays = weight_arrays(name, weights[name])
+        tensors |= {key: from_numpy(array) for key, array in arrays.items()}
+        if linear_of(module).bias is not None:
+            tensors[f"{name}.bias"] = linear_of(module).bias.detach()
     # safetensors refuses tensors that share memory; tied ones are stored under each name.
     stored = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {
-        _VERSION_KEY: FORMAT_VERSION,
-        _LAYERS_KEY: json.dumps(shapes),
-        _MODULES_KEY: json.dumps(modules),
-    }
+    metadata = layer_metadata(weights)
+    metadata[_MODULES_KEY] = json.dumps({name: _description(m) for name, m in layers.items()})
     write_whole(Path(path), save(stored, metadata=metadata))
 
 
@@ -89,49 +79,46 @@ def load_model(path: str | os.PathLike[str], model: Any) -> Any:
     ----------
     path : path-like
     model : torch.nn.Module
-        Where the file has a condensed layer it may have that, or the dense ``nn.Linear`` or
-        ``nn.Conv2d`` of its shape, as a model made anew has.
+        In place of a condensed layer it may have the dense ``nn.Linear`` or ``nn.Conv2d`` of the
+        same shape, as a new model has.
 
     Returns
     -------
     torch.nn.Module
-        `model` itself. Devices, dtypes, modes and what requires a gradient are the model's.
+        `model` itself. Devices, dtypes, modes and ``requires_grad`` stay those of the model.
 
     Raises
     ------
     FileFormatError
-        If the file is truncated, of another format or version, or holds no valid layer.
+        If the file is truncated, has another format or version, or holds an invalid layer.
     SriglError
-        If the model has other layers than the file. Names them; the model is left as it was.
+        If the model has other layers than the file. The message names them; the model does not
+        change.
     OSError
         If the file cannot be read.
 
     Notes
     -----
-    Condensed layers are new ones, with new parameters, which an optimiser made before does not
-    know.
+    The condensed layers are new modules with new parameters. Make the optimiser after this call.
     """
-    tensors, shapes, modules = _read(path)
-    found = condensed_modules(model)
+    tensors, weights, modules = _read(path)
     made: dict[str, Any] = {}
-    of_present: dict[int, str] = {}
+    first_names: dict[int, str] = {}
     for name, description in modules.items():
         try:
-            weight = _weight(name, tensors, shapes[name])
-            bias = tensors.pop(f"{name}.bias", None)
-            layer = _module(description, weight, bias)
+            layer = _module(description, weights[name], tensors.pop(f"{name}.bias", None))
         except (SriglError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FileFormatError(f"{os.fspath(path)!r}: layer {name!r}: {error}") from error
         layer = _in_place_of(name, model, layer)
-        # What is one module of the model in two places stays one.
-        twin = of_present.setdefault(id(model.get_submodule(name)), name)
+        # A module that the model has in two places stays one module.
+        twin = first_names.setdefault(id(model.get_submodule(name)), name)
         made[name] = made.get(twin, layer)
         if not _equal(made[name], layer):
             raise SriglError(
                 f"layers {twin!r} and {name!r} are one in the model, but differ in the file; make "
                 f"the model as the one that was saved"
             )
-    rest = _plain_state(model, {**found, **made})
+    rest = _plain_state(model, {**condensed_modules(model), **made})
     _check_names(tensors, rest)
     for name, tensor in rest.items():
         if tensor.shape != tensors[name].shape:
@@ -146,15 +133,18 @@ def load_model(path: str | os.PathLike[str], model: Any) -> Any:
     return model
 
 
-# ---------------------------------------------------------------- what a layer is
+# ---------------------------------------------------------------- layers
 
 
 def _description(module: Any) -> dict[str, Any]:
     linear = linear_of(module)
-    facts: dict[str, Any] = {"nnz_budget": linear.nnz_budget, "activation": linear.activation}
+    description: dict[str, Any] = {
+        "nnz_budget": linear.nnz_budget,
+        "activation": linear.activation,
+    }
     if isinstance(module, CondensedConv2d):
-        facts["convolution"] = {name: getattr(module, name) for name in _GEOMETRY}
-    return facts
+        description["convolution"] = {name: getattr(module, name) for name in _GEOMETRY}
+    return description
 
 
 def _module(description: Mapping[str, Any], weight: CondensedWeight, bias: Any | None) -> Any:
@@ -175,12 +165,12 @@ def _as_tuple(setting: Any) -> Any:
 
 
 def _in_place_of(name: str, model: Any, layer: Any) -> Any:
-    """Return `layer` with what it takes over of the model's layer of that name.
+    """Return `layer` with the device, dtype and modes of the model's layer of that name.
 
     Raises
     ------
     SriglError
-        If the model has none, or of another shape or kind.
+        If the model has no such layer, or one of another shape or type.
     """
     try:
         present = model.get_submodule(name)
@@ -216,21 +206,21 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _shape(module: Any) -> str:
-    """Return what must be the same of a layer in the file and of the model's, for a message."""
+    """Describe the properties that a layer of the file and the model's layer must share."""
     sizes: tuple[Any, ...]
     if isinstance(module, CondensedLinear | nn.Linear):
-        kind, sizes = "linear", (module.out_features, module.in_features)
+        what, sizes = "linear", (module.out_features, module.in_features)
     elif isinstance(module, CondensedConv2d | nn.Conv2d) and getattr(module, "groups", 1) == 1:
-        kind, sizes = "convolution", tuple(getattr(module, name) for name in _GEOMETRY)
+        what, sizes = "convolution", tuple(getattr(module, name) for name in _GEOMETRY)
         sizes = (module.out_channels, module.in_channels, *sizes)
     else:
         return f"a {type(module).__name__}"
     has_bias = linear_of(module).bias is not None
-    return f"a {kind} of {sizes} {'with' if has_bias else 'without'} a bias"
+    return f"a {what} of {sizes} {'with' if has_bias else 'without'} a bias"
 
 
 def _plain_state(model: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors of a model's state that are of no condensed layer."""
+    """Return the tensors of a model's state that belong to no condensed layer."""
     prefixes = tuple(f"{name}." if name else "" for name in layers)
     state = {}
     for name, tensor in model.state_dict().items():
@@ -239,7 +229,7 @@ def _plain_state(model: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(tensor, torch.Tensor):
             raise ValueTypeError(
                 f"{name!r} of the model's state is a {type(tensor).__name__}; safetensors files "
-                f"hold tensors alone"
+                f"hold only tensors"
             )
         state[name] = tensor.detach()
     return state
@@ -250,49 +240,41 @@ def _plain_state(model: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(
     path: str | os.PathLike[str],
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return a file's tensors, and what its metadata says of layers and of modules."""
+) -> tuple[dict[str, Any], dict[str, CondensedWeight], dict[str, Any]]:
+    """Return a file's other tensors, its condensed weights, and descriptions of their modules."""
     tensors, metadata = read_whole(path, "pt")
-    if _MODULES_KEY not in metadata or metadata.get(_VERSION_KEY) != FORMAT_VERSION:
-        raise FileFormatError(
-            f"{os.fspath(path)!r} has format version {metadata.get(_VERSION_KEY)!r} and "
-            f"{'a' if _MODULES_KEY in metadata else 'no'} description of modules; it must be of "
-            f"version {FORMAT_VERSION!r} and written by save_model"
-        )
+    weights = {}
     try:
-        shapes, modules = (json.loads(metadata[key]) for key in (_LAYERS_KEY, _MODULES_KEY))
-        if shapes.keys() != modules.keys():
-            raise KeyError(*(shapes.keys() ^ modules.keys()))
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        layers = read_layers(metadata)
+        modules = _read_modules(metadata, layers)
+        for name, layer in layers.items():
+            keys = [key for key in array_names(name) if key in tensors]
+            arrays = {key: as_numpy(tensors.pop(key)) for key in keys}
+            weights[name] = take_weight(arrays, name, layer)
+    except (SriglError, TypeError) as error:  # NumPy does not have all dtypes of PyTorch
+        raise FileFormatError(f"{os.fspath(path)!r}: {error}") from error
+    return tensors, weights, modules
+
+
+def _read_modules(metadata: Mapping[str, str], layers: Mapping[str, Any]) -> dict[str, Any]:
+    if _MODULES_KEY not in metadata:
+        raise FileFormatError("no description of modules; the file was not written by save_model")
+    try:
+        modules: dict[str, Any] = json.loads(metadata[_MODULES_KEY])
+        if layers.keys() != modules.keys():
+            raise KeyError(*(layers.keys() ^ modules.keys()))
+    except (KeyError, ValueError, AttributeError, RecursionError) as error:
         raise FileFormatError(
-            f"{os.fspath(path)!r}: the metadata does not describe layers ({error!r}); save it again"
+            f"the metadata {_MODULES_KEY!r} does not describe layers ({error!r}); save it again"
         ) from error
-    return tensors, shapes, modules
-
-
-def _weight(name: str, tensors: dict[str, Any], layer: Mapping[str, Any]) -> CondensedWeight:
-    """Take the three arrays of a layer from `tensors`."""
-    missing = [f"{name}.{part}" for part in _PARTS if f"{name}.{part}" not in tensors]
-    if missing:
-        raise FileFormatError(f"lacks {', '.join(map(repr, missing))}")
-    values, indices, active = (tensors.pop(f"{name}.{part}") for part in _PARTS)
-    dtype = layer["dtype"]
-    if dtype not in VALUE_TYPES:
-        raise FileFormatError(f"dtype {dtype!r} is none of {', '.join(VALUE_TYPES)}")
-    if dtype == "bfloat16" and values.dtype is torch.uint16:
-        values = values.view(torch.bfloat16)
-    if values.dtype is not getattr(torch, dtype):
-        raise FileFormatError(f"values are {values.dtype}, but must be {dtype}")
-    n_out, n_in = layer["shape"]
-    arrays = (as_numpy(values), indices.numpy(), active.numpy().astype(np.int64, casting="safe"))
-    return CondensedWeight(*arrays, (n_out, n_in))
+    return modules
 
 
 def _check_names(tensors: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
     missing, unknown = sorted(rest.keys() - tensors.keys()), sorted(tensors.keys() - rest.keys())
     if missing or unknown:
-        facts = [f"lacks {', '.join(map(repr, missing))}"] if missing else []
-        facts += [f"has {', '.join(unknown)}, which the model has not"] if unknown else []
+        differences = [f"lacks {', '.join(map(repr, missing))}"] if missing else []
+        differences += [f"has {', '.join(unknown)}, which the model has not"] if unknown else []
         raise SriglError(
-            f"the file {' and '.join(facts)}; make the model as the one that was saved"
+            f"the file {' and '.join(differences)}; make the model as the one that was saved"
         )

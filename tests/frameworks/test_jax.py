@@ -27,7 +27,7 @@ from srigl_core.reference import random_mask
 from srigl_core.reference.mask_update import remap_state as reference_remap
 from srigl_core.testing.bounds import first_violation
 from srigl_core.testing.oracles import expected_gradients, expected_product
-from srigl_core.testing.problems import SeededChooser, matmul_problem
+from srigl_core.testing.problems import SeededSource, matmul_problem
 
 
 def test_without_jax_it_says_what_to_install():
@@ -124,7 +124,7 @@ def cached_plan(connections):
 @pytest.mark.parametrize("seed", range(14))
 def test_products_and_gradients_are_within_the_error_bound(x64, seed):
     """The problems are those of the conformance kit, with subnormal and huge numbers."""
-    problem = matmul_problem(SeededChooser(seed))
+    problem = matmul_problem(SeededSource(seed))
     weight, x = problem.weight, np.ascontiguousarray(problem.x)
     values, connections = from_condensed(weight)
     with np.errstate(all="ignore"):

@@ -1,173 +1,212 @@
-"""A backend whose arrays are PyTorch tensors: what `TorchArrays` does for it."""
-
-from dataclasses import replace
+"""PyTorch's tensors as arguments: what goes in comes out, and is read and written where it lies."""
 
 import numpy as np
 import pytest
+from array_library_tests import (
+    DTYPES,
+    UPDATE,
+    ArrayLibraryTests,
+    arrays_of,
+    bfloat16,
+)
 
 from srigl_core import (
-    CondensedWeight,
     MatmulGradients,
-    SparseTrainer,
     SriglError,
-    TrainingConfig,
     ValueTypeError,
     condensed_matmul,
-    condensed_matmul_backward,
     prepare,
     update_mask,
 )
-from srigl_core.contract import Capabilities
-from srigl_core.reference import UpdateSchedule
-from srigl_core.reference.backend import ReferenceBackend
+from srigl_core._arrays.checks import as_float_array
+from srigl_core._arrays.libraries import common_library, device_of, library_of
 
 torch = pytest.importorskip("torch")
 
-from srigl_core.torch import TorchArrays  # noqa: E402
-from srigl_core.torch.tensors import as_numpy, from_numpy, torch_dtype  # noqa: E402
-
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-BACKEND = {"backend": "reference"}
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 
-class TensorPrepared:
-    """Computes on the memory of tensors; anything that is not a tensor fails."""
+class Tensors:
+    """Tensors, as the tests need them."""
 
-    def __init__(self, prepared):
-        self._prepared = prepared
+    cls = torch.Tensor
+    dtypes = DTYPES
 
-    def describe(self):
-        return self._prepared.describe()
+    @staticmethod
+    def make(array):
+        if array.dtype == bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
 
-    def workspace_bytes(self, batch, dtype):
-        return 64
+    @staticmethod
+    def as_numpy(tensor):
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(bfloat16)
+        return tensor.numpy()
 
-    def matmul(self, x, bias, *, out, workspace=None, **options):
-        assert workspace is None or workspace.dtype == torch.uint8
-        bias = None if bias is None else as_numpy(bias)
-        self._prepared.matmul(as_numpy(x), bias, out=as_numpy(out), **options)
-
-    def backward(self, grad, x, *, out, **options):
-        arrays = {n: None if a is None else as_numpy(a) for n, a in vars(out).items()}
-        x = None if x is None else as_numpy(x)
-        self._prepared.backward(as_numpy(grad), x, out=MatmulGradients(**arrays), **options)
-
-
-class TensorBackend:
-    name = "tensors"
-    capabilities = Capabilities()
-    arrays = TorchArrays("cpu")
-    reference = ReferenceBackend()
-
-    def prepare(self, weight):
-        return TensorPrepared(self.reference.prepare(weight))
-
-    def update_mask(self, weight, grad, mask, settings, *, threads):
-        arrays = map(as_numpy, (weight, grad, mask))
-        update = self.reference.update_mask(*arrays, settings, threads=threads)
-        return replace(update, mask=from_numpy(update.mask), weight=from_numpy(update.weight))
+    @staticmethod
+    def address(tensor):
+        return tensor.data_ptr()
 
 
-def problem(dtype):
-    weight = CondensedWeight.random((6, 9), fan_in=3, n_active=4, dtype=dtype, rng=0)
-    generator = torch.Generator().manual_seed(1)
-    x, grad, bias = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(torch_dtype(weight.dtype))
-        for shape in ((2, 5, 9), (2, 5, 6), (6,))
-    )
-    return weight, x, grad, bias
+class TestTensors(ArrayLibraryTests):
+    library = Tensors
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_products_and_gradients_are_those_of_numpy_arrays(dtype):
-    weight, x, grad, bias = problem(dtype)
-    plan = prepare(weight, backend=TensorBackend())
-    arrays = as_numpy(x), weight, as_numpy(bias)
-    for options in ({"activation": "gelu"}, {"compact": True}):
-        expected = condensed_matmul(*arrays, **options, **BACKEND)
-        y = plan(x, bias, **options)
-        assert torch.equal(y, from_numpy(expected))
-        out = torch.empty(y.shape[::-1], dtype=y.dtype).permute(2, 1, 0)
-        version = out._version
-        assert plan(x, bias, **options, out=out) is out
-        assert torch.equal(out, y)
-        assert out._version > version
-    expected = condensed_matmul_backward(as_numpy(grad), as_numpy(x), weight, **BACKEND)
-    got = plan.backward(grad, x)
-    for name, gradient in vars(got).items():
-        assert torch.equal(gradient, from_numpy(getattr(expected, name))), name
+def test_devices_of_tensors_are_named():
+    assert device_of(torch.ones(3)) == "cpu"
+    with FakeTensorMode():
+        there, elsewhere = torch.ones(3, device="cuda"), torch.ones(3, device="xpu")
+    assert device_of(there) == "cuda"
+    with pytest.raises(ValueTypeError, match="x is on device cpu, bias on xpu; move"):
+        common_library({"x": torch.ones(3), "bias": elsewhere})
 
 
-def test_a_bias_of_float64_is_rounded_once():
-    """A number just above the middle of two of bfloat16's, which float32 takes for the middle."""
-    weight = CondensedWeight.random((1, 1), fan_in=1, dtype="bfloat16", rng=0)
-    bias = torch.tensor([1 + 2.0**-8 + 2.0**-40], dtype=torch.float64)
-    y = prepare(weight, backend=TensorBackend())(torch.zeros(1, 1, dtype=torch.bfloat16), bias)
-    assert y.item() == 1 + 2.0**-7
+def test_bfloat16_does_not_pass_dlpack_and_is_passed_as_bits():
+    tensor = torch.tensor([1.0, -0.0, float("nan")], dtype=torch.bfloat16)
+    with pytest.raises((BufferError, RuntimeError)):
+        np.from_dlpack(tensor)
+    read = as_float_array(tensor, "x")
+    assert read.dtype == bfloat16
+    assert read.ctypes.data == tensor.data_ptr()
+    back = library_of(tensor).to_caller(read, tensor)
+    assert back.dtype == torch.bfloat16
+    assert back.data_ptr() == tensor.data_ptr()
 
 
-def test_arguments_that_do_not_fit_are_errors():
-    weight, x, _, bias = problem("float32")
-    plan = prepare(weight, backend=TensorBackend())
-    wrong = (
-        (ValueTypeError, "x of dtype 'int32' is not", lambda: plan(x.numpy().astype("i4"))),
-        (ValueTypeError, "x of dtype 'int32' is not supported", lambda: plan(x.int())),
-        (SriglError, "out has shape", lambda: plan(x, out=torch.empty(3))),
-        (SriglError, "shares memory with x", lambda: plan(x, out=x[..., :6])),
-        (SriglError, "share memory", lambda: plan(x, out=torch.empty(6).expand(2, 5, 6))),
-        (ValueTypeError, "workspace must be .* uint8", lambda: plan(x, workspace=torch.ones(64))),
-        (SriglError, "workspace", lambda: plan(x, workspace=torch.ones(9, 9).byte()[:, ::2])),
-    )
-    for error, message, call in wrong:
-        with pytest.raises(error, match=message):
-            call()
-    assert torch.equal(plan(x, bias, workspace=torch.ones(64).byte()), plan(x, bias))
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), bfloat16], ids=str)
+def test_a_tensor_that_requires_a_gradient_is_only_read(product_backend, dtype):
+    weight, x, _, bias = arrays_of(dtype)
+    tensors = [Tensors.make(array).requires_grad_() for array in (x, bias)]
+    with pytest.raises((BufferError, RuntimeError)):
+        np.from_dlpack(tensors[0])
+    got = condensed_matmul(tensors[0], weight, tensors[1], backend=product_backend)
+    assert not got.requires_grad
+    wanted = condensed_matmul(x, weight, bias, backend=product_backend)
+    assert Tensors.as_numpy(got).tobytes() == wanted.tobytes()
+    parameter = torch.nn.Parameter(tensors[0].detach())
+    assert type(condensed_matmul(parameter, weight, backend=product_backend)) is torch.Tensor
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_masks_are_updated_as_in_numpy(dtype):
-    rng = np.random.default_rng(0)
-    weight, grad = (
-        torch.from_numpy(rng.standard_normal((8, 12))).to(torch_dtype(np.dtype("float32")))
-        for _ in range(2)
-    )
-    weight, grad = weight.to(getattr(torch, dtype)), grad.to(getattr(torch, dtype))
-    mask = torch.from_numpy(rng.random((8, 12)) < 0.4)
-    options = {"nnz_budget": 32, "drop_fraction": 0.3}
-    got = update_mask(weight, grad, mask, **options, backend=TensorBackend())
-    arrays = map(as_numpy, (weight, grad, mask))
-    expected = update_mask(*arrays, **options, **BACKEND)
-    assert torch.equal(got.mask, from_numpy(expected.mask))
-    assert torch.equal(got.weight, from_numpy(expected.weight))
-    bad = weight.clone()
-    bad[0, 0], mask[0, 0] = torch.nan, True
-    with pytest.raises(SriglError, match="weight at active positions is not finite in 1 of 96"):
-        update_mask(bad, grad, mask, **options, backend=TensorBackend())
+def test_a_read_only_array_never_becomes_a_tensor_that_can_write_it():
+    frozen = np.zeros(3, np.float32)
+    frozen.flags.writeable = False
+    alias = torch.from_dlpack(frozen)
+    alias[0] = 1
+    assert frozen[0] == 1  # that is the trap
+    made = library_of(alias).to_caller(frozen, alias)
+    made[0] = 2
+    assert frozen[0] == 1
+    bits = np.zeros(3, bfloat16)
+    bits.flags.writeable = False
+    library_of(alias).to_caller(bits, alias)[0] = 1
+    assert not bits[0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_trainer_keeps_tensors(dtype):
-    options = {
-        "sparsity": 0.6,
-        "schedule": UpdateSchedule(100, delta_t=2),
-        "config": TrainingConfig(grad_window=2),
-    }
-    tensors = SparseTrainer({"fc": (8, 12)}, backend=TensorBackend(), **options)
-    arrays = SparseTrainer({"fc": (8, 12)}, **BACKEND, **options)
-    rng = np.random.default_rng(0)
-    for _ in range(4):
-        weight, grad = (
-            torch.from_numpy(rng.standard_normal((8, 12))).to(getattr(torch, dtype))
-            for _ in range(2)
-        )
-        tensors.accumulate("fc", grad)
-        arrays.accumulate("fc", as_numpy(grad))
-        mine = tensors.step({"fc": weight})
-        theirs = arrays.step({"fc": as_numpy(weight)})
-        for name, update in theirs.items():
-            assert torch.equal(mine[name].weight, from_numpy(update.weight))
-    assert isinstance(tensors.masks["fc"], torch.Tensor)
-    np.testing.assert_array_equal(tensors.masks["fc"], arrays.masks["fc"])
-    assert tensors.itop_rates() == arrays.itop_rates()
-    tensors.load_state_dict(arrays.state_dict())
-    assert tensors.report() == arrays.report()
+def assert_refused(call, *words):
+    with pytest.raises(ValueTypeError) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value), (word, str(caught.value))
+
+
+def test_what_stands_for_a_tensor_and_holds_no_numbers_is_refused():
+    weight, _, _, _ = arrays_of(np.float32)
+    plan, reference = prepare(weight), prepare(weight, backend="reference")
+    with FakeTensorMode():
+        fake = torch.ones(3, 12)
+    for stands_for in (torch.ones(3, 12, device="meta"), fake):
+        for call in (
+            lambda s=stands_for: plan(s),
+            lambda s=stands_for: reference(s),
+            lambda s=stands_for: condensed_matmul(s, weight),
+            lambda s=stands_for: condensed_matmul(torch.ones(3, 12), weight, s),
+            lambda s=stands_for: plan.backward(torch.ones(3, 8), s),
+            lambda s=stands_for: update_mask(s, s, s > 0, **UPDATE),
+        ):
+            assert_refused(call, "holds no numbers", "srigl_core.torch.CondensedLinear")
+    assert_refused(lambda: torch.func.vmap(plan)(torch.ones(3, 12)), "srigl_core.torch")
+    assert_refused(lambda: torch.func.grad(lambda t: plan(t).sum())(torch.ones(3, 12)), "x of type")
+
+
+def test_strides_are_kept(product_backend):
+    weight, x, _, bias = arrays_of(np.float32)
+    wide = torch.from_numpy(np.zeros((12, 6), np.float32))
+    view = wide.T[::2]
+    view.copy_(torch.from_numpy(x))
+    read = as_float_array(view, "x")
+    assert read.strides == tuple(4 * stride for stride in view.stride()) == (8, 24)
+    assert read.ctypes.data == view.data_ptr()
+    wanted = condensed_matmul(x, weight, bias, backend=product_backend)
+    got = condensed_matmul(view, weight, torch.from_numpy(bias), backend=product_backend)
+    np.testing.assert_array_equal(got.numpy(), wanted)
+    expanded = torch.from_numpy(x[:1]).expand(3, 12)
+    assert as_float_array(expanded, "x").strides == (0, 4)
+    out = torch.zeros(8, 6).T[::2]
+    assert condensed_matmul(view, weight, torch.from_numpy(bias), out=out,
+                            backend=product_backend) is out  # fmt: skip
+    np.testing.assert_array_equal(out.numpy(), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_tensor_is_written_in_place(product_backend, dtype):
+    weight, x, grad, bias = arrays_of(dtype)
+    make, as_numpy = Tensors.make, Tensors.as_numpy
+    out = make(np.zeros((3, 8), dtype))
+    plan = prepare(weight, backend=product_backend)
+    assert plan(make(x), make(bias), out=out) is out
+    assert as_numpy(out).tobytes() == plan(x, bias).tobytes()
+    with torch.inference_mode():
+        untracked = torch.zeros(3, 8)
+        assert plan(make(x), out=untracked) is untracked
+    given = MatmulGradients(x=make(np.zeros((3, 12), dtype)))
+    got = plan.backward(make(grad), make(x), out=given)
+    assert got.x is given.x
+    wanted = plan.backward(grad, x)
+    assert as_numpy(got.x).tobytes() == wanted.x.tobytes()
+    assert as_numpy(got.values).tobytes() == wanted.values.tobytes()
+
+
+def test_autograd_sees_that_a_tensor_was_written():
+    weight, x, grad, _ = arrays_of(np.float32)
+    plan, x, grad = prepare(weight), torch.from_numpy(x), torch.from_numpy(grad)
+    for shape, write in (
+        ((3, 8), lambda out: plan(x, out=out)),
+        ((8,), lambda out: plan.backward(grad, x, out=MatmulGradients(bias=out))),
+    ):
+        kept = torch.ones(shape)
+        product = (torch.ones(shape, requires_grad=True) * kept).sum()
+        write(kept)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+        watched = torch.zeros(shape, requires_grad=True)
+        with pytest.raises(ValueTypeError, match=r"out is a PyTorch tensor that requires.*detach"):
+            write(watched)
+        assert not watched.any()
+
+
+def test_a_tensor_that_shares_memory_is_refused_as_out():
+    weight, _, _, _ = arrays_of(np.float32)
+    x = torch.zeros(3, 12)
+    with pytest.raises(SriglError, match="out shares memory with x"):
+        prepare(weight)(x, out=x[:, :8])
+    with pytest.raises(SriglError, match="elements that share memory"):
+        prepare(weight)(x, out=torch.zeros(1, 8).expand(3, 8))
+
+
+def test_a_subclass_is_of_its_base_classs_library():
+    class Named(torch.Tensor):
+        pass
+
+    weight, x, _, _ = arrays_of(np.float32)
+    got = prepare(weight)(torch.from_numpy(x).as_subclass(Named))
+    np.testing.assert_array_equal(got.numpy(), condensed_matmul(x, weight))
+
+
+def test_a_tensor_without_plain_memory_is_refused_with_the_reason():
+    weight, _, _, _ = arrays_of(np.float32)
+    plan = prepare(weight)
+    assert_refused(lambda: plan(torch.eye(12).to_sparse()), "x of type Tensor", "Sparse layout")
+    assert_refused(lambda: plan(torch._neg_view(torch.ones(3, 12))), "negative bit")
+    assert_refused(lambda: plan(torch.ones(3, 12, dtype=torch.int64)), "x of dtype 'int64'")
+    assert_refused(lambda: plan(torch.ones(3, 12, dtype=torch.float8_e4m3fn)), "Float8_e4m3fn")

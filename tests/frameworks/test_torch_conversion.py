@@ -626,8 +626,8 @@ DAMAGES = {
     "version": (lambda t, f: f.update({"srigl_core.format_version": "9"}), "version '9'"),
     "not JSON": (lambda t, f: f.update({MODULES: "{"}), "does not describe layers"),
     "other layers": (lambda t, f: f[MODULES].pop("0"), "does not describe layers"),
-    "no values": (lambda t, f: t.pop("0.values"), "layer '0': lacks '0.values'"),
-    "no shape": (lambda t, f: f[LAYERS]["0"].pop("shape"), "layer '0': 'shape'"),
+    "no values": (lambda t, f: t.pop("0.values"), "layer '0' lacks '0.values'"),
+    "no shape": (lambda t, f: f[LAYERS]["0"].pop("shape"), "does not describe layers"),
     "dtype": (lambda t, f: f[LAYERS]["0"].update(dtype="float32"), "layer '0': values are"),
     "no dtype": (lambda t, f: f[LAYERS]["0"].update(dtype="int8"), "layer '0': dtype 'int8'"),
     "order": (lambda t, f: t["0.indices"].fill_(1), "layer '0': indices"),
@@ -657,7 +657,7 @@ def test_what_is_no_model_file_is_refused(tmp_path):
     with pytest.raises(FileFormatError, match="not a whole safetensors file"):
         load_model(tmp_path / "half", perceptron())
     srigl_core.save_condensed(tmp_path / "layer", CondensedWeight.random((4, 8), fan_in=2))
-    with pytest.raises(FileFormatError, match="written by save_model"):
+    with pytest.raises(FileFormatError, match="not written by save_model"):
         load_model(tmp_path / "layer", perceptron())
 
     class Noted(nn.Linear):

@@ -21,7 +21,7 @@ from srigl_core import CondensedWeight, SriglError, ValueTypeError
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.testing.bounds import first_violation
 from srigl_core.testing.oracles import expected_gradients, expected_product
-from srigl_core.testing.problems import SeededChooser, matmul_problem
+from srigl_core.testing.problems import SeededSource, matmul_problem
 
 torch = pytest.importorskip("torch")
 
@@ -96,7 +96,7 @@ def run_python(program, **environment):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_product_and_gradients_are_within_the_error_bound(seed):
-    problem = matmul_problem(SeededChooser(seed))
+    problem = matmul_problem(SeededSource(seed))
     layer = CondensedLinear.from_condensed(problem.weight, problem.bias)
     x = from_numpy(np.array(problem.x)).requires_grad_()
     y = layer(x)

@@ -7,13 +7,16 @@ architecture with all its variants in one program. The gate fails where
 - registers are spilled to memory;
 - subnormal float32 numbers are flushed to zero, which the semantics forbid.
 
-    python tests/gpu/compile_gate.py --arch 75 80 90 100 120 --table docs/gpu_kernels.md
+    python tests/gpu/compile_gate.py --arch 75 80 90 100 120 --json kernels.json
+
+`make gpu-compile` writes benchmarks/results/gpu_kernels.json, of which a page of the site is made.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import re
 import struct
 import sys
@@ -32,10 +35,12 @@ __all__ = [
     "MissingCompilerError",
     "Variant",
     "as_markdown",
+    "as_rows",
     "compile_gate",
     "compiler_version",
     "flushes",
     "missing_compiler",
+    "page",
     "spills",
 ]
 
@@ -180,25 +185,44 @@ def flushes(reports: Iterable[KernelReport]) -> list[KernelReport]:
     return [report for report in reports if report.flushing]
 
 
-def as_markdown(reports: Iterable[KernelReport]) -> str:
-    """Return a table: a row a variant, and for each architecture its registers / shared bytes.
+def as_rows(reports: Iterable[KernelReport]) -> list[dict[str, Any]]:
+    """Return a row for each variant: its file, its name, and its needs on each architecture.
 
-    Stack and spilled bytes stand behind, where there are any.
+    The needs are registers, bytes of static shared memory, of stack, and spilled.
     """
-    rows: dict[tuple[str, str], dict[int, str]] = {}
+    needs: dict[tuple[str, str], dict[str, list[int]]] = {}
     for report in reports:
-        row = rows.setdefault((report.variant.file, report.variant.name), {})
-        row[report.architecture] = _cell(report)
-    architectures = sorted({architecture for row in rows.values() for architecture in row})
+        spilled = report.spill_stores + report.spill_loads
+        numbers = [report.registers, report.shared_bytes, report.stack_bytes, spilled]
+        row = needs.setdefault((report.variant.file, report.variant.name), {})
+        row[str(report.architecture)] = numbers
+    return [{"file": file, "kernel": name, "needs": row} for (file, name), row in needs.items()]
+
+
+def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a table of the rows: for each architecture registers / shared bytes.
+
+    Stack and spilled bytes follow, where there are any.
+    """
+    architectures = sorted({name for row in rows for name in row["needs"]}, key=int)
     lines = [
         ["file", "kernel", *(f"sm_{architecture}" for architecture in architectures)],
         ["---", "---", *("--:" for _ in architectures)],
-        *(
-            [f"`{file}`", f"`{name}`", *(row.get(a, "") for a in architectures)]
-            for (file, name), row in sorted(rows.items())
-        ),
     ]
+    for row in sorted(rows, key=lambda row: (row["file"], row["kernel"])):
+        cells = (_cell(*row["needs"][a]) if a in row["needs"] else "" for a in architectures)
+        lines.append([f"`{row['file']}`", f"`{row['kernel']}`", *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def page(content: dict[str, Any]) -> str:
+    """Return the page of what `--json` wrote."""
+    return (
+        "# What the GPU kernels need\n\n"
+        "Registers for each thread / bytes of static shared memory, and the stack where there is "
+        f"one; compiled by NVRTC {content['nvrtc']}. `make gpu-compile` measures it.\n\n"
+        f"{as_markdown(content['kernels'])}"
+    )
 
 
 def compiler_version() -> str:
@@ -216,11 +240,11 @@ def missing_compiler() -> str | None:
     return None
 
 
-def _cell(report: KernelReport) -> str:
-    cell = f"{report.registers} / {report.shared_bytes}"
-    if report.stack_bytes:
-        cell += f", stack {report.stack_bytes}"
-    if spilled := report.spill_stores + report.spill_loads:
+def _cell(registers: int, shared: int, stack: int, spilled: int) -> str:
+    cell = f"{registers} / {shared}"
+    if stack:
+        cell += f", stack {stack}"
+    if spilled:
         cell += f", spilled {spilled}"
     return cell
 
@@ -428,9 +452,9 @@ def _flushing(ptx: str) -> dict[str, int]:
     _, *blocks = _BLOCK.split(ptx)
     kernels: dict[str, int] = {}
     in_functions = 0
-    for kind, body in zip(blocks[::2], blocks[1::2], strict=True):
+    for block, body in zip(blocks[::2], blocks[1::2], strict=True):
         found = len(_FLUSHING.findall(body))
-        if kind == "entry":
+        if block == "entry":
             kernels[body.split("(", 1)[0].strip()] = found
         else:
             in_functions += found
@@ -451,8 +475,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (GateError, MissingCompilerError) as error:
         print(error, file=sys.stderr)
         return 1
-    if options.table:
-        options.table.write_text(_document(reports))
+    if options.json:
+        rows = ",\n".join(json.dumps(row) for row in as_rows(reports))
+        head = f'{{"nvrtc": "{compiler_version()}", "kernels": [\n'
+        options.json.write_text(f"{head}{rows}\n]}}\n")
     print(
         f"NVRTC {compiler_version()}: {len(reports)} kernels, "
         f"{len(reports) // len(options.arch)} variants for {len(options.arch)} architectures, "
@@ -467,25 +493,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", required=True, help="such as: 75 90")
-    parser.add_argument("--table", type=Path, help="Markdown file to write")
+    parser.add_argument("--json", type=Path, help="file to write the kernels' needs to")
     parser.add_argument("--jobs", type=int, default=2, help="programs compiled at a time")
     return parser
 
 
 def _complain(what: str, reports: Sequence[KernelReport]) -> int:
     if reports:
-        print(f"{len(reports)} kernels {what}:\n{as_markdown(reports)}", file=sys.stderr)
+        print(f"{len(reports)} kernels {what}:\n{as_markdown(as_rows(reports))}", file=sys.stderr)
     return int(bool(reports))
-
-
-def _document(reports: Sequence[KernelReport]) -> str:
-    return (
-        "# What the GPU kernels need\n\n"
-        "Registers for each thread / bytes of static shared memory, and the stack where there is "
-        f"one; compiled by NVRTC {compiler_version()}.\n"
-        "`tests/gpu/compile_gate.py` writes this table.\n\n"
-        f"{as_markdown(reports)}"
-    )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def seen(array: Any) -> Any:
         "data": (array.data.ptr, False),
         "version": 3,
     }
-    return np.asarray(SimpleNamespace(__array_interface__=interface)).view(dtype)
+    owner = SimpleNamespace(__array_interface__=interface, array=array)  # keeps the memory alive
+    return np.asarray(owner).view(dtype)
 
 
 class HostedDevice(CupyDevice):
@@ -97,20 +98,16 @@ class HostedArrays(CudaArrays):
     """The array operations, with NumPy in place of CuPy's elementwise kernels."""
 
     def accumulate(self, total: Any | None, array: Any) -> Any:
-        """Return ``total + array`` in the accumulator's dtype."""
         total = None if total is None else seen(total)
         return self._made(HOST_ARRAYS.accumulate(total, seen(array)))
 
     def divide(self, array: Any, divisor: int) -> Any:
-        """Return ``array / divisor``."""
         return self._made(HOST_ARRAYS.divide(seen(array), divisor))
 
     def union(self, one: Any, other: Any) -> Any:
-        """Return where either of two masks is True."""
         return self._made(seen(one) | seen(other))
 
     def row_counts(self, mask: Any) -> Any:
-        """Return how many elements of each row of a mask are True."""
         counts = self._made(HOST_ARRAYS.row_counts(seen(mask)))
         return self._device.download(counts)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CHECKS = HERE / "check_kernels.py"
-TESTS = HERE.parent / "test_cupy.py"
+TESTS = HERE / "test_cupy.py", HERE.parent / "frameworks" / "test_cuda_arrays.py"
 SANITIZER = "compute-sanitizer"
 UNSUPPORTED = "Device not supported"
 """What the sanitizer says on a virtual machine that hides the device's debugger."""
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     exact = [*check, "--examples", "0", "--without-pool", "--only"]
     steps = {
         "laws": [*check, "--examples", str(options.examples)],
-        "tests": [python, "-m", "pytest", "--import-mode=importlib", "-q", str(TESTS)],
+        "tests": [python, "-m", "pytest", "--import-mode=importlib", "-q", *map(str, TESTS)],
         "memcheck": [*_watched("memcheck"), *exact, "products", "gradients", "updates"],
         "racecheck": [*_watched("racecheck"), *exact, "products", "gradients", "updates"],
         "benchmark": [python, "-m", "srigl_core.benchmarks.gpu", "--out", str(options.out)],

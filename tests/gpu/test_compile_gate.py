@@ -1,6 +1,7 @@
 """The compile gate: it reads what each kernel needs, and lets no other kernels pass."""
 
 import functools
+import json
 import sys
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -324,17 +325,14 @@ def report(file, name, architecture, **figures):
 
 
 def test_the_table_has_a_sorted_row_for_each_variant():
-    table = gate.as_markdown(
-        [
-            report("b.cu", "f<4>", 90, registers=32, shared_bytes=512),
-            report("b.cu", "f<4>", 75, registers=40, shared_bytes=512),
-            report("a.cu", "g", 90, registers=8),
-            report(
-                "b.cu", "f<1>", 100, registers=64, stack_bytes=8, spill_stores=4, spill_loads=12
-            ),
-        ]
-    )
-    assert table.splitlines() == [
+    spilled = {"registers": 64, "stack_bytes": 8, "spill_stores": 4, "spill_loads": 12}
+    reports = [
+        report("b.cu", "f<4>", 90, registers=32, shared_bytes=512),
+        report("b.cu", "f<4>", 75, registers=40, shared_bytes=512),
+        report("a.cu", "g", 90, registers=8),
+        report("b.cu", "f<1>", 100, **spilled),
+    ]
+    assert gate.as_markdown(gate.as_rows(reports)).splitlines() == [
         "| file | kernel | sm_75 | sm_90 | sm_100 |",
         "| --- | --- | --: | --: | --: |",
         "| `a.cu` | `g` |  | 8 / 0 |  |",
@@ -357,13 +355,14 @@ def command(monkeypatch):
 
 
 @needs_compiler
-def test_the_command_writes_the_table_and_passes(folder, command, tmp_path, capsys):
+def test_the_command_writes_what_the_page_is_made_of_and_passes(folder, command, tmp_path, capsys):
     here = folder(stack=STACK)
-    table = tmp_path / "table.md"
-    assert command(here, (Variant("stack.cu", "scatter"),), "--table", str(table)) == 0
+    results = tmp_path / "results.json"
+    assert command(here, (Variant("stack.cu", "scatter"),), "--json", str(results)) == 0
     assert "2 kernels, 1 variants for 2 architectures" in capsys.readouterr().out
-    assert f"compiled by NVRTC {gate.compiler_version()}" in table.read_text()
-    assert "| `stack.cu` | `scatter` |" in table.read_text()
+    page = gate.page(json.loads(results.read_text()))
+    assert f"compiled by NVRTC {gate.compiler_version()}" in page
+    assert "| `stack.cu` | `scatter` |" in page
 
 
 @needs_compiler

@@ -1,4 +1,7 @@
-"""The CuPy backend: with CuPy alone what needs no device, and on a device what does."""
+"""The CuPy backend: with CuPy alone what needs no device, and on a device what does.
+
+`tests/frameworks/test_cuda_arrays.py` has the arrays of PyTorch and JAX on a device.
+"""
 
 import numpy as np
 import pytest
@@ -10,24 +13,24 @@ from srigl_core import (
     prepare,
     update_mask,
 )
-from srigl_core._arrays.dtypes import VALUE_TYPES, value_dtype
+from srigl_core._arrays.dtypes import VALUE_TYPES
 from srigl_core.contract import MatmulGradients
 from srigl_core.errors import SriglError, ValueTypeError
 
 cupy = pytest.importorskip("cupy")
 
+from cuda_problems import (  # noqa: E402
+    UPDATE,
+    needs_device,
+    number_of_devices,
+    problem,
+    update_problem,
+)
 from cupy_on_host import hosted_backend, seen  # noqa: E402
 
 from srigl_core.backends.cupy_gpu import cupy_device  # noqa: E402
 from srigl_core.backends.cupy_gpu.variants import Variant, variants  # noqa: E402
 from srigl_core.errors import BackendUnavailableError  # noqa: E402
-
-
-def number_of_devices():
-    try:
-        return cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError:
-        return 0
 
 
 def has_compiler():
@@ -38,28 +41,8 @@ def has_compiler():
     return True
 
 
-needs_device = pytest.mark.skipif(not number_of_devices(), reason="there is no CUDA device")
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="CuPy finds no NVRTC")
 CONVERT = Variant("arrays.cu", "convert<float>")
-
-
-def problem(dtype="float32", batch=(2, 33), seed=0):
-    """Return a weight, an input, a gradient and a bias, of small integers: each sum is exact."""
-    rng, kind = np.random.default_rng(seed), value_dtype(dtype)
-    weight = CondensedWeight.random((12, 30), fan_in=5, n_active=9, rng=rng)
-    values = rng.integers(-2, 3, weight.values.shape).astype(kind)
-    weight = CondensedWeight(values, weight.indices, weight.active, weight.shape)
-    shapes = (*batch, 30), (*batch, 12), (12,)
-    return weight, *(rng.integers(-2, 3, shape).astype(kind) for shape in shapes)
-
-
-UPDATE = {"nnz_budget": 100, "drop_fraction": 0.3}
-
-
-def update_problem(dtype="float32"):
-    rng, kind = np.random.default_rng(1), value_dtype(dtype)
-    weight, grad = (rng.standard_normal((12, 30)).astype(kind) for _ in range(2))
-    return weight, grad, rng.random((12, 30)) < 0.3
 
 
 @needs_compiler
@@ -85,13 +68,13 @@ def test_what_is_compiled_is_read_again(monkeypatch, tmp_path):
     loaded = []
     monkeypatch.setattr(cupy.cuda, "Device", FakeDevice)
     monkeypatch.setattr(cupy, "RawModule", lambda path: FakeModule(path, loaded))
-    cupy_device._found_cache.cache_clear()
+    cupy_device._cache.cache_clear()
     try:
         first = cupy_device._kernel.__wrapped__(0, CONVERT)
         monkeypatch.setattr(cupy_device, "compiled", None)
         assert cupy_device._kernel.__wrapped__(0, CONVERT) == first
     finally:
-        cupy_device._found_cache.cache_clear()
+        cupy_device._cache.cache_clear()
     assert loaded[0] == loaded[1]
     assert loaded[0].startswith(str(tmp_path))
 
@@ -103,9 +86,7 @@ def test_where_nothing_can_be_kept_a_kernel_is_compiled_all_the_same(monkeypatch
     monkeypatch.setattr(cupy.cuda, "Device", FakeDevice)
     monkeypatch.setattr(cupy, "RawModule", lambda path: FakeModule(path, loaded))
     gone = tmp_path / "gone"
-    monkeypatch.setattr(
-        cupy_device, "_found_cache", lambda: (None if place == "off" else gone, place)
-    )
+    monkeypatch.setattr(cupy_device, "_cache", lambda: (None if place == "off" else gone, place))
     assert "convert" in cupy_device._kernel.__wrapped__(0, CONVERT)
     assert not gone.exists()
     assert not loaded[0].startswith(str(tmp_path))
@@ -218,78 +199,6 @@ class OtherDevice:
         return cupy.cuda.MemoryPointer(unowned, 0)
 
 
-def from_cupy(library, array, dtype):
-    """Return an array of that library's, of the same numbers."""
-    if library == "cupy":
-        return array
-    module = pytest.importorskip(library)
-    if library == "torch":
-        if dtype == "bfloat16":
-            return module.from_dlpack(array.view(np.int16)).view(module.bfloat16)
-        return module.from_dlpack(array)
-    if dtype == "float64":
-        pytest.skip("JAX has no float64 unless it is told to")
-    return module.device_put(array.get(), module.devices("gpu")[0])
-
-
-def on_host(library, array):
-    """Return a NumPy array of the same numbers, in float64."""
-    if library == "cupy":
-        return array.view(f"u{array.dtype.itemsize}").get().view(array.dtype).astype(np.float64)
-    if library == "torch":
-        return array.double().cpu().numpy()
-    return np.asarray(array).astype(np.float64)
-
-
-@needs_device
-@pytest.mark.parametrize("dtype", VALUE_TYPES)
-@pytest.mark.parametrize("library", ["cupy", "torch", "jax"])
-def test_each_librarys_arrays_come_back_as_they_went_in(library, dtype):
-    weight, x, grad, bias = problem(dtype)
-    device = cupy_device.CupyDevice()
-    given = {
-        name: from_cupy(library, device.upload(array), dtype)
-        for name, array in (("x", x), ("grad", grad), ("bias", bias))
-    }
-    got = condensed_matmul(given["x"], weight, given["bias"], activation="gelu")
-    assert type(got) is type(given["x"])
-    assert got.dtype == given["x"].dtype
-    wanted = condensed_matmul(x, weight, bias, activation="gelu", backend="reference")
-    precision = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-6, "float64": 1e-14}[dtype]
-    np.testing.assert_allclose(
-        on_host(library, got), wanted.astype(float), rtol=precision, atol=precision
-    )
-    got = condensed_matmul_backward(given["grad"], given["x"], weight)
-    wanted = condensed_matmul_backward(grad, x, weight, backend="reference")
-    for name in ("x", "values", "bias"):
-        assert type(getattr(got, name)) is type(given["x"])
-        np.testing.assert_array_equal(
-            on_host(library, getattr(got, name)), getattr(wanted, name).astype(float)
-        )
-
-
-@needs_device
-@pytest.mark.parametrize("library", ["cupy", "torch", "jax"])
-def test_each_librarys_masks_are_updated(library):
-    arrays = update_problem()
-    device = cupy_device.CupyDevice()
-    given = [from_cupy(library, device.upload(array), "float32") for array in arrays]
-    got = update_mask(*given, **UPDATE)
-    wanted = update_mask(*arrays, **UPDATE, backend="reference")
-    assert type(got.mask) is type(given[2])
-    np.testing.assert_array_equal(on_host(library, got.mask), wanted.mask)
-    np.testing.assert_array_equal(on_host(library, got.weight), wanted.weight)
-
-
-@needs_device
-def test_jax_arrays_are_not_written():
-    pytest.importorskip("jax")
-    weight, x, _, _ = problem(batch=(4,))
-    given = from_cupy("jax", cupy.asarray(x), "float32")
-    with pytest.raises(ValueTypeError, match="cannot be written"):
-        prepare(weight, backend="cupy")(given, out=given[:, :12])
-
-
 @needs_device
 def test_strided_inputs_and_results():
     weight, x, grad, _ = problem()
@@ -306,66 +215,6 @@ def test_strided_inputs_and_results():
     assert got.x is dx
     np.testing.assert_array_equal(dx.get(), wanted.x)
     np.testing.assert_array_equal(got.values.get(), wanted.values)
-
-
-@needs_device
-@pytest.mark.parametrize("batch", [3, 40])
-def test_a_call_waits_for_nothing_and_runs_on_the_callers_stream(batch):
-    """It can be captured in a graph, which refuses to wait, and other streams' work."""
-    torch = pytest.importorskip("torch")
-    weight, x, _, bias = problem(batch=(batch,))
-    plan = prepare(weight, backend="cupy")
-    given, offset = torch.zeros(batch, 30, device="cuda"), torch.tensor(bias, device="cuda")
-    out = torch.zeros(batch, 12, device="cuda")
-    lent = torch.empty(plan.workspace_bytes(batch), dtype=torch.uint8, device="cuda")
-    plan(given, offset, out=out, workspace=lent)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        plan(given, offset, out=out, workspace=lent)
-    given.copy_(torch.from_numpy(x))
-    graph.replay()
-    wanted = condensed_matmul(x, weight, bias, backend="reference")
-    np.testing.assert_array_equal(out.cpu().numpy(), wanted)
-
-
-@needs_device
-@pytest.mark.parametrize("library", ["cupy", "torch"])
-def test_a_result_waits_for_its_input_on_the_same_stream(library):
-    weight, x, _, _ = problem(batch=(40,))
-    plan = prepare(weight, backend="cupy")
-    wanted = condensed_matmul(x, weight, backend="reference")
-    plan(cupy.asarray(x))
-    if library == "torch":
-        torch = pytest.importorskip("torch")
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(100_000_000)
-            got = plan(torch.from_numpy(x).pin_memory().to("cuda", non_blocking=True)).cpu()
-    else:
-        stream = cupy.cuda.Stream(non_blocking=True)
-        pinned = cupy.cuda.alloc_pinned_memory(x.nbytes)
-        source = np.frombuffer(pinned, x.dtype, x.size).reshape(x.shape)
-        source[...] = x
-        with stream:
-            busy = cupy.ones((4096, 4096), np.float32)
-            for _ in range(20):
-                busy = busy @ busy
-            there = cupy.empty(x.shape, x.dtype)
-            there.set(source)
-            got = plan(there).get()
-    np.testing.assert_array_equal(np.asarray(got), wanted)
-
-
-@needs_device
-def test_a_tensor_that_requires_a_gradient_is_only_read():
-    torch = pytest.importorskip("torch")
-    weight, x, _, _ = problem(batch=(4,))
-    got = condensed_matmul(torch.tensor(x, device="cuda", requires_grad=True), weight)
-    assert not got.requires_grad
-    np.testing.assert_array_equal(
-        got.cpu().numpy(), condensed_matmul(x, weight, backend="reference")
-    )
 
 
 @needs_device

@@ -13,6 +13,7 @@ import pytest
 
 from srigl_core import SparseTrainer, SriglError, TrainingConfig, ValueTypeError
 from srigl_core._arrays.libraries.pytorch import PytorchTensors
+from srigl_core.errors import BackendUnavailableError
 from srigl_core.reference import UpdateSchedule
 
 pytest.importorskip("cupy")
@@ -111,7 +112,7 @@ def tensors_on_the_device(device):
         return tensor.detach().numpy()
 
     def to_caller(self, array, like):
-        return torch.from_numpy(seen(array))
+        return torch.from_numpy(array.copy() if isinstance(array, np.ndarray) else seen(array))
 
     def export(self, array):
         return as_cupy(array.detach().numpy()), None
@@ -157,5 +158,27 @@ def test_srigl_on_the_device_copies_no_dense_array(backend):
         assert_no_dense_copies(backend.device)
         for name in ("0", "2"):
             assert torch.equal(srigl.mask(name), host.mask(name))
+    for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_a_model_on_the_device_is_updated_there_if_a_backend_can_run(backend, available):
+    torch = pytest.importorskip("torch")
+    from srigl_core.torch import masked_layers
+
+    def get_backend(*, operation, device):
+        assert (operation, device) == ("update_mask", "cuda")
+        if not available:
+            raise BackendUnavailableError("no GPU backend can run")
+        return backend
+
+    expected, _ = trained_model(torch, None, 7)
+    with (
+        tensors_on_the_device(backend.device),
+        mock.patch.object(masked_layers, "get_backend", get_backend),
+    ):
+        model, srigl = trained_model(torch, None, 7)
+        assert srigl.trainer.device == ("cuda" if available else "cpu")
     for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(mine, theirs)

@@ -1,9 +1,9 @@
-"""Write docs/mutants.md: what it takes to reject each wrong kernel.
+"""Measure what it takes to reject each wrong kernel; a page of the site is made of the results.
 
-    PYTHONPATH=tests:tests/gpu python tests/mutants/table.py docs/mutants.md
+    PYTHONPATH=tests:tests/gpu python tests/mutants/table.py [--only NAME]
 
-Takes some minutes. Every law of a mutant's operation is tried on it, but for kernels that are
-compiled, where it is the named law alone.
+Takes ten minutes for all, and writes benchmarks/results/mutants.json. Every law of a mutant's
+operation is tried on it; on kernels that are compiled, only the law that its diff names.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -26,16 +25,17 @@ MAX_EXAMPLES = 100
 SEED = 0
 SMALL = 3
 NOT_COMPILED = ("reference", "scipy_csr")
-FUZZED = Path(__file__).parents[2] / "benchmarks" / "results" / "fuzz.json"
-"""What `tests/fuzz/backends.py --json` wrote."""
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "mutants.json"
+FUZZED = RESULTS.with_name("fuzz.json")
+"""Written by `tests/fuzz/backends.py --json`."""
 
 PAGE = """# Wrong kernels, and what rejects them
 
-Each is a kernel of this project with a bug of at most five lines, a diff in `tests/mutants/`. The
-law that its diff names must reject it within {max_examples} problems, with seed {seed}
-(`tests/test_mutants.py`). *Laws* says how many laws do, of those of the operation, where that was
-tried; *problems*, how many the named law takes; *shrunk to*, how many neurons and inputs the
-example has that it shows then.
+Each wrong kernel is a kernel of this project with a bug of at most five lines, kept as a diff in
+`tests/mutants/`. The law that the diff names must reject it within {max_examples} problems, with
+seed {seed} (`tests/test_mutants.py`, `tests/slow/test_compiled_mutants.py`). *laws* is how many
+laws of the operation reject it, where all were tried; *problems*, how many the named law takes;
+*shrunk to*, how many neurons and inputs the smallest example has.
 
 - {n_rejected} of {n} are rejected. {n_naming} of {n_laws} laws reject a mutant that names them.
 - The named law takes {median:g} problems in the median, {most} at most.
@@ -43,104 +43,90 @@ example has that it shows then.
 
 {fuzzed}
 
-{date}, by `PYTHONPATH=tests:tests/gpu python tests/mutants/table.py docs/mutants.md`.
-
-{tables}
+Measured {date} with `PYTHONPATH=tests:tests/gpu python tests/mutants/table.py`.
 """
 
 
-@dataclass(frozen=True)
-class Rejection:
-    """What became of a mutant; the last two are None where its law does not reject it."""
-
-    mutant: Mutant
-    laws: str
-    examples: int | None
-    shape: tuple[int, int] | None
-
-
-def rejection(mutant: Mutant) -> Rejection:
-    """Try the laws of the operation, and shrink what the named one finds."""
+def measured(mutant: Mutant) -> dict[str, Any]:
+    """Try the laws of the operation on a mutant, and shrink the failure of the named law."""
     (named,) = (law for law in LAWS if law.name == mutant.law)
     options = {"max_examples": MAX_EXAMPLES, "seed": SEED}
-    backend, laws = mutant.load(), ""
+    backend, result = mutant.load(), {"mutant": str(mutant)}
     if mutant.kernel in NOT_COMPILED:
         tried = [law for law in LAWS if law.operation == named.operation]
-        results = verify(backend, laws=tried, shrink=False, **options).results
-        laws = f"{sum(each.status == 'failed' for each in results)} of {len(tried)}"
+        report = verify(backend, laws=tried, shrink=False, **options)
+        result["laws"] = f"{len(report.failures)} of {len(tried)}"
     failure = verify(backend, laws=[named], **options).results[0].failure
-    if failure is None:
-        return Rejection(mutant, laws, None, None)
-    return Rejection(mutant, laws, failure.examples, failure.shape)
+    if failure is not None:
+        result |= {"problems": failure.examples, "shape": failure.shape}
+    return result
 
 
-def page(rejections: list[Rejection], date: str) -> str:
-    """Return the text of the page."""
-    rejected = [each for each in rejections if each.shape is not None]
-    n_small = sum(max(each.shape or ()) <= SMALL for each in rejected)
-    kernels = dict.fromkeys(each.mutant.kernel for each in rejections)
-    return PAGE.format(
-        n=len(rejections),
+def page(content: dict[str, Any], fuzzed: dict[str, Any]) -> str:
+    """Return the page, from the content of `RESULTS` and `FUZZED`."""
+    results = {result["mutant"]: result for result in content["mutants"]}
+    rejected = {name: result for name, result in results.items() if "shape" in result}
+    n_small = sum(max(result["shape"]) <= SMALL for result in rejected.values())
+    summary = PAGE.format(
+        n=len(results),
         n_rejected=len(rejected),
-        n_naming=len({each.mutant.law for each in rejected}),
+        n_naming=len({mutant.law for mutant in MUTANTS if str(mutant) in rejected}),
         n_laws=len(LAWS),
-        median=median(each.examples or 0 for each in rejected),
-        most=max(each.examples or 0 for each in rejected),
+        median=median(result["problems"] for result in rejected.values()),
+        most=max(result["problems"] for result in rejected.values()),
         n_small=n_small,
         percent=round(100 * n_small / len(rejected)),
         small=SMALL,
         max_examples=MAX_EXAMPLES,
         seed=SEED,
-        fuzzed=_fuzzed(json.loads(FUZZED.read_text())) if FUZZED.exists() else "",
-        date=date,
-        tables="\n".join(_table(kernel, rejections) for kernel in kernels).rstrip(),
+        fuzzed=_right_kernels(fuzzed["laws"]),
+        date=content["date"],
     )
+    kernels = dict.fromkeys(mutant.kernel for mutant in MUTANTS)
+    return "\n".join([summary, *(_table(kernel, results) for kernel in kernels)])
 
 
-def _fuzzed(content: dict[str, Any]) -> str:
-    """Return what became of the right kernels."""
-    rows = content["laws"]
-    backends = list(dict.fromkeys(row["backend"] for row in rows))
+def _right_kernels(rows: list[dict[str, Any]]) -> str:
+    backends = ", ".join(dict.fromkeys(row["backend"] for row in rows))
     examples = [row["examples"] for row in rows]
-    n_failures = sum(row["failures"] for row in rows)
     return (
-        f"Right kernels pass: `make fuzz` tried the laws of what each offers on "
-        f"{', '.join(backends)}, {min(examples):,} problems or more a law and {sum(examples):,} in "
-        f"all, and {n_failures} failed ([its table](../benchmarks/results/fuzz.json))."
+        f"Right kernels pass: `make fuzz` tried the laws on {backends}, with {min(examples):,} "
+        f"problems or more for each law and {sum(examples):,} in all, and "
+        f"{sum(row['failures'] for row in rows)} failed ([its results](fuzz.json))."
     )
 
 
-def _table(kernel: str, rejections: list[Rejection]) -> str:
-    rows = [each for each in rejections if each.mutant.kernel == kernel]
+def _table(kernel: str, results: dict[str, Any]) -> str:
+    mutants = [mutant for mutant in MUTANTS if mutant.kernel == kernel and str(mutant) in results]
     lines = [
-        f"## {kernel}: {len(rows)}\n",
-        "| mutant | of | bug | rejected by | laws | problems | shrunk to |",
+        f"## {kernel}: {len(mutants)}\n",
+        "| mutant | file | bug | rejected by | laws | problems | shrunk to |",
         "|-|-|-|-|-:|-:|-:|",
     ]
-    for each in rows:
-        mutant, shape = each.mutant, each.shape
-        law = mutant.law if shape else f"not by {mutant.law}"
-        size = f"{shape[0]} x {shape[1]}" if shape else ""
-        file = Path(mutant.file).name
-        lines.append(
-            f"| `{mutant.name}` | `{file}` | {mutant.bug} | {law} | {each.laws} "
-            f"| {each.examples or ''} | {size} |"
-        )
+    for mutant in mutants:
+        result = results[str(mutant)]
+        law = mutant.law if "shape" in result else f"not by {mutant.law}"
+        numbers = (result.get("laws", ""), result.get("problems", ""))
+        size = " x ".join(map(str, result.get("shape", ())))
+        cells = (f"`{mutant.name}`", f"`{Path(mutant.file).name}`", mutant.bug, law, *numbers, size)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Try all mutants, and write the page."""
+    """Try mutants, and write their results; those of others stay."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", default="", help="mutants with this in their name")
     options = parser.parse_args()
+    results = {result["mutant"]: result for result in json.loads(RESULTS.read_text())["mutants"]}
     mutants = [mutant for mutant in MUTANTS if options.only in str(mutant)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
-        rejections = list(pool.map(rejection, mutants))
-    options.file.write_text(page(rejections, f"{datetime.now(UTC):%Y-%m-%d}"))
+        results |= {result["mutant"]: result for result in pool.map(measured, mutants)}
+    rows = [json.dumps(results[str(mutant)]) for mutant in MUTANTS if str(mutant) in results]
+    date, lines = f"{datetime.now(UTC):%Y-%m-%d}", ",\n".join(rows)
+    RESULTS.write_text(f'{{"date": "{date}", "mutants": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

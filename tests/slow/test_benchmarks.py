@@ -1,6 +1,8 @@
-"""The benchmark: what it computes, how it times, and what it makes of a result; never how fast."""
+"""The benchmarks of both devices: what they measure, check, time and report; never how fast."""
 
 import dataclasses
+import importlib.util
+import itertools
 import json
 import math
 import subprocess
@@ -10,93 +12,90 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_gpu import PEAKS, HostTensors
 from typer.testing import CliRunner
 
 import srigl_core
 from srigl_core.benchmarks import contenders as contender_modules
-from srigl_core.benchmarks import limits, readme
-from srigl_core.benchmarks.caches import Flush, cache_sizes
-from srigl_core.benchmarks.cases import HEADLINE, Case, Layer, avx2_cases, chosen_cases, matching
-from srigl_core.benchmarks.cliffs import (
-    BATCHES,
-    MOST_REPEATS,
-    confirmed_times,
-    find_cliffs,
-    measure_cliffs,
-)
+from srigl_core.benchmarks import measure, problems, readme, run
+from srigl_core.benchmarks.arrays import NumpyArrays
+from srigl_core.benchmarks.cases import HEADLINE, Case, Layer, cpu_cases, gpu_cases, matching
+from srigl_core.benchmarks.cliffs import BATCHES, confirmed_times, find_cliffs, measure_cliffs
+from srigl_core.benchmarks.compare import compare
 from srigl_core.benchmarks.contenders import load_contenders
-from srigl_core.benchmarks.goals import GOALS, verdicts
-from srigl_core.benchmarks.pools import check_threads, environment, rest
-from srigl_core.benchmarks.problems import Problem, WrongResultError, check
+from srigl_core.benchmarks.devices import cpu_peaks
+from srigl_core.benchmarks.devices.caches import Flush, cache_sizes
+from srigl_core.benchmarks.devices.pools import environment
+from srigl_core.benchmarks.problems import FULL, TF32, Problem, WrongResultError
 from srigl_core.benchmarks.report import page, write_report
-from srigl_core.benchmarks.results import OURS, Results, Row, load_results, save_results
-from srigl_core.benchmarks.timing import Cold, Hot, interleaved
+from srigl_core.benchmarks.results import OURS, load_results, save_results
+from srigl_core.benchmarks.roofline import CpuPeaks, Work, least_time, work_of
+from srigl_core.benchmarks.timing import HostRun, TimeBudget, interleaved
 from srigl_core.cli.app import app
 from srigl_core.errors import FileFormatError, SriglError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "cpu.json"
 
+both = pytest.mark.parametrize("device", ["cpu", "gpu"])
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
 
 # What is measured
 
 
-def words_of(cases):
-    return {(c.operation, c.layer.name, f"{c.layer.sparsity:.0%}", c.batch) for c in cases}
+def cases_of(device, *, quick=False):
+    return gpu_cases(quick=quick) if device == "gpu" else cpu_cases(quick=quick, threads=(1, 2))
 
 
-def test_a_whole_run_has_every_layer_sparsity_and_batch():
-    cases = chosen_cases(quick=False, threads=(1, 2), masks=None)
-    found = words_of(cases)
-    for layer in ("3072-768", "768-3072", "4096-4096", "1024-1024"):
-        for sparsity in ("80%", "90%", "95%", "99%"):
-            for batch in (1, 2, 4, 8, 16, 64, 256, 2048):
-                assert ("forward", layer, sparsity, batch) in found
-            assert ("backward", layer, sparsity, 256) in found
-        assert ("update", layer, "90%", 0) in found
-    output = [case for case in cases if case.layer.name == "768-100000"]
-    assert {case.layer.fan_in for case in output} == {32}
-    for case in cases:
-        assert dataclasses.replace(case, threads=3 - case.threads) in cases
-    assert len(set(cases)) == len(cases)
-
-
-def test_a_quick_run_is_part_of_a_whole_one():
-    whole = words_of(chosen_cases(quick=False, threads=(1,), masks=None))
-    quick = words_of(chosen_cases(quick=True, threads=(1,), masks=None))
-    assert quick < whole
-    assert len(quick) < 15
-
-
-def test_every_goal_has_its_case_in_a_whole_run():
-    cases = chosen_cases(quick=False, threads=(1, 2), masks=None)
-    described = [described_case(case, "native") for case in cases]
-    described += [described_case(case, "avx2") for case in avx2_cases((1, 2))]
-    for goal in GOALS:
-        assert any(goal.case.items() <= case.items() for case in described), goal.name
-
-
-def described_case(case, instructions):
-    return {
-        "operation": case.operation,
-        "n_in": case.layer.n_in,
-        "n_out": case.layer.n_out,
-        "sparsity": case.layer.sparsity,
-        "batch": case.batch,
-        "threads": case.threads,
-        "weights": "cold" if case.cold else "hot",
-        "instructions": instructions,
+@both
+def test_a_whole_run_has_every_layer_sparsity_and_batch(device):
+    measured = {
+        (c.operation, c.layer.name, f"{c.layer.sparsity:.0%}", c.batch, c.cold, c.threads)
+        for c in cases_of(device)
+        if not c.layer.is_ablated
     }
+    layers, batches, threads = ["3072-768", "768-3072", "4096-4096"], [1, 8, 64, 256, 2048], [0]
+    if device == "cpu":
+        layers, batches, threads = [*layers, "1024-1024"], [*batches, 2, 4, 16], [1, 2]
+    sparsities = ("80%", "90%", "95%", "99%")
+    for layer, share, batch, n in itertools.product(layers, sparsities, batches, threads):
+        assert ("forward", layer, share, batch, False, n) in measured
+        is_cold = batch <= 256 if device == "gpu" else batch == 1
+        assert (("forward", layer, share, batch, True, n) in measured) == is_cold
+        assert ("backward", layer, "90%", 256, False, n) in measured
+        assert ("update", "3072-768", share, 0, False, n) in measured
+
+
+@both
+def test_cases_of_a_layer_follow_each_other_and_a_quick_run_is_part_of_a_whole_one(device):
+    cases, quick = (
+        [dataclasses.replace(case, compiled=False) for case in cases_of(device, quick=quick)]
+        for quick in (False, True)
+    )
+    assert len(set(cases)) == len(cases)
+    layers = [(case.layer, case.dtype) for case in cases if case.dtype == "float32"]
+    changes = sum(one != other for one, other in itertools.pairwise(layers))
+    assert changes == len(set(layers)) - 1
+    assert set(quick) < set(cases)
+    assert len(quick) < 25
+    assert not any(case.compiled for case in cases_of("cpu") if case.cold)  # too slow to compile
 
 
 def test_only_takes_one_word_of_each():
-    cases = chosen_cases(quick=False, threads=(1, 2), masks=None)
+    cases = cases_of("cpu")
     only = ["3072-768,1024-1024", "90%", "batch=1", "threads=2", "cold"]
-    chosen = matching(cases, only, "native")
-    assert {case.layer.name for case in chosen} == {"3072-768", "1024-1024"}
-    assert {(c.layer.sparsity, c.batch, c.threads, c.cold) for c in chosen} == {(0.9, 1, 2, True)}
+    names = [case.layer.name for case in matching(cases, only, "native")]
+    assert names == ["3072-768", "1024-1024"]
     assert matching(cases, ["avx2"], "native") == []
     assert matching(cases, [], "native") == cases
+    on_gpu = matching(cases_of("gpu"), ["3072-768", "90%", "batch=256", "warm", "forward"], "gpu")
+    assert [case.layer.n_active for case in on_gpu] == [768, 461]  # 40% are ablated, no weight is
+    assert {case.layer.sparsity for case in on_gpu} == {0.9}
+    assert matching(on_gpu, ["ablated"], "gpu") == on_gpu[1:]
 
 
 def test_learned_masks_are_measured_each_beside_a_random_one(tmp_path):
@@ -104,102 +103,154 @@ def test_learned_masks_are_measured_each_beside_a_random_one(tmp_path):
     small = srigl_core.CondensedWeight.random((10, 150), fan_in=9, rng=2)
     tensors = {"fc": learned, "head": small, "bias": np.zeros(3, np.float32)}
     srigl_core.save_condensed(tmp_path / "net.safetensors", tensors)
-    cases = chosen_cases(quick=True, threads=(1,), masks=tmp_path)
+    cases = cpu_cases(quick=True, threads=(1,), masks=tmp_path)
     layers = list(dict.fromkeys(case.layer for case in cases if case.layer.n_in == 150))
     assert [layer.mask for layer in layers] == ["learned: net fc", "random"]
-    assert layers[0].weight == learned
-    assert Problem(layers[0], 2, "float32").weight == learned
-    twin = Problem(layers[1], 2, "float32").weight
+    assert Problem(layers[0], NumpyArrays()).weight == layers[0].weight == learned
+    twin = Problem(layers[1], NumpyArrays()).weight
     assert (twin.shape, twin.fan_in, twin.n_active) == ((200, 150), 9, 180)
-
-
-def test_a_folder_without_learned_layers_is_an_error(tmp_path):
-    with pytest.raises(SriglError, match=r"holds no float32 layer .* srigl demo --out FOLDER"):
-        chosen_cases(quick=True, threads=(1,), masks=tmp_path)
 
 
 # What the contenders compute
 
-TINY = Layer(n_in=40, n_out=24, fan_in=5, n_active=24)
-ABLATED = Layer(n_in=40, n_out=24, fan_in=5, n_active=20)
+TINY = Layer(n_in=48, n_out=32, fan_in=5, n_active=32)
+ABLATED = Layer(n_in=48, n_out=32, fan_in=5, n_active=20)
+RESULTS = {"forward": ["y"], "backward": ["dx", "dvalues"], "update": ["mask"]}
 
 
-def fitting(operation, case, contenders):
-    return [c for c in contenders if c.operation == operation and not c.unfit(case)]
+@pytest.fixture
+def bench(device, monkeypatch):
+    """The contenders of a device; for the GPU on host tensors, ours with the reference."""
+    if importlib.util.find_spec("torch"):  # compiling would take seconds
+        monkeypatch.setattr("torch.compile", lambda function, *, dynamic: function)
+    if device == "cpu":
+        return SimpleNamespace(contenders=load_contenders("cpu")[0], arrays=NumpyArrays())
+    pytest.importorskip("torch", reason="the GPU's contenders need PyTorch")
+    from srigl_core.benchmarks.contenders import ours, pytorch
+
+    contenders = [*pytorch.contenders("gpu"), *ours.gpu_contenders("reference")]
+    contenders = [each for each in contenders if each.name != "torch 2:4 float16"]  # CUDA only
+    return SimpleNamespace(contenders=contenders, arrays=HostTensors())
 
 
-def problem_for(contender, problem):
-    if contender.values:
-        problem = problem.narrowed(contender.values)
-    return problem.cut(contender.share) if contender.share < 1 else problem
+def taking_part(bench, case):
+    return [c for c in bench.contenders if c.operation == case.operation and not c.unfit(case)]
 
 
+def computed(bench, contender, case, number=0):
+    """Return a contender's results, and a function that checks such results."""
+    problem = contender.problem(Problem(case.layer, bench.arrays, case.dtype))
+    batch = problem.batch(max(case.batch, 1), number, grad=case.operation == "backward")
+    with contender.around():
+        results = contender.read(contender.prepare(problem)(batch)())
+    arguments = (batch, contender.precision)
+    return results, lambda got: problem.check(contender.name, case.operation, got, *arguments)
+
+
+@both
 @pytest.mark.parametrize("layer", [TINY, ABLATED], ids=["all active", "some ablated"])
-@pytest.mark.parametrize(
-    ("operation", "batches", "dtype"),
-    [
-        ("forward", (1, 2, 9), "float32"),
-        ("forward", (1, 9), "float64"),
-        ("backward", (1, 9), "float32"),
-        ("update", (0,), "float32"),
-    ],
-)
-def test_every_contender_agrees_with_the_reference(layer, operation, batches, dtype):
-    contenders, _ = load_contenders()
-    problem = Problem(layer, 9, dtype)
-    for batch in batches:
-        case = Case(operation, layer, 1, batch, dtype=dtype, narrow=dtype == "float32")
-        taking_part = fitting(operation, case, contenders)
-        assert OURS in [contender.name for contender in taking_part]
-        for contender in taking_part:
-            own = problem_for(contender, problem)
-            call = contender.prepare(own)(problem.batch(max(batch, 1), 1))
-            expected = own.results(operation, max(batch, 1))
-            check(contender.name, contender.read(call(), own), expected)
-            check(contender.name, contender.read(call(), own), expected)
-
-
 @pytest.mark.parametrize("operation", ["forward", "backward", "update"])
-def test_a_result_with_one_wrong_entry_is_refused(operation):
-    problem = Problem(TINY, 9, "float32")
-    expected = problem.results(operation, 9)
-    for name in expected:
-        right = {what: exact.copy() for what, (exact, _) in expected.items()}
-        check("right", right, expected)
-        if operation == "update":
-            wrong = {"mask": ~right["mask"].astype(bool)}
-        else:
-            wrong = {**right, name: right[name].copy()}
-            wrong[name][-1, -1] *= 1 + 1e-3
-            wrong[name][-1, -1] += 1e-3
-        with pytest.raises(WrongResultError, match=rf"wrong: {name} is wrong at"):
-            check("wrong", wrong, expected)
-        missing = {**right, name: right[name][1:]}
-        with pytest.raises(WrongResultError, match=r"has shape"):
-            check("short", missing, expected)
-        with pytest.raises(WrongResultError, match=r"nan"):
-            check("nan", {**right, name: np.full_like(right[name], np.nan)}, expected)
+def test_every_contender_agrees_with_float64(bench, device, layer, operation):
+    is_cpu = device == "cpu"
+    batches = (1, 2, 9) if operation != "update" else (0,)
+    case = Case(operation, layer, int(is_cpu), narrow=True, compiled=layer is TINY)
+    cases = [dataclasses.replace(case, batch=batch) for batch in batches]
+    if is_cpu and operation == "forward":
+        cases.append(dataclasses.replace(cases[-1], dtype="float64"))
+    names = set()
+    for case in cases:
+        for contender, number in itertools.product(taking_part(bench, case), (0, 3)):
+            results, check = computed(bench, contender, case, number)
+            check(results)
+            names.add(contender.name)
+    assert OURS[device] in names
+    if operation == "forward":
+        narrow = ", bfloat16 values" if is_cpu else " bfloat16"
+        assert f"{OURS[device]}{narrow}" in names
+        if any("torch" in name for name in names):
+            gathers = {"torch gather", "torch gather, compiled"}
+            assert names & gathers == (gathers if layer is TINY else set())
+        active_only = {name for name in names if name.endswith("active neurons only")}
+        assert len(active_only) == (5 if not is_cpu and layer is ABLATED else 0)
 
 
-def test_the_bound_is_much_smaller_than_a_term_of_a_product():
-    problem = Problem(Layer.random(*HEADLINE, 0.9), 4, "float32")
-    _, bound = problem.forward_results["y"]
-    terms = np.abs(problem.batch(4, 1).x[:, None, problem.weight.indices[0]])
-    terms = terms * np.abs(problem.weight.values[0])
-    assert np.median(terms) > 5 * bound[:, 0].max()
+@both
+@pytest.mark.parametrize("operation", ["forward", "backward", "update"])
+def test_a_result_with_one_wrong_entry_is_refused(bench, device, operation):
+    case = Case(operation, TINY, int(device == "cpu"), 9, narrow=True)
+    connection = Problem(TINY, bench.arrays).weight.indices[-1, -1]
+    for contender in taking_part(bench, case):
+        results, check = computed(bench, contender, case)
+        for what, difference in itertools.product(RESULTS[operation], (0.5, math.nan)):
+            wrong = bench.arrays.cast(bench.arrays.result(results[what]), "float64") + 0.0
+            last = [size - 1 for size in wrong.shape]
+            if what == "dvalues" and tuple(wrong.shape) == (TINY.n_out, TINY.n_in):
+                last[1] = int(connection)  # other entries are not compared
+            wrong[tuple(last)] += difference
+            with pytest.raises(WrongResultError, match=rf"{what} is wrong at"):
+                check({**results, what: wrong})
+            if what != "dvalues":
+                with pytest.raises(WrongResultError, match=rf"{what} has shape"):
+                    check({**results, what: wrong[:-1]})
+
+
+def product_of(problem, batch):
+    return batch.x @ problem.dense().T + problem.bias()
+
+
+@both
+def test_a_product_without_one_connection_is_refused(bench, device):
+    problem = Problem(Layer.random(*HEADLINE, 0.9), bench.arrays)
+    batch, weight = problem.batch(4), problem.weight
+    y = product_of(problem, batch)
+    problem.check("whole", "forward", {"y": y}, batch)
+    column = int(weight.indices[0, 0])
+    y[:, 0] -= problem.dense()[0, column] * batch.x[:, column]
+    with pytest.raises(WrongResultError, match=r"y is wrong at \(0, 0\)"):
+        problem.check("without one", "forward", {"y": y}, batch)
+
+
+@both
+def test_a_float32_result_of_tf32_is_refused(bench, device):
+    def truncated(array):  # to 11 bits, as tensor cores may
+        bits = np.asarray(array).view(np.int32) & ~((1 << 13) - 1)
+        return bench.arrays.array(bits.view(np.float32))
+
+    problem = Problem(Layer(512, 64, 51, 64), bench.arrays)
+    batch = problem.batch(64)
+    y = {"y": truncated(batch.x) @ truncated(problem.dense()).T + problem.bias()}
+    problem.check("TF32", "forward", y, batch, TF32)
+    with pytest.raises(WrongResultError, match="y is wrong"):
+        problem.check("float32", "forward", y, batch, FULL)
+
+
+@both
+@pytest.mark.parametrize(("neurons", "place"), [(5, (4, 24)), (31, (8, 31)), (32, (0, 0))])
+def test_results_are_compared_in_pieces(bench, device, monkeypatch, neurons, place):
+    monkeypatch.setattr(problems, "_PIECE", 9 * neurons)
+    problem = Problem(TINY, bench.arrays)
+    batch = problem.batch(9)
+    y = product_of(problem, batch)
+    problem.check("right", "forward", {"y": y}, batch)
+    y[place] = 70.0
+    with pytest.raises(WrongResultError, match=rf"wrong at \({place[0]}, {place[1]}\): 70"):
+        problem.check("wrong", "forward", {"y": y}, batch)
 
 
 def test_an_update_has_no_ties():
-    for array in Problem(Layer(300, 200, 30, 200), 1, "float32").update_inputs[:2]:
+    for array in Problem(Layer(300, 200, 30, 200), NumpyArrays()).update_inputs[:2]:
         magnitudes = np.abs(array[array != 0])
         assert np.unique(magnitudes).size == magnitudes.size
 
 
-def test_another_seed_is_another_weight_of_the_same_numbers():
-    one, other = (Problem(TINY, 2, "float32", seed=seed) for seed in (0, 1))
-    assert one.weight != other.weight
+@both
+def test_a_problem_is_drawn_again_the_same_and_another_seed_changes_only_the_weight(bench, device):
+    one, same, other = (Problem(ABLATED, bench.arrays, seed=seed) for seed in (0, 0, 1))
+    assert one.weight == same.weight != other.weight
     assert one.weight.fan_in == other.weight.fan_in
-    np.testing.assert_array_equal(one.batch(2, 1).x, other.batch(2, 1).x)
+    assert (one.batch(2).x == other.batch(2).x).all()
+    assert not (one.batch(2).x == one.batch(2, 1).x).any()
+    assert one.active_neurons().plan("reference") is one.plan("reference")  # packed once
 
 
 def test_a_library_that_is_not_installed_is_listed_with_its_install_line(monkeypatch):
@@ -211,80 +262,67 @@ def test_a_library_that_is_not_installed_is_listed_with_its_install_line(monkeyp
         return real(name)
 
     monkeypatch.setattr(contender_modules.importlib, "import_module", without_torch)
-    contenders, absent = load_contenders()
-    (torch,) = [dataclasses.asdict(missing) for missing in absent if "torch" in missing.reason]
-    assert torch == {
-        "library": "PyTorch",
-        "reason": "No module named 'torch'",
-        "install": "pip install torch",
-    }
-    assert not [c for c in contenders if "torch" in c.name]
-    assert {"NumPy x @ W.T", "SciPy CSR", OURS} <= {c.name for c in contenders}
+    contenders, absent = load_contenders("cpu")
+    (torch,) = [library for library in absent if library["library"] == "PyTorch"]
+    assert (torch["reason"], torch["install"]) == ("No module named 'torch'", "pip install torch")
+    names = {contender.name for contender in contenders}
+    assert not [name for name in names if "torch" in name]
+    assert {"NumPy x @ W.T", "SciPy CSR", OURS["cpu"]} <= names
 
 
-# How it is timed
+# How a CPU is timed; tests/gpu/test_gpu_benchmark.py has the GPU
 
 
 class FakeMachine:
-    """A clock that only calls advance, and a record of what was called."""
+    """A clock that only calls advance, and a record of the calls."""
 
     def __init__(self):
         self.now, self.record = 0.0, []
 
-    def clock(self):
-        return self.now
-
     def call(self, name, *costs):
-        def run():
+        def call():
             self.record.append(name)
             self.now += costs[self.record.count(name) % len(costs)]
 
-        return run
+        return call
+
+    def time(self, seconds=0.0, before=(), rest=lambda: None, **costs):
+        def clock():
+            return self.now
+
+        runs = {n: HostRun(self.call(n, *c), before, clock=clock) for n, c in costs.items()}
+        timings, errors = interleaved(runs, is_enough=TimeBudget(seconds, clock), rest=rest)
+        assert not errors
+        return timings
 
 
 def test_contenders_are_timed_in_turns_and_each_round_begins_with_another():
     machine = FakeMachine()
-    names = ("a", "b", "c")
-    runs = {name: Hot(machine.call(name, 0.003)) for name in names}
-    timings = interleaved(
-        runs, seconds=0, rest=lambda: machine.record.append("rest"), clock=machine.clock
-    )
+    rest = machine.call("rest", 0.0)
+    timings = machine.time(rest=rest, a=[0.003], b=[0.003], c=[0.003])
     turns = "".join(machine.record).split("rest")[1:]
     assert all(len(set(turn)) == 1 for turn in turns)
-    order = "".join(turn[0] for turn in turns)
-    assert order == "abc" + "abcbcacababcbca"
+    assert "".join(turn[0] for turn in turns) == "abc" + "abcbcacababcbca"
     for timing in timings.values():
         assert timing.median == pytest.approx(0.003)
         assert (timing.rounds, timing.calls) == (5, 1)
 
 
 def test_a_time_is_the_median_over_rounds_of_each_rounds_median():
-    machine = FakeMachine()
-    timing = interleaved(
-        {"only": Hot(machine.call("only", 0.001, 0.001, 0.5))}, seconds=0.1, clock=machine.clock
-    )["only"]
+    timing = FakeMachine().time(0.1, only=[0.001, 0.001, 0.5])["only"]
     assert timing.median == timing.lower == pytest.approx(0.001)
 
 
 def test_more_rounds_are_made_while_there_is_time_and_no_more_than_fifteen():
-    rounds = []
-    for seconds in (0.0, 0.3, 100.0):
-        machine = FakeMachine()
-        timing = interleaved(
-            {"only": Hot(machine.call("only", 0.02))}, seconds=seconds, clock=machine.clock
-        )["only"]
-        rounds.append(timing.rounds)
-        if 0 < seconds < 100:
-            assert machine.now <= seconds
-    assert rounds[0] == 5
-    assert 5 < rounds[1] < 15
-    assert rounds[2] == 15
+    machines = {seconds: FakeMachine() for seconds in (0.0, 0.3, 100.0)}
+    few, some, most = (m.time(s, only=[0.02])["only"].rounds for s, m in machines.items())
+    assert few == 5 < some < 15 == most
+    assert machines[0.3].now <= 0.3
 
 
 def test_a_contender_that_takes_seconds_is_called_three_times():
     machine = FakeMachine()
-    runs = {"slow": Hot(machine.call("slow", 4.0)), "fast": Hot(machine.call("fast", 1e-4))}
-    timings = interleaved(runs, seconds=1, clock=machine.clock)
+    timings = machine.time(1, slow=[4.0], fast=[1e-4])
     assert machine.record.count("slow") == timings["slow"].rounds == 3
     assert timings["slow"].median == pytest.approx(4.0)
     assert timings["fast"].median == pytest.approx(1e-4)
@@ -293,42 +331,24 @@ def test_a_contender_that_takes_seconds_is_called_three_times():
 
 def test_before_a_cold_call_the_caches_are_flushed_and_other_weights_are_used():
     machine = FakeMachine()
-    cold = Cold(
-        machine.call("call", 0.001), machine.call("other", 0.01), machine.call("flush", 0.1)
-    )
-    timing = interleaved({"only": cold}, seconds=0, clock=machine.clock)["only"]
+    before = (machine.call("flush", 0.1), machine.call("other", 0.01))
+    timing = machine.time(before=before, call=[0.001])["call"]
     assert timing.median == pytest.approx(0.001)
-    record = machine.record
-    assert record == ["flush", "other", "call"] * (len(record) // 3)
+    assert machine.record == ["flush", "other", "call"] * (len(machine.record) // 3)
 
 
-def test_a_rest_ends_when_no_thread_runs():
-    rest()  # would otherwise run into the time-out
-
-
-def test_a_flush_reads_twice_the_largest_cache():
+def test_a_flush_reads_twice_the_largest_cache(tmp_path):
     flush = Flush(2)
     flush()
-    assert flush.nbytes >= 2 * max(cache_sizes().values(), default=0)
-
-
-def test_cache_sizes_are_read_from_the_system(tmp_path):
-    for number, (level, kind, size) in enumerate(
-        [("1", "Data", "48K"), ("1", "Instruction", "32K"), ("3", "Unified", "16384K")]
-    ):
+    assert flush.buffer.nbytes >= 2 * max(cache_sizes().values(), default=0)
+    caches = [("1", "Data", "48K"), ("1", "Instruction", "32K"), ("3", "Unified", "16384K")]
+    for number, words in enumerate(caches):
         folder = tmp_path / f"index{number}"
         folder.mkdir()
-        for name, text in (("level", level), ("type", kind), ("size", size)):
+        for name, text in zip(("level", "type", "size"), words, strict=True):
             (folder / name).write_text(f"{text}\n")
     assert cache_sizes(tmp_path) == {"L1": 48 << 10, "L3": 16 << 20}
     assert cache_sizes(tmp_path / "none") == {}
-
-
-def test_threads_beyond_the_cores_are_refused():
-    check_threads(1)
-    for threads in (0, 10_000):
-        with pytest.raises(SriglError, match=rf"threads={threads} is out of range"):
-            check_threads(threads)
 
 
 def test_avx2_holds_every_library_back_and_native_none():
@@ -337,56 +357,62 @@ def test_avx2_holds_every_library_back_and_native_none():
     assert environment(3, "native")["NUMBA_NUM_THREADS"] == "3"
 
 
-# The machine's limits
+# The roofline
+
+CPU_PEAKS = CpuPeaks(1, 64, 1600.0, 50.0, ((1000, 8.0), (100_000, 2.0)))
+each_peaks = pytest.mark.parametrize("peaks", [CPU_PEAKS, PEAKS], ids=["cpu", "gpu"])
 
 
-def test_limits_are_measured(monkeypatch):
-    monkeypatch.setattr(limits, "WORKING_SETS", (1 << 14, 1 << 16))
-    monkeypatch.setattr(limits, "_SAMPLE_SECONDS", 1e-4)
-    found = limits.measure_limits(1)
-    assert found.multiply_adds > 0
-    assert found.loads > 0
-    assert [size for size, _ in found.bandwidth] == [1 << 14, 1 << 16]
-
-
-def test_the_read_loop_reads_every_vector():
-    buffer = np.zeros(limits.VECTOR_BYTES * 64, np.uint8)
-    start = -buffer.ctypes.data % limits.VECTOR_BYTES
-    part = buffer[start : start + limits.VECTOR_BYTES * 32]
-    assert limits._read(part, 1) == 0
+def test_peaks_of_a_cpu_are_measured_with_loops_that_read_every_vector(monkeypatch):
+    monkeypatch.setattr(cpu_peaks, "WORKING_SETS", (1 << 14, 1 << 16))
+    monkeypatch.setattr(cpu_peaks, "_SAMPLE_SECONDS", 1e-4)
+    peaks = cpu_peaks.measure_cpu_peaks(1)
+    assert min(peaks.multiply_adds, peaks.loads) > 0
+    assert [size for size, _ in peaks.bandwidth] == [1 << 14, 1 << 16]
+    size = cpu_peaks.VECTOR_BYTES
+    buffer = np.zeros(size * 64, np.uint8)
+    start = -buffer.ctypes.data % size
+    part = buffer[start : start + size * 32]
+    assert cpu_peaks._read(part, 1) == 0
     for vector in range(32):
         part[:] = 0
-        part[vector * limits.VECTOR_BYTES] = 1
-        assert limits._read(part, 1) == 1
+        part[vector * size] = 1
+        assert cpu_peaks._read(part, 1) == 1
 
 
-def test_bandwidth_between_two_sizes_is_between_their_bandwidths():
-    found = limits.Limits(1, 64, 1.0, 1.0, ((1000, 8.0), (100_000, 2.0)))
-    assert found.bandwidth_at(1) == found.bandwidth_at(1000) == 8.0
-    assert found.bandwidth_at(10_000) == pytest.approx(5.0)
-    assert found.bandwidth_at(1e9) == 2.0
+@each_peaks
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_work_is_each_array_once_and_a_read_and_a_multiply_add_for_each_product(peaks, dtype):
+    layer = Layer(n_in=8, n_out=4, fan_in=2, n_active=3)
+    item = np.dtype(dtype).itemsize
+    wide = max(item, 4)
+    mask = 3 * math.log2(math.comb(8, 2)) / 8 if peaks is CPU_PEAKS else 6 * 2
+    forward, backward, update = (
+        work_of(Case(operation, layer, batch=5), peaks, values=dtype, inputs=dtype)
+        for operation in ("forward", "backward", "update")
+    )
+    assert forward.moved == pytest.approx(6 * item + mask + 5 * (8 + 4) * item + 4 * item)
+    assert (forward.gathered, forward.multiply_adds) == (6 * 5 * item, 6 * 5 * wide // 4)
+    assert backward.moved == pytest.approx(6 * (item + wide) + mask + 5 * (8 + 8 + 4) * item)
+    assert backward[1:] == tuple(2 * amount for amount in forward[1:])
+    assert update == Work(8 * 4 * (3 * item + 2), 0, 0)
 
 
-def test_needs_are_values_mask_inputs_results_and_multiply_adds():
-    numbers = {"n_in": 8, "n_out": 4, "n_active": 3, "fan_in": 2, "itemsize": 4}
-    mask = 3 * math.log2(math.comb(8, 2)) / 8
-    forward = limits.needs("forward", batch=5, **numbers)
-    assert forward.read == pytest.approx(6 * 4 + mask + 5 * 8 * 4 + 5 * 4 * 4 + 4 * 4)
-    assert forward.multiply_adds == 6 * 5
-    backward = limits.needs("backward", batch=5, **numbers)
-    assert backward.read == pytest.approx(2 * 6 * 4 + mask + 2 * 5 * 8 * 4 + 5 * 4 * 4)
-    assert backward.multiply_adds == 2 * 6 * 5
-    update = limits.needs("update", batch=0, **numbers)
-    assert update.read == 8 * 4 * (3 * 4 + 2)
+@each_peaks
+def test_the_least_time_is_that_of_the_scarcest_resource(peaks):
+    rates = peaks.seconds(Work(1.0, 1.0, 1.0), cold=True)
+    for resource in rates:
+        work = Work(*((2.0 if each == resource else 1.0) / rates[each] for each in rates))
+        assert least_time(work, peaks, cold=True) == (pytest.approx(2.0), resource)
 
 
-def test_the_least_time_is_that_of_the_scarcest_resource():
-    found = limits.Limits(1, 64, 1600.0, 50.0, ((1000, 1e9), (100_000, 100.0)))
-    small = limits.Needs(read=10.0, multiply_adds=1600.0)
-    assert limits.least_seconds(small, found, cold=False) == (2.0, "loads")
-    assert limits.least_seconds(limits.Needs(500.0, 16.0), found, cold=True) == (5.0, "bandwidth")
-    many = dataclasses.replace(found, loads=1e9)
-    assert limits.least_seconds(small, many, cold=False) == (1.0, "multiply-adds")
+def test_bandwidth_depends_on_the_working_set_and_indices_on_the_inputs():
+    assert CPU_PEAKS.bandwidth_at(1) == CPU_PEAKS.bandwidth_at(1000) == 8.0
+    assert CPU_PEAKS.bandwidth_at(10_000) == pytest.approx(5.0)  # between two sizes
+    assert CPU_PEAKS.bandwidth_at(1e9) == 2.0
+    for cold, seconds in ((False, 1.0), (True, 4.0)):
+        assert CPU_PEAKS.seconds(Work(8.0, 0, 0), cold=cold)["bandwidth"] == seconds
+    assert PEAKS.mask_bytes(Layer(n_in=70_000, n_out=1, fan_in=2, n_active=1)) == 2 * 4
 
 
 # Cliffs
@@ -397,7 +423,7 @@ def smooth(batch):
 
 
 class FakeTimes:
-    """A measuring function: of an odd batch one time after the other, then all are smooth."""
+    """A measuring function: odd batches have these times in order, and all others are smooth."""
 
     def __init__(self, odd):
         self.odd = {batch: iter(times) for batch, times in odd.items()}
@@ -408,186 +434,90 @@ class FakeTimes:
         return {batch: next(self.odd.get(batch, iter(())), smooth(batch)) for batch in batches}
 
 
-def test_smooth_times_have_no_cliff():
-    assert find_cliffs({batch: smooth(batch) for batch in BATCHES}) == []
-
-
-def test_a_jump_is_a_cliff():
+def test_a_jump_is_a_cliff_and_a_tenth_is_none():
     times = {batch: smooth(batch) for batch in BATCHES}
-    times[63] = 120
-    (found,) = find_cliffs(times)
-    assert str(found) == "batch 63 takes 1.62 times as long as 64"
+    assert find_cliffs(times) == []
+    assert list(map(str, find_cliffs(times | {63: 120}))) == [
+        "batch 63 takes 1.62 times as long as 64"
+    ]
     steps = {batch: float(128 * -(-batch // 128)) for batch in BATCHES}
-    words = [str(cliff) for cliff in find_cliffs(steps)]
+    words = list(map(str, find_cliffs(steps)))
     assert "a row of batch 128 takes 0.56 times as long as one of 144" in words
-
-
-def test_a_batch_may_take_a_tenth_longer_than_a_larger_one():
     assert find_cliffs({20: 110.0, 36: 100.0}) == []
     assert find_cliffs({20: 110.1, 36: 100.0})
-    assert find_cliffs({20: 110.1, 37: 100.0}) == []
+    assert find_cliffs({20: 110.1, 37: 100.0}) == []  # too far apart
 
 
-def test_smooth_times_are_measured_once():
-    measure = FakeTimes({})
-    times, repeats = confirmed_times(measure)
+@pytest.mark.parametrize(
+    ("odd", "again"), [({}, []), ({63: [300.0]}, [[63, 64]]), ({160: [300.0]}, [[144, 160]])]
+)
+def test_a_batch_that_is_slow_once_is_measured_again_and_is_no_cliff(odd, again):
+    measured = FakeTimes(odd)
+    times, repeats = confirmed_times(measured)
     assert times == {batch: smooth(batch) for batch in BATCHES}
-    assert repeats == 0
-    assert measure.measured == [list(BATCHES)]
+    assert repeats == len(again)
+    assert measured.measured == [list(BATCHES), *again]
 
 
-@pytest.mark.parametrize(("odd", "pair"), [(63, [63, 64]), (160, [144, 160])], ids=["whole", "row"])
-def test_a_batch_that_is_slow_once_is_no_cliff(odd, pair):
-    measure = FakeTimes({odd: [300.0]})
-    times, repeats = confirmed_times(measure)
-    assert times == {batch: smooth(batch) for batch in BATCHES}
-    assert repeats == 1
-    assert measure.measured == [list(BATCHES), pair]
+def test_a_batch_that_is_slow_each_time_stays_a_cliff_of_its_least_time(monkeypatch):
+    measured = FakeTimes({20: [90.0], 63: [120.0, 119.0, 130.0, 125.0]})
 
-
-def test_a_batch_that_is_slow_each_time_stays_a_cliff_of_its_least_time():
-    measure = FakeTimes({20: [90.0], 63: [120.0, 119.0, 130.0, 125.0]})
-    times, repeats = confirmed_times(measure)
-    assert [str(cliff) for cliff in find_cliffs(times)] == [
-        "batch 63 takes 1.61 times as long as 64"
-    ]
-    assert repeats == MOST_REPEATS
-    assert measure.measured[1:] == [[20, 21, 63, 64], *[[63, 64]] * (MOST_REPEATS - 1)]
-
-
-def test_the_result_says_how_often_suspects_were_measured_again(monkeypatch):
-    measure = FakeTimes({7: [300.0] * 9, 99: [300.0] * 2})
-
-    def timings(runs, *, seconds):
-        times = measure([int(name) for name in runs])
-        return {str(batch): SimpleNamespace(median=1e-6 * time) for batch, time in times.items()}
+    def timings(runs, **options):
+        times = measured([int(name) for name in runs])
+        return {str(b): SimpleNamespace(median=1e-6 * time) for b, time in times.items()}, {}
 
     calls = {"interleaved": timings, "product": lambda name: lambda problem: lambda batch: list}
     for name, call in calls.items():
         monkeypatch.setattr(f"srigl_core.benchmarks.cliffs.{name}", call)
     result = json.loads(json.dumps(measure_cliffs(1)))
-    assert result["repeats"] == len(measure.measured) - 1 == MOST_REPEATS
-    assert result["found"] == ["batch 7 takes 16.67 times as long as 8"]
-    assert result["median_us"][99 - 1] == smooth(99)
+    assert result["found"] == ["batch 63 takes 1.61 times as long as 64"]
+    assert result["median_us"][20 - 1] == smooth(20)
+    assert measured.measured[1:] == [[20, 21, 63, 64], [63, 64], [63, 64]]
+    assert result["repeats"] == 3
 
 
 # What is made of a result
 
 
-def made_case(ours, dense, csr, **more):
-    def entry(family, median):
-        around = {"lower_us": 0.9 * median, "upper_us": 1.1 * median}
-        return {"family": family, "median_us": median, **around, "rounds": 5, "calls": 9}
-
-    case = {
-        "operation": "forward",
-        "n_in": 3072,
-        "n_out": 768,
-        "sparsity": 0.9,
-        "fan_in": 307,
-        "n_active": 768,
-        "mask": "random",
-        "batch": 1,
-        "threads": 1,
-        "weights": "hot",
-        "dtype": "float32",
-        "instructions": "native",
-        "least_us": 12.0,
-        "limited_by": "bandwidth",
-        "contenders": {
-            OURS: entry("ours", ours),
-            "slow dense": entry("dense", 2 * dense),
-            "fast dense": entry("dense", dense),
-            "fewer": entry("fewer neurons", dense / 2),
-            "a csr": entry("csr", csr),
-        },
-    }
-    return case | more
+def made_up(device):
+    """Results that nobody measured, as a file of the committed format."""
+    return load_results(ROOT / "tests" / "data" / f"made_up_{device}_benchmark.json")
 
 
-def made_results():
-    bandwidth = [[1 << 14, 4e11], [1 << 22, 1e11], [1 << 28, 3e10]]
-    limit = {"vector_bytes": 64, "multiply_adds": 6e10, "loads": 4e9, "bandwidth": bandwidth}
-    cases = [
-        made_case(5.0, 1.0, 2.0, n_in=16, n_out=16, sparsity=0.88, fan_in=2, n_active=16),
-        made_case(20.0, 120.0, 90.0),
-        made_case(15.0, 60.0, 50.0, threads=2),
-        made_case(70.0, 340.0, 200.0, weights="cold"),
-        made_case(1200.0, 6000.0, 7000.0, batch=256),
-        made_case(10.0, 110.0, 9.0, sparsity=0.99, fan_in=31),
-        made_case(7.0, 30.0, 40.0, n_in=768, mask="learned: srigl-90 fc2", n_active=750),
-        made_case(4000.0, 9000.0, 8000.0, operation="backward", batch=256),
-        made_case(9000.0, 1.0, 1.0, operation="update", batch=0, threads=2),
-    ]
-    update = cases[-1]["contenders"]
-    cases[-1]["contenders"] = {OURS: update[OURS], "srigl reference": update["fewer"]}
-    process = {
-        "instructions": "native",
-        "environment": {"OMP_NUM_THREADS": "2"},
-        "versions": {"python": "3.11.7", "numpy": "2.4.6"},
-        "libraries": [{"prefix": "libopenblas", "version": "0.3", "architecture": "Zen"}],
-        "absent": [{"library": "PyTorch", "reason": "none", "install": "pip install torch"}],
-        "limits": [{"threads": n, **limit} for n in (1, 2)],
-        "cases": cases,
-        "cliffs": [
-            {
-                "n_in": 3072,
-                "n_out": 768,
-                "sparsity": 0.9,
-                "threads": 1,
-                "batches": [1, 2],
-                "median_us": [20.0, 22.0],
-                "found": ["batch 3 takes 2.00 times as long as 4"],
-            }
-        ],
-    }
-    content = {
-        "format": 1,
-        "benchmark": "cpu",
-        "started": "2026-01-02T03:04:05+00:00",
-        "machine": {
-            "cpu": "Some CPU",
-            "cores": 2,
-            "system": "Linux",
-            "caches": {"L1": 32768},
-            "load": 0.1,
-        },
-        "settings": {"quick": False},
-        "processes": [process],
-        "seconds": 9.0,
-    }
-    return Results(content)
+@pytest.fixture
+def saved(tmp_path):
+    """Return a function that writes results and returns their path."""
+
+    def save(results, name="results"):
+        save_results(tmp_path / f"{name}.json", results)
+        return tmp_path / f"{name}.json"
+
+    return save
 
 
-def test_results_are_read_as_they_were_written(tmp_path):
-    save_results(tmp_path / "cpu.json", made_results())
-    assert load_results(tmp_path / "cpu.json") == made_results()
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"format": 2}', '{"format": 1}'])
-def test_another_file_is_no_result(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "is not JSON"),
+        ("[]", "is not a result of srigl bench"),
+        ('{"benchmark": "overhead"}', "is not a result of srigl bench"),
+        ('{"format": 2, "benchmark": "cpu"}', "has format 2, but this version reads format 1"),
+        ('{"format": 1, "benchmark": "tpu"}', "has benchmark='tpu', which is not one of cpu, gpu"),
+        ('{"format": 1, "benchmark": "cpu"}', "lacks machine, processes"),
+    ],
+)
+def test_another_file_is_refused_with_the_reason(tmp_path, text, problem):
     (tmp_path / "cpu.json").write_text(text)
-    with pytest.raises(FileFormatError, match="run srigl bench cpu"):
+    with pytest.raises(FileFormatError, match=rf"{problem}.*; run srigl bench cpu"):
         load_results(tmp_path / "cpu.json")
 
 
-def test_ratios_are_to_the_best_of_each_family_and_fewer_neurons_are_not_dense():
-    row = Row(made_case(20.0, 120.0, 90.0))
-    assert row.best("dense") == ("fast dense", 120.0)
-    assert row.ratio("dense") == pytest.approx(6.0)
-    assert row.ratio("csr") == pytest.approx(4.5)
-    assert row.ratio("gather") is None
-    assert row.ratio("dense", "nobody") is None
-    assert row.fraction == pytest.approx(0.6)
-
-
-def test_the_page_shows_every_case_and_says_where_ours_loses():
-    text = page(made_results(), "cpu.png")
-    for words in (
-        "| 3072→768, k = 307 | 90% | 1 | hot | 20.0 (18.0 to 22.0) | 120 fast dense | 6.00x |",
+SHOWN = {
+    "cpu": (
+        "| 3072→768, k = 307 | 90% | 1 | hot | float32 | 20.0 (18.0 to 22.0) | 60% bandwidth "
+        "| 6.00x (120 fast dense) | 4.50x (90.0 a csr) |",
         "| 3072→768, k = 307 | 90% | 1 | cold |",
-        "| 3072→768, k = 31 | 99% | 1 | hot | 10.0 (9.00 to 11.0) | 110 fast dense | 11.00x "
-        "| 9.00 a csr | 0.90x |",
+        "| 11.00x (110 fast dense) | 0.90x (9.00 a csr) |",
         "learned: srigl-90 fc2, 18 ablated",
         "## Backward, 1 thread",
         "## Mask update, 2 threads",
@@ -595,116 +525,192 @@ def test_the_page_shows_every_case_and_says_where_ours_loses():
         "5.00 µs",
         "batch 3 takes 2.00 times as long as 4",
         "![Times and ratios of the layer 3072→768](cpu.png)",
-    ):
+        "native instructions: `OMP_NUM_THREADS=2`; OpenBLAS chose Zen",
+    ),
+    "gpu": (
+        "| 3072→768, k = 307 | 90% | 256 | warm | float32 | 20.0 (18.0 to 22.0) | 33.0 | 50.0 "
+        "| 25% shared memory | 3.00x (60.0 torch float32) | 0.75x (15.0 torch TF32) "
+        "| 1.00x (20.0 torch float16) | 25.00x (500 torch CSR) |",
+        "| 256 | warm | float16 | 12.0 (10.8 to 13.2) | 33.0 |",
+        "| 8 | warm | float32 | **failed** |",
+        "| 2048 | warm | float32 | 90.0 (81.0 to 99.0) | 33.0 | 11.1 | 6% shared memory | 0.89x",
+        "| 3072→768, k = 307 | 90% | 256 | cold |",
+        "| 3072→768, k = 512, 307 ablated |",
+        "| warm | float32 | 50.0 (45.0 to 55.0) | 33.0 | 2.50 |",  # forward passes
+        "900 (810 to 990), host clock",
+        "failed: torch 2:4 float16, 9 cases: RuntimeError: not here",
+        "torch gather, 10 cases: would gather over 4096 MiB",
+        "median of 200 calls after a warm-up",
+        "gpu Some GPU, memory 139 GiB, L2 60 MiB, driver_version 1.2",
+        # The batch from which dense stays faster.
+        "| 3072→768, k = 307 | 90% | 2048 | 256, also at 1 | 2048, also at 1, 64 | not measured |",
+        "| 3072→768, k = 31 | 99% | not up to 256 | 256 | not up to 256 | not measured |",
+    ),
+}
+
+
+@both
+def test_the_page_shows_every_case_and_says_where_ours_loses(device):
+    results = made_up(device)
+    text = page(results, "cpu.png" if device == "cpu" else "")
+    for words in SHOWN[device]:
         assert words in text, words
-    widths = [{line.count("|") for line in part.splitlines()} for part in tables(text)]
-    assert all(len(width) == 1 for width in widths)
+    assert "Incomplete" not in text
+    tables = [part for part in text.split("\n\n") if part.startswith("|")]
+    assert all(len({line.count("|") for line in part.splitlines()}) == 1 for part in tables)
 
 
-def tables(text):
-    return [part for part in text.split("\n\n") if part.startswith("|")]
+@both
+def test_a_page_of_one_case_has_no_holes(device, tmp_path):
+    results = made_up(device)
+    process = results.processes[0]
+    process["cases"][:], process["cliffs"][:] = process["cases"][-1:], []
+    text = write_report(results, tmp_path, "one")[0].read_text()
+    assert "Not measured." in text
+    assert "## Mask update" in text
 
 
-def test_page_and_picture_are_made_from_the_json_alone(tmp_path):
-    save_results(tmp_path / "cpu.json", made_results())
-    result = CliRunner().invoke(app, ["bench", "report", str(tmp_path / "cpu.json")])
+@both
+def test_results_are_written_as_they_were_read_and_page_and_plot_made_of_them_alone(device, saved):
+    results = made_up(device)
+    path = saved(results, device)
+    assert path.read_text() == (ROOT / f"tests/data/made_up_{device}_benchmark.json").read_text()
+    result = command("report", path)
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "cpu.md").read_text() == page(made_results(), "cpu.png")
-    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+    picture = ["cpu.png"] if device == "cpu" else []
+    assert {file.name for file in path.parent.iterdir()} == {path.name, f"{device}.md", *picture}
+    assert path.with_suffix(".md").read_text() == page(results, *picture)
+    assert all((path.parent / p).read_bytes().startswith(b"\x89PNG") for p in picture)
 
 
-def test_a_report_of_few_cases_has_no_holes(tmp_path):
-    results = made_results()
-    results.processes[0]["cases"][:] = results.processes[0]["cases"][:1]
-    results.processes[0]["cliffs"][:] = []
-    write_report(results, tmp_path)
-    assert "Not measured." in (tmp_path / "cpu.md").read_text()
-
-
-def test_goals_are_met_missed_or_not_measured():
-    found = {(verdict.name, verdict.asked): verdict for verdict in verdicts(made_results())}
-    dense = found["90%, batch 1", "5.5 times the best dense"]
-    assert (dense.reached, dense.met) == ("6.00 (fast dense)", True)
-    assert found["90%, batch 1", "4.8 times the best CSR"].met is False
-    assert found["99%, batch 1", "2.4 times the best CSR"].met is False
-    assert found["80%, batch 1", "3.2 times the best dense"].met is None
-    assert found["mask update, two threads", "under 10 ms"].met is True
-    assert found["90%, batch 1, bfloat16 values", "7.5 times the best dense"].met is None
-    (cliffs,) = [verdict for verdict in found.values() if verdict.name.startswith("no cliffs")]
-    assert cliffs.met is False
-
-
-def test_goals_are_printed_row_by_row(tmp_path):
-    save_results(tmp_path / "cpu.json", made_results())
-    result = CliRunner().invoke(app, ["bench", "goals", str(tmp_path / "cpu.json")])
-    assert result.exit_code == 0, result.output
-    assert "6.00 (fast dense)" in result.output
-    assert "not measured" in result.output
-
-
-# The README
-
+# The README, and the committed pages
 
 PAGE = f"before\n{readme.BEGIN}\nstale\n{readme.END}\nafter\n"
 
 
-def test_the_readme_gets_the_figures_between_its_markers_and_keeps_the_rest(tmp_path):
-    save_results(tmp_path / "cpu.json", made_results())
-    (tmp_path / "README.md").write_text(PAGE)
-    arguments = ["bench", "readme", str(tmp_path / "cpu.json"), str(tmp_path / "README.md")]
-    assert CliRunner().invoke(app, arguments).exit_code == 0
-    text = (tmp_path / "README.md").read_text()
+def test_the_readme_gets_the_figures_between_its_markers_and_keeps_the_rest(saved):
+    path = saved(made_up("cpu"))
+    target = path.with_name("README.md")
+    target.write_text(PAGE)
+    assert command("readme", path, target).exit_code == 0
+    text = target.read_text()
     assert text.startswith(f"before\n{readme.BEGIN}\n| layer |")
     assert text.endswith(f"{readme.END}\nafter\n")
     assert "stale" not in text
     assert "| 3072→768 | 90% | 1 | 20.0 | 6.0x | 4.5x | 15.0 | 4.0x | 3.3x |" in text
     assert "| 768→768, learned mask | 90% | 1 | 7.0 |" in text
-    assert "rows measured, 0 are slower than the best dense and 1 slower than the best CSR" in text
-    assert readme.replaced(text, made_results()) == text
+    assert "slower than the best dense in 0 and slower than the best CSR in 1." in text
+    assert readme.replaced(text, made_up("cpu")) == text
+    refused = command("readme", saved(made_up("gpu")), target)
+    assert (refused.exit_code, "was measured on a gpu" in refused.output) == (1, True)
 
 
 @pytest.mark.parametrize("page", ["", readme.BEGIN, f"{readme.END}{readme.BEGIN}", PAGE + PAGE])
 def test_a_page_without_one_pair_of_markers_is_refused(page):
     with pytest.raises(FileFormatError, match="must have one"):
-        readme.replaced(page, made_results())
+        readme.replaced(page, made_up("cpu"))
 
 
-def test_the_readmes_figures_are_those_of_the_committed_result():
-    text = (ROOT / "README.md").read_text()
-    if COMMITTED.exists():
-        assert readme.replaced(text, load_results(COMMITTED)) == text
-    else:
-        assert readme.BEGIN not in text
+def test_the_committed_pages_are_made_of_the_committed_result():
+    results, text = load_results(COMMITTED), (ROOT / "README.md").read_text()
+    assert readme.replaced(text, results) == text
+    assert COMMITTED.with_suffix(".md").read_text() == page(results, "cpu.png")
 
 
-def test_the_committed_page_is_made_of_the_committed_result():
-    written = COMMITTED.with_suffix(".md")
-    assert written.exists() == COMMITTED.exists()
-    if COMMITTED.exists():
-        assert written.read_text() == page(load_results(COMMITTED), "cpu.png")
+# Comparing two runs
 
 
-# The command
+def changed(results, *factors):
+    """Return the results with all times of the first cases multiplied."""
+    for case, factor in zip(results.processes[0]["cases"], factors, strict=False):
+        for entry in case["contenders"].values():
+            entry |= {k: factor * v for k, v in entry.items() if k.endswith("_us")}
+    return results
 
 
-def test_a_run_writes_json_page_and_picture(tmp_path):
-    command = [sys.executable, "-m", "srigl_core.cli", "bench", "cpu", "--out", "out"]
-    command += ["--quick", "--threads", "1", "--only", "16-16", "--seconds", "0"]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
+def test_comparing_says_what_changed_beyond_the_spread(saved):
+    old, new = made_up("cpu"), changed(made_up("cpu"), 1.0, 0.5, 5 / 3, 1.1)
+    new.processes[0]["cases"].append(new.processes[0]["cases"][0] | {"batch": 7})  # only there
+    comparison = compare([old], [new])
+    assert [change.ratio for change in comparison.faster] == [0.5]
+    assert (comparison.n_times, comparison.others, comparison.warnings) == (9, 1.0, [])
+    result = command("compare", saved(old, "old"), saved(new, "new"))
+    assert result.exit_code == 1
+    assert (
+        "1 of 9 times are slower beyond the spread\n"
+        "  1.67x forward 3072→768 90% batch 1 threads 2 hot, srigl numba: 15.0 (13.5 to 16.5) -> "
+        "25.0 (22.5 to 27.5) us\n"
+        "1 of 9 times are faster beyond the spread\n"
+        "  0.50x forward 3072→768 90% batch 1 hot, srigl numba: 20.0 (18.0 to 22.0) ->"
+    ) in result.output
+    assert command("compare", saved(new, "new"), saved(new, "same")).exit_code == 0
+
+
+def test_a_time_changed_if_no_run_of_one_version_overlaps_any_of_the_other(saved, tmp_path):
+    for folder, factors in (("old", (1.0, 1.4, 1.2)), ("new", (1.5, 2.0)), ("fast", (0.7, 0.5))):
+        (tmp_path / folder).mkdir()
+        for number, factor in enumerate(factors):
+            saved(changed(made_up("cpu"), 1.0, factor), f"{folder}/{number}")
+    overlaps = command("compare", tmp_path / "old", tmp_path / "new")  # 1.4 * 1.1 > 1.5 * 0.9
+    assert overlaps.exit_code == 0
+    assert "0 of 9 times are slower" in overlaps.output
+    faster = command("compare", tmp_path / "old", tmp_path / "fast")
+    line = "  0.50x forward 3072→768 90% batch 1 hot, srigl numba: 24.0 (18.0 to 30.8) -> "
+    assert line + "12.0 (9.00 to 15.4) us" in faster.output
+
+
+def test_what_should_be_the_same_in_two_runs_is_warned_of(saved):
+    new = made_up("cpu")
+    new.content["machine"].update(cpu="Other CPU", load=3.0)
+    cases = new.processes[0]["cases"]
+    cases[:] = [case for case in cases if case["threads"] == 1]
+    result = command("compare", saved(made_up("cpu"), "old"), saved(new, "new"))
+    assert result.exit_code == 0
+    assert "warning: cpu is Some CPU in the old file and Other CPU in the new one" in result.output
+    assert "warning: threads is 1, 2 in the old file and 1 in the new one" in result.output
+    assert result.output.count("warning") == 2
+
+
+def test_files_that_cannot_be_compared_are_one_line(saved, tmp_path):
+    other = made_up("cpu")
+    other.processes[0]["cases"][:] = [other.processes[0]["cases"][0] | {"batch": 7}]
+    for new, message in (
+        (saved(made_up("gpu"), "gpu"), "some files were measured on a cpu and others on a gpu"),
+        (saved(other), "have no time of our kernels in common"),
+        (COMMITTED.with_name("overhead.json"), "is not a result of srigl bench"),
+        (tmp_path / "none.json", "No such file"),
+        (ROOT / "docs", "has no .json files"),
+    ):
+        result = command("compare", saved(made_up("cpu"), "cpu"), new)
+        assert result.exit_code == 1
+        assert message in result.output
+        assert len(result.output.strip().splitlines()) == 1
+
+
+# Runs on a CPU; tests/gpu/test_gpu_benchmark.py has the GPU
+
+
+def process_of(*arguments, **options):
+    options |= {"capture_output": True, "text": True, "timeout": 120, "check": False}
+    return subprocess.run([sys.executable, *arguments], **options)
+
+
+def test_a_run_writes_json_page_and_plot(tmp_path):
+    arguments = ["--quick", "--threads", "1", "--only", "16-16", "--seconds", "0", "--out", "out"]
+    done = process_of("-m", "srigl_core.cli", "bench", "cpu", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "[1/1] forward 16-16" in done.stdout
+    assert "In out: cpu.json, cpu.md, cpu.png" in done.stdout
     results = load_results(tmp_path / "out" / "cpu.json")
     (row,) = results.rows
-    assert row.ours > 0
-    assert row.ratio("dense") > 0
-    assert row.ratio("csr") > 0
+    assert min(row.ours, row.ratio("dense"), row.ratio("csr"), row.bandwidth(row.main)) > 0
+    assert results.content["incomplete"] is False
     assert results.native["environment"]["NUMBA_NUM_THREADS"] == "1"
-    for name, found in row.contenders.items():
+    assert row.left_out("wrong") == row.left_out("failed") == {}
+    for name, entry in row.contenders.items():
         lower, upper = row.spread(name)
-        assert lower <= found["median_us"] <= upper
-        assert found["rounds"] >= 3
+        assert lower <= entry["median_us"] <= upper
+        assert entry["rounds"] >= 3
     assert (tmp_path / "out" / "cpu.md").read_text() == page(results, "cpu.png")
     assert (tmp_path / "out" / "cpu.png").exists()
     assert str(Path.home()) not in (tmp_path / "out" / "cpu.json").read_text()
@@ -713,75 +719,56 @@ def test_a_run_writes_json_page_and_picture(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--threads", "two"], "threads='two' is no list of numbers"),
+        (["--threads", "two"], "threads='two' is not a list of numbers"),
+        (["--threads", "0,1"], "threads=0 is out of range"),
         (["--threads", "100000"], "threads=100000 is out of range"),
         (["--only", "nothing"], "leaves no case to measure"),
         (["--masks", "nowhere"], "holds no float32 layer"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(arguments, message, tmp_path):
-    out = ["--quick", "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(app, ["bench", "cpu", *out, *arguments])
+    result = command("cpu", "--quick", "--out", tmp_path / "out", *arguments)
     assert result.exit_code == 1
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1
 
 
-def test_without_its_extra_the_benchmark_prints_the_install_line(tmp_path):
-    for package in ("matplotlib", "threadpoolctl"):
-        code = (
-            f"import sys; sys.modules[{package!r}] = None\n"
-            f"sys.argv = ['srigl', 'bench', 'cpu', '--out', {str(tmp_path / 'out')!r}]\n"
-            "from srigl_core.cli import main\nmain()"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-        )
-        assert done.returncode == 1
-        assert 'pip install "srigl-core[bench]"' in done.stderr
-        assert "Traceback" not in done.stderr
-        assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("package", ["matplotlib", "threadpoolctl"])
+def test_without_its_extra_the_benchmark_prints_the_install_line(tmp_path, package):
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        f"sys.argv = ['srigl', 'bench', 'cpu', '--out', {str(tmp_path / 'out')!r}]\n"
+        "from srigl_core.cli import main\nmain()"
+    )
+    done = process_of("-c", code)
+    assert done.returncode == 1
+    assert 'pip install "srigl-core[bench]"' in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_cliffs_alone_are_looked_for_on_demand(tmp_path, monkeypatch):
-    from srigl_core.benchmarks import cpu
-
-    process = made_results().content["processes"][0] | {"cases": []}
+    process = made_up("cpu").processes[0] | {"cases": []}
     asked = []
-
-    def measured(settings):
-        asked.append(settings)
-        return process
-
-    monkeypatch.setattr(cpu, "_measured", measured)
-    result = CliRunner().invoke(app, ["bench", "cpu", "--cliffs", "--out", str(tmp_path)])
+    monkeypatch.setattr(run, "_in_own_process", lambda one: asked.append(one) or process)
+    result = command("cpu", "--cliffs", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert "threads 1: batch 3 takes 2.00 times as long as 4\n" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["cpu-cliffs.json"]
     (settings,) = asked
     assert settings.cliffs
-    assert cpu.chosen(settings) == []
+    assert measure.chosen(settings) == []
 
 
 def test_a_process_that_fails_is_an_error_and_writes_nothing(tmp_path, monkeypatch):
-    from srigl_core.benchmarks import cpu
-
     failed = SimpleNamespace(run=lambda *args, **kwargs: SimpleNamespace(returncode=3))
-    monkeypatch.setattr(cpu, "subprocess", failed)
+    monkeypatch.setattr(run, "subprocess", failed)
     with pytest.raises(SriglError, match="ended with code 3"):
-        cpu.run_cpu(cpu.Settings(quick=True, threads=(1,), cliffs=False), tmp_path)
+        run.run(measure.Settings(quick=True, threads=(1,)), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_numbers_in_a_result_have_four_digits():
-    from srigl_core.benchmarks.measure import _rounded
-
-    for number in (123456.0, 0.0012345, 3.0):
-        assert _rounded(number) == pytest.approx(number, rel=5e-4)
-        assert len(json.dumps(_rounded(number))) <= 9
-
-
-GUEST = """
+KERNELS = """
 import numpy as np
 from srigl_core.testing import KernelCapabilities, declare
 
@@ -791,43 +778,49 @@ def kernel(x, values, indices):
 def wrong(x, values, indices):
     return kernel(x, values, indices) * 2
 
+def broken(x, values, indices):
+    raise RuntimeError("not today")
+
 @declare(capabilities=KernelCapabilities(value_dtypes={"float16"}))
 def narrow(x, values, indices):
     return kernel(x, values, indices)
 """
 
 
-def bench_guest(tmp_path, monkeypatch, name):
-    (tmp_path / "guests.py").write_text(GUEST)
+@pytest.fixture
+def bench_kernel(tmp_path, monkeypatch):
+    """Return a function that measures an external kernel in one case."""
+    (tmp_path / "kernels.py").write_text(KERNELS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    few = ["--quick", "--seconds", "0", "--only", "99%", "--only", "batch=1"]
-    return CliRunner().invoke(app, ["bench", f"guests:{name}", *few, "--out", "out"])
+    few = ["--quick", "--seconds", "0", "--only", "99%", "--only", "batch=1", "--out", "out"]
+    return lambda name: command(f"kernels:{name}", *few)
 
 
-def test_a_kernel_of_somebody_elses_stands_beside_ours(tmp_path, monkeypatch):
-    result = bench_guest(tmp_path, monkeypatch, "kernel")
+def test_an_external_kernel_stands_beside_ours(bench_kernel):
+    result = bench_kernel("kernel")
     assert result.exit_code == 0, result.output
-    (row,) = load_results(tmp_path / "out" / "kernel.json").rows
-    assert row.operation == "forward"
-    assert row.contenders["kernel"]["family"] == "guest"
-    assert row.ours is not None
-    page = (tmp_path / "out" / "kernel.md").read_text()
-    assert "kernel, µs | vs ours |" in page
-    assert f"{row.ours / row.time('kernel'):.2f}x |" in page
     assert "kernel, us" in result.output
+    (row,) = load_results(Path("out/kernel.json")).rows
+    assert row.contenders["kernel"]["family"] == "external"
+    shown = Path("out/kernel.md").read_text()
+    assert "| vs external kernel |" in shown
+    assert f"{row.time('kernel') / row.ours:.2f}x (" in shown
 
 
-def test_a_wrong_kernel_is_not_measured(tmp_path, monkeypatch, capfd):
-    result = bench_guest(tmp_path, monkeypatch, "wrong")
+@pytest.mark.parametrize(("name", "why"), [("wrong", "y is wrong"), ("broken", "not today")])
+def test_a_wrong_or_failing_kernel_is_not_timed_and_the_exit_code_says_so(bench_kernel, name, why):
+    result = bench_kernel(name)
     assert result.exit_code == 1
-    assert "wrong" in capfd.readouterr().err
-    assert not (tmp_path / "out" / "kernel.json").exists()
+    assert why in result.output
+    (row,) = load_results(Path("out/kernel.json")).rows
+    assert row.time(name) is None
+    assert row.ours > 0  # the others are measured
 
 
-def test_of_a_kernel_that_no_case_fits_nothing_is_measured(tmp_path, monkeypatch):
-    result = bench_guest(tmp_path, monkeypatch, "narrow")
+def test_a_kernel_that_fits_no_case_is_an_error_that_says_why(bench_kernel):
+    result = bench_kernel("narrow")
     assert result.exit_code == 1
     assert "no case" in result.output
     assert "condensed_matmul of float16" in " ".join(result.output.split())
-    assert not (tmp_path / "out").exists()
+    assert not Path("out").exists()

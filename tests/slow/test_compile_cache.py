@@ -333,8 +333,8 @@ class Places:
         return self.temporary / f"srigl-core-{os.geteuid()}"
 
     def root(self):
-        """Return the folder chosen, without the generation."""
-        self.rules._found.cache_clear()
+        """Return the folder chosen, without the cache version."""
+        self.rules._cache.cache_clear()
         folder = self.rules.cache_directory()
         return folder and type(self.user)(folder).parent
 
@@ -343,7 +343,7 @@ class Places:
 def places(tmp_path, monkeypatch):
     places = Places(tmp_path, monkeypatch)
     yield places
-    places.rules._found.cache_clear()
+    places.rules._cache.cache_clear()
 
 
 def test_the_first_folder_that_can_be_written_is_taken(places, monkeypatch):
@@ -421,9 +421,9 @@ def test_a_folder_asked_for_may_be_below_the_home(places, monkeypatch, tmp_path)
     assert places.root() == places.asked
 
 
-def test_of_old_generations_the_latest_used_are_left(places):
+def test_of_old_cache_versions_the_latest_used_are_left(places):
     root = places.user / "srigl-core"
-    most = cache_folder.GENERATIONS_KEPT
+    most = cache_folder.VERSIONS_KEPT
     old = [root / f"kernels-{number:016x}" for number in range(most + 3)]
     for age, folder in enumerate(old):
         folder.mkdir(parents=True, mode=0o700)

@@ -2,7 +2,7 @@
 
     python c_kernel.py [--quick] [--buggy]
 
-The story is in README.md beside this file, the loops are in condensed_matmul.c.
+README.md beside this file explains it; the loops are in condensed_matmul.c.
 """
 
 from __future__ import annotations
@@ -24,18 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from srigl_core import CondensedWeight
-from srigl_core._arrays.dtypes import accumulator_dtype, round_to
-from srigl_core.contract import Capabilities, MatmulGradients
-from srigl_core.errors import BackendUnavailableError
-from srigl_core.reference.activations import activate
+from srigl_core import BackendUnavailableError, CondensedWeight
+from srigl_core.contract import Capabilities, MatmulGradients, accumulator_dtype, round_to
+from srigl_core.reference import activate
 from srigl_core.testing import ConformanceError, KernelCapabilities, check_kernel, declare, verify
 
 SOURCE = Path(__file__).with_name("condensed_matmul.c")
 FLOATS = frozenset({"float32", "float64"})
 
 # No -ffast-math: it lets the compiler assume that there is no NaN and no infinity, and with GCC
-# before 13 merely loading such a library has the thread flush subnormals to zero. The bound
+# before 13, loading such a library makes the thread flush subnormals to zero. The error bound
 # allows a fused multiply-add.
 FLAGS = ("-O3", "-ffp-contract=fast", "-fPIC", "-shared")
 
@@ -43,9 +41,9 @@ FLAGS = ("-O3", "-ffp-contract=fast", "-fPIC", "-shared")
 
 
 def find_compiler() -> str:
-    """Return the C compiler: $CC, else Python's own, else what is in the path."""
+    """Return the C compiler: $CC, else the one that Python was built with, else one in the path."""
     configured = (os.environ.get("CC"), sysconfig.get_config_var("CC"))
-    names = [text.split()[0] for text in configured if text]  # of "gcc -pthread" the program
+    names = [text.split()[0] for text in configured if text]  # "gcc" from "gcc -pthread"
     for name in (*names, "cc", "gcc", "clang"):
         if found := shutil.which(name):
             return found
@@ -67,7 +65,7 @@ def compiled(real: str, index: str, *, buggy: bool = False) -> ctypes.CDLL:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BackendUnavailableError(f"{' '.join(command)} failed:\n{done.stderr}")
-        return ctypes.CDLL(str(built))  # stays loaded when its file is gone
+        return ctypes.CDLL(str(built))  # stays loaded after its file is deleted
 
 
 def call(function: Any, *arguments: Any) -> None:
@@ -76,38 +74,38 @@ def call(function: Any, *arguments: Any) -> None:
     function(*(a.ctypes if isinstance(a, np.ndarray) else _number(a) for a in arguments))
 
 
-def _number(given: int | None) -> Any:
-    return None if given is None else ctypes.c_int64(given)
+def _number(number: int | None) -> Any:
+    return None if number is None else ctypes.c_int64(number)
 
 
 def plain(array: np.ndarray, dtype: Any) -> np.ndarray:
-    """Return an array as C can read it: of `dtype`, in C order, aligned; a copy if need be."""
+    """Return an array of `dtype` in C order, aligned; a copy if necessary."""
     return np.require(array, dtype, ["C", "A"])
 
 
-# ---------------------------------------------------------------- 1: a bare function
+# ---------------------------------------------------------------- 1: a function
 
-ABLE = KernelCapabilities(value_dtypes=FLOATS)
+CAPABILITIES = KernelCapabilities(value_dtypes=FLOATS)
 
 
-@declare(capabilities=ABLE)
+@declare(capabilities=CAPABILITIES)
 def c_matmul(x, values, indices, active, n_out, bias=None):
-    """Return x @ W.T + bias, (batch, n_out), for float32 and float64 in any mixture."""
+    """Return x @ W.T + bias, (batch, n_out), for float32 and float64, also mixed."""
     return _matmul(x, values, indices, active, n_out, bias, buggy=False)
 
 
-@declare(capabilities=ABLE)
+@declare(capabilities=CAPABILITIES)
 def c_matmul_with_a_bug(x, values, indices, active, n_out, bias=None):
-    """Return the same, but for a loop that ends one too early."""
+    """Return the same, with a loop that ends too early."""
     return _matmul(x, values, indices, active, n_out, bias, buggy=True)
 
 
 def _matmul(x, values, indices, active, n_out, bias, *, buggy):
-    kind = np.result_type(x, values)
-    x, values = plain(x, kind), plain(values, kind)
-    bias = None if bias is None else plain(bias, kind)
-    out = np.empty((len(x), n_out), kind)
-    c = compiled(kind.name, indices.dtype.name, buggy=buggy)
+    dtype = np.result_type(x, values)
+    x, values = plain(x, dtype), plain(values, dtype)
+    bias = None if bias is None else plain(bias, dtype)
+    out = np.empty((len(x), n_out), dtype)
+    c = compiled(dtype.name, indices.dtype.name, buggy=buggy)
     sizes = (len(x), x.shape[1], n_out, *values.shape)
     call(c.product, x, values, plain(indices, None), active, bias, out, *sizes)
     return out
@@ -126,10 +124,10 @@ class CBackend:
     )
 
     def __init__(self) -> None:
-        find_compiler()  # where it cannot run, making it is the error
+        find_compiler()  # raises if the backend cannot run here
 
     def prepare(self, weight: CondensedWeight) -> CPrepared:
-        """Return `weight` as it is: the condensed form is this kernel's layout."""
+        """Return `weight` unchanged: the kernel's layout is the condensed format."""
         return CPrepared(weight)
 
 
@@ -140,11 +138,11 @@ class CPrepared:
     weight: CondensedWeight
 
     def describe(self) -> Mapping[str, object]:
-        """Return kernel, layout and bytes."""
+        """Describe the layout."""
         return {"kernel": SOURCE.name, "layout": "condensed", "bytes": self.weight.nbytes}
 
     def with_values(self, weight: CondensedWeight) -> CPrepared:
-        """Return the same for other values."""
+        """Return the same layout for other values."""
         return CPrepared(weight)
 
     def matmul(
@@ -176,19 +174,19 @@ class CPrepared:
     ) -> None:
         """Write the gradients that `out` has arrays for."""
         weight = self.weight
-        kind = accumulator_dtype(weight.dtype, *(a.dtype for a in (grad, x) if a is not None))
-        c = compiled(kind.name, weight.indices.dtype.name)
-        grad = plain(grad, kind)
+        dtype = accumulator_dtype(weight.dtype, *(a.dtype for a in (grad, x) if a is not None))
+        c = compiled(dtype.name, weight.indices.dtype.name)
+        grad = plain(grad, dtype)
         sizes = (len(grad), weight.shape[1], weight.shape[0], *weight.values.shape)
         with np.errstate(all="ignore"):
             if out.x is not None:
-                dx = np.empty(out.x.shape, kind)
-                values = plain(weight.values, kind)
+                dx = np.empty(out.x.shape, dtype)
+                values = plain(weight.values, dtype)
                 call(c.gradient_of_x, grad, values, weight.indices, weight.active, dx, *sizes)
                 out.x[...] = round_to(dx, out.x.dtype)
             if out.values is not None and x is not None:
-                dvalues = np.empty(out.values.shape, kind)
-                x = plain(x, kind)
+                dvalues = np.empty(out.values.shape, dtype)
+                x = plain(x, dtype)
                 call(c.gradient_of_values, grad, x, weight.indices, weight.active, dvalues, *sizes)
                 out.values[...] = round_to(dvalues, out.values.dtype)
             if out.bias is not None:
@@ -201,7 +199,7 @@ class CPrepared:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check a kernel in C.")
     parser.add_argument("--quick", action="store_true", help="20 examples a law instead of 300")
-    parser.add_argument("--buggy", action="store_true", help="the function with a bug in it")
+    parser.add_argument("--buggy", action="store_true", help="check the function with a bug")
     chosen = parser.parse_args(arguments)
     max_examples = 20 if chosen.quick else 300
     function = c_matmul_with_a_bug if chosen.buggy else c_matmul

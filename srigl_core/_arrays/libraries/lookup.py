@@ -13,13 +13,12 @@ from srigl_core._arrays.libraries.array_api import ArrayApiObjects
 from srigl_core._arrays.libraries.jax import JaxArrays
 from srigl_core._arrays.libraries.library import ArrayLibrary
 from srigl_core._arrays.libraries.pytorch import PytorchTensors
-from srigl_core._arrays.libraries.tensorflow import TensorflowTensors
 from srigl_core.errors import ValueTypeError
 
 __all__ = ["as_array", "common_library", "device_of", "library_of"]
 
 _OWN = ArrayLibrary()
-_LIBRARIES = PytorchTensors(), JaxArrays(), TensorflowTensors()
+_LIBRARIES = PytorchTensors(), JaxArrays()
 
 
 def library_of(array: Any) -> ArrayLibrary:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from srigl_core._training.methods.rigl import Rigl
-from srigl_core._update import MaskUpdate, UpdateSettings
+from srigl_core._training.methods import LayerState, Method
+from srigl_core._update import MaskUpdate
 from srigl_core.reference.baselines import update_set
 
-__all__ = ["Set"]
+__all__ = ["SET"]
 
 
-class Set(Rigl):
-    """RigL with random growth."""
+def _update(layer: LayerState) -> MaskUpdate:
+    settings = layer.settings
+    return update_set(
+        layer.weight,
+        layer.mask,
+        drop_fraction=settings.drop_fraction,
+        rng=layer.rng,
+        grown_init=settings.grown_init,
+    )
 
-    uses_gradients = False
 
-    def update(
-        self, weight: Any, grad: Any, mask: Any, settings: UpdateSettings, *, rng: Any, backend: Any
-    ) -> MaskUpdate:
-        """Prune the smallest weights, and grow at random."""
-        return update_set(
-            weight,
-            mask,
-            drop_fraction=settings.drop_fraction,
-            rng=rng,
-            grown_init=settings.grown_init,
-        )
+SET = Method(_update)

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._api import apply_update
 from srigl_core._format.connections import flat_shape
-from srigl_core._update import MaskUpdate, UpdateSettings
+from srigl_core._training.methods import LayerState, Method
+from srigl_core._update import MaskUpdate
 from srigl_core.errors import SriglError
 from srigl_core.reference.init import random_mask
 
-__all__ = ["Srigl", "initial_fan_in"]
-
-
-class Srigl:
-    """The method of the paper; its update is `srigl_core.update_mask`."""
-
-    constant_fan_in = uses_gradients = on_device = True
-
-    def initial_mask(
-        self, shape: tuple[int, ...], nnz_budget: int, rng: np.random.Generator
-    ) -> NDArray[np.bool_]:
-        """Draw a mask of constant fan-in."""
-        return random_mask(shape, fan_in=initial_fan_in(shape, nnz_budget), rng=rng)
-
-    def update(
-        self, weight: Any, grad: Any, mask: Any, settings: UpdateSettings, *, rng: Any, backend: Any
-    ) -> MaskUpdate:
-        """Prune, grow and ablate."""
-        return apply_update(weight, grad, mask, settings, backend=backend)
+__all__ = ["SRIGL", "initial_fan_in"]
 
 
 def initial_fan_in(shape: tuple[int, ...], nnz_budget: int) -> int:
@@ -50,3 +31,16 @@ def initial_fan_in(shape: tuple[int, ...], nnz_budget: int) -> int:
             f"LayerOptions(nnz_budget=...)"
         )
     return nnz_budget // n_out
+
+
+def _initial_mask(
+    shape: tuple[int, ...], nnz_budget: int, rng: np.random.Generator
+) -> NDArray[np.bool_]:
+    return random_mask(shape, fan_in=initial_fan_in(shape, nnz_budget), rng=rng)
+
+
+def _update(layer: LayerState) -> MaskUpdate:
+    return apply_update(layer.weight, layer.grad, layer.mask, layer.settings, backend=layer.backend)
+
+
+SRIGL = Method(_update, _initial_mask, constant_fan_in=True, uses_gradients=True, on_device=True)

@@ -1,0 +1,110 @@
+"""Array operations of a benchmark problem: NumPy arrays on a CPU, PyTorch tensors on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_core._arrays.dtypes import value_dtype
+
+__all__ = ["Arrays", "NumpyArrays", "TorchArrays"]
+
+
+class NumpyArrays:
+    """NumPy arrays, which our CPU backends take as they are."""
+
+    def array(self, array: NDArray[Any]) -> Any:
+        """Return a NumPy array as an array of the problem: itself."""
+        return array
+
+    def normal(self, shape: tuple[int, ...], seed: int) -> Any:
+        """Return normally distributed float32 numbers."""
+        return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+    def cast(self, array: NDArray[Any], dtype: str) -> Any:
+        """Return an array rounded to `dtype`."""
+        return array.astype(value_dtype(dtype), copy=False)
+
+    def tensor(self, array: NDArray[Any]) -> Any:
+        """Return an array as a PyTorch tensor of the same memory."""
+        import torch
+
+        return torch.from_numpy(array)
+
+    def for_backend(self, array: NDArray[Any]) -> Any:
+        """Return an array as our backend takes it: itself."""
+        return array
+
+    def result(self, result: Any) -> Any:
+        """Return a result of any library on the CPU as a NumPy array."""
+        return np.asarray(result)
+
+
+class TorchArrays:
+    """PyTorch tensors on a CUDA device; our GPU backend takes CuPy arrays of the same memory.
+
+    CuPy arrays cost the host least: tensors are imported through DLPack at each call, and their
+    stream is asked for. DLPack does not pass bfloat16 and bool between the two libraries, so these
+    pass as integers.
+
+    Parameters
+    ----------
+    place : str
+        A device of PyTorch.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def array(self, array: NDArray[Any]) -> Any:
+        """Return a copy on the device."""
+        import torch
+
+        return torch.tensor(array, device=self.place)
+
+    def normal(self, shape: tuple[int, ...], seed: int) -> Any:
+        """Return normally distributed float32 numbers."""
+        import torch
+
+        generator = torch.Generator(self.place).manual_seed(seed)
+        return torch.randn(shape, generator=generator, device=self.place)
+
+    def cast(self, array: Any, dtype: str) -> Any:
+        """Return a tensor rounded to `dtype`."""
+        import torch
+
+        return array.to(getattr(torch, dtype))
+
+    def tensor(self, array: Any) -> Any:
+        """Return a tensor itself, or a copy of a NumPy array on the device."""
+        return self.array(array) if isinstance(array, np.ndarray) else array
+
+    def for_backend(self, array: Any) -> Any:
+        """Return a CuPy array of the same memory."""
+        import cupy
+        import ml_dtypes
+        import torch
+
+        if array.dtype == torch.bfloat16:
+            return cupy.from_dlpack(array.view(torch.int16)).view(ml_dtypes.bfloat16)
+        if array.dtype == torch.bool:
+            return cupy.from_dlpack(array.view(torch.uint8)).view(np.bool_)
+        return cupy.from_dlpack(array)
+
+    def result(self, result: Any) -> Any:
+        """Return a tensor itself, or a tensor of the memory of a CuPy array."""
+        import torch
+
+        if isinstance(result, torch.Tensor):
+            return result
+        if result.dtype.name == "bfloat16":
+            return torch.from_dlpack(result.view(np.int16)).view(torch.bfloat16)
+        if result.dtype == np.bool_:
+            return torch.from_dlpack(result.view(np.uint8)).view(torch.bool)
+        return torch.from_dlpack(result)
+
+
+Arrays = NumpyArrays | TorchArrays
+"""Operations that NumPy arrays and PyTorch tensors spell differently."""

@@ -1,0 +1,155 @@
+"""``srigl bench compare``: what got slower or faster between two versions."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from srigl_core.benchmarks.results import Results, Row, load_results
+from srigl_core.benchmarks.tables import spread_cell
+from srigl_core.errors import FileFormatError, SriglError
+
+__all__ = ["Change", "Comparison", "Spread", "compare", "load_runs"]
+
+_KERNELS = ("ours", "external")
+"""Families that are compared; the other contenders show how much the machine changed."""
+
+
+class Spread(NamedTuple):
+    """Microseconds in one or several runs: the median of the medians, and the outer quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """A contender's times in a case that both versions have; printing it gives a line."""
+
+    case: str
+    contender: str
+    old: Spread
+    new: Spread
+
+    @property
+    def ratio(self) -> float:
+        """The new median divided by the old one."""
+        return self.new.median / self.old.median
+
+    def __str__(self) -> str:
+        before, after = spread_cell(*self.old), spread_cell(*self.new)
+        return f"{self.ratio:.2f}x {self.case}, {self.contender}: {before} -> {after} us"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The differences between two versions.
+
+    Parameters
+    ----------
+    slower, faster : list of Change
+        Changes of our kernels, and of an external one, beyond the spread; the largest first.
+    n_times : int
+        Times of these kernels that both versions have.
+    others : float or None
+        Median ratio of the other contenders, or None if there are none.
+    warnings : list of str
+        Why the times may not be comparable.
+    """
+
+    slower: list[Change]
+    faster: list[Change]
+    n_times: int
+    others: float | None
+    warnings: list[str]
+
+
+def load_runs(path: Path) -> list[Results]:
+    """Read a result file, or all result files in a folder: several runs of one version.
+
+    Raises
+    ------
+    FileFormatError
+        If a file is not a result, or the folder has none.
+    """
+    files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise FileFormatError(f"{str(path)!r} has no .json files; run srigl bench cpu")
+    return [load_results(file) for file in files]
+
+
+def compare(old: Sequence[Results], new: Sequence[Results]) -> Comparison:
+    """Compare the times that the runs of two versions have in common.
+
+    A time changed beyond the spread if the quartiles of the two versions do not overlap, in any of
+    their runs.
+
+    Raises
+    ------
+    SriglError
+        If some runs are on a CPU and others on a GPU, or no time of our kernels is in both.
+    """
+    if len({results.benchmark for results in (*old, *new)}) > 1:
+        raise SriglError(
+            "some files were measured on a cpu and others on a gpu; compare one device"
+        )
+    before, after = _rows(old), _rows(new)
+    kernels: list[Change] = []
+    others: list[Change] = []
+    for key in (key for key in after if key in before):
+        row, (_, name) = after[key][0], key
+        change = Change(row.label, name, *(_spread(each[key], name) for each in (before, after)))
+        is_kernel = row.contenders[name]["family"] in _KERNELS
+        (kernels if is_kernel else others).append(change)
+    if not kernels:
+        raise SriglError(
+            "the files have no time of our kernels in common; measure both with the same --only "
+            "and --threads"
+        )
+    kernels.sort(key=lambda change: change.ratio)
+    return Comparison(
+        [each for each in reversed(kernels) if each.new.lower > each.old.upper],
+        [each for each in kernels if each.new.upper < each.old.lower],
+        len(kernels),
+        statistics.median(each.ratio for each in others) if others else None,
+        _warnings(old, new),
+    )
+
+
+def _rows(runs: Sequence[Results]) -> dict[tuple[Any, str], list[Row]]:
+    """Return the rows of each case in which a contender was measured."""
+    rows: dict[tuple[Any, str], list[Row]] = {}
+    for row in (row for results in runs for row in results.rows):
+        for name in row.contenders:
+            rows.setdefault((row.key, name), []).append(row)
+    return rows
+
+
+def _spread(rows: Sequence[Row], contender: str) -> Spread:
+    lower, upper = zip(*(row.spread(contender) for row in rows), strict=True)
+    medians = [row.contenders[contender]["median_us"] for row in rows]
+    return Spread(statistics.median(medians), min(lower), max(upper))
+
+
+def _warnings(old: Sequence[Results], new: Sequence[Results]) -> list[str]:
+    before, after = _conditions(old), _conditions(new)
+    return [
+        f"{name} is {before[name]} in the old file and {after[name]} in the new one"
+        for name in before
+        if before[name] != after[name]
+    ]
+
+
+def _conditions(runs: Sequence[Results]) -> dict[str, str]:
+    """Return what should be the same in all runs."""
+    machines = [results.content["machine"] for results in runs]
+    values = {
+        **{n: {m.get(n) for m in machines} for n in ("cpu", "gpu", "cores", "system")},
+        "threads": {row.threads for results in runs for row in results.rows},
+        "incomplete": {bool(results.content.get("incomplete")) for results in runs},
+    }
+    return {name: ", ".join(sorted(map(str, each))) for name, each in values.items()}

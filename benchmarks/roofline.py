@@ -1,0 +1,151 @@
+"""The roofline: bytes and multiply-adds of a case, and the time below which no kernel can go."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from srigl_core.benchmarks.cases import Case, Layer
+
+__all__ = ["CpuPeaks", "GpuPeaks", "Peaks", "Work", "least_time", "work_of"]
+
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+class Work(NamedTuple):
+    """The least work of an operation, whatever the kernel.
+
+    Parameters
+    ----------
+    moved : float
+        Bytes of memory that are read or written, each once.
+    gathered : float
+        Bytes of inputs that the multiply-adds read from the nearest memory. Sparse rows share no
+        inputs, so that each multiply-add reads one number.
+    multiply_adds : float
+        In float32; one in float64 counts as two.
+    """
+
+    moved: float
+    gathered: float
+    multiply_adds: float
+
+
+@dataclass(frozen=True)
+class CpuPeaks:
+    """Peak rates of several threads together.
+
+    Parameters
+    ----------
+    threads : int
+    vector_bytes : int
+    multiply_adds : float
+        In float32, a second.
+    loads : float
+        Loads of whole vectors from the first-level cache, a second.
+    bandwidth : tuple of (int, float)
+        Sizes of a working set in bytes, ascending, and bytes a second read from it.
+    """
+
+    threads: int
+    vector_bytes: int
+    multiply_adds: float
+    loads: float
+    bandwidth: tuple[tuple[int, float], ...]
+
+    def bandwidth_at(self, working_set: float) -> float:
+        """Return the bytes a second read from a working set of this size.
+
+        Between two measured sizes it is linear in the logarithm of the size.
+        """
+        sizes, rates = zip(*self.bandwidth, strict=True)
+        return float(np.interp(math.log(max(working_set, 1.0)), np.log(sizes), rates))
+
+    def mask_bytes(self, layer: Layer) -> float:
+        """Return the information in a mask of constant fan-in; no packing of indices is smaller.
+
+        Each active neuron has one of ``binomial(n_in, fan_in)`` sets of inputs.
+        """
+        n, k = layer.n_in, layer.fan_in
+        nats = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+        return layer.n_active * nats / math.log(2) / 8
+
+    def seconds(self, work: Work, *, cold: bool) -> dict[str, float]:
+        """Return the times of memory, first-level loads and multiply-adds.
+
+        If `cold`, everything comes from the largest working set, that is from memory.
+        """
+        working_set = self.bandwidth[-1][0] if cold else work.moved
+        return {
+            "bandwidth": work.moved / self.bandwidth_at(working_set),
+            "loads": work.gathered / self.vector_bytes / self.loads,
+            "multiply-adds": work.multiply_adds / self.multiply_adds,
+        }
+
+
+@dataclass(frozen=True)
+class GpuPeaks:
+    """Peak rates of a GPU.
+
+    Parameters
+    ----------
+    copy_bandwidth : float
+        Bytes a second that a copy from memory to memory reads and writes together.
+    multiply_adds : float
+        In float32, a second.
+    shared_bandwidth : float
+        Bytes a second read from the shared memory of all multiprocessors.
+    between_marks : float
+        Seconds between two events with no work between them: the shortest time there is.
+    """
+
+    copy_bandwidth: float
+    multiply_adds: float
+    shared_bandwidth: float
+    between_marks: float
+
+    def mask_bytes(self, layer: Layer) -> float:
+        """Return the bytes of the column numbers: of 16 bits, or 32 beyond 65,536 inputs."""
+        return layer.nnz * (2 if layer.n_in <= 1 << 16 else 4)
+
+    def seconds(self, work: Work, *, cold: bool) -> dict[str, float]:
+        """Return the times of memory, shared memory and multiply-adds."""
+        return {
+            "memory": work.moved / self.copy_bandwidth,
+            "shared memory": work.gathered / self.shared_bandwidth,
+            "multiply-adds": work.multiply_adds / self.multiply_adds,
+        }
+
+
+Peaks = CpuPeaks | GpuPeaks
+
+
+def work_of(case: Case, peaks: Peaks, *, values: str = "", inputs: str = "") -> Work:
+    """Return the least work of a case, with the values and the inputs in these dtypes.
+
+    The dtype "" is that of the case; inputs include bias and results. `peaks` says how many bytes
+    the connections take. An update reads weight, gradient and mask, and writes weight and mask. A
+    backward pass makes the gradient of the values, in float32 at least, and that of the inputs.
+    """
+    layer, batch = case.layer, case.batch
+    value, item = ITEM_BYTES[values or case.dtype], ITEM_BYTES[inputs or case.dtype]
+    if case.operation == "update":
+        return Work(layer.n_in * layer.n_out * (3 * item + 2), 0, 0)
+    weight = layer.nnz * value + peaks.mask_bytes(layer)
+    arrays = batch * (layer.n_in + layer.n_out) * item
+    products = layer.nnz * batch
+    gathered, multiply_adds = products * item, products * max(item, 4) // 4
+    if case.operation == "backward":
+        moved = weight + layer.nnz * max(item, 4) + arrays + batch * layer.n_in * item
+        return Work(moved, 2 * gathered, 2 * multiply_adds)
+    return Work(weight + arrays + layer.n_out * item, gathered, multiply_adds)
+
+
+def least_time(work: Work, peaks: Peaks, *, cold: bool = False) -> tuple[float, str]:
+    """Return the shortest time of `work`, in seconds, and the resource that bounds it."""
+    times = peaks.seconds(work, cold=cold)
+    resource = max(times, key=lambda name: times[name])
+    return times[resource], resource

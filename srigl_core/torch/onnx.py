@@ -1,0 +1,265 @@
+"""A model as an ONNX file, by PyTorch's exporter.
+
+PyTorch does not know how to export the condensed product. So in a copy of the model each condensed
+layer is replaced by the same product in standard operators, with features on the first axis:
+
+    (x[indices] * values).sum(0)        indices, values: (k, n_active)
+
+Of the forms that read connected inputs only, ONNX Runtime is fastest with this one: it gathers
+whole rows and adds along the first axis.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from srigl_core._arrays.checks import check_integer
+from srigl_core._format.file import write_whole
+from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
+from srigl_core.torch.conv import CondensedConv2d
+from srigl_core.torch.conversion import dense_layer
+from srigl_core.torch.linear import ACTIVATION_FUNCTIONS, CondensedLinear
+from srigl_core.torch.replacement import condensed_modules, linear_of, replace_modules
+from srigl_core.torch.tensors import from_numpy
+
+__all__ = ["FORMS", "export_onnx"]
+
+FORMS = ("condensed", "masked-dense")
+
+_LEAST_OPSET = 18
+"""The oldest opset that PyTorch's exporter writes."""
+
+
+def export_onnx(
+    model: Any,
+    path: str | os.PathLike[str],
+    example_input: Any,
+    *,
+    form: str = "condensed",
+    opset: int = 18,
+    dynamic_batch: bool = True,
+) -> None:
+    """Write a model to an ONNX file, as it computes in evaluation mode.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any that `torch.onnx.export` takes, with or without condensed layers. It is not changed.
+    path : path-like
+    example_input : torch.Tensor or tuple of torch.Tensor
+        The arguments of ``model.forward``. The file's inputs have their shapes and dtypes, and the
+        names of the arguments; a tensor that is not in a tuple is called ``input``. A result that
+        is one tensor is called ``output``.
+    form : {"condensed", "masked-dense"}
+        What condensed layers become: a product of the connected inputs, or one with a dense weight.
+    opset : int
+        At least 18.
+    dynamic_batch : bool
+        Leave the length of each input's first axis open.
+
+    Raises
+    ------
+    SriglError
+        If PyTorch cannot export the model; names the layer that has no translation. Or if an
+        argument is out of range. No file is written.
+    ValueTypeError
+        If `model` is no module, or `example_input` no tensor.
+    BackendUnavailableError
+        If the packages ``onnx`` and ``onnxscript`` are not installed.
+
+    Notes
+    -----
+    Condensed layers with 16-bit values add up in float32 in both forms, and round once (SPEC 2).
+    Other layers are exported as PyTorch exports them. On the CPU, ONNX Runtime has few operators
+    for bfloat16, and no ``Erf``, which GELU needs, for float64: export ``model.float()`` instead.
+
+    The form "condensed" makes the file small, but not fast: all the products are written to memory
+    before they are added up. ONNX Runtime's dense product is faster, also at 90% sparsity; for
+    speed take "masked-dense".
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    for x in inputs:
+        if not isinstance(x, torch.Tensor):
+            raise ValueTypeError(
+                f"example_input must be a torch.Tensor or a tuple of them, got {type(x).__name__}"
+            )
+        if dynamic_batch and x.ndim < 2:
+            raise SriglError(
+                f"example_input has shape {tuple(x.shape)}, without an axis for the batch; add "
+                f"one, or pass dynamic_batch=False"
+            )
+    if form not in FORMS:
+        raise SriglError(f"form={form!r} is unknown; use one of {', '.join(FORMS)}")
+    onnx = _onnx()
+    newest = int(onnx.defs.onnx_opset_version())
+    opset = check_integer(opset, "opset", least=_LEAST_OPSET, most=newest)
+
+    model = copy.deepcopy(model).eval()
+    result = _result(model, inputs)
+    # PyTorch finds out which lengths are the same, and warns if they have been named twice.
+    lengths = ["batch", *[torch.export.Dim.DYNAMIC] * (len(inputs) - 1)]
+    exported = _exported(
+        _with_standard_layers(model, form),
+        inputs,
+        input_names=None if isinstance(example_input, tuple) else ["input"],
+        output_names=["output"] if isinstance(result, torch.Tensor) else None,
+        dynamic_shapes=tuple({0: length} for length in lengths) if dynamic_batch else None,
+        opset_version=opset,
+    )
+    try:
+        onnx.checker.check_model(exported, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise SriglError(
+            f"PyTorch's exporter has no valid translation of the model: {error}; change the layer "
+            f"that this names, or try another opset than {opset}"
+        ) from error
+    write_whole(Path(path), exported.SerializeToString())
+
+
+def _onnx() -> Any:
+    try:
+        importlib.import_module("onnxscript")  # PyTorch's exporter needs it
+        return importlib.import_module("onnx")
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"export_onnx needs the packages onnx and onnxscript ({error}); install them: pip "
+            f'install "srigl-core[onnx]"'
+        ) from error
+
+
+# ---------------------------------------------------------------- PyTorch's exporter
+
+
+def _result(model: Any, inputs: tuple[Any, ...]) -> Any:
+    """Call the model: its own errors are clearer than those of a trace."""
+    try:
+        with torch.no_grad():
+            return model(*(x.clone() for x in inputs))  # a model may write to its inputs
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise SriglError(f"the model does not take example_input: {error}") from error
+
+
+def _exported(model: Any, inputs: tuple[Any, ...], *, opset_version: int, **options: Any) -> Any:
+    """Return a model as ONNX's ``ModelProto``.
+
+    Raises
+    ------
+    SriglError
+        If PyTorch cannot export it, or not for this opset.
+    """
+    try:
+        program = torch.onnx.export(
+            model, inputs, opset_version=opset_version, verbose=False, **options
+        )
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).partition("\n\n")[0].split())
+        operator = re.search(r"\[target=torch\.ops\.([\w.]+)\]", str(error))
+        if operator is None:
+            raise SriglError(
+                f"PyTorch cannot export the model: {reason}; the model must not decide by a "
+                f"tensor's numbers, and by the batch's length only with dynamic_batch=False"
+            ) from error
+        raise SriglError(
+            f"PyTorch's exporter has no translation of {_layer_with(operator[1], model, inputs)}: "
+            f"{reason}; export the model without it, or put a layer in its place that "
+            f"torch.onnx.export takes"
+        ) from error
+    written = program.model.opset_imports[""]
+    if written != opset_version:
+        raise SriglError(
+            f"opset={opset_version}: PyTorch can export the model for opset {written} only"
+        )
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with the paths of source files
+    return program.model_proto
+
+
+def _layer_with(operator: str, model: Any, inputs: tuple[Any, ...]) -> str:
+    """Return the name of the first layer that calls one of PyTorch's operators."""
+    program = torch.export.export(model, inputs).run_decompositions()
+    for node in program.graph.nodes:
+        if str(node.target) == operator:
+            name, cls = list(node.meta["nn_module_stack"].values())[-1]
+            return f"layer {name!r} ({cls.rpartition('.')[2]})"
+    return operator
+
+
+# ---------------------------------------------------------------- condensed layers
+
+
+def _with_standard_layers(model: Any, form: str) -> Any:
+    """Replace a model's condensed layers by ones that PyTorch can export; return the model."""
+    if isinstance(model, CondensedLinear | CondensedConv2d):
+        model = nn.Sequential(model).eval()
+    layers = condensed_modules(model)
+    for name, layer in layers.items():
+        if type(layer) not in (CondensedLinear, CondensedConv2d):
+            raise SriglError(
+                f"layer {name!r} is of type {type(layer).__name__}, and what that adds to a "
+                f"condensed layer would be lost; export the model without it"
+            )
+    made = {layer: _StandardLayer(layer, form) for layer in set(layers.values())}
+    replace_modules(model, {name: made[layer] for name, layer in layers.items()})
+    return model
+
+
+class _StandardLayer(nn.Module):  # type: ignore[misc] # torch is untyped here
+    """A condensed layer in standard operators, with sums in float32 or float64."""
+
+    def __init__(self, layer: Any, form: str) -> None:
+        super().__init__()
+        linear = linear_of(layer)
+        self.dtype = linear.values.dtype
+        self.activation = ACTIVATION_FUNCTIONS[linear.activation or "none"]
+        if form == "masked-dense":
+            self.product = dense_layer(layer)
+        elif layer is linear:
+            self.product = _GatheredProduct(linear)
+        else:
+            layer.linear = _GatheredProduct(linear)
+            self.product = layer
+
+    def forward(self, x: Any) -> Any:
+        result = torch.promote_types(x.dtype, self.dtype)
+        sums = torch.promote_types(result, torch.float32)
+        # A bias that is wider than the result is rounded to the result's dtype first.
+        tensors = {name: p.to(result).to(sums) for name, p in self.product.named_parameters()}
+        z = functional_call(self.product, tensors, (x.to(sums),))
+        return self.activation(z).to(result)
+
+
+class _GatheredProduct(nn.Module):  # type: ignore[misc] # torch is untyped here
+    """The product of a condensed layer from its connected inputs, without the activation."""
+
+    def __init__(self, layer: CondensedLinear) -> None:
+        super().__init__()
+        weight, device = layer.to_condensed(), layer.values.device
+        self.out_features, self.bias = layer.out_features, layer.bias
+        self.values = nn.Parameter(from_numpy(weight.values.T).to(device))
+        indices = from_numpy(weight.indices.T.astype(np.int32).reshape(-1))
+        self.register_buffer("indices", indices.to(device))
+        self.register_buffer("active", from_numpy(weight.active).to(device))
+
+    def forward(self, x: Any) -> Any:
+        k, n_active = self.values.shape
+        gathered = x.movedim(-1, 0).index_select(0, self.indices).unflatten(0, (k, n_active))
+        z = (gathered * self.values.reshape(k, n_active, *[1] * (x.ndim - 1))).sum(0)
+        if n_active < self.out_features:
+            z = z.new_zeros(self.out_features, *z.shape[1:]).index_copy(0, self.active, z)
+        z = z.movedim(0, -1)
+        return z if self.bias is None else z + self.bias

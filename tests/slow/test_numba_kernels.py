@@ -1,0 +1,846 @@
+"""The CPU kernels of products and gradients one by one: every family, and each of its tails.
+
+The laws reach them through the public door, and which one a problem meets is left to chance there.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import fields, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+
+import srigl_core
+from srigl_core import CondensedWeight
+from srigl_core._arrays.dtypes import value_dtype
+from srigl_core.backends.numba_cpu import column_blocks, condensed_matmul, threads
+from srigl_core.backends.numba_cpu.column_blocks import GROUP_ROWS, ColumnBlocks
+from srigl_core.backends.numba_cpu.compressed_rows import CompressedRows
+from srigl_core.backends.numba_cpu.neuron_lanes import NeuronLanes
+from srigl_core.backends.numba_cpu.processor import has_avx512
+from srigl_core.backends.numba_cpu.register_lookup import RegisterLookup
+from srigl_core.backends.numba_cpu.row_sums import RowSums
+from srigl_core.backends.numba_cpu.value_gradient import value_gradient
+from srigl_core.backends.numba_cpu.value_types import as_bits
+from srigl_core.contract import ACTIVATIONS
+from srigl_core.testing.bounds import first_violation
+from srigl_core.testing.oracles import expected_gradients, expected_product
+
+needs_avx512 = pytest.mark.skipif(
+    not has_avx512(), reason="this processor, or NUMBA_CPU_NAME, lacks AVX-512"
+)
+ROW_LAYOUTS = {
+    "row sums": lambda indices, n_in: RowSums(indices),
+    "neuron lanes": lambda indices, n_in: NeuronLanes(indices),
+    "register lookup": RegisterLookup,
+}
+ROW_KERNELS = [
+    pytest.param(name, marks=needs_avx512) if name == "register lookup" else name
+    for name in ROW_LAYOUTS
+]
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+CANARY = 77
+MARGIN = 16
+
+
+@pytest.fixture(autouse=True)
+def _numba_is_under_test(backend_names):
+    if "numba" not in backend_names("condensed_matmul", "condensed_matmul_backward"):
+        pytest.skip("the numba backend is not under test")
+
+
+def surrounded(array, by):
+    """Return a copy of `array` in memory that holds `by` before and behind it."""
+    memory = np.full(array.size + 2 * MARGIN, by, array.dtype)
+    inner = memory[MARGIN:-MARGIN].reshape(array.shape)
+    inner[...] = array
+    return inner
+
+
+def assert_surroundings_are_left(inner):
+    outside = np.concatenate([inner.base[:MARGIN], inner.base[-MARGIN:]])
+    assert (outside == CANARY).all()
+
+
+def assert_within(got, outcome, columns=None):
+    if columns is not None:
+        outcome = replace(
+            outcome,
+            z=outcome.z[..., columns],
+            scale=outcome.scale[..., columns],
+            terms=outcome.terms[columns],
+        )
+    assert got.shape == outcome.z.shape
+    violation = first_violation(got, outcome)
+    assert violation is None, violation[1]
+
+
+def with_integers(weight, rng):
+    """Return the weight with small integers for values, of which some are 0."""
+    values = rng.integers(-8, 9, weight.values.shape)
+    return weight.with_values(values.astype(weight.dtype))
+
+
+def exact_product(weight, x):
+    """Return the product of small integers, in which nothing is rounded."""
+    return x.astype(np.float64) @ weight.to_dense().astype(np.float64).T
+
+
+# Layouts that take the rows of a batch one by one
+
+
+def row_product(layout, weight, x, bias, *, compact=False, activation="none", n_threads=1):
+    """Return the product by a layout's kernel, all arrays surrounded."""
+    n_columns = weight.n_active if compact else weight.shape[0]
+    columns = np.arange(weight.n_active) if compact else weight.active
+    out = surrounded(np.full((*x.shape[:-1], n_columns), np.nan, x.dtype), CANARY)
+    with threads.pool(n_threads, np.inf) as n:
+        good = layout.multiply(
+            layout.arrange(as_bits(weight.values), x.dtype),
+            surrounded(x, np.nan),
+            surrounded(bias[weight.active] if compact else bias, np.nan),
+            columns,
+            out,
+            ACTIVATIONS[activation].code,
+            n,
+        )
+    assert good
+    assert_surroundings_are_left(out)
+    return out
+
+
+ROW_TYPES = [  # of the values, the sums and the indices; more threads cost a compilation
+    ("float32", F32, np.uint16, (1, 3)),
+    ("float16", F32, np.uint32, (1,)),
+    ("bfloat16", F32, np.uint16, (1,)),
+    ("float64", F64, np.uint32, (1,)),
+    ("bfloat16", F64, np.uint16, (1,)),
+]
+ROW_CASES = [
+    pytest.param(name, *types, marks=needs_avx512 if name == "register lookup" else ())
+    for name, types in product(ROW_LAYOUTS, ROW_TYPES)
+    if name != "register lookup" or types[1] == F32
+]
+ROW_SHAPES = [
+    (n_in, n_active, fan_in or n_in)
+    for n_in in (16, 17, 31, 32, 33, 48, 100, 257)
+    for n_active in (1, 7, 15, 16, 17, 33)
+    for fan_in in (1, 2, 5, None)
+] + [(33, 100, 3), (48, 150, 7), (65_535, 17, 40), (65_536, 33, 60), (65_536, 1, 3000)]
+
+
+@pytest.mark.parametrize(("name", "values_type", "kind", "index_type", "thread_counts"), ROW_CASES)
+def test_a_row_layout_sums_each_connection_once_whatever_the_shape(
+    name, values_type, kind, index_type, thread_counts
+):
+    for number, (n_in, n_active, fan_in) in enumerate(ROW_SHAPES):
+        rng = np.random.default_rng(number)
+        n_ablated, compact = ((0, False), (5, False), (5, True))[rng.integers(3)]
+        n_out, batch = n_active + n_ablated, int(rng.integers(1, 5))
+        weight = CondensedWeight.random(
+            (n_out, n_in), fan_in=fan_in, n_active=n_active, dtype=value_dtype(values_type), rng=rng
+        )
+        layout = ROW_LAYOUTS[name](weight.indices.astype(index_type), n_in)
+        columns = weight.active if compact else np.arange(n_out)
+
+        x, bias = (rng.standard_normal(size).astype(kind) for size in ((batch, n_in), n_out))
+        activation = str(rng.choice(list(ACTIVATIONS)))
+        expected = expected_product(weight, x, bias, activation)
+        for n_threads in thread_counts:
+            got = row_product(
+                layout, weight, x, bias, compact=compact, activation=activation, n_threads=n_threads
+            )
+            assert_within(got, expected, columns)
+
+        weight = with_integers(weight, rng)
+        x, bias = (rng.integers(-8, 9, size).astype(kind) for size in ((batch, n_in), n_out))
+        expected = (exact_product(weight, x) + bias)[:, columns]
+        for n_threads in thread_counts:
+            got = row_product(layout, weight, x, bias, compact=compact, n_threads=n_threads)
+            np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ROW_KERNELS)
+def test_a_row_layout_takes_one_vector_as_a_batch_of_one(name):
+    rng = np.random.default_rng(0)
+    weight = with_integers(CondensedWeight.random((37, 41), fan_in=9, n_active=33, rng=rng), rng)
+    layout = ROW_LAYOUTS[name](weight.indices, 41)
+    x, bias = rng.integers(-8, 9, 41).astype(F32), rng.integers(-8, 9, 37).astype(F32)
+    got = row_product(layout, weight, x, bias)
+    np.testing.assert_array_equal(got, exact_product(weight, x) + bias)
+
+
+@needs_avx512
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+def test_a_lookup_disowns_a_result_whenever_a_connected_input_is_not_finite(special, n_threads):
+    rng = np.random.default_rng(0)
+    weight = CondensedWeight.random((70, 41), fan_in=3, rng=rng)
+    layout = RegisterLookup(weight.indices, 41)
+    values, bias = layout.arrange(weight.values, F32), np.zeros(70, F32)
+    for column in np.unique(weight.indices):
+        x = rng.standard_normal((2, 41)).astype(F32)
+        x[column % 2, column] = special
+        out = np.empty((2, 70), F32)
+        with threads.pool(n_threads, np.inf) as n:
+            assert not layout.multiply(values, x, bias, weight.active, out, 0, n)
+
+
+@pytest.mark.parametrize("n_in", [16, 17, 31, 32, 41, 65_535])
+def test_a_lookup_reads_nothing_behind_the_input(n_in):
+    weight = CondensedWeight.random((33, n_in), fan_in=min(n_in, 40), rng=0)
+    _, starts, _ = RegisterLookup(weight.indices, n_in).arrays
+    assert starts.max() + 16 <= n_in
+
+
+# Tiles
+
+
+@pytest.fixture
+def caches(monkeypatch):
+    """Return a function that sets the caches' sizes, to cut small problems into many parts."""
+
+    def set_sizes(first_level, second_level):
+        monkeypatch.setattr(column_blocks, "cache_bytes", lambda: (first_level, second_level))
+
+    return set_sizes
+
+
+def blocks_of(caches, connections, lanes, kind, block):
+    """Return a layout with blocks of up to `block` columns."""
+    row_bytes = lanes * kind.itemsize
+    caches(block * row_bytes, 2 * block * row_bytes)
+    layout = ColumnBlocks(connections, lanes, kind)
+    assert layout.block <= max(16, block)
+    return layout
+
+
+def tile_product(layout, values, x, bias, columns, caches, **options):
+    """Return the product by tiles, all arrays surrounded, the sums cut into `runs` parts."""
+    lanes, first, runs = options["lanes"], options.get("first", 0), options.get("runs", 1)
+    n_rows = layout.counts.shape[1]
+    caches(0, 4 * -(-n_rows * lanes * x.itemsize // runs))
+    out = surrounded(np.full((x.shape[0], bias.size), CANARY, x.dtype), CANARY)
+    with threads.pool(options.get("n_threads", 1), np.inf) as n:
+        layout.multiply(
+            layout.arrange(as_bits(values), x.dtype),
+            surrounded(x, np.nan),
+            surrounded(bias, np.nan),
+            columns,
+            out,
+            ACTIVATIONS[options.get("activation", "none")].code,
+            first=first,
+            tiles=-(-(x.shape[0] - first) // lanes),
+            lanes=lanes,
+            n_threads=n,
+        )
+    assert_surroundings_are_left(out)
+    assert (out[:first] == CANARY).all()
+    return out[first:]
+
+
+TILES = [  # lanes, of the layout and the kernel; type of the sums; columns of a block, of all
+    (16, 8, F32, 16, (3, 16, 41)),
+    (16, 16, F32, 304, (600, 607)),
+    (64, 32, F32, 304, (600, 607)),
+    (64, 64, F32, 32, (5, 32, 100)),
+    (8, 8, F64, 16, (3, 16, 41)),
+    (32, 16, F64, 48, (5, 48, 100)),
+    (32, 32, F64, 304, (600, 607)),
+]
+TILE_ROWS = (1, 2, GROUP_ROWS - 1, GROUP_ROWS, GROUP_ROWS + 1, 2 * GROUP_ROWS + 16)
+each_tile = pytest.mark.parametrize(("layout_lanes", "lanes", "kind", "block", "widths"), TILES)
+
+
+@each_tile
+def test_tiles_sum_each_connection_once_whatever_the_shape(
+    caches, layout_lanes, lanes, kind, block, widths
+):
+    rng = np.random.default_rng(lanes)
+    batches = [1, lanes - 1, lanes, lanes + 1, 2 * lanes + 5]
+    for number, (n_in, n_active) in enumerate(product(widths, TILE_ROWS)):
+        n_out, fan_in = n_active + 5 * (number % 2), int(rng.integers(1, min(n_in, 40) + 1))
+        first, runs, batch = number % 3 * 7, 1 + number % 4, batches[number % 5]
+        size = first + batch
+        weight = CondensedWeight.random((n_out, n_in), fan_in=fan_in, n_active=n_active, rng=rng)
+        connections = CompressedRows.of_neurons(weight.indices, weight.shape[1])
+        layout = blocks_of(caches, connections, layout_lanes, kind, block)
+        assert layout.offsets.dtype == (np.uint8 if block <= 256 else np.uint16)
+        assert layout.counts.shape == (-(-n_in // layout.block), n_active)
+        options = {"lanes": lanes, "first": first, "runs": runs}
+
+        activation = list(ACTIVATIONS)[number % 5]
+        x, bias = (rng.standard_normal(shape).astype(kind) for shape in ((size, n_in), n_out))
+        got = tile_product(
+            layout, weight.values, x, bias, weight.active, caches, activation=activation, **options
+        )
+        assert_within(got, expected_product(weight, x[first:], bias, activation))
+
+        weight = with_integers(weight, rng)
+        x, bias = (rng.integers(-8, 9, shape).astype(kind) for shape in ((size, n_in), n_out))
+        got = tile_product(layout, weight.values, x, bias, weight.active, caches, **options)
+        np.testing.assert_array_equal(got, (exact_product(weight, x) + bias)[first:])
+
+
+def unevenly_used(n_out, n_in, fan_in, rng):
+    """Return a weight: column 0 is everybody's, the last ones nobody's, most of the rest few's."""
+    shares = 1 / np.arange(1, n_in + 1.0) ** 2
+    shares[n_in - n_in // 4 :] = 0
+    shares[0] = 1e9
+    shares /= shares.sum()
+    indices = [
+        np.sort(rng.choice(n_in, fan_in, replace=False, p=shares, shuffle=False))
+        for _ in range(n_out)
+    ]
+    return CondensedWeight(
+        rng.standard_normal((n_out, fan_in)), indices, np.arange(n_out), (n_out, n_in)
+    )
+
+
+@each_tile
+def test_tiles_along_the_columns_sum_each_connection_once_however_uneven(
+    caches, layout_lanes, lanes, kind, block, widths
+):
+    rng = np.random.default_rng(lanes)
+    for number, (n_out, n_in) in enumerate(product(widths, TILE_ROWS)):
+        weight = unevenly_used(n_out, n_in, min(n_in - n_in // 4, 6), rng)
+        batch = int(rng.integers(1, 2 * lanes + 6))
+        layout = blocks_of(
+            caches,
+            CompressedRows.of_columns(weight.indices, weight.shape[1]),
+            layout_lanes,
+            kind,
+            block,
+        )
+        assert layout.offsets.dtype == (np.uint8 if block <= 256 else np.uint16)
+        options = {"lanes": lanes, "runs": 1 + number % 4}
+        nought, columns = np.zeros(n_in, kind), np.arange(n_in)
+
+        grad = rng.standard_normal((batch, n_out)).astype(kind)
+        got = tile_product(layout, weight.values, grad, nought, columns, caches, **options)
+        expected = expected_gradients(weight, grad, np.zeros((batch, n_in), kind))["x"]
+        assert_within(got, replace(expected, accumulator=kind))
+
+        weight = with_integers(weight, rng)
+        grad = rng.integers(-8, 9, (batch, n_out)).astype(kind)
+        got = tile_product(layout, weight.values, grad, nought, columns, caches, **options)
+        np.testing.assert_array_equal(got, grad.astype(np.float64) @ weight.to_dense())
+
+
+def test_tiles_take_blocks_of_as_many_columns_as_their_offsets_can_number(caches):
+    rng = np.random.default_rng(0)
+    weight = with_integers(CondensedWeight.random((3, 65_530), fan_in=500, rng=rng), rng)
+    caches(1 << 30, 1 << 30)
+    layout = ColumnBlocks(CompressedRows.of_neurons(weight.indices, weight.shape[1]), 8, F32)
+    assert (layout.block, layout.counts.dtype) == (65_536, np.uint32)
+    x = rng.integers(-8, 9, (9, 65_530)).astype(F32)
+    got = tile_product(
+        layout, weight.values, x, np.zeros(3, F32), weight.active, caches, lanes=8, runs=1
+    )
+    np.testing.assert_array_equal(got, exact_product(weight, x))
+
+
+def gradient_of_values(layout, weight, grad, x, lanes):
+    out = surrounded(np.full(weight.values.shape, np.nan, x.dtype), CANARY)
+    active = np.ascontiguousarray(grad[:, weight.active])
+    value_gradient(
+        layout, surrounded(active, np.nan), surrounded(x, np.nan), out, lanes=lanes, n_threads=1
+    )
+    assert_surroundings_are_left(out)
+    return out
+
+
+@each_tile
+def test_the_gradient_of_values_sums_each_batch_row_once_whatever_the_shape(
+    caches, layout_lanes, lanes, kind, block, widths
+):
+    rng = np.random.default_rng(lanes)
+    batches = [1, lanes - 1, lanes, lanes + 1, 2 * lanes + 5]
+    for number, (n_in, n_active) in enumerate(product(widths, TILE_ROWS)):
+        n_out, fan_in = n_active + 5 * (number % 2), min(n_in, 1 + number % 7)
+        batch = batches[number % 5]
+        weight = CondensedWeight.random((n_out, n_in), fan_in=fan_in, n_active=n_active, rng=rng)
+        connections = CompressedRows.of_neurons(weight.indices, weight.shape[1])
+        layout = blocks_of(caches, connections, layout_lanes, kind, block)
+
+        x, grad = (rng.standard_normal((batch, n)).astype(kind) for n in (n_in, n_out))
+        got = gradient_of_values(layout, weight, grad, x, lanes)
+        assert_within(got, expected_gradients(weight, grad, x)["values"])
+
+        x, grad = (rng.integers(-8, 9, (batch, n)).astype(kind) for n in (n_in, n_out))
+        got = gradient_of_values(layout, weight, grad, x, lanes)
+        dense = grad.astype(np.float64).T @ x
+        np.testing.assert_array_equal(got, dense[weight.active[:, None], weight.indices])
+
+
+@pytest.mark.parametrize("block", [240, 256, 272])
+def test_tiles_take_a_row_that_is_connected_to_every_column_of_a_block(caches, block):
+    rng = np.random.default_rng(0)
+    n_in, lanes = 2 * block - 3, 8
+    weight = with_integers(CondensedWeight.random((5, n_in), fan_in=n_in, rng=rng), rng)
+    connections = CompressedRows.of_neurons(weight.indices, n_in)
+    layout = blocks_of(caches, connections, lanes, F32, block)
+    assert layout.block == block
+    x, grad = (rng.integers(-8, 9, (9, n)).astype(F32) for n in (n_in, 5))
+    got = tile_product(
+        layout, weight.values, x, np.zeros(5, F32), weight.active, caches, lanes=lanes
+    )
+    np.testing.assert_array_equal(got, exact_product(weight, x))
+    got = gradient_of_values(layout, weight, grad, x, lanes)
+    np.testing.assert_array_equal(got, grad.astype(np.float64).T @ x)
+
+
+@each_tile
+def test_numbers_that_are_not_finite_in_the_last_batch_row_reach_their_gradients_as_they_are(
+    caches, layout_lanes, lanes, kind, block, widths
+):
+    rng = np.random.default_rng(lanes)
+    for batch, fan_in, special in product(
+        (1, lanes - 1, lanes, lanes + 1), (1, 2, 3, 5, 7), (np.inf, -np.inf, np.nan)
+    ):
+        weight = CondensedWeight.random((20, widths[-1]), fan_in=fan_in, rng=rng)
+        connections = CompressedRows.of_neurons(weight.indices, weight.shape[1])
+        layout = blocks_of(caches, connections, layout_lanes, kind, block)
+        x, grad = (rng.standard_normal((batch, n)).astype(kind) for n in (widths[-1], 20))
+        x[-1, weight.indices[:5].ravel()] = special
+        grad[-1, [7, 11]] = special
+        got = gradient_of_values(layout, weight, grad, x, lanes)
+        assert np.count_nonzero(~np.isfinite(got)) < got.size
+        assert_within(got, expected_gradients(weight, grad, x)["values"])
+
+
+# Plans: which kernel, and what holds for all of them
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 65)
+
+
+@pytest.fixture
+def plan_on(monkeypatch):
+    """Return a function: a plan whose smallest batches use the kernel of a given name."""
+
+    def make(kernel, weight):
+        least = 10**9 if kernel == "row sums" else 0
+        most_padding = np.inf if kernel == "register lookup" else 0
+        monkeypatch.setattr(condensed_matmul, "LANES", least)
+        monkeypatch.setattr(condensed_matmul, "MOST_PADDING", most_padding)
+        plan = srigl_core.prepare(weight, backend="numba", threads=1)
+        assert plan.describe()["kernel"].startswith(kernel)
+        return plan
+
+    return make
+
+
+def each_call(plan, x, bias=None):
+    """Return the product as a call without `out` gives it, and as one with `out` does."""
+    out = np.empty((*x.shape[:-1], plan.weight.shape[0]), F32)
+    return plan(x, bias), plan(x, bias, out=out)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_plan_sums_each_row_of_a_batch_once_whatever_its_size(dtype):
+    rng = np.random.default_rng(0)
+    weight = CondensedWeight.random((29, 23), fan_in=5, n_active=27, dtype=dtype, rng=rng)
+    weight = with_integers(weight, rng)
+    plan = srigl_core.prepare(weight, backend="numba", threads=1)
+    dense = weight.to_dense().astype(np.float64)
+    for batch in (*range(1, 42), *range(63, 200, 8), 64, 96, 128, 192):
+        x, grad = (rng.integers(-8, 9, (batch, n)).astype(dtype) for n in (23, 29))
+        out = np.full((batch, 29), np.nan, dtype)
+        plan(x, out=out)
+        gradients = srigl_core.MatmulGradients(np.full_like(x, np.nan), None, None)
+        plan.backward(grad, x, out=gradients)
+        np.testing.assert_array_equal(out, x @ dense.T)
+        np.testing.assert_array_equal(gradients.x, grad @ dense)
+
+
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_bias_and_activation_are_the_same_whether_inputs_are_finite_or_not(plan_on, kernel):
+    rng = np.random.default_rng(0)
+    weight = CondensedWeight.random((43, 48), fan_in=11, n_active=37, rng=rng)
+    plan = plan_on(kernel, weight)
+    given = rng.standard_normal(43).astype(F32)
+    for batch, special, activation in product((1, 2, 4, 8), (0, np.inf, np.nan), ACTIVATIONS):
+        x = rng.standard_normal((batch, 48)).astype(F32)
+        x[-1, 17] = special
+        for inputs, bias in product((x, x[-1]), (None, given)):
+            expected = expected_product(weight, inputs, bias, activation)
+            for compact in (False, True):
+                columns = weight.active if compact else np.arange(43)
+                out = np.full((*inputs.shape[:-1], columns.size), np.nan, F32)
+                options = {"activation": activation, "compact": compact}
+                assert_within(plan(inputs, bias, **options), expected, columns)
+                assert_within(plan(inputs, bias, out=out, **options), expected, columns)
+
+
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_a_plan_takes_inputs_of_every_type_in_any_order(plan_on, kernel):
+    rng = np.random.default_rng(0)
+    weight = CondensedWeight.random(
+        (43, 48), fan_in=11, n_active=37, dtype=value_dtype("bfloat16"), rng=rng
+    )
+    for kinds in product((F32, F64), repeat=3):
+        plan = plan_on(kernel, weight)
+        for batch, kind in product((1, 2, 8), kinds):
+            x, grad = (rng.standard_normal((batch, n)).astype(kind) for n in (48, 43))
+            assert_within(plan(x), expected_product(weight, x, None, "none"))
+            gradients = plan.backward(grad, x)
+            for name, expected in expected_gradients(weight, grad, x).items():
+                assert_within(getattr(gradients, name), expected)
+
+
+@pytest.mark.parametrize("n_in", [1, 15, 16, 65_536, 65_537, 65_600])
+def test_the_first_and_the_last_column_count_whatever_the_width_of_the_input(monkeypatch, n_in):
+    monkeypatch.setattr(condensed_matmul, "MOST_PADDING", np.inf)
+    rng = np.random.default_rng(0)
+    indices = [np.unique([0, n_in // 2, n_in - 1])] * 9
+    values = rng.integers(1, 9, np.shape(indices)).astype(F32)
+    weight = CondensedWeight(values, indices, np.arange(9), (9, n_in))
+    plan = srigl_core.prepare(weight, backend="numba", threads=1)
+    for batch in (1, 2, 9):
+        x = np.zeros((batch, n_in), F32)
+        x[:, indices[0]] = rng.integers(1, 9, (batch, values.shape[1]))
+        for got in each_call(plan, x):
+            np.testing.assert_array_equal(got, x[:, indices[0]] @ values.T)
+
+
+@pytest.mark.parametrize("n_in", [48, 41])
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_an_input_that_is_not_finite_reaches_exactly_its_neurons_from_every_column(
+    plan_on, kernel, n_in
+):
+    rng = np.random.default_rng(n_in)
+    weight = CondensedWeight.random((43, n_in), fan_in=11, n_active=37, rng=rng)
+    plan = plan_on(kernel, weight)
+    specials = np.array([np.nan, np.inf, -np.inf], F32)
+    for batch in BATCHES:
+        x = np.tile(rng.standard_normal((batch, n_in)).astype(F32), (3, n_in, 1, 1))
+        column = np.arange(n_in)
+        x[:, column, column % batch, column] = specials[:, None]
+        expected = expected_product(weight, x, None, "none")
+        for special in range(3):
+            due = replace(expected, z=expected.z[special], scale=expected.scale[special])
+            calls = [each_call(plan, each) for each in x[special]]
+            for got in zip(*calls, strict=True):
+                assert_within(np.stack(got), due)
+
+
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_a_sum_too_large_is_infinite_and_its_neighbours_are_not(plan_on, kernel):
+    rng = np.random.default_rng(0)
+    weight = CondensedWeight.random((43, 48), fan_in=24, n_active=37, rng=rng)
+    weight = weight.with_values(np.ones(weight.values.shape, F32))
+    plan = plan_on(kernel, weight)
+    for batch in BATCHES:
+        x = rng.standard_normal((batch, 48)).astype(F32)
+        x[-1, [3, 20, 47]] = 1.2e38  # twice as much is finite, three times is not
+        expected = expected_product(weight, x, None, "none")
+        too_large = expected.z > np.finfo(F32).max
+        assert 0 < np.count_nonzero(too_large) < 37
+        for got in each_call(plan, x):
+            assert_within(got, expected)
+            assert (got[too_large] == np.inf).all()
+            assert np.isfinite(got[~too_large]).all()
+
+
+THREADED_BATCHES = (1, 2, 8, 16, 40, 64, 150)
+
+
+@pytest.mark.skipif(
+    threads.numba.config.NUMBA_NUM_THREADS < 2, reason="NUMBA_NUM_THREADS allows one thread"
+)
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_each_kernel_gives_the_same_bits_on_any_number_of_threads(plan_on, monkeypatch, kernel):
+    monkeypatch.setattr(threads, "SMALLEST_PARALLEL_WORK", 0)
+    rng = np.random.default_rng(0)
+    weight = CondensedWeight.random((650, 500), fan_in=29, n_active=601, rng=rng)
+    plan = plan_on(kernel, weight)
+    bias = rng.standard_normal(650).astype(F32)
+    batches = THREADED_BATCHES if kernel == "neuron lanes" else (1, 2)
+    for batch in batches:
+        x, grad = (rng.standard_normal((batch, n)).astype(F32) for n in (500, 650))
+        results = []
+        for n_threads in (1, 2, 3):
+            gradients = plan.backward(grad, x, threads=n_threads)
+            y = plan(x, bias, activation="gelu", threads=n_threads)
+            results.append((y, *(getattr(gradients, part.name) for part in fields(gradients))))
+        for result in results[1:]:
+            for got, expected in zip(result, results[0], strict=True):
+                np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "dtype", "kernel"),
+    [
+        pytest.param(0.9, "float32", "register lookup", marks=needs_avx512),
+        pytest.param(0.9, "bfloat16", "register lookup", marks=needs_avx512),
+        (0.9, "float64", "neuron lanes"),
+        (0.99, "float32", "neuron lanes"),
+    ],
+)
+def test_a_layer_of_usual_size_uses_the_quickest_kernel_for_its_sparsity(sparsity, dtype, kernel):
+    fan_in = round(3072 * (1 - sparsity))
+    weight = CondensedWeight.random((768, 3072), fan_in=fan_in, dtype=value_dtype(dtype), rng=0)
+    described = srigl_core.prepare(weight, backend="numba").describe()
+    rows = 4 if kernel == "register lookup" else 2
+    assert described["kernel"] == f"{kernel} up to batch {rows}, column blocks beyond"
+
+
+def test_without_avx512_or_with_few_neurons_no_kernel_that_needs_them_is_used(monkeypatch):
+    few = CondensedWeight.random((7, 3072), fan_in=307, rng=0)
+    assert srigl_core.prepare(few, backend="numba").describe()["kernel"].startswith("row sums")
+    monkeypatch.setattr(condensed_matmul, "has_avx512", lambda: False)
+    weight = CondensedWeight.random((768, 3072), fan_in=307, rng=0)
+    plan = srigl_core.prepare(weight, backend="numba")
+    assert plan.describe()["kernel"].startswith("neuron lanes")
+
+
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_other_values_share_the_packing_and_have_their_own_product(plan_on, kernel):
+    rng = np.random.default_rng(0)
+    weight = CondensedWeight.random((43, 48), fan_in=11, n_active=37, rng=rng)
+    plan = plan_on(kernel, weight)
+
+    def use(plan):
+        for batch in BATCHES:
+            x, grad = (rng.standard_normal((batch, n)).astype(F32) for n in (48, 43))
+            assert_within(plan(x), expected_product(plan.weight, x, None, "none"))
+            gradients = plan.backward(grad, x)
+            for name, expected in expected_gradients(plan.weight, grad, x).items():
+                assert_within(getattr(gradients, name), expected)
+
+    use(plan)
+    layouts, size = plan._prepared._layouts, plan.describe()["bytes"]
+    packed = layouts.nbytes
+    assert packed > 0
+    other = plan.with_values(-2 * weight.values[::-1, ::-1])
+    assert other._prepared._layouts is layouts
+    use(other)
+    use(plan)
+    assert layouts.nbytes == packed
+    assert other.describe()["bytes"] == plan.describe()["bytes"] == size
+
+
+# Processes of their own
+
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--import-mode=importlib"]
+
+
+def run(script, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "NUMBA_NUM_THREADS": "3", **environment},
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+
+
+def assert_clean(process):
+    assert process.returncode == 0, (process.returncode, process.stderr[-3000:])
+    assert process.stdout.split()[-1:] == ["done"], process.stdout
+
+
+GUARDED = """
+import ctypes
+import mmap
+import sys
+
+import numpy as np
+
+import srigl_core
+from srigl_core.backends.numba_cpu import condensed_matmul, threads
+from srigl_core.backends.numba_cpu.processor import has_avx512
+
+protect = ctypes.CDLL(None, use_errno=True).mprotect
+protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+PAGE = mmap.PAGESIZE
+
+
+def guarded(array, place):
+    '''Return a copy of `array` beside a page that ends the process when it is touched.'''
+    size = -(-array.nbytes // PAGE) * PAGE
+    pages = mmap.mmap(-1, size + 2 * PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    for guard in (address, address + PAGE + size):
+        assert protect(guard, PAGE, 0) == 0, ctypes.get_errno()
+    skip = {"begin": 0, "end": size - array.nbytes}[place]
+    inner = np.frombuffer(pages, array.dtype, array.size, PAGE + skip).reshape(array.shape)
+    inner[...] = array
+    return inner
+"""
+
+needs_guards = pytest.mark.skipif(sys.platform != "linux", reason="guard pages as Linux has them")
+
+
+@needs_guards
+@pytest.mark.parametrize(("place", "outside"), [("begin", -1), ("end", 10)])
+def test_the_guard_ends_a_process_that_touches_it(place, outside):
+    process = run(
+        GUARDED
+        + f"""
+array = guarded(np.arange(10, dtype=np.float32), {place!r})
+assert array.sum() == 45
+print("inside", flush=True)
+ctypes.c_float.from_address(array.ctypes.data + 4 * {outside}).value
+print("outside")
+"""
+    )
+    assert process.returncode < 0, process.stderr[-3000:]
+    assert process.stdout == "inside\n"
+
+
+@needs_guards
+def test_no_kernel_touches_memory_outside_its_arrays():
+    assert_clean(
+        run(
+            GUARDED
+            + """
+KERNELS = {"row sums": (10**9, 0), "neuron lanes": (0, 0), "register lookup": (0, np.inf)}
+if not has_avx512():
+    del KERNELS["register lookup"]
+ROWS = (None, 1, 2, 3, 4)
+TILES = (5, 8, 9, 16, 19, 33, 64, 70)
+threads.SMALLEST_PARALLEL_WORK = 0
+rng = np.random.default_rng(0)
+
+
+def numbers(*shape):
+    return rng.integers(-8, 9, shape).astype(np.float32)
+
+
+def check(plan, batch, place, n_threads):
+    weight = plan.weight
+    n_out, n_in = weight.shape
+    lead = () if batch is None else (batch,)
+    x, bias = guarded(numbers(*lead, n_in), place), guarded(numbers(n_out), place)
+    out = guarded(np.full((*lead, n_out), np.nan, np.float32), place)
+    expected = x.astype(np.float64) @ weight.to_dense().T + bias
+    plan(x, bias, out=out, threads=n_threads)
+    assert (out == expected).all()
+    assert (plan(x, bias, threads=n_threads) == expected).all()
+    few = guarded(np.full((*lead, weight.n_active), np.nan, np.float32), place)
+    plan(x, bias, out=few, compact=True, threads=n_threads)
+    assert (few == expected[..., weight.active]).all()
+
+    grad = guarded(numbers(*lead, n_out), place)
+    shapes = {"x": x.shape, "values": weight.values.shape, "bias": bias.shape}
+    out = srigl_core.MatmulGradients(**{
+        name: guarded(np.full(shape, np.nan, np.float32), place) for name, shape in shapes.items()
+    })
+    plan.backward(grad, x, out=out, threads=n_threads)
+    assert (out.x == grad.astype(np.float64) @ weight.to_dense()).all()
+    dense = grad.reshape(-1, n_out).astype(np.float64).T @ x.reshape(-1, n_in)
+    assert (out.values == dense[weight.active[:, None], weight.indices]).all()
+    assert (out.bias == grad.reshape(-1, n_out).sum(axis=0)).all()
+
+
+# All sizes odd, but for the first: what begins or ends a page is then aligned to 4 bytes only at
+# the other end.
+for n_out, n_active, n_in, fan_in in (
+    (64, 64, 64, 16), (43, 43, 41, 7), (45, 37, 17, 17), (211, 205, 251, 5), (9, 8, 16, 1)
+):
+    pattern = srigl_core.CondensedWeight.random(
+        (n_out, n_in), fan_in=fan_in, n_active=n_active, rng=0
+    )
+    weight = pattern.with_values(numbers(n_active, fan_in))
+    for kernel, rules in KERNELS.items():
+        condensed_matmul.LANES, condensed_matmul.MOST_PADDING = rules
+        plan = srigl_core.prepare(weight, backend="numba")
+        assert plan.describe()["kernel"].startswith(kernel)
+        for batch in ROWS if kernel != "neuron lanes" else ROWS + TILES:
+            for place in ("begin", "end"):
+                for n_threads in (1, 3):
+                    check(plan, batch, place, n_threads)
+print("done")
+"""
+        )
+    )
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="these are processors of x86-64"
+)
+@pytest.mark.parametrize(
+    "processor",
+    [
+        pytest.param(
+            {
+                "NUMBA_CPU_NAME": "haswell",
+                "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+bmi,+bmi2,+f16c,+popcnt,+sse4.2",
+            },
+            marks=pytest.mark.skipif(
+                not has_avx512(), reason="all other tests are of kernels without AVX-512"
+            ),
+            id="haswell",
+        ),
+        pytest.param({"NUMBA_CPU_NAME": "generic"}, id="generic"),
+    ],
+)
+def test_the_laws_hold_on_a_processor_without_avx512(processor):
+    assert_clean(
+        run(
+            """
+from dataclasses import replace
+
+import srigl_core
+from srigl_core.backends.numba_cpu import threads
+from srigl_core.backends.numba_cpu.processor import has_avx512
+from srigl_core.testing import LAWS, NotApplicable, check_law
+from srigl_core.testing.kernel_capabilities import capabilities_of
+from srigl_core.testing.problems import SeededSource
+
+assert not has_avx512()
+weight = srigl_core.CondensedWeight.random((768, 3072), fan_in=307, rng=0)
+kernel = srigl_core.prepare(weight, backend="numba").describe()["kernel"]
+assert kernel.startswith("neuron lanes"), kernel
+able = capabilities_of(srigl_core.get_backend("numba"))
+
+
+def check_laws(*value_dtypes):  # each type of value, and more so each number of threads, compiles
+    narrowed = replace(able, value_dtypes=value_dtypes)
+    checked = 0
+    for law in LAWS:
+        if law.operation == "update_mask":
+            continue
+        for seed in range(10):
+            problem = law.build(SeededSource(seed, len(law.name)), narrowed)
+            try:
+                check_law("numba", law, problem)
+            except NotApplicable:
+                continue
+            checked += 1
+    return checked
+
+
+threads.SMALLEST_PARALLEL_WORK = 10**12  # one thread
+assert check_laws(*able.value_dtypes) > 200
+threads.SMALLEST_PARALLEL_WORK = 0  # three
+assert check_laws("float32") > 200
+print("done")
+""",
+            **processor,
+        )
+    )
+
+
+def test_activations_keep_to_their_budget_in_code_for_a_generic_processor(tmp_path):
+    """Its vectors are shorter, and on x86 it has no fused multiplication and addition."""
+    tests = Path(__file__).parents[1] / "test_numba_epilogue.py"
+    generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    process = subprocess.run(
+        [*PYTEST, str(tests)],
+        env={**os.environ, **generic, "SRIGL_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]

@@ -1,0 +1,202 @@
+"""The vector operations, each by itself, at more and fewer lanes than a register has."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+
+from numba import njit
+
+from srigl_core._arrays.dtypes import value_dtype
+from srigl_core.backends.numba_cpu import simd
+from srigl_core.backends.numba_cpu.processor import has_avx512
+from srigl_core.backends.numba_cpu.value_types import as_bits
+
+
+@pytest.fixture(autouse=True)
+def _numba_is_under_test(backend_names):
+    if "numba" not in backend_names("condensed_matmul"):
+        pytest.skip("the numba backend is not under test")
+
+
+def numbers(size, dtype=np.float32, seed=0):
+    return np.random.default_rng(seed).integers(-50, 50, size).astype(dtype)
+
+
+U = np.uint64
+both = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+widths = pytest.mark.parametrize("lanes", [4, 8, 16, 64])
+
+
+@both
+@widths
+def test_load_and_store_move_as_many_numbers_as_there_are_lanes(dtype, lanes):
+    @njit
+    def move(source, target):
+        simd.store(target, U(2), simd.load(source, U(3), lanes))
+
+    source, target = numbers(80, dtype), np.full(80, 7, dtype)
+    move(source, target)
+    np.testing.assert_array_equal(target[2 : 2 + lanes], source[3 : 3 + lanes])
+    assert (target[:2] == 7).all()
+    assert (target[2 + lanes :] == 7).all()
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_loads_of_16_bit_numbers_are_exact(kind):
+    @njit
+    def convert(source, target):
+        for at in range(U(0), U(source.size), U(16)):
+            simd.store(target, at, simd.load(source, at, 16))
+
+    every = np.arange(1 << 16, dtype=np.uint16).view(value_dtype(kind))
+    target = np.empty(every.size, np.float32)
+    convert(as_bits(every), target)
+    expected = every.astype(np.float32)
+    is_number = ~np.isnan(expected)
+    np.testing.assert_array_equal(
+        target[is_number].view(np.uint32), expected[is_number].view(np.uint32)
+    )
+    assert np.isnan(target[~is_number]).all()
+
+
+@both
+@widths
+def test_arithmetic_is_lane_by_lane(dtype, lanes):
+    @njit
+    def compute(a, b, out):
+        x, y = simd.load(a, U(0), lanes), simd.load(b, U(0), lanes)
+        simd.store(out, U(0), simd.add(simd.fma(x, y, x), simd.splat(b[1], lanes)))
+
+    a, b, out = numbers(64, dtype), numbers(64, dtype, seed=1), np.empty(64, dtype)
+    compute(a, b, out)
+    np.testing.assert_array_equal(out[:lanes], (a * b + a + b[1])[:lanes])
+
+
+@both
+def test_four_numbers_are_told_out_one_by_one(dtype):
+    @njit
+    def tell(source, out):
+        four = simd.load_four(source, U(1))
+        simd.store(out, U(0), simd.splat_lane(four, 0, 8))
+        simd.store(out, U(8), simd.splat_lane(four, 3, 8))
+        simd.store(out, U(16), simd.zeros(source, 8))
+
+    source, out = numbers(5, dtype), np.full(24, 9, dtype)
+    tell(source, out)
+    np.testing.assert_array_equal(out, np.repeat([source[1], source[4], 0], 8))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_quad_has_the_first_number_lowest(dtype):
+    @njit
+    def quad(source):
+        return simd.load_quad(source, U(1))
+
+    source = np.array([9, 1, 2, 3, np.iinfo(dtype).max], dtype)
+    bits = 8 * source.itemsize
+    assert quad(source) == sum(int(source[1 + i]) << (bits * i) for i in range(4))
+
+
+@both
+@pytest.mark.parametrize("index_dtype", [np.uint16, np.uint32])
+@widths
+def test_gather_takes_the_indexed_numbers(dtype, index_dtype, lanes):
+    @njit
+    def take(source, indices, out):
+        simd.store(out, U(0), simd.gather(source, indices, U(3), lanes))
+
+    source, out = numbers(65536, dtype), np.empty(64, dtype)
+    indices = np.random.default_rng(2).integers(0, 65536, 70).astype(index_dtype)
+    indices[3] = 65535  # as a signed number it would be negative
+    take(source, indices, out)
+    np.testing.assert_array_equal(out[:lanes], source[indices[3 : 3 + lanes]])
+
+
+@both
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("last", [0, 2, 15])
+def test_transpose_turns_rows_into_columns_and_repeats_the_last_row(dtype, lanes, last):
+    @njit
+    def turn(source, target, last):
+        simd.transpose(source, (U(1), U(20), U(last)), target, U(2), U(18), lanes)
+
+    source, target = numbers(1 + 20 * 16, dtype), np.zeros(2 + 18 * 16, dtype)
+    turn(source, target, last)
+    rows = np.minimum(np.arange(lanes), last)
+    square = source[1:].reshape(16, 20)[rows, :lanes]
+    np.testing.assert_array_equal(target[2:].reshape(16, 18)[:lanes, :lanes], square.T)
+    assert (target[2:].reshape(16, 18)[:lanes, lanes:] == 0).all()
+
+
+@both
+@pytest.mark.parametrize("lanes", [8, 32, 64])
+def test_sums_over_lanes(dtype, lanes):
+    @njit
+    def total(source, out):
+        a = simd.load(source, U(0), lanes)
+        b = simd.load(source, U(64), lanes)
+        ab = simd.fold_product(a, b, 8)
+        aa = simd.fold_product(a, a, 8)
+        bb = simd.fold_product(b, b, 8)
+        ba = simd.add(bb, aa)
+        four = simd.sum_each(ab, aa, bb, ba)
+        simd.store(out, U(0), four)
+        return simd.first_lane(four)
+
+    source, out = numbers(128, dtype), np.empty(4, dtype)
+    first = total(source, out)
+    a, b = source[:lanes], source[64 : 64 + lanes]
+    np.testing.assert_array_equal(out, [a @ b, a @ a, b @ b, a @ a + b @ b])
+    assert first == a @ b
+
+
+@both
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_is_finite_sees_every_lane(dtype, bad):
+    @njit
+    def finite(source):
+        return simd.is_finite(simd.load(source, U(0), 16))
+
+    assert finite(np.full(16, np.finfo(dtype).max, dtype))
+    for lane in range(16):
+        source = np.zeros(16, dtype)
+        source[lane] = bad
+        assert not finite(source)
+
+
+def test_flat_sees_the_same_memory_whatever_the_axes():
+    @njit
+    def flatten(array):
+        return simd.flat(array)
+
+    array = numbers(24).reshape(4, 6)
+    seen = flatten(array)
+    assert np.shares_memory(seen, array)
+    np.testing.assert_array_equal(seen, array.ravel())
+    array.flags.writeable = False
+    np.testing.assert_array_equal(flatten(array), array.ravel())
+
+
+@pytest.mark.skipif("not has_avx512()", reason="this processor, or NUMBA_CPU_NAME, lacks AVX-512")
+def test_a_lookup_takes_from_both_blocks_by_the_low_five_bits():
+    @njit
+    def look_up(low, words, high, out):
+        word = simd.load(words, U(0), 16)
+        simd.store(out, U(0), simd.look_up_pair(simd.load(low, U(0), 16), word, high_of(high)))
+        word = simd.shift_right(word, U(5))
+        simd.store(out, U(16), simd.look_up_pair(simd.load(low, U(0), 16), word, high_of(high)))
+
+    @njit
+    def high_of(high):
+        return simd.load(high, U(0), 16)
+
+    low, high = np.arange(16, dtype=np.float32), np.arange(16, 32, dtype=np.float32)
+    rng = np.random.default_rng(3)
+    first, second = rng.integers(0, 32, 16), rng.integers(0, 32, 16)
+    first[0], second[0] = 31, 31
+    words = (first | second << 5 | 1 << 31).astype(np.uint32).view(np.int32)
+    out = np.empty(32, np.float32)
+    look_up(low, words, high, out)
+    np.testing.assert_array_equal(out, np.concatenate([first, second]))
+    assert has_avx512()
