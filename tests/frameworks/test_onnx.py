@@ -233,7 +233,7 @@ BAD = {
     "old opset": (nn.ReLU(), X, {"opset": 17}, "opset=17"),
     "new opset": (nn.ReLU(), X, {"opset": 999}, "opset=999"),
     "inputs": (nn.Bilinear(8, 8, 8), X, {}, "does not take example_input: .*missing 1 required"),
-    "features": (layer_of((8, 9), 2, 8), X, {}, "does not take example_input: .*in_features=9"),
+    "features": (layer_of((8, 9), 2, 8), X, {}, "does not take example_input: .*n_in=9"),
     "hooks": (hooked(), X, {}, "layer '0' has hooks, which would be lost"),
     "subclass": (nn.Sequential(Narrower(8, 8, fan_in=2)), X, {}, "layer '0' is of type Narrower"),
     "branch": (
