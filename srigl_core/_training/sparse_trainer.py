@@ -44,7 +44,8 @@ class SparseTrainer(TrainerSkeleton):
         Method, distribution, update settings, options of single layers, seed.
     backend : str, Backend or None
         Computes the updates; see `get_backend`. With a GPU backend weights, gradients and masks
-        stay on the device, and only counts and single numbers are copied to the host.
+        stay on the device, and only counts and single numbers are copied to the host. Methods
+        without kernels, such as "rigl", "set" and "static", update NumPy arrays only.
 
     Attributes
     ----------
@@ -103,10 +104,17 @@ class SparseTrainer(TrainerSkeleton):
         self._backend: Backend | None = None
         self._arrays: ArrayOps = HOST_ARRAYS
         self.device = "cpu"
-        if self._method.on_device and backend is not None:
-            self._backend = get_backend(backend, operation="update_mask")
-            self._arrays = getattr(self._backend, "arrays", HOST_ARRAYS)
-            self.device = self._backend.capabilities.device
+        if backend is not None:
+            chosen = get_backend(backend, operation="update_mask")
+            self.device = chosen.capabilities.device
+            if self._method.on_device:
+                self._backend = chosen
+                self._arrays = getattr(chosen, "arrays", HOST_ARRAYS)
+            elif self.device != "cpu":
+                raise SriglError(
+                    f"backend={chosen.name!r} cannot compute the updates of method="
+                    f"{self.config.method!r}, which take NumPy arrays; leave out backend"
+                )
         self.masks: dict[str, Any] = {}
         for name, budget in self.budgets.items():
             with error_context(name):

@@ -12,6 +12,7 @@ import torch
 
 from srigl_core._arrays.libraries import device_of, library_of
 from srigl_core._registry import get_backend
+from srigl_core._training.methods import get_method
 from srigl_core._training.sparse_trainer import SparseTrainer
 from srigl_core._update import MaskUpdate
 from srigl_core.contract import Backend
@@ -24,10 +25,13 @@ from srigl_core.torch.tensors import as_numpy, from_numpy, on_device_of
 __all__ = ["MaskedLayers", "update_backend"]
 
 
-def update_backend(targets: dict[str, Target]) -> Backend | None:
-    """Return a backend for weights that are all on one CUDA device, or None."""
+def update_backend(targets: dict[str, Target], method: str) -> Backend | None:
+    """Return a backend for a method's updates of weights that are all on one CUDA device."""
     parameters = [target.parameter for target in targets.values()]
-    if any(device_of(p) != "cuda" or p.device != parameters[0].device for p in parameters):
+    on_one_device = all(
+        device_of(p) == "cuda" and p.device == parameters[0].device for p in parameters
+    )
+    if not (on_one_device and get_method(method).on_device):
         return None
     try:
         return get_backend(operation="update_mask", device="cuda")
@@ -95,6 +99,11 @@ class MaskedLayers:
                 with on_device_of(gradient):
                     self.trainer.accumulate(target.name, self._for_trainer(gradient))
             gradient.masked_fill_(self._no_gradient[target.name], 0)
+        # The optimiser's step sees all trained weights, so that weight decay reaches them.
+        with torch.no_grad():
+            for name, hidden in self._hidden.items():
+                self._targets[name].parameter.add_(hidden)
+        self._hidden.clear()
 
     def step(self) -> Mapping[str, MaskUpdate]:
         """Mask the weights. If an update is due, update masks, weights and optimiser state."""
@@ -179,11 +188,9 @@ class MaskedLayers:
     def _hide_weights(self) -> None:
         """Move weights that only the backward pass uses from the parameters to `_hidden`."""
         for name, target in self._targets.items():
-            if self._no_gradient[name] is not self._inactive[name]:
-                trained = target.parameter.detach().masked_fill(~self._inactive[name], 0)
-                trained.masked_fill_(self._no_gradient[name], 0)
-                hidden = self._hidden.get(name)
-                self._hidden[name] = trained if hidden is None else hidden + trained
+            if self._no_gradient[name] is not self._inactive[name] and name not in self._hidden:
+                hidden = target.parameter.detach().masked_fill(~self._inactive[name], 0)
+                self._hidden[name] = hidden.masked_fill_(self._no_gradient[name], 0)
 
 
 def _as_tensor(mask: Any, like: Any) -> Any:

@@ -129,8 +129,9 @@ class SRigL:
         self.mode, self._group = mode, process_group
         self._layers: MaskedLayers | CondensedLayers
         if mode == "masked":
-            chosen = backend or update_backend(targets)
-            trainer = SparseTrainer(shapes, backend=chosen, **settings)
+            if backend is None:
+                backend = update_backend(targets, getattr(config, "method", TrainingConfig.method))
+            trainer = SparseTrainer(shapes, backend=backend, **settings)
             self._layers = MaskedLayers(model, targets, optimizer, trainer)
         else:
             condensed = CondensedTrainer(shapes, backend=backend, **settings)

@@ -26,7 +26,9 @@ def test_hidden_weights_train_like_those_of_a_dense_parameter():
     """The parameter shows the forward pass's weights; the others keep theirs, and come back."""
     torch.manual_seed(0)
     model = torch.nn.Linear(12, 8, dtype=torch.float64)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(
+        [{"params": model.weight, "weight_decay": 0.2}, {"params": model.bias}], lr=0.1
+    )
     config = TrainingConfig(method="two_masks", seed=1)
     schedule = UpdateSchedule(100, delta_t=3)
     srigl = SRigL(model, optimizer, sparsity=0.75, schedule=schedule, config=config)
@@ -40,7 +42,7 @@ def test_hidden_weights_train_like_those_of_a_dense_parameter():
         srigl.after_backward()
         z = x @ (theta * forward).T + bias
         grad = 0.03 * z**2
-        theta = torch.where(backward, theta - 0.1 * grad.T @ x, 0.0)
+        theta = torch.where(backward, theta - 0.1 * (grad.T @ x + 0.2 * theta), 0.0)
         bias -= 0.1 * grad.sum(0)
         optimizer.step()
         updates = srigl.step()

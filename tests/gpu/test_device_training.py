@@ -101,6 +101,14 @@ def test_host_arrays_are_refused_by_name_and_change_nothing(backend):
     assert trainer.step_count == 2
 
 
+@pytest.mark.parametrize("method", ["rigl", "set", "static"])
+def test_methods_without_kernels_refuse_a_device(backend, method):
+    options = OPTIONS | {"config": TrainingConfig(method=method)}
+    with pytest.raises(SriglError, match=f"'cupy' cannot compute .* method='{method}'.*leave out"):
+        SparseTrainer(SHAPES, backend=backend, **options)
+    assert SparseTrainer(SHAPES, **options).device == "cpu"
+
+
 @contextmanager
 def tensors_on_the_device(device):
     """Let host tensors count as CUDA tensors, and conversions to NumPy as copies."""
