@@ -606,7 +606,7 @@ def test_a_bad_gradient_is_an_error_at_once(name, grad, error, message):
         ({"saliency_scope": "some"}, SriglError, "saliency_scope='some'"),
         ({"seed": -1}, SriglError, "seed=-1 must be at least 0"),
         ({"seed": None}, ValueTypeError, "seed=None must be an integer"),
-        ({"schedule": 0}, SriglError, "total_steps=0 must be at least 1"),
+        ({"schedule": -1}, SriglError, "total_steps=-1 must be at least 1"),
         ({"schedule": "often"}, ValueTypeError, "total_steps='often'"),
         ({"backend": "cuda"}, SriglError, "no backend is called 'cuda'"),
         ({"backend": "scipy"}, SriglError, "'scipy' does not offer update_mask"),
