@@ -214,6 +214,7 @@ def test_a_schedule_with_few_updates_is_reported(schedule, n_updates):
         warnings.simplefilter("always")
         make(schedule=schedule)
         make("static", schedule=schedule)
+    caught = [warning for warning in caught if "mask updates" in str(warning.message)]
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == (n_updates is not None)
     assert all(f" has {n_updates} mask updates; " in message for message in messages)
@@ -302,7 +303,7 @@ def test_given_masks_that_do_not_suit_are_refused_by_name():
 def test_an_update_uses_the_mean_of_all_calls_in_the_window(method):
     """The update is that of the reference, which also sets inactive weights to zero."""
     schedule = UpdateSchedule(1000, delta_t=4)
-    trainer = make(method, grad_window=3, schedule=schedule)
+    trainer = make(method, grad_window=3, schedule=schedule, gamma_sal=0.3)
     before = dict(trainer.masks)
     set_rng, rng = np.random.default_rng(), np.random.default_rng(3)
     set_rng.bit_generator.state = trainer.state_dict()["rng"]
@@ -432,8 +433,8 @@ def test_settings_reach_the_update():
     shapes = {"a": (6, 8), "b": (6, 8)}
     for settings in (
         {"gamma_sal": None, "min_salient": 3},
-        {"saliency_scope": "all"},
-        {"grown_init": 0.5},
+        {"saliency_scope": "all", "gamma_sal": 0.3},
+        {"grown_init": 0.5, "gamma_sal": None},
         {"gamma_sal": 1.0},
     ):
         schedule = UpdateSchedule(50, delta_t=1, alpha=0.8)
@@ -455,6 +456,56 @@ def test_settings_reach_the_update():
             np.testing.assert_array_equal(update.mask, expected.mask)
             np.testing.assert_array_equal(update.weight, expected.weight)
             assert update.threshold == expected.threshold
+
+
+def test_gamma_sal_follows_from_the_shape_and_each_layer_may_have_its_own():
+    """Kernels have more than two axes, a 1x1 convolution's too (SPEC 4.4)."""
+    shapes = {"pointwise": (6, 40, 1, 1), "matrix": (6, 40), "own": (6, 40), "kept": (6, 40)}
+    layers = {"own": LayerOptions(gamma_sal=0.5), "kept": LayerOptions(ablate=False)}
+    options = {"shapes": shapes, "sparsity": 0.5, "ablate_last": True, "layers": layers}
+    schedule = UpdateSchedule(50, delta_t=1)
+    for settings, shares in (
+        ({}, (0.3, 0.9, 0.5, None)),
+        ({"gamma_sal": 0.7}, (0.7, 0.7, 0.5, None)),
+        ({"min_salient": 3}, (None, None, 0.5, None)),
+        ({"gamma_sal": None}, (None, None, 0.5, None)),
+    ):
+        trainer = make(schedule=schedule, **options, **settings)
+        weights, grads = initial_weights(trainer), gradients(trainer, 1)
+        for name, grad in grads.items():
+            trainer.accumulate(name, grad)
+        masks = dict(trainer.masks)
+        updates = trainer.step(weights)
+        for (name, update), share in zip(updates.items(), shares, strict=True):
+            expected = update_mask(
+                weights[name],
+                grads[name],
+                masks[name],
+                nnz_budget=trainer.budgets[name].nnz_budget,
+                drop_fraction=schedule.drop_fraction(1),
+                gamma_sal=share,
+                min_salient=settings.get("min_salient")
+                if name in ("pointwise", "matrix")
+                else None,
+            )
+            np.testing.assert_array_equal(update.mask, expected.mask)
+            assert update.threshold == expected.threshold
+    with pytest.raises(SriglError, match=r"gamma_sal=1\.5"):
+        LayerOptions(gamma_sal=1.5)
+    with pytest.raises(ValueTypeError, match="gamma_sal='auto' must be a number"):
+        UpdateSettings(10, 0.3, gamma_sal="auto")
+
+
+def test_a_threshold_of_one_weight_is_reported():
+    shapes = {"a": (20, 40), "conv": (20, 4, 3, 3), "last": (5, 20)}
+    options = {"shapes": shapes, "sparsity": 0.85, "distribution": "uniform"}
+    with pytest.warns(UserWarning, match=r"^layer 'conv' \(gamma_sal=0.3, fan-in 5\): ablation"):
+        make(**options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(**options, layers={"conv": LayerOptions(gamma_sal=0.5)})
+        make("rigl", **options)
+        make(**options, gamma_sal=None)
 
 
 # ---------------------------------------------------------------- ITOP and the report
@@ -602,7 +653,8 @@ def test_a_bad_gradient_is_an_error_at_once(name, grad, error, message):
         ({"grad_window": 5}, SriglError, "grad_window=5 must be between 1 and 4"),
         ({"grad_window": 0}, SriglError, "grad_window=0"),
         ({"gamma_sal": 1.5}, SriglError, r"gamma_sal=1\.5"),
-        ({"min_salient": 2}, SriglError, "gamma_sal=None"),
+        ({"min_salient": 2, "gamma_sal": 0.3}, SriglError, "gamma_sal=None"),
+        ({"gamma_sal": "automatic"}, ValueTypeError, "gamma_sal='automatic' must be a number"),
         ({"saliency_scope": "some"}, SriglError, "saliency_scope='some'"),
         ({"seed": -1}, SriglError, "seed=-1 must be at least 0"),
         ({"seed": None}, ValueTypeError, "seed=None must be an integer"),

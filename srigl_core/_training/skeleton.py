@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ from srigl_core.reference.schedule import UpdateSchedule
 __all__ = ["TrainerSkeleton", "check_names", "entry_of", "error_context"]
 
 _STATE_VERSION = 1
+_UPDATE_FIELDS = fields(UpdateOptions)
 _FEW_UPDATES = 10
 """Fewer updates than these are reported if the schedule follows from a number of steps."""
 
@@ -66,6 +68,8 @@ class TrainerSkeleton(ABC):
                 f"steps, or pass an UpdateSchedule with a smaller delta_t",
                 stacklevel=3,
             )
+        if self.config.method == "srigl":
+            self._warn_of_low_thresholds()
         self._rng = np.random.default_rng(config.seed)
         self.step_count = 0
 
@@ -202,11 +206,27 @@ class TrainerSkeleton(ABC):
 
     def _update_settings(self, name: str) -> UpdateSettings:
         """Return the settings of a layer's update at the coming step."""
-        options = _update_options(self.config)
-        if not self._options[name].ablate:
-            options |= {"gamma_sal": None, "min_salient": None}
+        budget = self.budgets[name]
+        options = asdict(self.config.update_options(self._options[name], budget.shape))
         drop_fraction = self.schedule.drop_fraction(self.step_count + 1)
-        return UpdateSettings(self.budgets[name].nnz_budget, drop_fraction, **options)
+        return UpdateSettings(budget.nnz_budget, drop_fraction, **options)
+
+    def _warn_of_low_thresholds(self) -> None:
+        """Name the layers where ablation removes no more than rows without a salient weight."""
+        low = []
+        for name in self.sparse_layers:
+            budget = self.budgets[name]
+            options = self.config.update_options(self._options[name], budget.shape)
+            fan_in = budget.nnz_budget // budget.shape[0]
+            if options.gamma_sal is not None and math.floor(options.gamma_sal * fan_in) < 2:
+                low.append(f"{name!r} (gamma_sal={options.gamma_sal}, fan-in {fan_in})")
+        if low:
+            warnings.warn(
+                f"layer {', '.join(low)}: ablation only removes neurons without any salient "
+                f"weight, since gamma_sal times the fan-in is below 2; raise gamma_sal or lower "
+                f"the sparsity, or set ablate=False in LayerOptions",
+                stacklevel=4,
+            )
 
     @abstractmethod
     def _row_counts(self, name: str) -> NDArray[np.int64]:
@@ -229,7 +249,7 @@ class TrainerSkeleton(ABC):
                 for name, budget in self.budgets.items()
             },
             "schedule": asdict(self.schedule),
-            "update": {"nnz_budget": 1, "drop_fraction": 0.0, **_update_options(self.config)},
+            "update": {field.name: getattr(self.config, field.name) for field in _UPDATE_FIELDS},
             "grad_window": self.config.grad_window,
         }
 
@@ -251,10 +271,6 @@ class TrainerSkeleton(ABC):
                 f"state was taken with other settings: {differ[0]} was {theirs.get(differ[0])!r} "
                 f"and is {mine[differ[0]]!r}; make the trainer with the same arguments"
             )
-
-
-def _update_options(config: TrainingConfig) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in fields(UpdateOptions)}
 
 
 def _layer_options(
