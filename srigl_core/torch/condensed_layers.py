@@ -19,7 +19,7 @@ from srigl_core.reference.init import sparse_init
 from srigl_core.torch import capture
 from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.optimizer_state import remap_state, replace_parameter
-from srigl_core.torch.ranks import mean_of_ranks
+from srigl_core.torch.ranks import mean_of_ranks, true_on_a_rank
 from srigl_core.torch.replacement import (
     check_can_be_condensed,
     condensed_layer,
@@ -62,6 +62,7 @@ class CondensedLayers:
         self._layers: dict[str, CondensedLinear] = {}
         self._capturing: dict[str, capture.Captured] = {}
         self._window: list[tuple[dict[str, _Pairs], float]] = []
+        self._seen: dict[str, list[tuple[int, int]]] = {}
 
     def attach(self, init: str | None, rng: np.random.Generator) -> None:
         """Replace the dense layers by condensed ones, in the model and in the optimiser."""
@@ -96,35 +97,37 @@ class CondensedLayers:
         """
         self._check_in_place()
         if self._capturing:
-            for name, pairs in self._capturing.items():
-                if not pairs or self._layers[name].values.grad is None:
-                    raise SriglError(
-                        f"layer {name!r} has no gradient; call after_backward after "
-                        f"loss.backward() and before zero_grad(), and exclude frozen or unused "
-                        f"layers"
-                    )
-            step = {name: list(pairs) for name, pairs in self._capturing.items()}
+            step = {
+                name: [] if self._layers[name].values.grad is None else list(pairs)
+                for name, pairs in self._capturing.items()
+            }
+            if not any(step.values()):
+                raise SriglError(
+                    "no sparse layer has a gradient; call after_backward after loss.backward() and "
+                    "before zero_grad()"
+                )
             self.discard_step()
             self._window.append((step, loss_scale))
 
     def step(self) -> Mapping[str, CondensedUpdate]:
         """Update connections, values and optimiser state if an update is due."""
         self._check_in_place()
-        weights, gradients = {}, {}
-        if self.trainer.is_due:
+        weights, gradients, was_due = {}, {}, self.trainer.is_due
+        if was_due:
             if not self._window:
                 raise SriglError(
                     "no gradient was recorded for this step's update; call after_backward after "
                     "each loss.backward() and before the optimizer's step"
                 )
             weights = {name: layer.to_condensed() for name, layer in self._layers.items()}
-            gradients = {name: self._gradient_rows(name) for name in self._layers}
+            took_part = true_on_a_rank({n: self._took_part(n) for n in self._layers}, self._group)
+            gradients = {n: self._gradient_rows(n) if took_part[n] else None for n in self._layers}
         updates = self.trainer.step(weights, gradients)
         for name, update in updates.items():
             layer = self._layers[name]
             layer.load_condensed_(update.weight)
             remap_state(self._optimizer, layer.values, partial(_remapped, update))
-        if updates:
+        if was_due:
             self._window.clear()
         self._capture_if_needed()
         return updates
@@ -187,19 +190,35 @@ class CondensedLayers:
                     f"layer {name!r} has been replaced since SRigL was attached; change the model "
                     f"first, then attach SRigL"
                 )
+            state = [(t.data_ptr(), t._version) for t in layer.buffers()]
+            if self._seen.get(name) == state:
+                continue
+            if self.trainer.connections[name] != layer.to_condensed().connections:
+                raise SriglError(
+                    f"layer {name!r} has other connections than SRigL gave it, so a state was "
+                    f"loaded since the last step; to resume, call srigl.load_state_dict(...) with "
+                    f"the state of the same step as the model's"
+                )
+            self._seen[name] = state
+
+    def _took_part(self, name: str) -> bool:
+        """Return whether a gradient reached the layer in the window."""
+        return any(bool(grad.any()) for step, _ in self._window for _, grad in step[name])
 
     def _gradient_rows(self, name: str) -> Callable[[int, int], NDArray[Any]]:
         """Return a function of rows of the mean dense gradient of all ranks."""
         steps = [(step[name], 1 / (scale * len(self._window))) for step, scale in self._window]
 
+        layer = self._layers[name]
+
         def rows(start: int, stop: int) -> NDArray[Any]:
-            total = None
+            values = layer.values.detach()
+            total = values.new_zeros(stop - start, layer.in_features, dtype=_sum_dtype(values))
             for pairs, factor in steps:
                 for x, grad in pairs:
                     dtype = _sum_dtype(x, grad)
                     # Converted here, so that there is no second copy of the window.
-                    part = (grad[:, start:stop].t().to(dtype) @ x.to(dtype)) * factor
-                    total = part if total is None else total.add_(part)
+                    total = total + (grad[:, start:stop].t().to(dtype) @ x.to(dtype)) * factor
             return as_numpy(mean_of_ranks(total, self._group))
 
         return rows

@@ -59,6 +59,7 @@ class MaskedLayers:
         self._inactive: dict[str, Any] = {}
         self._no_gradient: dict[str, Any] = {}
         self._hidden: dict[str, Any] = {}
+        self._seen: dict[str, tuple[int, int]] = {}
 
     def attach(self, init: str | None, rng: np.random.Generator) -> None:
         """Mask the weights; draw new ones first if `init` is not None."""
@@ -83,22 +84,26 @@ class MaskedLayers:
 
     def after_backward(self, loss_scale: float) -> None:
         """Pass the dense gradients to the trainer if it needs them, then mask them."""
+        self._check_masked()
         sparse = [self._targets[name] for name in self.trainer.sparse_layers]
         for target in sparse:
             target.check_in_place(self._model)
-            if target.parameter.grad is None and self.trainer.needs_grad:
-                raise SriglError(
-                    f"layer {target.name!r} has no gradient; call after_backward after "
-                    f"loss.backward() and before zero_grad(), and exclude frozen layers"
-                )
+        if self.trainer.needs_grad and all(target.parameter.grad is None for target in sparse):
+            raise SriglError(
+                "no sparse layer has a gradient; call after_backward after loss.backward() and "
+                "before zero_grad()"
+            )
         for target in sparse:
             gradient = target.parameter.grad
-            if gradient is None:
-                continue
             if self.trainer.needs_grad:
-                with on_device_of(gradient):
-                    self.trainer.accumulate(target.name, self._for_trainer(gradient))
-            gradient.masked_fill_(self._no_gradient[target.name], 0)
+                # A layer that took no part has no gradient, or one that was zeroed in place.
+                took_part = gradient is not None and bool(gradient.any())
+                with on_device_of(target.parameter):
+                    self.trainer.accumulate(
+                        target.name, self._for_trainer(gradient) if took_part else None
+                    )
+            if gradient is not None:
+                gradient.masked_fill_(self._no_gradient[target.name], 0)
         # The optimiser's step sees all trained weights, so that weight decay reaches them.
         with torch.no_grad():
             for name, hidden in self._hidden.items():
@@ -153,14 +158,13 @@ class MaskedLayers:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the trainer's state, and mask the weights."""
+        """Load the trainer's state. The model's weights must be those of the same step."""
         self.trainer.load_state_dict(state)
         self._hidden = {
             name: from_numpy(part).to(self._targets[name].parameter)
             for name, part in state.get("hidden", {}).items()
         }
         self._copy_masks()
-        self._mask_weights()
 
     def _for_trainer(self, tensor: Any) -> Any:
         """Return a tensor, as a NumPy array if the trainer computes on another device."""
@@ -184,6 +188,26 @@ class MaskedLayers:
         with torch.no_grad():
             for name, target in self._targets.items():
                 target.parameter.masked_fill_(self._inactive[name], 0)
+                self._seen[name] = _state(target.parameter)
+
+    def _check_masked(self) -> None:
+        """Check that weights are zero outside their masks, as `step` left them.
+
+        On another device than the CPU this is only looked at if PyTorch has counted a write.
+        """
+        for name, target in self._targets.items():
+            parameter = target.parameter
+            if not parameter.is_cpu and self._seen.get(name) == _state(parameter):
+                continue
+            outside = (parameter.detach() != 0).logical_and_(self._inactive[name])
+            if outside.any():
+                raise SriglError(
+                    f"layer {name!r} has {int(outside.sum())} weights that are not zero outside "
+                    f"its mask, so its weights were written since the last step. To resume, call "
+                    f"srigl.load_state_dict(...) with the state of the same step as the model's; "
+                    f"to train other weights, load them before SRigL is attached (masks='nonzero' "
+                    f"keeps their zeros)"
+                )
 
     def _hide_weights(self) -> None:
         """Move weights that only the backward pass uses from the parameters to `_hidden`."""
@@ -195,6 +219,11 @@ class MaskedLayers:
 
 def _as_tensor(mask: Any, like: Any) -> Any:
     return library_of(like).to_caller(mask, like).to(like.device)
+
+
+def _state(parameter: Any) -> tuple[int, int]:
+    """Return the address of a parameter, and how many writes PyTorch has counted."""
+    return parameter.data_ptr(), parameter._version
 
 
 def _zeroed(where: Any, state: Any) -> Any:

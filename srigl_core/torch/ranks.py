@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from srigl_core.errors import SriglError
 
-__all__ = ["check_agreement", "mean_of_ranks", "n_ranks"]
+__all__ = ["check_agreement", "mean_of_ranks", "n_ranks", "true_on_a_rank"]
 
 
 def n_ranks(group: Any | None) -> int:
@@ -57,3 +57,13 @@ def mean_of_ranks(block: Any, group: Any | None) -> Any:
         dist.all_reduce(block, group=group)
         block /= ranks
     return block
+
+
+def true_on_a_rank(conditions: dict[str, bool], group: Any | None) -> dict[str, bool]:
+    """Return which conditions are true on at least one rank."""
+    if n_ranks(group) == 1:
+        return conditions
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    flags = torch.tensor(list(conditions.values()), dtype=torch.int32, device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+    return dict(zip(conditions, (bool(flag) for flag in flags), strict=True))
