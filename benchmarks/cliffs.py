@@ -12,8 +12,7 @@ from srigl_core.benchmarks.cases import HEADLINE, Layer
 from srigl_core.benchmarks.contenders.ours import product
 from srigl_core.benchmarks.devices.pools import thread_limit
 from srigl_core.benchmarks.problems import Problem
-from srigl_core.benchmarks.results import rounded
-from srigl_core.benchmarks.timing import HostRun, TimeBudget, interleaved
+from srigl_core.benchmarks.timing import Call, median_times
 
 __all__ = ["BATCHES", "Cliff", "confirmed_times", "find_cliffs", "measure_cliffs"]
 
@@ -100,21 +99,14 @@ def measure_cliffs(threads: int, *, seconds: float = 6.0) -> dict[str, Any]:
     layer = Layer.random(*HEADLINE, SPARSITY)
     problem = Problem(layer, NumpyArrays())
     bind = product("numba")(problem)
-    calls: dict[int, Callable[[], object]] = {
-        size: bind(problem.batch(size, threads=threads)) for size in BATCHES
-    }
+    calls: dict[int, Call] = {size: bind(problem.batch(size, threads=threads)) for size in BATCHES}
 
     def microseconds(sizes: Collection[int]) -> dict[int, float]:
         order = random.Random(0).sample(sorted(sizes), len(sizes))
-        runs = {str(size): HostRun(calls[size]) for size in order}
-        timings, errors = interleaved(runs, is_enough=TimeBudget(seconds))
-        for error in errors.values():
-            raise error
-        return {size: rounded(1e6 * timings[str(size)].median) for size in sizes}
+        times = median_times({str(size): calls[size] for size in order}, seconds)
+        return {size: times[str(size)] for size in sizes}
 
     with thread_limit(threads):
-        for call in calls.values():
-            call()
         times, repeats = confirmed_times(microseconds)
     return {
         "n_in": layer.n_in,

@@ -16,10 +16,10 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from srigl_core.benchmarks.results import rounded
-from srigl_core.benchmarks.timing import Call, Clock, Context, Timing, quartiles
+from srigl_core.benchmarks.timing import Call, Clock, Context, Timing, timing
 
 __all__ = ["CALLS", "EventRun"]
 
@@ -41,15 +41,6 @@ _DECAY = 0.9
 """What remains of a long time to submit, from round to round."""
 
 _MOST_TRIES = 5
-
-
-class _Device(Protocol):
-    def mark(self) -> Any: ...
-    def has_passed(self, mark: Any) -> bool: ...
-    def seconds(self, first: Any, last: Any) -> float: ...
-    def spin(self, seconds: float) -> None: ...
-    def flush(self) -> None: ...
-    def wait(self) -> None: ...
 
 
 class _Sample(NamedTuple):
@@ -76,7 +67,7 @@ class EventRun:
     """
 
     calls: Sequence[Call]
-    device: _Device
+    device: Any
     cold: bool = False
     around: Context = nullcontext
     clock: Clock = time.perf_counter
@@ -120,16 +111,15 @@ class EventRun:
         self.rounds += 1
 
     def timing(self) -> Timing:
-        """Return the median and the quartiles of all calls."""
-        lower, median, upper = quartiles([sample.call for sample in self._samples])
+        """Return the times over all calls, with the host's median and the clock."""
         host = statistics.median(sample.host for sample in self._samples)
-        details = {
+        return {
+            **timing([sample.call for sample in self._samples], self.rounds, self._calls),
             "runs": len(self._samples),
             "host_us": rounded(1e6 * host),
             "clock": self.timed_by,
             **({"starved": self.starved} if self.starved else {}),
         }
-        return Timing(median, lower, upper, self.rounds, self._calls, details)
 
     def samples(self, calls: int) -> list[_Sample]:
         """Time this many calls, after some that are not timed."""
@@ -180,7 +170,7 @@ class EventRun:
         self.device.spin(_LONGEST_SPIN_SECONDS)
         after_spin = self.device.mark()
         next(self._next)()
-        waited = self.device.has_passed(after_spin)
+        waited = bool(self.device.has_passed(after_spin))
         self.device.wait()
         return waited
 

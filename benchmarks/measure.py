@@ -23,16 +23,14 @@ from srigl_core.benchmarks.cases import Case, avx2_cases, cpu_cases, gpu_cases, 
 from srigl_core.benchmarks.contenders import load_contenders
 from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender
 from srigl_core.benchmarks.devices import CpuDevice, Device, GpuDevice
-from srigl_core.benchmarks.problems import Batch, Problem, WrongResultError
-from srigl_core.benchmarks.results import OURS, Row, microseconds, rounded
+from srigl_core.benchmarks.problems import FULL, Batch, Precision, Problem, WrongResultError
+from srigl_core.benchmarks.results import Row, rounded
 from srigl_core.benchmarks.roofline import Peaks, least_time, work_of
-from srigl_core.benchmarks.timing import Timing
 from srigl_core.errors import SriglError
 from srigl_core.testing.targets import as_backend
 
 __all__ = ["Bench", "Settings", "chosen", "measure", "open_bench"]
 
-_MICRO = 1e6
 _LONGEST_MESSAGE = 300
 _FOLDERS = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+")
 
@@ -100,12 +98,8 @@ def open_bench(settings: Settings) -> Bench:
         from srigl_core.benchmarks.contenders import external_kernel
 
         contenders += external_kernel.contenders(as_backend(settings.kernel))
-    return Bench(
-        device,
-        contenders,
-        absent,
-        {n: device.peaks(n) for n in ((0,) if is_gpu else settings.threads)},
-    )
+    peaks = {n: device.peaks(n) for n in ((0,) if is_gpu else settings.threads)}
+    return Bench(device, contenders, absent, peaks)
 
 
 def chosen(settings: Settings) -> list[Case]:
@@ -163,11 +157,11 @@ def measure(
     try:
         for _, group in itertools.groupby(cases, key=lambda case: (case.layer, case.dtype)):
             save(process)
-            layer: _PreparedLayer | None = None
+            layer = None
             for case in group:
                 layer = layer or _PreparedLayer(case, device)
                 records.append(_measured(bench, layer, case, instructions))
-                _show(Row(records[-1], OURS[settings.device]), case, len(records), len(cases))
+                _show(Row(records[-1]), case, len(records), len(cases))
     finally:
         save(process)
     if settings.cliffs:
@@ -188,44 +182,55 @@ def _show(row: Row, case: Case, number: int, n_cases: int) -> None:
 
 def _measured(bench: Bench, layer: _PreparedLayer, case: Case, instructions: str) -> dict[str, Any]:
     """Return the record of a case."""
-    started, device = time.perf_counter(), bench.device
+    started, device, peaks = time.perf_counter(), bench.device, bench.peaks[case.threads]
     contenders = {c.name: c for c in bench.contenders if c.operation == case.operation}
     unfit = {name: why for name, c in contenders.items() if (why := c.unfit(case))}
     wrong: dict[str, str] = {}
     failed: dict[str, str] = {}
     runs: dict[str, Any] = {}
+
+    def fail(name: str, error: Exception) -> None:
+        failed[name] = _message(error)
+        _check_alive(device, name, failed[name])
+
     with device.limit(case.threads):
         batches = layer.batches(case)
-        for name, contender in contenders.items():
-            if name in unfit:
-                continue
+        for name in (name for name in contenders if name not in unfit):
             try:
-                runs[name] = _checked_run(device, layer, contender, case, batches)
+                runs[name] = layer.checked_run(contenders[name], case, batches)
             except WrongResultError as error:
                 wrong[name] = str(error)
             except Exception as error:
-                failed[name] = _message(error)
-                _check_alive(device, name, failed[name])
+                fail(name, error)
         timings, errors = device.time(runs, case.threads)
     for name, raised in errors.items():
-        failed[name] = _message(raised)
-        _check_alive(device, name, failed[name])
+        fail(name, raised)
     del runs, batches
     device.release()
-    peaks = bench.peaks[case.threads]
-    seconds, resource = least_time(work_of(case, peaks), peaks, cold=case.cold)
+    entries = {}
+    for name, timing in timings.items():
+        contender = contenders[name]
+        bounds = _bounds(case, peaks, contender.precision) if contender.family == "ours" else {}
+        entries[name] = {"family": contender.family, **timing, **bounds}
+    least = _bounds(case, peaks)
     return {
         **case.facts(instructions),
-        "least_us": rounded(seconds * _MICRO),
-        "limited_by": resource,
-        "contenders": {
-            name: _entry(contenders[name], case, timing, peaks) for name, timing in timings.items()
-        },
+        "least_us": least["least_us"],
+        "limited_by": least["limited_by"],
+        "contenders": entries,
         "unfit": unfit,
         "failed": failed,
         "wrong": wrong,
         "seconds": rounded(time.perf_counter() - started),
     }
+
+
+def _bounds(case: Case, peaks: Peaks, precision: Precision = FULL) -> dict[str, Any]:
+    """Return the bytes that a case moves at least, and its least time."""
+    work = work_of(case, peaks, values=precision.values, inputs=precision.inputs)
+    seconds, resource = least_time(work, peaks, cold=case.cold)
+    least = rounded(1e6 * seconds)
+    return {"bytes": round(work.moved), "least_us": least, "limited_by": resource}
 
 
 class _PreparedLayer:
@@ -239,34 +244,45 @@ class _PreparedLayer:
 
     def batches(self, case: Case) -> list[Batch]:
         """Return the copies of the inputs that calls take in turns."""
+        size, threads = max(case.batch, 1), case.threads or None
         return [
-            self._whole(0).batch(
-                max(case.batch, 1),
-                number,
-                grad=case.operation == "backward",
-                threads=case.threads or None,
-            )
+            self._whole(0).batch(size, number, grad=case.operation == "backward", threads=threads)
             for number in range(self._device.copies)
         ]
 
-    def problem(self, contender: Contender, seed: int = 0) -> Problem:
-        """Return the problem that a contender solves; another seed is another weight."""
-        key = (contender.problem, seed)
-        if key not in self._problems:
-            self._problems[key] = contender.problem(self._whole(seed))
-        return self._problems[key]
+    def checked_run(self, contender: Contender, case: Case, batches: Sequence[Batch]) -> Any:
+        """Return the calls of a contender, after a check of its first and its last result."""
+        calls = [self._call(contender, batch) for batch in batches]
+        problem = self._problem(contender)
+        for number in sorted({0, len(calls) - 1}):
+            with contender.around():
+                result = calls[number]()
+            problem.check(contender.name, case.operation, result, batches[number])
+        return self._device.run(
+            calls,
+            cold=case.cold,
+            around=contender.around,
+            other=lambda: self._call(contender, batches[0], seed=1),
+        )
 
     def _whole(self, seed: int) -> Problem:
         if seed not in self._problems:
             self._problems[seed] = Problem(*self._arguments, seed=seed)
         return self._problems[seed]
 
-    def bind(self, contender: Contender, batch: Batch, seed: int = 0) -> Call:
+    def _problem(self, contender: Contender, seed: int = 0) -> Problem:
+        """Return the problem that a contender solves; another seed is another weight."""
+        key = (contender.problem, seed)
+        if key not in self._problems:
+            self._problems[key] = contender.problem(self._whole(seed))
+        return self._problems[key].at(contender.precision)
+
+    def _call(self, contender: Contender, batch: Batch, seed: int = 0) -> Call:
         """Return a contender's call; a preparation that failed is not tried again."""
         key = (contender, seed)
         if key not in self._bound:
             try:
-                self._bound[key] = contender.prepare(self.problem(contender, seed))
+                self._bound[key] = contender.bind(self._problem(contender, seed))
             except Exception as error:
                 self._bound[key] = _message(error)  # a stored exception would hold arrays
         bind = self._bound[key]
@@ -277,42 +293,6 @@ class _PreparedLayer:
 
 class _CannotPrepareError(Exception):
     """A contender cannot take this weight."""
-
-
-def _checked_run(
-    device: Device,
-    layer: _PreparedLayer,
-    contender: Contender,
-    case: Case,
-    batches: Sequence[Batch],
-) -> Any:
-    """Return the calls of a contender, after a check of its first and its last result."""
-    calls = [layer.bind(contender, batch) for batch in batches]
-    problem = layer.problem(contender)
-    for number in sorted({0, len(calls) - 1}):
-        with contender.around():
-            results = contender.read(calls[number]())
-        problem.check(contender.name, case.operation, results, batches[number], contender.precision)
-    return device.run(
-        calls,
-        cold=case.cold,
-        around=contender.around,
-        other=lambda: layer.bind(contender, batches[0], seed=1),
-    )
-
-
-def _entry(contender: Contender, case: Case, timing: Timing, peaks: Peaks) -> dict[str, Any]:
-    entry = {"family": contender.family, **microseconds(timing)}
-    if contender.family == "ours":
-        precision = contender.precision
-        work = work_of(case, peaks, values=precision.values, inputs=precision.inputs)
-        seconds, resource = least_time(work, peaks, cold=case.cold)
-        entry |= {
-            "bytes": round(work.moved),
-            "least_us": rounded(seconds * _MICRO),
-            "limited_by": resource,
-        }
-    return entry
 
 
 def _message(error: Exception) -> str:
@@ -335,11 +315,10 @@ def _check_alive(device: Device, name: str, why: str) -> None:
         ) from error
 
 
-def main(settings_file: str, result_file: str) -> None:
+def main(settings_json: str, result_file: str) -> None:
     """Read the settings, measure, and write the result."""
-    read: dict[str, Any] = json.loads(Path(settings_file).read_text(encoding="utf-8"))
-    read |= {name: tuple(read[name]) for name in ("only", "threads")}
-    settings = Settings(**read)
+    read: dict[str, Any] = json.loads(settings_json)
+    settings = Settings(**read | {name: tuple(read[name]) for name in ("only", "threads")})
     try:
         result = measure(settings, open_bench(settings))
     except SriglError as error:

@@ -1,11 +1,7 @@
-"""The README's table, made from the JSON.
-
-``python -m srigl_core.benchmarks.readme JSON README`` writes it between the page's markers.
-"""
+"""``srigl bench readme``: the README's table, made from the JSON."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +124,3 @@ def _caption(results: Results) -> str:
         f"{results.content['started'][:10]}. Of all {len(rows)} forward rows, ours is slower than "
         f"the best dense in {lost['dense']} and slower than the best CSR in {lost['csr']}."
     )
-
-
-if __name__ == "__main__":
-    write_readme(*map(Path, sys.argv[1:3]))

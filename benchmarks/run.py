@@ -18,10 +18,10 @@ from srigl_core.benchmarks.devices import CpuDevice
 from srigl_core.benchmarks.devices.pools import check_threads, environment
 from srigl_core.benchmarks.event_timing import CALLS
 from srigl_core.benchmarks.measure import Bench, Settings, chosen, measure, open_bench
-from srigl_core.benchmarks.plot import check_matplotlib
+from srigl_core.benchmarks.plot import check_package
 from srigl_core.benchmarks.report import write_report
 from srigl_core.benchmarks.results import FORMAT, Results, save_results
-from srigl_core.errors import BackendUnavailableError, SriglError
+from srigl_core.errors import SriglError
 from srigl_core.testing.targets import as_backend
 
 __all__ = ["run"]
@@ -106,16 +106,15 @@ def _in_own_process(settings: Settings) -> dict[str, Any]:
     """Measure in another process, whose progress appears in the output of this one."""
     variables = environment(max(settings.threads), settings.instructions)
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, name) for name in ("settings.json", "result.json")]
-        files[0].write_text(json.dumps(dataclasses.asdict(settings)), encoding="utf-8")
-        command = [sys.executable, "-m", "srigl_core.benchmarks.measure", *map(str, files)]
+        file, described = Path(folder, "result.json"), json.dumps(dataclasses.asdict(settings))
+        command = [sys.executable, "-m", "srigl_core.benchmarks.measure", described, str(file)]
         done = subprocess.run(command, env=os.environ | variables, check=False)
         if done.returncode:
             raise SriglError(
                 f"the process that measures ended with code {done.returncode}; its message is "
                 f"above. Nothing was written"
             )
-        process: dict[str, Any] = json.loads(files[1].read_text(encoding="utf-8"))
+        process: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return process
 
 
@@ -145,14 +144,8 @@ def _why_nothing(settings: Settings) -> str:
 def _check(settings: Settings) -> None:
     for threads in settings.threads:
         check_threads(threads)
-    check_matplotlib()
-    try:
-        import threadpoolctl  # noqa: F401
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"the benchmark needs threadpoolctl, which cannot be imported ({error}); install it "
-            f'with: pip install "srigl-core[bench]"'
-        ) from error
+    check_package("matplotlib")
+    check_package("threadpoolctl", "the benchmark")
 
 
 def _described(settings: Settings) -> dict[str, Any]:

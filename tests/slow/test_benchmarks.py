@@ -26,7 +26,7 @@ from srigl_core.benchmarks.contenders import load_contenders
 from srigl_core.benchmarks.devices import cpu_peaks
 from srigl_core.benchmarks.devices.caches import Flush, cache_sizes
 from srigl_core.benchmarks.devices.pools import environment
-from srigl_core.benchmarks.problems import FULL, TF32, Problem, WrongResultError
+from srigl_core.benchmarks.problems import RESULTS, TF32, Problem, WrongResultError
 from srigl_core.benchmarks.report import page, write_report
 from srigl_core.benchmarks.results import OURS, load_results, save_results
 from srigl_core.benchmarks.roofline import CpuPeaks, Work, least_time, work_of
@@ -115,7 +115,6 @@ def test_learned_masks_are_measured_each_beside_a_random_one(tmp_path):
 
 TINY = Layer(n_in=48, n_out=32, fan_in=5, n_active=32)
 ABLATED = Layer(n_in=48, n_out=32, fan_in=5, n_active=20)
-RESULTS = {"forward": ["y"], "backward": ["dx", "dvalues"], "update": ["mask"]}
 
 
 @pytest.fixture
@@ -138,13 +137,13 @@ def taking_part(bench, case):
 
 
 def computed(bench, contender, case, number=0):
-    """Return a contender's results, and a function that checks such results."""
-    problem = contender.problem(Problem(case.layer, bench.arrays, case.dtype))
-    batch = problem.batch(max(case.batch, 1), number, grad=case.operation == "backward")
+    """Return a contender's result, and a function that checks such results."""
+    whole = Problem(case.layer, bench.arrays, case.dtype)
+    problem = contender.problem(whole).at(contender.precision)
+    batch = whole.batch(max(case.batch, 1), number, grad=case.operation == "backward")
     with contender.around():
-        results = contender.read(contender.prepare(problem)(batch)())
-    arguments = (batch, contender.precision)
-    return results, lambda got: problem.check(contender.name, case.operation, got, *arguments)
+        result = contender.bind(problem)(batch)()
+    return result, lambda got: problem.check(contender.name, case.operation, got, batch)
 
 
 @both
@@ -160,8 +159,8 @@ def test_every_contender_agrees_with_float64(bench, device, layer, operation):
     names = set()
     for case in cases:
         for contender, number in itertools.product(taking_part(bench, case), (0, 3)):
-            results, check = computed(bench, contender, case, number)
-            check(results)
+            result, check = computed(bench, contender, case, number)
+            check(result)
             names.add(contender.name)
     assert OURS[device] in names
     if operation == "forward":
@@ -180,22 +179,29 @@ def test_a_result_with_one_wrong_entry_is_refused(bench, device, operation):
     case = Case(operation, TINY, int(device == "cpu"), 9, narrow=True)
     connection = Problem(TINY, bench.arrays).weight.indices[-1, -1]
     for contender in taking_part(bench, case):
-        results, check = computed(bench, contender, case)
-        for what, difference in itertools.product(RESULTS[operation], (0.5, math.nan)):
-            wrong = bench.arrays.cast(bench.arrays.result(results[what]), "float64") + 0.0
+        result, check = computed(bench, contender, case)
+        results = result if operation == "backward" else (result,)
+        for index, difference in itertools.product(range(len(results)), (0.5, math.nan)):
+
+            def check_with(array, results=results, index=index, check=check):
+                changed = (*results[:index], array, *results[index + 1 :])
+                check(changed if operation == "backward" else array)
+
+            what = RESULTS[operation][index]
+            wrong = bench.arrays.cast(bench.arrays.result(results[index]), "float64") + 0.0
             last = [size - 1 for size in wrong.shape]
             if what == "dvalues" and tuple(wrong.shape) == (TINY.n_out, TINY.n_in):
                 last[1] = int(connection)  # other entries are not compared
             wrong[tuple(last)] += difference
             with pytest.raises(WrongResultError, match=rf"{what} is wrong at"):
-                check({**results, what: wrong})
+                check_with(wrong)
             if what != "dvalues":
                 with pytest.raises(WrongResultError, match=rf"{what} has shape"):
-                    check({**results, what: wrong[:-1]})
+                    check_with(wrong[:-1])
 
 
 def product_of(problem, batch):
-    return batch.x @ problem.dense().T + problem.bias()
+    return batch.x @ problem.dense.T + problem.bias
 
 
 @both
@@ -203,11 +209,11 @@ def test_a_product_without_one_connection_is_refused(bench, device):
     problem = Problem(Layer.random(*HEADLINE, 0.9), bench.arrays)
     batch, weight = problem.batch(4), problem.weight
     y = product_of(problem, batch)
-    problem.check("whole", "forward", {"y": y}, batch)
+    problem.check("whole", "forward", y, batch)
     column = int(weight.indices[0, 0])
-    y[:, 0] -= problem.dense()[0, column] * batch.x[:, column]
+    y[:, 0] -= problem.dense[0, column] * batch.x[:, column]
     with pytest.raises(WrongResultError, match=r"y is wrong at \(0, 0\)"):
-        problem.check("without one", "forward", {"y": y}, batch)
+        problem.check("without one", "forward", y, batch)
 
 
 @both
@@ -218,10 +224,10 @@ def test_a_float32_result_of_tf32_is_refused(bench, device):
 
     problem = Problem(Layer(512, 64, 51, 64), bench.arrays)
     batch = problem.batch(64)
-    y = {"y": truncated(batch.x) @ truncated(problem.dense()).T + problem.bias()}
-    problem.check("TF32", "forward", y, batch, TF32)
+    y = truncated(batch.x) @ truncated(problem.dense).T + problem.bias
+    problem.at(TF32).check("TF32", "forward", y, batch)
     with pytest.raises(WrongResultError, match="y is wrong"):
-        problem.check("float32", "forward", y, batch, FULL)
+        problem.check("float32", "forward", y, batch)
 
 
 @both
@@ -231,10 +237,10 @@ def test_results_are_compared_in_pieces(bench, device, monkeypatch, neurons, pla
     problem = Problem(TINY, bench.arrays)
     batch = problem.batch(9)
     y = product_of(problem, batch)
-    problem.check("right", "forward", {"y": y}, batch)
+    problem.check("right", "forward", y, batch)
     y[place] = 70.0
     with pytest.raises(WrongResultError, match=rf"wrong at \({place[0]}, {place[1]}\): 70"):
-        problem.check("wrong", "forward", {"y": y}, batch)
+        problem.check("wrong", "forward", y, batch)
 
 
 def test_an_update_has_no_ties():
@@ -304,18 +310,18 @@ def test_contenders_are_timed_in_turns_and_each_round_begins_with_another():
     assert all(len(set(turn)) == 1 for turn in turns)
     assert "".join(turn[0] for turn in turns) == "abc" + "abcbcacababcbca"
     for timing in timings.values():
-        assert timing.median == pytest.approx(0.003)
-        assert (timing.rounds, timing.calls) == (5, 1)
+        assert timing["median_us"] == 3000
+        assert (timing["rounds"], timing["calls"]) == (5, 1)
 
 
 def test_a_time_is_the_median_over_rounds_of_each_rounds_median():
     timing = FakeMachine().time(0.1, only=[0.001, 0.001, 0.5])["only"]
-    assert timing.median == timing.lower == pytest.approx(0.001)
+    assert timing["median_us"] == timing["lower_us"] == 1000
 
 
 def test_more_rounds_are_made_while_there_is_time_and_no_more_than_fifteen():
     machines = {seconds: FakeMachine() for seconds in (0.0, 0.3, 100.0)}
-    few, some, most = (m.time(s, only=[0.02])["only"].rounds for s, m in machines.items())
+    few, some, most = (m.time(s, only=[0.02])["only"]["rounds"] for s, m in machines.items())
     assert few == 5 < some < 15 == most
     assert machines[0.3].now <= 0.3
 
@@ -323,17 +329,17 @@ def test_more_rounds_are_made_while_there_is_time_and_no_more_than_fifteen():
 def test_a_contender_that_takes_seconds_is_called_three_times():
     machine = FakeMachine()
     timings = machine.time(1, slow=[4.0], fast=[1e-4])
-    assert machine.record.count("slow") == timings["slow"].rounds == 3
-    assert timings["slow"].median == pytest.approx(4.0)
-    assert timings["fast"].median == pytest.approx(1e-4)
-    assert timings["fast"].calls > 10
+    assert machine.record.count("slow") == timings["slow"]["rounds"] == 3
+    assert timings["slow"]["median_us"] == 4e6
+    assert timings["fast"]["median_us"] == 100
+    assert timings["fast"]["calls"] > 10
 
 
 def test_before_a_cold_call_the_caches_are_flushed_and_other_weights_are_used():
     machine = FakeMachine()
     before = (machine.call("flush", 0.1), machine.call("other", 0.01))
     timing = machine.time(before=before, call=[0.001])["call"]
-    assert timing.median == pytest.approx(0.001)
+    assert timing["median_us"] == 1000
     assert machine.record == ["flush", "other", "call"] * (len(machine.record) // 3)
 
 
@@ -369,15 +375,13 @@ def test_peaks_of_a_cpu_are_measured_with_loops_that_read_every_vector(monkeypat
     peaks = cpu_peaks.measure_cpu_peaks(1)
     assert min(peaks.multiply_adds, peaks.loads) > 0
     assert [size for size, _ in peaks.bandwidth] == [1 << 14, 1 << 16]
-    size = cpu_peaks.VECTOR_BYTES
-    buffer = np.zeros(size * 64, np.uint8)
-    start = -buffer.ctypes.data % size
-    part = buffer[start : start + size * 32]
+    lanes = cpu_peaks.LANES
+    part = np.zeros(32 * lanes, np.float32)
     assert cpu_peaks._read(part, 1) == 0
     for vector in range(32):
         part[:] = 0
-        part[vector * size] = 1
-        assert cpu_peaks._read(part, 1) == 1
+        part[vector * lanes] = 1
+        assert cpu_peaks._read(part, 3) == 3
 
 
 @each_peaks
@@ -462,11 +466,10 @@ def test_a_batch_that_is_slow_once_is_measured_again_and_is_no_cliff(odd, again)
 def test_a_batch_that_is_slow_each_time_stays_a_cliff_of_its_least_time(monkeypatch):
     measured = FakeTimes({20: [90.0], 63: [120.0, 119.0, 130.0, 125.0]})
 
-    def timings(runs, **options):
-        times = measured([int(name) for name in runs])
-        return {str(b): SimpleNamespace(median=1e-6 * time) for b, time in times.items()}, {}
+    def times(calls, seconds):
+        return {str(b): time for b, time in measured([int(name) for name in calls]).items()}
 
-    calls = {"interleaved": timings, "product": lambda name: lambda problem: lambda batch: list}
+    calls = {"median_times": times, "product": lambda name: lambda problem: lambda batch: list}
     for name, call in calls.items():
         monkeypatch.setattr(f"srigl_core.benchmarks.cliffs.{name}", call)
     result = json.loads(json.dumps(measure_cliffs(1)))
@@ -708,8 +711,7 @@ def test_a_run_writes_json_page_and_plot(tmp_path):
     assert results.native["environment"]["NUMBA_NUM_THREADS"] == "1"
     assert row.left_out("wrong") == row.left_out("failed") == {}
     for name, entry in row.contenders.items():
-        lower, upper = row.spread(name)
-        assert lower <= entry["median_us"] <= upper
+        assert row.times[name].lower <= row.times[name].median <= row.times[name].upper
         assert entry["rounds"] >= 3
     assert (tmp_path / "out" / "cpu.md").read_text() == page(results, "cpu.png")
     assert (tmp_path / "out" / "cpu.png").exists()
