@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from srigl_core.benchmarks.arrays import NumpyArrays
+from srigl_core.benchmarks.arrays import Arrays
 from srigl_core.benchmarks.cases import HEADLINE, Layer
 from srigl_core.benchmarks.contenders.ours import product
 from srigl_core.benchmarks.devices.pools import thread_limit
@@ -71,33 +71,24 @@ def find_cliffs(times: Mapping[int, float]) -> list[Cliff]:
 
 def confirmed_times(
     measure: Callable[[Collection[int]], Mapping[int, float]],
-) -> tuple[dict[int, float], int]:
-    """Return the time of each batch, and how often suspicious batches were measured again.
+) -> dict[int, float]:
+    """Return the time of each batch; suspicious batches are measured again.
 
     `measure` takes batches and returns their times. Other work on the machine can only make a
     batch slower, so its shortest time counts.
     """
     times = dict(measure(BATCHES))
-    for repeats in range(MOST_REPEATS):
+    for _ in range(MOST_REPEATS):
         suspects = {batch for cliff in find_cliffs(times) for batch in (cliff.batch, cliff.further)}
-        if not suspects:
-            return times, repeats
-        for batch, time in measure(suspects).items():
+        for batch, time in measure(suspects).items() if suspects else ():
             times[batch] = min(times[batch], time)
-    return times, MOST_REPEATS
+    return times
 
 
 def measure_cliffs(threads: int, *, seconds: float = 6.0) -> dict[str, Any]:
-    """Measure the headline layer at 90% with every batch size, in turns.
-
-    Returns
-    -------
-    dict
-        The layer, the threads, the microseconds of each batch, how often suspicious batches were
-        measured again, and the remaining cliffs, in words.
-    """
+    """Measure the headline layer at 90% with every batch size, and say in words where it jumps."""
     layer = Layer.random(*HEADLINE, SPARSITY)
-    problem = Problem(layer, NumpyArrays())
+    problem = Problem(layer, Arrays())
     bind = product("numba")(problem)
     calls: dict[int, Call] = {size: bind(problem.batch(size, threads=threads)) for size in BATCHES}
 
@@ -107,7 +98,7 @@ def measure_cliffs(threads: int, *, seconds: float = 6.0) -> dict[str, Any]:
         return {size: times[str(size)] for size in sizes}
 
     with thread_limit(threads):
-        times, repeats = confirmed_times(microseconds)
+        times = confirmed_times(microseconds)
     return {
         "n_in": layer.n_in,
         "n_out": layer.n_out,
@@ -115,6 +106,5 @@ def measure_cliffs(threads: int, *, seconds: float = 6.0) -> dict[str, Any]:
         "threads": threads,
         "batches": list(BATCHES),
         "median_us": list(times.values()),
-        "repeats": repeats,
         "found": [str(cliff) for cliff in find_cliffs(times)],
     }

@@ -37,25 +37,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The differences between two versions.
+    """The differences between two versions."""
 
-    Parameters
-    ----------
-    slower, faster : list of Change
-        Changes of our kernels, and of an external one, beyond the spread; the largest first.
-    n_times : int
-        Times of these kernels that both versions have.
-    others : float or None
-        Median ratio of the other contenders, or None if there are none.
-    warnings : list of str
-        Why the times may not be comparable.
-    """
-
-    slower: list[Change]
+    slower: list[Change]  # beyond the spread; of our kernels and an external one, largest first
     faster: list[Change]
-    n_times: int
-    others: float | None
-    warnings: list[str]
+    n_times: int  # times of these kernels that both versions have
+    others: float | None  # median ratio of the other contenders, if there are any
+    warnings: list[str]  # why the times may not be comparable
 
 
 def load_runs(path: Path) -> list[Results]:

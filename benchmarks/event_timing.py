@@ -52,23 +52,11 @@ class _Sample(NamedTuple):
 
 @dataclass
 class EventRun:
-    """A contender's calls, one for each copy of the inputs, made in turns.
-
-    Parameters
-    ----------
-    calls : sequence of callable
-    device : GpuDevice
-    cold : bool
-        Whether to flush the second-level cache before each call.
-    around : callable
-        Returns a context in which calls are made.
-    clock : callable
-        The host's clock, in seconds since any point in time.
-    """
+    """A contender's calls, one for each copy of the inputs, made in turns."""
 
     calls: Sequence[Call]
-    device: Any
-    cold: bool = False
+    device: Any  # a `GpuDevice`
+    cold: bool = False  # flush the second-level cache before each call
     around: Context = nullcontext
     clock: Clock = time.perf_counter
 

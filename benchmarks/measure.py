@@ -12,7 +12,6 @@ import itertools
 import json
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 from srigl_core._machine import package_versions
 from srigl_core.benchmarks.cases import Case, avx2_cases, cpu_cases, gpu_cases, matching
-from srigl_core.benchmarks.contenders import load_contenders
+from srigl_core.benchmarks.contenders import external_kernel, load_contenders
 from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender
 from srigl_core.benchmarks.devices import CpuDevice, Device, GpuDevice
 from srigl_core.benchmarks.problems import FULL, Batch, Precision, Problem, WrongResultError
@@ -37,37 +36,17 @@ _FOLDERS = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+")
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure in one process. A GPU only uses the first three.
+    """What to measure in one process. A GPU only uses the first three."""
 
-    Parameters
-    ----------
-    device : {"cpu", "gpu"}
-    quick : bool
-        Whether to measure only a few cases.
-    only : tuple of str
-        See `srigl_core.benchmarks.cases.matching`.
-    threads : tuple of int
-    masks : str
-        Folder of learned layers, or "".
-    seconds : float
-        About how long each case is measured.
-    cliffs : bool
-        Whether to measure each batch size, too.
-    instructions : {"native", "avx2"}
-    kernel : str
-        An external kernel to measure beside ours in the cases that it computes, as
-        ``module:attribute`` or a registered name, or "".
-    """
-
-    device: str = "cpu"
-    quick: bool = False
-    only: tuple[str, ...] = ()
+    device: str = "cpu"  # or "gpu"
+    quick: bool = False  # only a few cases
+    only: tuple[str, ...] = ()  # see `srigl_core.benchmarks.cases.matching`
     threads: tuple[int, ...] = (1, 2)
-    masks: str = ""
-    seconds: float = 0.6
-    cliffs: bool = False
-    instructions: str = "native"
-    kernel: str = ""
+    masks: str = ""  # folder of learned layers
+    seconds: float = 0.6  # about how long each case is measured
+    cliffs: bool = False  # measure each batch size, too
+    instructions: str = "native"  # or "avx2"
+    kernel: str = ""  # an external kernel, as ``module:attribute`` or a registered name
 
 
 @dataclass(frozen=True)
@@ -95,8 +74,6 @@ def open_bench(settings: Settings) -> Bench:
     device: Device = GpuDevice() if is_gpu else CpuDevice(settings.seconds)
     contenders, absent = load_contenders(settings.device)
     if settings.kernel:
-        from srigl_core.benchmarks.contenders import external_kernel
-
         contenders += external_kernel.contenders(as_backend(settings.kernel))
     peaks = {n: device.peaks(n) for n in ((0,) if is_gpu else settings.threads)}
     return Bench(device, contenders, absent, peaks)
@@ -105,18 +82,16 @@ def open_bench(settings: Settings) -> Bench:
 def chosen(settings: Settings) -> list[Case]:
     """Return the cases that `settings` selects."""
     if settings.device == "gpu":
-        return matching(gpu_cases(quick=settings.quick), settings.only, "gpu")
+        return matching(gpu_cases(quick=settings.quick), settings.only)
     if settings.instructions == "avx2":
         cases = avx2_cases(settings.threads)
     else:
         masks = Path(settings.masks) if settings.masks else None
         cases = cpu_cases(quick=settings.quick, threads=settings.threads, masks=masks)
     if settings.kernel:
-        from srigl_core.benchmarks.contenders import external_kernel
-
         backend = as_backend(settings.kernel)
         cases = [case for case in cases if external_kernel.takes(backend, case)]
-    return matching(cases, settings.only, settings.instructions)
+    return matching(cases, settings.only)
 
 
 def measure(
@@ -126,12 +101,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure everything that `settings` selects, in this process.
 
-    Parameters
-    ----------
-    settings : Settings
-    bench : Bench
-    save : callable
-        Called with the result so far before each layer and at the end, also after an error.
+    `save` is called with the result so far before each layer and at the end, also after an error.
 
     Returns
     -------
@@ -144,10 +114,9 @@ def measure(
         If the device fails, for example after a fault in a kernel.
     """
     cases, device = chosen(settings), bench.device
-    instructions = "gpu" if settings.device == "gpu" else settings.instructions
     records: list[dict[str, Any]] = []
     process: dict[str, Any] = {
-        "instructions": instructions,
+        "instructions": "gpu" if settings.device == "gpu" else settings.instructions,
         "versions": package_versions(*device.packages),
         "absent": list(bench.absent),
         "limits": [dataclasses.asdict(peaks) for peaks in bench.peaks.values()],
@@ -160,7 +129,7 @@ def measure(
             layer = None
             for case in group:
                 layer = layer or _PreparedLayer(case, device)
-                records.append(_measured(bench, layer, case, instructions))
+                records.append(_measured(bench, layer, case))
                 _show(Row(records[-1]), case, len(records), len(cases))
     finally:
         save(process)
@@ -173,16 +142,15 @@ def measure(
 
 def _show(row: Row, case: Case, number: int, n_cases: int) -> None:
     """Print a line of progress, and what went wrong."""
-    words = " ".join(case.words(row.instructions))
-    print(f"[{number}/{n_cases}] {words}: {row.summary()}", flush=True)
+    print(f"[{number}/{n_cases}] {' '.join(case.words)}: {row.summary()}", flush=True)
     for why in ("wrong", "failed"):
         for name, reason in row.left_out(why).items():
             print(f"  {why}: {name}: {reason}", flush=True)
 
 
-def _measured(bench: Bench, layer: _PreparedLayer, case: Case, instructions: str) -> dict[str, Any]:
+def _measured(bench: Bench, layer: _PreparedLayer, case: Case) -> dict[str, Any]:
     """Return the record of a case."""
-    started, device, peaks = time.perf_counter(), bench.device, bench.peaks[case.threads]
+    device, peaks = bench.device, bench.peaks[case.threads]
     contenders = {c.name: c for c in bench.contenders if c.operation == case.operation}
     unfit = {name: why for name, c in contenders.items() if (why := c.unfit(case))}
     wrong: dict[str, str] = {}
@@ -214,14 +182,13 @@ def _measured(bench: Bench, layer: _PreparedLayer, case: Case, instructions: str
         entries[name] = {"family": contender.family, **timing, **bounds}
     least = _bounds(case, peaks)
     return {
-        **case.facts(instructions),
+        **case.facts,
         "least_us": least["least_us"],
         "limited_by": least["limited_by"],
         "contenders": entries,
         "unfit": unfit,
         "failed": failed,
         "wrong": wrong,
-        "seconds": rounded(time.perf_counter() - started),
     }
 
 

@@ -47,24 +47,12 @@ class WrongResultError(SriglError):
 
 @dataclass(frozen=True)
 class Precision:
-    """The number types in which a contender computes, and the error that they allow.
+    """The number types in which a contender computes, and the error that they allow."""
 
-    Parameters
-    ----------
-    values : str
-        Dtype of the weight's values; "" is that of the case.
-    inputs : str
-        Dtype of inputs, bias and result; "" is that of the case.
-    of_products : float
-        Relative error of a product or a partial sum, in addition to that of the accumulator.
-    of_result : float
-        Relative error from rounding the result.
-    """
-
-    values: str = ""
-    inputs: str = ""
-    of_products: float = 0.0
-    of_result: float = 0.0
+    values: str = ""  # dtype of the weight's values; "" is that of the case
+    inputs: str = ""  # dtype of inputs, bias and result
+    of_products: float = 0.0  # relative error of products and partial sums, besides the sum's own
+    of_result: float = 0.0  # relative error from rounding the result
 
 
 FULL = Precision()
@@ -103,15 +91,7 @@ _ALL = slice(0, None)
 class Problem:
     """A layer's condensed weight in NumPy, the arrays made of it, and the exact results.
 
-    Parameters
-    ----------
-    layer : Layer
-    arrays : Arrays
-        Where the arrays are.
-    dtype : {"float32", "float64"}
-        Of the values, the bias and the inputs.
-    seed : int
-        Another seed draws another random weight; the inputs stay the same.
+    Another seed draws another random weight; the inputs stay the same.
     """
 
     def __init__(
@@ -253,29 +233,13 @@ class Problem:
         return {"nnz_budget": self.weight.nnz, "drop_fraction": DROP_FRACTION}
 
     def check(self, name: str, operation: str, result: Any, batch: Batch) -> None:
-        """Compare every number of a contender's result with float64.
+        """Raise WrongResultError unless every number of a contender's result agrees with float64.
 
-        Parameters
-        ----------
-        name : str
-            The contender's.
-        operation : {"forward", "backward", "update"}
-        result : array or pair of arrays
-            The product, of which a single row may be a vector; the gradients of x and of the
-            values, of which the second may be of all entries of the weight; or the mask.
-        batch : Batch
-
-        Raises
-        ------
-        WrongResultError
-            If a shape differs, or a number is further from the exact one than rounding allows.
-
-        Notes
-        -----
-        The exact results are computed from the numbers that the contender takes, after rounding to
-        its types. The bound of each entry is ``precision.of_result`` times its
-        magnitude, plus the sum of the magnitudes of its terms times ``precision.of_products`` and
-        the error of a sum in the accumulator: of as many terms, in any order, truncated and not
+        A product of a single row may be a vector, and the gradient of the values may be that of all
+        entries of the weight. The exact results are computed from the numbers that the contender
+        takes, after rounding to its types. The bound of each entry is ``precision.of_result`` times
+        its magnitude, plus the sum of the magnitudes of its terms times ``precision.of_products``
+        and the error of a sum in the accumulator: of as many terms, in any order, truncated and not
         rounded, as tensor cores do.
         """
         dtypes = (self.precision.values, self.precision.inputs)
@@ -312,15 +276,14 @@ class Problem:
         for first in range(0, len(self.dense), neurons):
             part = slice(first, first + neurons)
             weight, bias = (self._cast(each[part], "float64") for each in (self.dense, self.bias))
-            sizes = abs(x) @ abs(weight.T) + abs(bias)
-            yield _Exact("y", part, x @ weight.T + bias, sizes, self._terms)
+            y, sizes = _product(x, weight.T)
+            yield _Exact("y", part, y + bias, sizes + abs(bias), self._terms)
 
     def _exact_gradients(self, x: Any, grad: Any) -> Iterator[_Exact]:
         weight = self._cast(self.dense, "float64")
-        most_terms = int((weight != 0).sum(0).max())
-        yield _Exact("dx", _ALL, grad @ weight, abs(grad) @ abs(weight), most_terms)
-        at = self.rows, self.columns
-        dvalues, sizes = (grad.T @ x)[at], (abs(grad).T @ abs(x))[at]
+        yield _Exact("dx", _ALL, *_product(grad, weight), int((weight != 0).sum(0).max()))
+        connections = self.rows, self.columns
+        dvalues, sizes = (each[connections] for each in _product(grad.T, x))
         yield _Exact("dvalues", _ALL, dvalues, sizes, len(x))
 
     def _compare(self, name: str, result: Any, exact: _Exact) -> None:
@@ -344,6 +307,11 @@ class Problem:
                 f"{part[row, column].item()!r}, but should be "
                 f"{exact.numbers[row, column].item()!r}"
             )
+
+
+def _product(a: Any, b: Any) -> tuple[Any, Any]:
+    """Return a product, and the sums of the magnitudes of its terms."""
+    return a @ b, abs(a) @ abs(b)
 
 
 def _distinct(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float32]:

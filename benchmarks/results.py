@@ -43,15 +43,9 @@ class Times(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One case with the times of its contenders, in microseconds.
+    """One case with the times of its contenders, in microseconds."""
 
-    Parameters
-    ----------
-    case : mapping
-        As in the file; its items are also attributes.
-    """
-
-    case: Mapping[str, Any]
+    case: Mapping[str, Any]  # as in the file; its items are also attributes
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -154,15 +148,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole run.
+    """A whole run."""
 
-    Parameters
-    ----------
-    content : mapping
-        As in the file.
-    """
-
-    content: Mapping[str, Any]
+    content: Mapping[str, Any]  # as in the file
 
     @property
     def benchmark(self) -> str:

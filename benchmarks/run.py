@@ -37,26 +37,13 @@ def run(
     name: str = "",
     opened: Callable[[Settings], Bench] = open_bench,
 ) -> list[Path]:
-    """Measure, and write the JSON, the page and, for a CPU, the plot.
+    """Measure, and write the JSON, the page and, for a CPU, the plot; return their paths.
 
     A CPU is measured in a separate process, and once more with AVX2 alone if the machine has more
     and the run is not a quick one. A GPU is measured in this process, and the JSON is written after
-    each layer, marked as incomplete until the end.
-
-    Parameters
-    ----------
-    settings : Settings
-    out : Path
-        Folder of the files; created if it does not exist.
-    name : str
-        Name of the files without their suffix; "" is the name of the device.
-    opened : callable
-        Returns the GPU and what is measured on it.
-
-    Returns
-    -------
-    list of Path
-        The files, the JSON first. If it has no rows, as with cliffs alone, there is no page.
+    each layer, marked as incomplete until the end. `opened` returns the GPU and what is measured on
+    it. `name` is that of the files without their suffix, if it is not the device's. Where there are
+    no rows, as with cliffs alone, there is no page.
 
     Raises
     ------

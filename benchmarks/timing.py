@@ -78,25 +78,16 @@ def interleaved(
     is_enough: Callable[[int], bool] = lambda rounds: False,
     rest: Call = lambda: None,
 ) -> tuple[dict[str, Timing], dict[str, Exception]]:
-    """Time every contender for a few calls each round.
+    """Time every contender for a few calls each round; each round begins with another one.
 
-    Parameters
-    ----------
-    runs : mapping of str to HostRun or EventRun
-        Their calls have been made once, so that nothing is left to be compiled.
-    is_enough : callable
-        Takes the number of rounds done; returns whether to stop before a run's `most_rounds`.
-    rest : callable
-        Called before each contender's part of a round.
+    Their calls have been made once, so that nothing is left to be compiled. `is_enough` takes the
+    number of rounds done, and returns whether to stop before a run's `most_rounds`. `rest` is
+    called before each contender's part of a round.
 
     Returns
     -------
     dict of str to Timing, and dict of str to Exception
         The times, and for contenders that raised an exception, that exception.
-
-    Notes
-    -----
-    Each round begins with another contender.
     """
     failed: dict[str, Exception] = {}
 
@@ -145,18 +136,9 @@ class TimeBudget:
 class HostRun:
     """Calls timed with the host's clock, one after the other.
 
-    A time is the median over the rounds of the median of each round.
-
-    Parameters
-    ----------
-    call : callable
-    before : sequence of callable
-        Called before each timed call, such as a flush of the caches. Without any, the caches are
-        hot: they hold what the last call left.
-    around : callable
-        Returns a context in which calls are made.
-    clock : callable
-        Seconds since any point in time.
+    A time is the median over the rounds of the median of each round. What is in `before` is called
+    before each timed call, such as a flush of the caches. Without any, the caches are hot: they
+    hold what the last call left.
     """
 
     call: Call

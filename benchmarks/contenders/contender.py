@@ -32,38 +32,24 @@ unless_compiled = unless(
 class Contender:
     """One way to compute an operation.
 
-    Parameters
-    ----------
-    name : str
-    family : str
-        "ours", "external" (the kernel that the user names), "dense" (in the dtype of the case),
-        "tf32", "fp16", "bf16", "csr", "gather", "fewer neurons", "other". Ours is compared with
-        the best contender of each family.
-    operation : {"forward", "backward", "update"}
-    prepare : callable
-        Does what is done once for a problem's weight, which is not timed. Returns a function that
-        takes a batch and returns the call to be timed. The call takes no arguments, and returns
-        new arrays: the product, a pair of the gradients of x and of the values, or the mask.
-    takes : callable
-        Converts the inputs of a batch, which is not timed.
-    precision : Precision
-    problem : callable
-        Returns the problem to solve, where that differs.
-    around : callable
-        Returns the context in which it is called.
-    unfit : callable
-        Returns why a case is left out, or "".
+    `prepare` does what is done once for a problem's weight, which is not timed. It returns a
+    function that takes a batch and returns the call to be timed. The call takes no arguments, and
+    returns new arrays: the product, a pair of the gradients of x and of the values, or the mask.
+
+    Ours is compared with the best contender of each family: "external" (the kernel that the user
+    names), "dense" (in the dtype of the case), "tf32", "fp16", "bf16", "csr", "gather", "fewer
+    neurons", "other".
     """
 
     name: str
     family: str
     operation: str
     prepare: Callable[[Problem], Bind]
-    takes: Callable[[Problem, Any], Any] = lambda problem, array: array
+    takes: Callable[[Problem, Any], Any] = lambda problem, array: array  # converts inputs, untimed
     precision: Precision = FULL
-    problem: Callable[[Problem], Problem] = lambda problem: problem
-    around: Context = nullcontext
-    unfit: Unfit = lambda case: ""
+    problem: Callable[[Problem], Problem] = lambda problem: problem  # to solve instead
+    around: Context = nullcontext  # in which it is called
+    unfit: Unfit = lambda case: ""  # why a case is left out
 
     def bind(self, problem: Problem) -> Bind:
         """Prepare the weight of a problem; return what takes a batch of the whole problem."""

@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 import srigl_core
 from srigl_core.benchmarks import contenders as contender_modules
 from srigl_core.benchmarks import measure, problems, readme, run
-from srigl_core.benchmarks.arrays import NumpyArrays
+from srigl_core.benchmarks.arrays import Arrays
 from srigl_core.benchmarks.cases import HEADLINE, Case, Layer, cpu_cases, gpu_cases, matching
 from srigl_core.benchmarks.cliffs import BATCHES, confirmed_times, find_cliffs, measure_cliffs
 from srigl_core.benchmarks.compare import compare
 from srigl_core.benchmarks.contenders import load_contenders
 from srigl_core.benchmarks.devices import cpu_peaks
-from srigl_core.benchmarks.devices.caches import Flush, cache_sizes
+from srigl_core.benchmarks.devices.cpu import Flush, cache_sizes
 from srigl_core.benchmarks.devices.pools import environment
 from srigl_core.benchmarks.problems import RESULTS, TF32, Problem, WrongResultError
 from srigl_core.benchmarks.report import page, write_report
@@ -88,14 +88,14 @@ def test_cases_of_a_layer_follow_each_other_and_a_quick_run_is_part_of_a_whole_o
 def test_only_takes_one_word_of_each():
     cases = cases_of("cpu")
     only = ["3072-768,1024-1024", "90%", "batch=1", "threads=2", "cold"]
-    names = [case.layer.name for case in matching(cases, only, "native")]
+    names = [case.layer.name for case in matching(cases, only)]
     assert names == ["3072-768", "1024-1024"]
-    assert matching(cases, ["avx2"], "native") == []
-    assert matching(cases, [], "native") == cases
-    on_gpu = matching(cases_of("gpu"), ["3072-768", "90%", "batch=256", "warm", "forward"], "gpu")
+    assert matching(cases, ["avx2"]) == []
+    assert matching(cases, []) == cases
+    on_gpu = matching(cases_of("gpu"), ["3072-768", "90%", "batch=256", "warm", "forward"])
     assert [case.layer.n_active for case in on_gpu] == [768, 461]  # 40% are ablated, no weight is
     assert {case.layer.sparsity for case in on_gpu} == {0.9}
-    assert matching(on_gpu, ["ablated"], "gpu") == on_gpu[1:]
+    assert matching(on_gpu, ["ablated"]) == on_gpu[1:]
 
 
 def test_learned_masks_are_measured_each_beside_a_random_one(tmp_path):
@@ -106,8 +106,8 @@ def test_learned_masks_are_measured_each_beside_a_random_one(tmp_path):
     cases = cpu_cases(quick=True, threads=(1,), masks=tmp_path)
     layers = list(dict.fromkeys(case.layer for case in cases if case.layer.n_in == 150))
     assert [layer.mask for layer in layers] == ["learned: net fc", "random"]
-    assert Problem(layers[0], NumpyArrays()).weight == layers[0].weight == learned
-    twin = Problem(layers[1], NumpyArrays()).weight
+    assert Problem(layers[0], Arrays()).weight == layers[0].weight == learned
+    twin = Problem(layers[1], Arrays()).weight
     assert (twin.shape, twin.fan_in, twin.n_active) == ((200, 150), 9, 180)
 
 
@@ -123,7 +123,7 @@ def bench(device, monkeypatch):
     if importlib.util.find_spec("torch"):  # compiling would take seconds
         monkeypatch.setattr("torch.compile", lambda function, *, dynamic: function)
     if device == "cpu":
-        return SimpleNamespace(contenders=load_contenders("cpu")[0], arrays=NumpyArrays())
+        return SimpleNamespace(contenders=load_contenders("cpu")[0], arrays=Arrays())
     pytest.importorskip("torch", reason="the GPU's contenders need PyTorch")
     from srigl_core.benchmarks.contenders import ours, pytorch
 
@@ -244,7 +244,7 @@ def test_results_are_compared_in_pieces(bench, device, monkeypatch, neurons, pla
 
 
 def test_an_update_has_no_ties():
-    for array in Problem(Layer(300, 200, 30, 200), NumpyArrays()).update_inputs[:2]:
+    for array in Problem(Layer(300, 200, 30, 200), Arrays()).update_inputs[:2]:
         magnitudes = np.abs(array[array != 0])
         assert np.unique(magnitudes).size == magnitudes.size
 
@@ -457,9 +457,7 @@ def test_a_jump_is_a_cliff_and_a_tenth_is_none():
 )
 def test_a_batch_that_is_slow_once_is_measured_again_and_is_no_cliff(odd, again):
     measured = FakeTimes(odd)
-    times, repeats = confirmed_times(measured)
-    assert times == {batch: smooth(batch) for batch in BATCHES}
-    assert repeats == len(again)
+    assert confirmed_times(measured) == {batch: smooth(batch) for batch in BATCHES}
     assert measured.measured == [list(BATCHES), *again]
 
 
@@ -476,7 +474,6 @@ def test_a_batch_that_is_slow_each_time_stays_a_cliff_of_its_least_time(monkeypa
     assert result["found"] == ["batch 63 takes 1.61 times as long as 64"]
     assert result["median_us"][20 - 1] == smooth(20)
     assert measured.measured[1:] == [[20, 21, 63, 64], [63, 64], [63, 64]]
-    assert result["repeats"] == 3
 
 
 # What is made of a result
