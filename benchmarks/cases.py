@@ -135,11 +135,6 @@ def cpu_cases(*, quick: bool, threads: Sequence[int], masks: Path | None = None)
 
     If `masks` is a folder of files that `srigl_core.save_condensed` wrote, each of their layers is
     measured beside a random layer of the same size and sparsity.
-
-    Raises
-    ------
-    SriglError
-        If `masks` holds no layer that is large enough.
     """
     cases = _quick_cpu_cases() if quick else _all_cpu_cases()
     for layer in [] if masks is None else _learned_layers(masks):

@@ -47,13 +47,7 @@ class Comparison:
 
 
 def load_runs(path: Path) -> list[Results]:
-    """Read a result file, or all result files in a folder: several runs of one version.
-
-    Raises
-    ------
-    FileFormatError
-        If a file is not a result, or the folder has none.
-    """
+    """Read a result file, or all result files in a folder: several runs of one version."""
     files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
     if not files:
         raise FileFormatError(f"{str(path)!r} has no .json files; run srigl bench cpu")
@@ -65,11 +59,6 @@ def compare(old: Sequence[Results], new: Sequence[Results]) -> Comparison:
 
     A time changed beyond the spread if the quartiles of the two versions do not overlap, in any of
     their runs.
-
-    Raises
-    ------
-    SriglError
-        If some runs are on a CPU and others on a GPU, or no time of our kernels is in both.
     """
     if len({results.benchmark for results in (*old, *new)}) > 1:
         raise SriglError(

@@ -8,6 +8,7 @@ because other work of an interpreter would affect the times.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -63,13 +64,7 @@ class Bench:
 
 
 def open_bench(settings: Settings) -> Bench:
-    """Return the device of this machine with its contenders, and measure its peak rates.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If there is no device, or a package is missing.
-    """
+    """Return the device of this machine with its contenders, and measure its peak rates."""
     is_gpu = settings.device == "gpu"
     device: Device = GpuDevice() if is_gpu else CpuDevice(settings.seconds)
     contenders, absent = load_contenders(settings.device)
@@ -99,19 +94,10 @@ def measure(
     bench: Bench,
     save: Callable[[dict[str, Any]], object] = lambda process: None,
 ) -> dict[str, Any]:
-    """Measure everything that `settings` selects, in this process.
+    """Measure everything that `settings` selects, and return this process's part of the file.
 
-    `save` is called with the result so far before each layer and at the end, also after an error.
-
-    Returns
-    -------
-    dict
-        The part of the result file that describes this process: versions, peak rates, cases.
-
-    Raises
-    ------
-    SriglError
-        If the device fails, for example after a fault in a kernel.
+    `save` is called with the result so far before each layer and at the end, also after an error:
+    the device may fail, for example after a fault in a kernel.
     """
     cases, device = chosen(settings), bench.device
     records: list[dict[str, Any]] = []
@@ -204,9 +190,10 @@ class _PreparedLayer:
     """A layer's problem, and what each contender made of its weight."""
 
     def __init__(self, case: Case, device: Device) -> None:
-        self._device = device
-        self._arguments = (case.layer, device.arrays, case.dtype)
-        self._problems: dict[Any, Problem] = {}
+        problem = functools.partial(Problem, case.layer, device.arrays, case.dtype)
+        whole = functools.cache(lambda seed: problem(seed=seed))
+        self._device, self._whole = device, whole
+        self._derived = functools.cache(lambda derive, seed: derive(whole(seed)))
         self._bound: dict[tuple[Contender, int], Bind | str] = {}
 
     def batches(self, case: Case) -> list[Batch]:
@@ -232,17 +219,10 @@ class _PreparedLayer:
             other=lambda: self._call(contender, batches[0], seed=1),
         )
 
-    def _whole(self, seed: int) -> Problem:
-        if seed not in self._problems:
-            self._problems[seed] = Problem(*self._arguments, seed=seed)
-        return self._problems[seed]
-
     def _problem(self, contender: Contender, seed: int = 0) -> Problem:
         """Return the problem that a contender solves; another seed is another weight."""
-        key = (contender.problem, seed)
-        if key not in self._problems:
-            self._problems[key] = contender.problem(self._whole(seed))
-        return self._problems[key].at(contender.precision)
+        problem: Problem = self._derived(contender.problem, seed)
+        return problem.at(contender.precision)
 
     def _call(self, contender: Contender, batch: Batch, seed: int = 0) -> Call:
         """Return a contender's call; a preparation that failed is not tried again."""

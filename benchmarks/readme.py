@@ -30,13 +30,7 @@ def block(results: Results) -> str:
 
 
 def replaced(page: str, results: Results) -> str:
-    """Return `page` with a new table between its markers.
-
-    Raises
-    ------
-    FileFormatError
-        If it does not have exactly one pair of markers.
-    """
+    """Return `page` with a new table between its markers, of which it must have one pair."""
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise FileFormatError(f"the page must have one {BEGIN} and, below, one {END}")
     before, rest = page.split(BEGIN)

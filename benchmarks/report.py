@@ -120,13 +120,7 @@ where 40% are ablated.""",
 
 
 def write_report(results: Results, folder: Path, name: str) -> list[Path]:
-    """Write the page and, for a CPU, the plot; `name` is that of the files without their suffix.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If there is a plot, and matplotlib is not installed.
-    """
+    """Write the page and, for a CPU, the plot; `name` is that of the files without their suffix."""
     plots = [save_plot(results, folder / f"{name}.png")] if results.benchmark == "cpu" else []
     written = folder / f"{name}.md"
     written.write_text(page(results, *(plot.name for plot in plots)), encoding="utf-8")

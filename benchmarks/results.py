@@ -191,15 +191,7 @@ class Results:
 
 
 def load_results(path: Path) -> Results:
-    """Read a file that `save_results` wrote.
-
-    Raises
-    ------
-    FileFormatError
-        If it is another file, or of another format.
-    OSError
-        If it cannot be read.
-    """
+    """Read a file that `save_results` wrote; FileFormatError if it is another file or format."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         problem = _problem_of(content)

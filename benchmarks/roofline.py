@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from srigl_core._arrays.dtypes import value_dtype
 from srigl_core.benchmarks.cases import Case, Layer
 
 __all__ = ["CpuPeaks", "GpuPeaks", "Peaks", "Work", "least_time", "work_of"]
-
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Work(NamedTuple):
@@ -99,7 +98,7 @@ def work_of(case: Case, peaks: Peaks, *, values: str = "", inputs: str = "") -> 
     backward pass makes the gradient of the values, in float32 at least, and that of the inputs.
     """
     layer, batch = case.layer, case.batch
-    value, item = ITEM_BYTES[values or case.dtype], ITEM_BYTES[inputs or case.dtype]
+    value, item = (value_dtype(dtype or case.dtype).itemsize for dtype in (values, inputs))
     if case.operation == "update":
         return Work(layer.n_in * layer.n_out * (3 * item + 2), 0, 0)
     weight = layer.nnz * value + peaks.mask_bytes(layer)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from srigl_core.benchmarks.devices import CpuDevice
 from srigl_core.benchmarks.devices.pools import check_threads, environment
 from srigl_core.benchmarks.event_timing import CALLS
-from srigl_core.benchmarks.measure import Bench, Settings, chosen, measure, open_bench
+from srigl_core.benchmarks.measure import Settings, chosen, measure, open_bench
 from srigl_core.benchmarks.plot import check_package
 from srigl_core.benchmarks.report import write_report
 from srigl_core.benchmarks.results import FORMAT, Results, save_results
@@ -30,26 +29,13 @@ _BUSY = 0.5
 """Processes that wait for a core, on average over a minute, before this one starts."""
 
 
-def run(
-    settings: Settings,
-    out: Path,
-    *,
-    name: str = "",
-    opened: Callable[[Settings], Bench] = open_bench,
-) -> list[Path]:
+def run(settings: Settings, out: Path, *, name: str = "") -> list[Path]:
     """Measure, and write the JSON, the page and, for a CPU, the plot; return their paths.
 
     A CPU is measured in a separate process, and once more with AVX2 alone if the machine has more
     and the run is not a quick one. A GPU is measured in this process, and the JSON is written after
-    each layer, marked as incomplete until the end. `opened` returns the GPU and what is measured on
-    it. `name` is that of the files without their suffix, if it is not the device's. Where there are
-    no rows, as with cliffs alone, there is no page.
-
-    Raises
-    ------
-    SriglError
-        If no case is selected, or measuring failed; `BackendUnavailableError` if a device or a
-        package is missing.
+    each layer, marked as incomplete until the end. `name` is that of the files without their
+    suffix, if it is not the device's. Without rows, as with cliffs alone, there is no page.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
     is_cpu = settings.device == "cpu"
@@ -58,7 +44,7 @@ def run(
     each = [one for one in _processes(settings) if one.cliffs or chosen(one)]
     if not each:
         raise SriglError(_why_nothing(settings))
-    bench = None if is_cpu else opened(settings)
+    bench = None if is_cpu else open_bench(settings)
     machine = (CpuDevice(0) if bench is None else bench.device).facts()
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name or settings.device}.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from srigl_core._machine import cpu_name, n_cores
 from srigl_core.benchmarks.arrays import Arrays
-from srigl_core.benchmarks.devices.pools import relevant_environment, rest, thread_limit
+from srigl_core.benchmarks.devices.pools import at_once, relevant_environment, rest, thread_limit
 from srigl_core.benchmarks.roofline import CpuPeaks
 from srigl_core.benchmarks.timing import (
     Call,
@@ -64,13 +63,7 @@ class Flush:
 
     def __call__(self) -> None:
         """Read the buffer; NumPy's sum releases the interpreter lock meanwhile."""
-        buffer = self.buffer
-        others = [threading.Thread(target=buffer.sum) for _ in range(self._threads - 1)]
-        for thread in others:
-            thread.start()
-        buffer.sum()
-        for thread in others:
-            thread.join()
+        at_once([self.buffer.sum] * self._threads)
 
 
 class CpuDevice:

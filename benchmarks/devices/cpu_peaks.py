@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numba import njit
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from srigl_core.backends.numba_cpu.processor import vector_bytes
 from srigl_core.backends.numba_cpu.simd import add, first_lane, fma, load, splat, zeros
+from srigl_core.benchmarks.devices.pools import at_once
 from srigl_core.benchmarks.roofline import CpuPeaks
 
 __all__ = ["measure_cpu_peaks"]
@@ -87,12 +89,7 @@ def _sample(runs: tuple[Callable[[int], object], ...], repeats: int) -> float:
         runs[index](repeats)
         rates[index] = repeats / (time.perf_counter() - started)
 
-    others = [threading.Thread(target=work, args=(i,)) for i in range(1, len(runs))]
-    for thread in others:
-        thread.start()
-    work(0)
-    for thread in others:
-        thread.join()
+    at_once([partial(work, index) for index in range(len(runs))])
     return sum(rates)
 
 

@@ -288,8 +288,7 @@ def measured(device, real, tmp_path, monkeypatch):
 
     def run(*more):
         bench = Bench(device, [*contenders, *more], [], {0: PEAKS})
-        opened = run_module.run.__kwdefaults__
-        monkeypatch.setitem(opened, "opened", lambda settings: bench)
+        monkeypatch.setattr(run_module, "open_bench", lambda settings: bench)
         return load_results(run_module.run(Settings("gpu"), tmp_path)[0])
 
     return run
@@ -433,7 +432,7 @@ def test_module_and_command_exit_with_one_after_a_wrong_result(
 @pytest.mark.parametrize("arguments", [["--only", "nothing"], []])
 def test_what_cannot_be_measured_is_one_line(arguments, tmp_path, monkeypatch, capsys):
     missing = mock.Mock(side_effect=BackendUnavailableError("the benchmark needs X: pip install x"))
-    monkeypatch.setitem(run_module.run.__kwdefaults__, "opened", missing)
+    monkeypatch.setattr(run_module, "open_bench", missing)
     message = "leaves no case to measure" if arguments else "pip install x"
     (code, output), (module_code, _) = command(tmp_path, *arguments)
     assert code == module_code == 1
