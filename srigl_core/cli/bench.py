@@ -130,7 +130,10 @@ def kernel(
 @one_line_errors
 def gpu(quick: _Quick = False, out: _Out = _OUT, only: _Only = None) -> None:
     """Time the CUDA kernels against dense in all precisions, CSR and gathers."""
-    _exit_code(_measured(out, device="gpu", quick=quick, only=tuple(only or ())))
+    from srigl_core.benchmarks.gpu import main
+
+    words = [argument for word in only or () for argument in ("--only", word)]
+    raise typer.Exit(main(["--out", str(out), *words, *(["--quick"] if quick else [])]))
 
 
 @bench.command()

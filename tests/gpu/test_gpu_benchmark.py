@@ -15,7 +15,6 @@ import pytest
 from fake_gpu import PEAKS, FakeGpu
 from typer.testing import CliRunner
 
-from srigl_core.benchmarks import gpu as gpu_module
 from srigl_core.benchmarks import measure
 from srigl_core.benchmarks import run as run_module
 from srigl_core.benchmarks.cases import Case, Layer, gpu_cases
@@ -339,7 +338,7 @@ def test_a_run_writes_json_and_page_and_leaves_no_contender_wrong(
 
 
 @pytest.mark.parametrize("wrong", [{0, 1, 2, 3}, {3}], ids=["always", "on the last copy"])
-def test_a_wrong_result_is_recorded_and_not_timed(device, measured, tmp_path, capsys, wrong):
+def test_a_wrong_result_is_recorded_and_not_timed(device, measured, tmp_path, wrong):
     results = measured(extra(device, error=lambda batch: 0.5 * (batch.number in wrong)))
     forward = [row for row in results.rows if row.operation == "forward"]
     for row in forward:
@@ -347,7 +346,11 @@ def test_a_wrong_result_is_recorded_and_not_timed(device, measured, tmp_path, ca
         assert row.left_out("wrong")["extra"].startswith("extra: y is wrong at (0, 0)")
     assert len(results.wrong) == len(forward)
     assert "**wrong**: extra" in (tmp_path / "gpu.md").read_text()
-    assert "wrong: extra: extra: y is wrong" in capsys.readouterr().out
+    result = command(tmp_path)
+    assert result.exit_code == 1
+    assert "wrong: extra: extra: y is wrong" in result.output
+    assert f"In {tmp_path}: gpu.json, gpu.md" in result.output
+    assert command(tmp_path, "--only", "update").exit_code == 0
 
 
 def test_a_contender_that_raises_is_recorded_and_the_run_goes_on(device, measured, tmp_path):
@@ -408,37 +411,18 @@ def test_a_run_that_ends_early_leaves_what_it_measured(device, measured, tmp_pat
 
 
 def command(tmp_path, *arguments):
-    """Return the exit code and the output of the command, and those of the module."""
     options = ["--quick", "--out", str(tmp_path), *arguments]
-    result = CliRunner().invoke(app, ["bench", "gpu", *options])
-    with mock.patch.object(sys, "stderr", sys.stdout):
-        return (result.exit_code, result.output), (gpu_module.main(options), None)
-
-
-@pytest.mark.parametrize("error", [0.0, 0.5], ids=["right", "wrong"])
-def test_module_and_command_exit_with_one_after_a_wrong_result(
-    device, measured, tmp_path, capsys, error
-):
-    measured(extra(device, error=lambda batch: error))
-    capsys.readouterr()
-    (code, output), (module_code, _) = command(tmp_path)
-    assert code == module_code == int(error > 0)
-    for text in (output, capsys.readouterr().out):
-        assert ("wrong: extra: y is wrong" in text) == (error > 0)
-        assert f"In {tmp_path}: gpu.json, gpu.md" in text
-    assert gpu_module.main(["--out", str(tmp_path), "--only", "update"]) == 0
+    return CliRunner().invoke(app, ["bench", "gpu", *options])
 
 
 @pytest.mark.parametrize("arguments", [["--only", "nothing"], []])
-def test_what_cannot_be_measured_is_one_line(arguments, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_measured_is_one_line(arguments, tmp_path, monkeypatch):
     missing = mock.Mock(side_effect=BackendUnavailableError("the benchmark needs X: pip install x"))
     monkeypatch.setattr(run_module, "open_bench", missing)
-    message = "leaves no case to measure" if arguments else "pip install x"
-    (code, output), (module_code, _) = command(tmp_path, *arguments)
-    assert code == module_code == 1
-    for text in (output, capsys.readouterr().out):
-        assert message in text
-        assert len(text.strip().splitlines()) == 1
+    result = command(tmp_path, *arguments)
+    assert result.exit_code == 1
+    assert ("leaves no case to measure" if arguments else "pip install x") in result.output
+    assert len(result.output.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
