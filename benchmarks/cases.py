@@ -157,7 +157,16 @@ def avx2_cases(threads: Sequence[int]) -> list[Case]:
 
 def gpu_cases(*, quick: bool) -> list[Case]:
     """Return the cases of a run on a GPU, layer by layer; `quick` is less than a minute."""
-    return _quick_gpu_cases() if quick else _all_gpu_cases()
+    if not quick:
+        return _all_gpu_cases()
+    headline = Layer.random(*HEADLINE, 0.9)
+    others = [*(Layer.random(*HEADLINE, s) for s in (0.95, 0.99)), _ablated_layer(*HEADLINE, 0.9)]
+    return [
+        *(replace(c, compiled=False) for c in _forward(headline, (1, 8, 256, 2048), cold=(256,))),
+        *_backward(headline, (256,)),
+        Case("update", headline),
+        *(case for layer in others for case in _forward(layer, (256,))),
+    ]
 
 
 def _ablated_layer(n_in: int, n_out: int, sparsity: float) -> Layer:
@@ -220,17 +229,6 @@ def _all_gpu_cases() -> list[Case]:
     for shape in _GPU_SHAPES:
         cases += _forward(_ablated_layer(*shape, 0.9), _GPU_BATCHES)
     return cases
-
-
-def _quick_gpu_cases() -> list[Case]:
-    headline = Layer.random(*HEADLINE, 0.9)
-    others = [*(Layer.random(*HEADLINE, s) for s in (0.95, 0.99)), _ablated_layer(*HEADLINE, 0.9)]
-    return [
-        *(replace(c, compiled=False) for c in _forward(headline, (1, 8, 256, 2048), cold=(256,))),
-        *_backward(headline, (256,)),
-        Case("update", headline),
-        *(case for layer in others for case in _forward(layer, (256,))),
-    ]
 
 
 def _forward(

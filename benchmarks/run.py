@@ -40,7 +40,10 @@ def run(settings: Settings, out: Path, *, name: str = "") -> list[Path]:
     started, clock = datetime.now(UTC), time.perf_counter()
     is_cpu = settings.device == "cpu"
     if is_cpu:
-        _check(settings)
+        for threads in settings.threads:
+            check_threads(threads)
+        check_package("matplotlib")
+        check_package("threadpoolctl", "the benchmark")
     each = [one for one in _processes(settings) if one.cliffs or chosen(one)]
     if not each:
         raise SriglError(_why_nothing(settings))
@@ -112,13 +115,6 @@ def _why_nothing(settings: Settings) -> str:
             f"{', '.join(dtypes)}, and the cases are float32, without --quick also float64"
         )
     return why
-
-
-def _check(settings: Settings) -> None:
-    for threads in settings.threads:
-        check_threads(threads)
-    check_package("matplotlib")
-    check_package("threadpoolctl", "the benchmark")
 
 
 def _described(settings: Settings) -> dict[str, Any]:
