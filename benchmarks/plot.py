@@ -70,7 +70,7 @@ def _best_times(row: Row) -> dict[str, float | None]:
     """Return our time and the best time of each family."""
     families = ("dense", "csr", "gather", "fewer neurons")
     bests = {f"best {family}": row.best(family) for family in families}
-    return {row.main: row.ours, **{name: best and best[0] for name, best in bests.items()}}
+    return {row.main: row.ours, **{name: best and best[1] for name, best in bests.items()}}
 
 
 def _roofline_share(row: Row) -> float | None:

@@ -318,7 +318,7 @@ def _products(rows: Sequence[Row], results: Results) -> str:
 
 def _ratio(row: Row, family: str, ours: str) -> str:
     best, ratio = row.best(family), row.ratio(family, ours)
-    return "" if best is None or ratio is None else f"{ratio:.2f}x ({number(best[0])} {best[1]})"
+    return "" if best is None or ratio is None else f"{ratio:.2f}x ({number(best[1])} {best[0]})"
 
 
 def _updates(rows: Sequence[Row]) -> str:

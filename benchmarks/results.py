@@ -107,16 +107,16 @@ class Row:
         times = self.times.get(contender)
         return None if times is None else times.median
 
-    def best(self, family: str) -> tuple[float, str] | None:
-        """Return the time and the name of the fastest of a family, or None if it has none here."""
+    def best(self, family: str) -> tuple[str, float] | None:
+        """Return the name and the time of the fastest of a family, or None if it has none here."""
         entries = self.contenders.items()
-        names = [name for name, entry in entries if entry["family"] == family]
-        return min(((self.times[name].median, name) for name in names), default=None)
+        times = [(name, e["median_us"]) for name, e in entries if e["family"] == family]
+        return min(times, key=lambda item: item[1], default=None)
 
     def ratio(self, family: str, contender: str = "") -> float | None:
         """Return how many times as long as `contender`, or ours, the best of a family takes."""
         best, time = self.best(family), self.time(contender or self.main)
-        return None if best is None or time is None else best[0] / time
+        return None if best is None or time is None else best[1] / time
 
     def roofline_share(self, contender: str = "") -> tuple[float, str] | None:
         """Return the least time as a share of that of `contender`, or ours, and what bounds it."""
@@ -134,8 +134,7 @@ class Row:
 
     def left_out(self, why: str) -> Mapping[str, str]:
         """Return the reasons by contender; `why` is "unfit", "failed" or "wrong"."""
-        reasons: Mapping[str, str] = self.case.get(why, {})
-        return reasons
+        return dict(self.case.get(why, {}))
 
     def summary(self) -> str:
         """Return our time, and how many times as long the best dense and CSR contenders take."""
@@ -165,8 +164,7 @@ class Results:
     @property
     def processes(self) -> Sequence[Mapping[str, Any]]:
         """On a CPU one process for each set of instructions; on a GPU one."""
-        processes: Sequence[Mapping[str, Any]] = self.content["processes"]
-        return processes
+        return list(self.content["processes"])
 
     @property
     def native(self) -> Mapping[str, Any]:

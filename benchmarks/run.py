@@ -90,8 +90,7 @@ def _in_own_process(settings: Settings) -> dict[str, Any]:
                 f"the process that measures ended with code {done.returncode}; its message is "
                 f"above. Nothing was written"
             )
-        process: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return process
+        return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def _processes(settings: Settings) -> list[Settings]:

@@ -94,9 +94,13 @@ def _with_some_neurons(dense: Contender) -> list[Contender]:
         dense,
         name=f"{dense.name}, {_SHARE:.0%} of the neurons",
         family="fewer neurons",
-        problem=partial(Problem.first_neurons, share=_SHARE),
+        problem=_some_neurons,
     )
     return [dense, some]
+
+
+def _some_neurons(problem: Problem) -> Problem:
+    return problem.first_neurons(_SHARE)
 
 
 def _on_gpu() -> list[Contender]:

@@ -120,7 +120,7 @@ def kernel(
     table = Table("case", f"{name}, us", "ours, us", "best dense, us", "best CSR, us", box=None)
     for row in results.rows:
         bests = (row.best(family) for family in ("dense", "csr"))
-        times = (row.time(name), row.ours, *(best and best[0] for best in bests))
+        times = (row.time(name), row.ours, *(best and best[1] for best in bests))
         table.add_row(row.label, *("" if time is None else f"{time:,.4g}" for time in times))
     make_console().print(table)
     _exit_code(results, name)
