@@ -20,6 +20,7 @@ from srigl_core.contract import Capabilities, MatmulGradients
 from srigl_core.errors import FileFormatError, ValueTypeError
 from srigl_core.reference import activate
 from srigl_core.reference.backend import ReferenceBackend
+from srigl_core.reference.condensed_update import srigl_condensed_update
 from srigl_core.reference.mask_update import UpdateSettings, srigl_update
 from srigl_core.testing import (
     LAWS,
@@ -182,6 +183,27 @@ def test_an_update_may_return_what_it_has(returns):
 
     report = check_kernel(kernel, "update_mask", max_examples=20)
     assert report.n_run == len(report.results)
+
+
+def test_a_function_may_update_a_condensed_layer():
+    def kernel(weight, gradient_rows, block_rows, nnz_budget, drop_fraction):
+        settings = UpdateSettings(nnz_budget, drop_fraction, gamma_sal=None)
+        return srigl_condensed_update(weight, gradient_rows, settings, block_rows=block_rows)
+
+    report = check_kernel(kernel, "update_condensed", max_examples=5)
+    assert report.counts["passed"] == len(report.results)
+    assert report.left_out == ("gamma_sal", "grown_init", "min_salient", "saliency_scope")
+
+    def returns_the_weight(weight, gradient_rows, settings):
+        return weight
+
+    failure = failure_of(FunctionBackend(returns_the_weight, "update_condensed"), LAWS[-1])
+    assert "expected a CondensedUpdate, got CondensedWeight" in failure.message
+    with pytest.raises(LawViolation, match="expected a CondensedUpdate"):
+        exec(
+            failure.code.replace("kernel = ...", "kernel = returns"),
+            {"returns": returns_the_weight},
+        )
 
 
 def test_an_update_of_few_settings_gets_no_others():
@@ -395,7 +417,11 @@ def test_nothing_checked_is_no_success():
     nothing = KernelCapabilities(value_dtypes=frozenset())
     with pytest.raises(ConformanceError, match="nothing was checked"):
         check_kernel(product, capabilities=nothing)
-    assert not verify("scipy", op="update_mask").ok
+    for op in ("update_mask", "update_condensed"):
+        report = verify("scipy", op=op)
+        last = report.results[-1]
+        assert (last.status, last.detail) == ("not applicable", f"it does not offer {op}")
+        assert not report.ok
 
 
 @pytest.mark.parametrize("what", ["operations", "value_dtypes", "index_dtypes", "activations"])

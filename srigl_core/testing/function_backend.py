@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from srigl_core._arrays.dtypes import result_dtype, round_to
 from srigl_core._arrays.operations import HOST_ARRAYS
 from srigl_core._format.weight import CondensedWeight
-from srigl_core._update import MaskUpdate, UpdateSettings
+from srigl_core._update import CondensedUpdate, GradientRows, MaskUpdate, UpdateSettings
 from srigl_core.contract import OPERATIONS, Capabilities, MatmulGradients
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.mask_update import make_update, srigl_update
@@ -31,6 +31,12 @@ PARAMETERS = {
     "condensed_matmul": ("x", *_WEIGHT, "bias", "activation", "compact", "out", "threads"),
     "condensed_matmul_backward": ("grad", "x", *_WEIGHT, "threads"),
     "update_mask": ("weight", "grad", "mask", *_SETTINGS, "settings", "threads"),
+    "update_condensed": (
+        *_WEIGHT,
+        *("gradient_rows", "block_rows"),
+        *_SETTINGS,
+        *("settings", "threads"),
+    ),
 }
 """The parameters that a function for an operation may have."""
 
@@ -41,18 +47,22 @@ class FunctionBackend:
     The function is called with the arguments that its parameters name; ``**kwargs`` takes all of
     them. Parameters with a default may have other names. The arguments are
 
-    - for all products and gradients: `weight`, the `CondensedWeight`, and its parts `values` and
-      `indices`, (n_active, k), `active`, (n_active,), `n_out` and `n_in`; `threads`, an int or
-      None;
+    - for all operations but ``update_mask``: `weight`, the `CondensedWeight`, and its parts
+      `values` and `indices`, (n_active, k), `active`, (n_active,), `n_out` and `n_in`;
+    - for all operations: `threads`, an int or None;
     - for ``condensed_matmul``: `x`, (batch, n_in); `bias`, (n_out,) or None; `activation`;
       `compact`; `out`, an array to write to. The function returns (batch, n_out), or
       (batch, n_active) if `compact`, in dtype ``np.result_type(x, values)``, or it writes to
       `out`;
     - for ``condensed_matmul_backward``: `grad`, (batch, n_out), and `x`. It returns dx,
       (batch, n_in), dvalues, (n_active, k), and dbias, (n_out,), each of any value type;
-    - for ``update_mask``: `weight`, `grad` and `mask`, (n_out, n_in), `threads`, and the settings,
-      by name or as `settings`. It returns the new mask, or mask and weight, or a `MaskUpdate`. It
-      raises ValueError if the budget is too small (SPEC 4.5).
+    - for ``update_mask``: `weight`, `grad` and `mask`, (n_out, n_in), and the settings, by name or
+      as `settings`. It returns the new mask, or mask and weight, or a `MaskUpdate`;
+    - for ``update_condensed``: `gradient_rows` and `block_rows`, as
+      `srigl_core.contract.CondensedUpdater` describes them, and the settings. It returns a
+      `CondensedUpdate`.
+
+    Updates raise ValueError if the budget is too small (SPEC 4.5).
 
     An empty batch is answered without a call. Without `asarray`, the arrays of a weight are
     read-only.
@@ -148,10 +158,7 @@ class FunctionBackend:
     ) -> MaskUpdate:
         """Return the function's update, with the correct values for what it does not return."""
         arrays = {"weight": weight, "grad": grad, "mask": mask}
-        try:
-            result = self.call(**arrays, **asdict(settings), settings=settings, threads=threads)
-        except ValueError as error:
-            raise SriglError(str(error)) from error
+        result = self._update(settings, **arrays, threads=threads)
         if isinstance(result, MaskUpdate):
             return result
         parts = result if isinstance(result, tuple) else (result,)
@@ -176,6 +183,32 @@ class FunctionBackend:
             return update
         return replace(update, weight=_as_numpy(parts[1], "the new weight"))
 
+    def update_condensed(
+        self,
+        weight: CondensedWeight,
+        gradient_rows: GradientRows,
+        settings: UpdateSettings,
+        *,
+        block_rows: int,
+        threads: int | None,
+    ) -> CondensedUpdate:
+        """Return the function's update."""
+
+        def rows(start: int, stop: int) -> Any:
+            return self._converted("grad", gradient_rows(start, stop))
+
+        options = {"gradient_rows": rows, "block_rows": block_rows, "threads": threads}
+        result = self._update(settings, **_parts(weight), **options)
+        if not isinstance(result, CondensedUpdate):
+            raise LawViolation(f"expected a CondensedUpdate, got {type(result).__name__}")
+        return result
+
+    def _update(self, settings: UpdateSettings, **arguments: Any) -> Any:
+        try:
+            return self.call(**arguments, **asdict(settings), settings=settings)
+        except ValueError as error:
+            raise SriglError(str(error)) from error
+
     def _converted(self, name: str, argument: Any) -> Any:
         if not isinstance(argument, np.ndarray):
             return argument
@@ -186,19 +219,17 @@ class FunctionBackend:
         return self._asarray(np.array(argument, order="C"))  # a copy, that the function may write
 
 
+def _parts(weight: CondensedWeight) -> dict[str, Any]:
+    n_out, n_in = weight.shape
+    parts = {name: getattr(weight, name) for name in ("values", "indices", "active")}
+    return {"weight": weight, **parts, "n_out": n_out, "n_in": n_in}
+
+
 class _FunctionWeight:
     """A weight, multiplied by a function."""
 
     def __init__(self, backend: FunctionBackend, weight: CondensedWeight) -> None:
-        self._backend, self._weight = backend, weight
-        self._parts = {
-            "weight": weight,
-            "values": weight.values,
-            "indices": weight.indices,
-            "active": weight.active,
-            "n_out": weight.shape[0],
-            "n_in": weight.shape[1],
-        }
+        self._backend, self._weight, self._parts = backend, weight, _parts(weight)
 
     def describe(self) -> Mapping[str, object]:
         """Describe the layout."""
@@ -369,11 +400,10 @@ def _narrowed(
 ) -> KernelCapabilities:
     """Return the declared capabilities without those that the parameters rule out."""
     capabilities = replace(capabilities, operations=frozenset({op}))
+    if op.startswith("update") and "settings" not in parameters:
+        capabilities = replace(capabilities, settings=capabilities.settings & parameters)
     if op == "update_mask":
-        settings = capabilities.settings
-        if "settings" not in parameters:
-            settings &= parameters
-        return replace(capabilities, settings=settings, out=False)
+        return replace(capabilities, out=False)
     if op == "condensed_matmul":
         if "activation" not in parameters:
             capabilities = replace(capabilities, activations=frozenset({"none"}))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from srigl_core._format.weight import CondensedWeight
 from srigl_core.contract import Backend
 from srigl_core.testing.kernel_capabilities import KernelCapabilities, capabilities_of
 from srigl_core.testing.problems import DataSource, MatmulProblem
@@ -91,7 +92,9 @@ def check(backend: Backend, law: Law, problem: Any) -> None:
         raise NotApplicable(f"{backend.name!r} does not offer {law.operation}")
     dtypes = {"values": problem.weight.dtype}
     if isinstance(problem, MatmulProblem):
-        dtypes |= {"inputs": problem.x.dtype, "indices": problem.weight.indices.dtype}
+        dtypes["inputs"] = problem.x.dtype
+    if isinstance(problem.weight, CondensedWeight):
+        dtypes["indices"] = problem.weight.indices.dtype
     for what, dtype in dtypes.items():
         is_index = what == "indices"
         taken = capabilities.index_dtypes if is_index else capabilities.value_dtypes

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import result_dtype, value_dtype
+from srigl_core._format.connections import Connections
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._update import UpdateSettings
 from srigl_core.contract import ACTIVATIONS
@@ -32,6 +33,7 @@ __all__ = [
     "LAYOUTS",
     "MAGNITUDES",
     "UPDATE_MAGNITUDES",
+    "CondensedUpdateProblem",
     "DataSource",
     "MatmulProblem",
     "RecordedSource",
@@ -40,6 +42,7 @@ __all__ = [
     "any_mask",
     "array_of",
     "combinable_dtypes",
+    "condensed_update_problem",
     "laid_out",
     "matmul_problem",
     "random_inputs",
@@ -195,6 +198,25 @@ class UpdateProblem:
     grad: NDArray[Any]
     mask: NDArray[np.bool_]
     settings: UpdateSettings
+
+
+@dataclass(frozen=True, eq=False)
+class CondensedUpdateProblem:
+    """A mask update of a condensed layer.
+
+    Parameters
+    ----------
+    weight : CondensedWeight, (n_out, n_in)
+    grad : ndarray, (n_out, n_in)
+        The dense gradient, of which an update asks for rows.
+    settings : UpdateSettings
+    block_rows : int
+    """
+
+    weight: CondensedWeight
+    grad: NDArray[Any]
+    settings: UpdateSettings
+    block_rows: int
 
 
 def matmul_problem(
@@ -361,20 +383,38 @@ def update_problem(
         saliency_scope=scope,
         grown_init=grown_init,
     )
-    if nnz_budget < n_out and not _is_enough(weight, grad, mask, settings):
-        settings = replace(settings, nnz_budget=n_out)
-    return UpdateProblem(weight, grad, mask, settings)
+    return _affordable(UpdateProblem(weight, grad, mask, settings))
 
 
-def _is_enough(
-    weight: NDArray[Any], grad: NDArray[Any], mask: NDArray[np.bool_], settings: UpdateSettings
-) -> bool:
-    """Whether the budget gives every surviving neuron a weight."""
-    try:
-        srigl_update(weight, grad, mask, settings)
-    except SriglError:
-        return False
-    return True
+def condensed_update_problem(
+    source: DataSource, capabilities: KernelCapabilities = EVERYTHING
+) -> CondensedUpdateProblem:
+    """Build a mask update of a condensed layer: that of a dense layer, with another mask."""
+    dense = update_problem(source, capabilities)
+    n_out, n_in = dense.mask.shape
+    fan_in = source.sampled_from((1, n_in, max(1, n_in // 2), min(n_in, 7)))
+    n_active = source.integer(1, n_out) if capabilities.ablation else n_out
+    block_rows = source.sampled_from((1, 2, 7, n_out, n_out + 1))
+    connections = Connections.random(
+        (n_out, n_in), fan_in=fan_in, n_active=n_active, rng=source.rng()
+    )
+    mask = connections.to_mask()
+    # A weight that was not active may be NaN, and is now.
+    weight = np.where(np.isnan(dense.weight), dense.weight.dtype.type(0), dense.weight)
+    settings = _affordable(replace(dense, weight=weight, mask=mask)).settings
+    condensed = CondensedWeight.from_dense(weight, mask)
+    return CondensedUpdateProblem(condensed, dense.grad, settings, block_rows)
+
+
+def _affordable(problem: UpdateProblem) -> UpdateProblem:
+    """Return a problem whose budget gives every surviving neuron a weight."""
+    n_out = len(problem.mask)
+    if problem.settings.nnz_budget < n_out:
+        try:
+            srigl_update(problem.weight, problem.grad, problem.mask, problem.settings)
+        except SriglError:
+            return replace(problem, settings=replace(problem.settings, nnz_budget=n_out))
+    return problem
 
 
 def _just_below_a_count(rng: np.random.Generator, total: int) -> float:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,15 +15,26 @@ from srigl_core._update import MaskUpdate
 from srigl_core.contract import Backend
 from srigl_core.errors import SriglError
 from srigl_core.reference import mask_update as reference
-from srigl_core.testing.comparisons import assert_same_bits, assert_unwritten
+from srigl_core.testing.comparisons import (
+    assert_same_bits,
+    assert_same_update,
+    assert_unwritten,
+)
 from srigl_core.testing.flush_mode import flushing_subnormals
 from srigl_core.testing.kernel_capabilities import KernelCapabilities, capabilities_of
 from srigl_core.testing.law import Law, LawViolation, NotApplicable, law_decorator
-from srigl_core.testing.problems import DataSource, UpdateProblem, update_problem
+from srigl_core.testing.problems import (
+    CondensedUpdateProblem,
+    DataSource,
+    UpdateProblem,
+    update_problem,
+)
 from srigl_core.testing.released_updates import ReleasedUpdate, released_updates
 from srigl_core.testing.thread_calls import assert_same_in_threads
 
-__all__ = ["UPDATE_LAWS"]
+__all__ = ["UPDATE_LAWS", "assert_refused", "unaffordable"]
+
+Updated = TypeVar("Updated", UpdateProblem, CondensedUpdateProblem)
 
 UPDATE_LAWS: list[Law] = []
 _law = law_decorator(UPDATE_LAWS, "update_mask", update_problem)
@@ -37,7 +49,7 @@ def _update(backend: Backend, problem: UpdateProblem, **options: Any) -> MaskUpd
 def update_is_that_of_the_reference(backend: Backend, problem: UpdateProblem) -> None:
     """Every field of the update is the definition's, bit for bit: ties go to the lowest index."""
     expected = reference.srigl_update(problem.weight, problem.grad, problem.mask, problem.settings)
-    _assert_same_update(_update(backend, problem), expected)
+    assert_same_update(_update(backend, problem), expected)
 
 
 @_law("the invariants of SPEC 4", "exactly")
@@ -79,7 +91,7 @@ def same_inputs_give_the_same_update(backend: Backend, problem: UpdateProblem) -
     with flushing_subnormals():
         repeats.append(_update(backend, problem))
     for again in repeats:
-        _assert_same_update(again, first)
+        assert_same_update(again, first)
 
 
 def _both_ways(problem: UpdateProblem) -> tuple[UpdateProblem, UpdateProblem]:
@@ -102,25 +114,14 @@ def earlier_updates_stay(backend: Backend, problem: UpdateProblem) -> None:
     first = _update(backend, one)
     kept = copy.deepcopy(first)
     _update(backend, other)
-    _assert_same_update(first, kept)
+    assert_same_update(first, kept)
 
 
 @_law("itself", "bit for bit")
 def threads_may_update_at_once(backend: Backend, problem: UpdateProblem) -> None:
     """Called from several threads at once, each update is the same as alone."""
     calls = [partial(_update, backend, case) for case in _both_ways(problem)]
-    assert_same_in_threads(calls, _assert_same_update)
-
-
-def _assert_same_update(update: MaskUpdate, expected: MaskUpdate) -> None:
-    for part in fields(MaskUpdate):
-        got, wanted = getattr(update, part.name), getattr(expected, part.name)
-        if part.name == "weight" and got.shape == wanted.shape:  # inactive zeros have any sign
-            got, wanted = (np.where(expected.mask, array, abs(array)) for array in (got, wanted))
-        if isinstance(wanted, np.ndarray):
-            assert_same_bits(got, wanted, f"{part.name} of the update")
-        elif got != wanted:
-            raise LawViolation(f"{part.name} of the update is {got}, expected {wanted}")
+    assert_same_in_threads(calls, assert_same_update)
 
 
 def _tied_problem(source: DataSource, capabilities: KernelCapabilities) -> UpdateProblem:
@@ -138,7 +139,7 @@ def _tied_problem(source: DataSource, capabilities: KernelCapabilities) -> Updat
 def ties_go_to_the_lowest_index(backend: Backend, problem: UpdateProblem) -> None:
     """Where all magnitudes are equal, the lowest flat indices win at every step."""
     expected = reference.srigl_update(problem.weight, problem.grad, problem.mask, problem.settings)
-    _assert_same_update(_update(backend, problem), expected)
+    assert_same_update(_update(backend, problem), expected)
 
 
 @_law("itself", "bit for bit")
@@ -168,27 +169,36 @@ def scale_does_not_matter(backend: Backend, problem: UpdateProblem) -> None:
     assert_same_bits(_update(backend, scaled).mask, mask, "the mask for numbers of another scale")
 
 
-def _unaffordable_problem(source: DataSource, capabilities: KernelCapabilities) -> UpdateProblem:
-    """Build an update that ablates no neuron and has less than one weight for each."""
-    problem = update_problem(source, capabilities)
-    budget = source.integer(1, max(1, problem.mask.shape[0] - 1))
+def unaffordable(source: DataSource, problem: Updated) -> Updated:
+    """Return an update that ablates no neuron and has less than one weight for each."""
+    budget = source.integer(1, max(1, len(problem.grad) - 1))
     settings = replace(problem.settings, nnz_budget=budget, gamma_sal=None, min_salient=None)
     return replace(problem, settings=settings)
+
+
+def _unaffordable_problem(source: DataSource, capabilities: KernelCapabilities) -> UpdateProblem:
+    return unaffordable(source, update_problem(source, capabilities))
+
+
+def assert_refused(update: Callable[[Updated], Any], problem: Updated) -> None:
+    """Raise `LawViolation` if an update of `unaffordable` is not an error."""
+    n_out = len(problem.grad)
+    if n_out < 2:
+        raise NotApplicable("a budget of 1 is enough for one neuron")
+    try:
+        result = update(problem)
+    except SriglError:
+        return
+    raise LawViolation(
+        f"a budget of {problem.settings.nnz_budget} for {n_out} neurons gave a fan-in of "
+        f"{result.fan_in}, expected SriglError"
+    )
 
 
 @_law("SPEC 4.5", "exactly", build=_unaffordable_problem)
 def a_fan_in_of_zero_is_an_error(backend: Backend, problem: UpdateProblem) -> None:
     """Where the budget is less than one weight for each active neuron, SriglError is raised."""
-    if problem.mask.shape[0] < 2:
-        raise NotApplicable("a budget of 1 is enough for one neuron")
-    try:
-        update = _update(backend, problem)
-    except SriglError:
-        return
-    raise LawViolation(
-        f"a budget of {problem.settings.nnz_budget} for {problem.mask.shape[0]} neurons gave a "
-        f"fan-in of {update.fan_in}, expected SriglError"
-    )
+    assert_refused(partial(_update, backend), problem)
 
 
 def _released_update(source: DataSource, capabilities: KernelCapabilities) -> ReleasedUpdate:

@@ -193,8 +193,12 @@ def try_law(
     capabilities = capabilities_of(backend)
     if law.operation not in capabilities.operations:
         return LawResult(law, "not applicable", 0, f"it does not offer {law.operation}")
-    is_update = law.operation == "update_mask"
-    for name in ("value_dtypes", *(() if is_update else ("index_dtypes", "activations"))):
+    needed = ["value_dtypes"]
+    if law.operation != "update_mask":
+        needed.append("index_dtypes")
+    if law.operation.startswith("condensed_matmul"):
+        needed.append("activations")
+    for name in needed:
         if not getattr(capabilities, name):
             return LawResult(law, "not applicable", 0, f"it declares no {name}")
     attempts = _Attempts(backend, law)
@@ -217,7 +221,7 @@ def check_law(kernel: Any, law: str | Law, problem: Any) -> None:
     kernel : str, Backend, class or function
         As in `as_backend`.
     law : str or Law
-    problem : MatmulProblem, UpdateProblem or sequence of int
+    problem : MatmulProblem, UpdateProblem, CondensedUpdateProblem or sequence of int
         The problem, or the integers that it is built from, as a report shows them.
 
     Raises
