@@ -1,6 +1,6 @@
 """A condensed layer is updated as its dense form is, without dense arrays.
 
-`srigl_core/testing/condensed_update_laws.py` has the laws of the result.
+`srigl_core/testing/update_laws.py` has the laws of the result.
 """
 
 import re

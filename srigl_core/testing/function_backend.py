@@ -26,17 +26,12 @@ __all__ = ["FunctionBackend", "declare"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _WEIGHT = ("weight", "values", "indices", "active", "n_out", "n_in")
-_SETTINGS = tuple(part.name for part in fields(UpdateSettings))
+_SETTINGS = ("settings", *(part.name for part in fields(UpdateSettings)))
 PARAMETERS = {
     "condensed_matmul": ("x", *_WEIGHT, "bias", "activation", "compact", "out", "threads"),
     "condensed_matmul_backward": ("grad", "x", *_WEIGHT, "threads"),
-    "update_mask": ("weight", "grad", "mask", *_SETTINGS, "settings", "threads"),
-    "update_condensed": (
-        *_WEIGHT,
-        *("gradient_rows", "block_rows"),
-        *_SETTINGS,
-        *("settings", "threads"),
-    ),
+    "update_mask": ("weight", "grad", "mask", *_SETTINGS, "threads"),
+    "update_condensed": (*_WEIGHT, "gradient_rows", "block_rows", *_SETTINGS, "threads"),
 }
 """The parameters that a function for an operation may have."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from srigl_core.testing.condensed_update_laws import CONDENSED_UPDATE_LAWS
 from srigl_core.testing.gradient_laws import GRADIENT_LAWS
 from srigl_core.testing.law import Law
 from srigl_core.testing.product_laws import PRODUCT_LAWS
@@ -10,7 +9,7 @@ from srigl_core.testing.update_laws import UPDATE_LAWS
 
 __all__ = ["LAWS", "laws_page"]
 
-LAWS: tuple[Law, ...] = (*PRODUCT_LAWS, *GRADIENT_LAWS, *UPDATE_LAWS, *CONDENSED_UPDATE_LAWS)
+LAWS: tuple[Law, ...] = (*PRODUCT_LAWS, *GRADIENT_LAWS, *UPDATE_LAWS)
 """The laws of the product, of its gradients and of the mask updates; each name is unique."""
 
 

@@ -8,8 +8,7 @@ of every list is the simplest. A problem stays within a kernel's capabilities.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -80,21 +79,18 @@ LARGE_PRODUCT = (130, 131, 200)  # n_out, n_in, batch: enough work for threads t
 LARGE_LAYERS = ((401, 399), (3, 70_000), (1_100, 5))
 
 
-class DataSource(ABC):
-    """A source of integers.
+class DataSource:
+    """A source of integers; `drawn` are those drawn so far, for a `RecordedSource`.
 
-    Attributes
+    Parameters
     ----------
-    drawn : list of int
-        The integers drawn so far; `RecordedSource` draws them again.
+    draw : callable of two ints
+        ``draw(least, most)`` returns an integer within ``least..most``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, draw: Callable[[int, int], int]) -> None:
+        self._draw = draw
         self.drawn: list[int] = []
-
-    @abstractmethod
-    def _draw(self, least: int, most: int) -> int:
-        """Return an integer within ``least..most``."""
 
     def integer(self, least: int, most: int) -> int:
         """Draw an integer within ``least..most``."""
@@ -111,42 +107,29 @@ class DataSource(ABC):
 
 
 class SeededSource(DataSource):
-    """Integers of a seeded generator, the same on every machine.
-
-    Parameters
-    ----------
-    *seed : int
-    """
+    """Integers of a seeded generator, the same on every machine."""
 
     def __init__(self, *seed: int) -> None:
-        super().__init__()
-        self._rng = np.random.default_rng(seed)
-
-    def _draw(self, least: int, most: int) -> int:
-        return int(self._rng.integers(least, most, endpoint=True))
+        rng = np.random.default_rng(seed)
+        super().__init__(lambda least, most: int(rng.integers(least, most, endpoint=True)))
 
 
 class RecordedSource(DataSource):
-    """The integers that an earlier problem was built from.
-
-    Parameters
-    ----------
-    integers : sequence of int
-        The `drawn` of another source.
-    """
+    """The integers that an earlier problem was built from, the `drawn` of its source."""
 
     def __init__(self, integers: Sequence[int]) -> None:
-        super().__init__()
-        self._remaining = iter(integers)
+        remaining = iter(integers)
 
-    def _draw(self, least: int, most: int) -> int:
-        recorded = next(self._remaining, None)
-        if recorded is None:
-            raise SriglError(
-                "the integers end before the problem is complete; they were drawn for a kernel of "
-                "other capabilities, or by another version"
-            )
-        return min(max(recorded, least), most)
+        def draw(least: int, most: int) -> int:
+            recorded = next(remaining, None)
+            if recorded is None:
+                raise SriglError(
+                    "the integers end before the problem is complete; they were drawn for a "
+                    "kernel of other capabilities, or by another version"
+                )
+            return min(max(recorded, least), most)
+
+        super().__init__(draw)
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,20 +332,18 @@ def update_problem(
     density = source.sampled_from((None, None, None, "any", "any", "any", "none", "all"))
     nnz_budget = source.integer(source.sampled_from((n_out, n_out, n_out, 1)), n_out * n_in)
     drop_fraction = source.sampled_from((0.3, 0.0, 0.0, 1.0, 0.05, 0.5, 0.9, None))
-    optional = capabilities.settings
-    gamma_sal = min_salient = None
-    if "gamma_sal" in optional:
-        gamma_sal = source.sampled_from((0.3, None, 1.0, 0.9, 0.01, 0.6))
+
+    def setting(name: str, options: Sequence[Any], otherwise: Any = None) -> Any:
+        return source.sampled_from(options) if name in capabilities.settings else otherwise
+
+    gamma_sal, min_salient = setting("gamma_sal", (0.3, None, 1.0, 0.9, 0.01, 0.6)), None
     is_just_below = source.sampled_from((False, False, False, True))
-    is_counted = gamma_sal is None and "min_salient" in optional and source.integer(0, 1)
+    is_counted = gamma_sal is None and setting("min_salient", (False, True), False)
     counts = (source.integer(0, n_in), source.sampled_from((n_in + 1, 2**40)))
     if is_counted:
         min_salient = source.sampled_from((*3 * counts[:1], counts[1]))
-    scope, grown_init = "inactive", 0.0
-    if "saliency_scope" in optional:
-        scope = source.sampled_from(("inactive", "all"))
-    if "grown_init" in optional:
-        grown_init = source.sampled_from((0.0, 0.5, -0.1, 1e-8))
+    scope = setting("saliency_scope", ("inactive", "all"), "inactive")
+    grown_init = setting("grown_init", (0.0, 0.5, -0.1, 1e-8), 0.0)
     unseen = source.sampled_from((0.0, 0.0, np.nan))
     rng = source.rng()
     weight = random_numbers(rng, (n_out, n_in), dtype, magnitude)
