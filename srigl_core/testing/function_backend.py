@@ -176,7 +176,7 @@ class FunctionBackend:
         )
         if len(parts) == 1:
             return update
-        return replace(update, weight=_as_numpy(parts[1], "the new weight"))
+        return replace(update, weight=_as_numpy(parts[1], "the new weight", mask.shape))
 
     def update_condensed(
         self,
@@ -255,13 +255,10 @@ class _FunctionWeight:
         options = {"activation": activation, "compact": compact, "threads": threads}
         result = self._backend.call(x=x, bias=bias, out=product, **options, **self._parts)
         if "out" not in parameters or (result is not None and result is not product):
-            product = _as_numpy(result, "the product")
+            product = _as_numpy(result, "the product", shape)
             dtype = result_dtype(x.dtype, self._weight.dtype)
-            if product.shape != shape or product.dtype != dtype:
-                raise LawViolation(
-                    f"the product has dtype {product.dtype} and shape {product.shape}, expected "
-                    f"{dtype} and {shape}"
-                )
+            if product.dtype != dtype:
+                raise LawViolation(f"the product has dtype {product.dtype}, expected {dtype}")
         if product is not out:
             if shape != out.shape:
                 product = product[:, self._weight.active]
@@ -285,15 +282,9 @@ class _FunctionWeight:
             raise LawViolation(f"expected dx, dvalues and dbias, got {type(result).__name__}")
         for part, gradient in zip(fields(out), result, strict=True):
             target = getattr(out, part.name)
-            if target is None:
-                continue
-            gradient = _as_numpy(gradient, f"the gradient of {part.name}")
-            if gradient.shape != target.shape:
-                raise LawViolation(
-                    f"the gradient of {part.name} has shape {gradient.shape}, expected "
-                    f"{target.shape}"
-                )
-            target[...] = round_to(gradient, target.dtype)
+            if target is not None:
+                gradient = _as_numpy(gradient, f"the gradient of {part.name}", target.shape)
+                target[...] = round_to(gradient, target.dtype)
 
 
 def declare(
@@ -413,9 +404,12 @@ def _narrowed(
     )
 
 
-def _as_numpy(result: Any, what: str) -> NDArray[Any]:
+def _as_numpy(result: Any, what: str, shape: tuple[int, ...]) -> NDArray[Any]:
     """Return a result, an array of any library, as a NumPy array."""
     try:
-        return HOST_ARRAYS.as_float_array(result, what)
+        array = HOST_ARRAYS.as_float_array(result, what)
     except SriglError as error:
         raise LawViolation(str(error)) from error
+    if array.shape != shape:
+        raise LawViolation(f"{what} has shape {array.shape}, expected {shape}")
+    return array

@@ -101,8 +101,7 @@ def left_out(capabilities: KernelCapabilities) -> list[str]:
     updates = {"update_mask", "update_condensed"}
     missing = _missing(VALUE_TYPES, capabilities.value_dtypes)
     if capabilities.operations - {"update_mask"}:
-        indices = _missing(INDEX_TYPES, capabilities.index_dtypes)
-        missing += [f"{name} indices" for name in indices]
+        missing += [f"{name} indices" for name in _missing(INDEX_TYPES, capabilities.index_dtypes)]
         missing += ["ablated neurons"] * (not capabilities.ablation)
     if capabilities.operations - updates:
         missing += ["strides"] * (not capabilities.strides)

@@ -96,9 +96,9 @@ def _both_ways(problem: UpdateProblem) -> tuple[UpdateProblem, UpdateProblem]:
     return one, replace(one, weight=weight, grad=grad, mask=mask)
 
 
-def _with_enough_budget(problem: UpdateProblem) -> UpdateProblem:
+def _with_enough_budget(problem: Updated) -> Updated:
     """Return a problem whose budget is at least one weight for each neuron."""
-    budget = max(problem.settings.nnz_budget, problem.mask.shape[0])
+    budget = max(problem.settings.nnz_budget, len(problem.grad))
     return replace(problem, settings=replace(problem.settings, nnz_budget=budget))
 
 
@@ -168,16 +168,16 @@ def scale_does_not_matter(backend: Backend, problem: UpdateProblem) -> None:
     assert_same_bits(_update(backend, scaled).mask, mask, "the mask for numbers of another scale")
 
 
-def _unaffordable(build: Callable[[DataSource, KernelCapabilities], Updated]) -> Any:
-    """Return a builder of updates that ablate no neuron and have too few weights for all."""
-
-    def unaffordable(source: DataSource, capabilities: KernelCapabilities) -> Updated:
-        problem = build(source, capabilities)
-        budget = source.integer(1, max(1, len(problem.grad) - 1))
-        settings = replace(problem.settings, nnz_budget=budget, gamma_sal=None, min_salient=None)
-        return replace(problem, settings=settings)
-
-    return unaffordable
+def _unaffordable(
+    build: Callable[[DataSource, KernelCapabilities], Updated],
+    source: DataSource,
+    capabilities: KernelCapabilities,
+) -> Updated:
+    """Build an update that ablates no neuron and has less than one weight for each."""
+    problem = build(source, capabilities)
+    budget = source.integer(1, max(1, len(problem.grad) - 1))
+    settings = replace(problem.settings, nnz_budget=budget, gamma_sal=None, min_salient=None)
+    return replace(problem, settings=settings)
 
 
 def _assert_refused(update: Callable[[Updated], Any], problem: Updated) -> None:
@@ -195,7 +195,7 @@ def _assert_refused(update: Callable[[Updated], Any], problem: Updated) -> None:
     )
 
 
-@_law("SPEC 4.5", "exactly", build=_unaffordable(update_problem))
+@_law("SPEC 4.5", "exactly", build=partial(_unaffordable, update_problem))
 def a_fan_in_of_zero_is_an_error(backend: Backend, problem: UpdateProblem) -> None:
     """Where the budget is less than one weight for each active neuron, SriglError is raised."""
     _assert_refused(partial(_update, backend), problem)
@@ -289,15 +289,14 @@ def same_inputs_give_the_same_condensed_update(backend: Backend, problem: Conden
 @_condensed_law("itself", "bit for bit")
 def condensed_updates_leave_others_alone(backend: Backend, problem: Condensed) -> None:
     """Neither later updates nor those of other threads change an update."""
-    budget = max(problem.settings.nnz_budget, len(problem.grad))  # enough for any gradient
-    one = replace(problem, settings=replace(problem.settings, nnz_budget=budget))
+    one = _with_enough_budget(problem)
     other = replace(one, grad=one.grad[::-1, ::-1].copy())
     calls = [partial(_condensed_update, backend, case) for case in (one, other)]
     _assert_stays(*calls)
     assert_same_in_threads(calls, assert_same_update)
 
 
-@_condensed_law("SPEC 4.5", "exactly", build=_unaffordable(condensed_update_problem))
+@_condensed_law("SPEC 4.5", "exactly", build=partial(_unaffordable, condensed_update_problem))
 def a_condensed_fan_in_of_zero_is_an_error(backend: Backend, problem: Condensed) -> None:
     """Where the budget is less than one weight for each active neuron, SriglError is raised."""
     _assert_refused(partial(_condensed_update, backend), problem)

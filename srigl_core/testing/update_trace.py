@@ -89,7 +89,8 @@ class UpdateTrace:
         numbers = [part.astype(np.float32) if part.itemsize == 2 else part for part in numbers]
         parts: dict[str, Any] = dict(zip(_ARRAYS, (*numbers, *masks), strict=True))
         parts["settings"] = json.dumps(
-            {"layer": layer, **{name: checked[name] for name in settings}}, default=_as_json
+            {"layer": layer, **{name: checked[name] for name in settings}},
+            default=lambda number: number.item(),  # of NumPy or another library
         )
         number = self._n_updates
         self._arrays |= {f"{number}.{name}": np.array(part) for name, part in parts.items()}
@@ -106,11 +107,6 @@ class UpdateTrace:
         content = io.BytesIO()
         np.savez_compressed(content, **self._arrays)  # type: ignore[arg-type] # an option's
         write_whole(Path(path), content.getvalue())
-
-
-def _as_json(number: Any) -> Any:
-    """Convert a number of NumPy or another library to Python's."""
-    return number.item()
 
 
 @dataclass(frozen=True)
