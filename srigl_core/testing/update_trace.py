@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
-import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from srigl_core.reference.explain import UpdateExplanation, explain_update
 __all__ = ["TraceVerdict", "UpdateTrace", "check_trace"]
 
 _ARRAYS = ("weight", "grad", "mask_before", "mask_after")
+_DAMAGED = (ValueError, EOFError, KeyError, TypeError, AttributeError, BadZipFile, zlib.error)
 _SETTINGS = tuple(part.name for part in fields(UpdateSettings))
 
 
@@ -88,7 +89,8 @@ class UpdateTrace:
         numbers = [part.astype(np.float32) if part.itemsize == 2 else part for part in numbers]
         parts: dict[str, Any] = dict(zip(_ARRAYS, (*numbers, *masks), strict=True))
         parts["settings"] = json.dumps(
-            {"layer": layer, **{name: checked[name] for name in settings}}, default=_as_json
+            {"layer": layer, **{name: checked[name] for name in settings}},
+            default=lambda number: number.item(),  # of NumPy or another library
         )
         number = self._n_updates
         self._arrays |= {f"{number}.{name}": np.array(part) for name, part in parts.items()}
@@ -107,30 +109,14 @@ class UpdateTrace:
         write_whole(Path(path), content.getvalue())
 
 
-def _as_json(number: Any) -> Any:
-    """Convert a number of NumPy or another library to Python's."""
-    return number.item()
-
-
 @dataclass(frozen=True)
 class TraceVerdict:
-    """The comparison of one recorded update with the definition; true if the masks are equal.
+    """The comparison of one recorded update with the definition; true if the masks are equal."""
 
-    Parameters
-    ----------
-    number : int
-        The update's number in the trace.
-    layer : str
-    explanation : UpdateExplanation or None
-        None if the update could not be computed.
-    error : str
-        Why it could not.
-    """
-
-    number: int
+    number: int  # of the update, in the trace
     layer: str
-    explanation: UpdateExplanation | None
-    error: str = ""
+    explanation: UpdateExplanation | None  # None if the update could not be computed
+    error: str = ""  # why it could not
 
     def __bool__(self) -> bool:
         return bool(self.explanation)
@@ -163,12 +149,9 @@ def check_trace(path: str | os.PathLike[str]) -> list[TraceVerdict]:
     try:
         with Path(path).open("rb") as file, np.load(file) as arrays:
             verdicts = list(_verdicts(dict(arrays)))
-    except (
-        *(ValueError, EOFError, KeyError, TypeError, AttributeError),
-        *(zipfile.BadZipFile, zlib.error),
-    ) as error:
-        if isinstance(error, FileFormatError):
-            raise
+    except FileFormatError:
+        raise
+    except _DAMAGED as error:
         raise FileFormatError(
             f"{os.fspath(path)!r} is no trace ({error}); record one with "
             f"srigl_core.testing.UpdateTrace"
