@@ -18,7 +18,7 @@ from srigl_core._update import MaskUpdate
 from srigl_core.contract import Backend
 from srigl_core.errors import BackendUnavailableError, SriglError
 from srigl_core.reference.init import sparse_init
-from srigl_core.torch.optimizer_state import remap_state
+from srigl_core.torch.optimizers import remap_state
 from srigl_core.torch.targets import Target
 from srigl_core.torch.tensors import as_numpy, from_numpy, on_device_of
 
@@ -69,10 +69,18 @@ class MaskedLayers:
                     target.parameter.copy_(torch.from_numpy(drawn))
         self._copy_masks()
         self._mask_weights()
+        for name, target in self._targets.items():
+            # Momentum of inactive weights would reach the others in an optimiser of matrices.
+            remap_state(self._optimizer, target.parameter, partial(_reset, self._inactive[name]))
 
     def mask(self, name: str) -> Any:
         """Return a layer's mask, a new tensor of bool of the weight's shape."""
         return ~self._inactive[name]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The layers' weights."""
+        return {name: target.parameter for name, target in self._targets.items()}
 
     def digests(self) -> dict[str, str]:
         """Return a hash of each mask."""
@@ -81,8 +89,11 @@ class MaskedLayers:
             for name in self.trainer.masks
         }
 
-    def after_backward(self, loss_scale: float) -> None:
-        """Pass the dense gradients to the trainer if it needs them, then mask them."""
+    def after_backward(self, loss_scale: float, gradient_scale: float) -> bool:
+        """Pass the dense gradients to the trainer if it needs them, then mask them.
+
+        `gradient_scale` is the scale that the gradients still have. Returns True.
+        """
         sparse = [self._targets[name] for name in self.trainer.sparse_layers]
         for target in sparse:
             target.check_in_place(self._model)
@@ -96,14 +107,16 @@ class MaskedLayers:
             if gradient is None:
                 continue
             if self.trainer.needs_grad:
+                unscaled = gradient if gradient_scale == 1 else gradient / gradient_scale
                 with on_device_of(gradient):
-                    self.trainer.accumulate(target.name, self._for_trainer(gradient))
+                    self.trainer.accumulate(target.name, self._for_trainer(unscaled))
             gradient.masked_fill_(self._no_gradient[target.name], 0)
         # The optimiser's step sees all trained weights, so that weight decay reaches them.
         with torch.no_grad():
             for name, hidden in self._hidden.items():
                 self._targets[name].parameter.add_(hidden)
         self._hidden.clear()
+        return True
 
     def step(self) -> Mapping[str, MaskUpdate]:
         """Mask the weights. If an update is due, update masks, weights and optimiser state."""
@@ -129,7 +142,8 @@ class MaskedLayers:
                         from_numpy(weight) if isinstance(weight, np.ndarray) else weight
                     )
                 reset = before[name] | self._no_gradient[name]
-                remap_state(self._optimizer, parameter, partial(_zeroed, reset))
+                grown = self.trainer.config.grown_init
+                remap_state(self._optimizer, parameter, partial(_reset, reset), grown)
             self._hidden.clear()
             self._hide_weights()
             self._mask_weights()
@@ -137,6 +151,10 @@ class MaskedLayers:
 
     def discard_step(self) -> None:
         """Do nothing: a skipped step leaves no gradients here."""
+
+    def skip_step(self) -> None:
+        """Mask the weights, in case that the optimiser did not skip the step."""
+        self._mask_weights()
 
     def detach(self) -> None:
         """Do nothing: the model holds no reference to this object."""
@@ -197,5 +215,5 @@ def _as_tensor(mask: Any, like: Any) -> Any:
     return library_of(like).to_caller(mask, like).to(like.device)
 
 
-def _zeroed(where: Any, state: Any) -> Any:
-    return state.masked_fill(where, 0)
+def _reset(where: Any, state: Any, start: float) -> Any:
+    return state.masked_fill(where, start)
