@@ -18,7 +18,7 @@ from srigl_core.errors import SriglError
 from srigl_core.reference.init import sparse_init
 from srigl_core.torch import capture
 from srigl_core.torch.linear import CondensedLinear
-from srigl_core.torch.optimizer_state import remap_state, replace_parameter
+from srigl_core.torch.optimizers import remap_state, replace_parameters
 from srigl_core.torch.ranks import mean_of_ranks, true_on_a_rank
 from srigl_core.torch.replacement import (
     check_can_be_condensed,
@@ -71,11 +71,12 @@ class CondensedLayers:
             weight = _initial_weight(target, self.trainer.connections[name], init, rng)
             modules[name] = condensed_layer(target, weight, self.trainer.budgets[name].nnz_budget)
         replace_modules(self._model, modules)
+        replaced = []
         for name, module in modules.items():
-            layer, old = linear_of(module), self._targets[name].parameter
-            self._layers[name] = layer
+            layer = self._layers[name] = linear_of(module)
             remap = partial(_gathered, _places(self.trainer.connections[name]), layer.values)
-            replace_parameter(self._optimizer, old, layer.values, remap)
+            replaced.append((self._targets[name].parameter, layer.values, remap))
+        replace_parameters(self._optimizer, replaced)
         self._targets.clear()  # so that the dense weights are freed
         self._capture_if_needed()
 
@@ -86,14 +87,20 @@ class CondensedLayers:
             return torch.ones(shape, dtype=torch.bool)
         return self._layers[name].mask.reshape(shape)
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The values of the layers."""
+        return {name: layer.values for name, layer in self._layers.items()}
+
     def digests(self) -> dict[str, str]:
         """Return a hash of each mask."""
         return {name: mask.digest().hex() for name, mask in self.trainer.connections.items()}
 
-    def after_backward(self, loss_scale: float) -> None:
+    def after_backward(self, loss_scale: float, gradient_scale: float) -> bool:
         """End a step of the window, after any number of captured backward passes.
 
-        The captured gradients still have the scale of the loss.
+        The captured gradients still have the scale of the loss. Returns False if one of them is not
+        finite, and discards them. It may have reached no active weight.
         """
         self._check_in_place()
         if self._capturing:
@@ -107,7 +114,12 @@ class CondensedLayers:
                     "before zero_grad()"
                 )
             self.discard_step()
+            numbers = (part for pairs in step.values() for pair in pairs for part in pair)
+            is_finite = all(torch.isfinite(part).all().item() for part in numbers)
+            if true_on_a_rank({"not finite": not is_finite}, self._group)["not finite"]:
+                return False
             self._window.append((step, loss_scale))
+        return True
 
     def step(self) -> Mapping[str, CondensedUpdate]:
         """Update connections, values and optimiser state if an update is due."""
@@ -126,7 +138,8 @@ class CondensedLayers:
         for name, update in updates.items():
             layer = self._layers[name]
             layer.load_condensed_(update.weight)
-            remap_state(self._optimizer, layer.values, partial(_remapped, update))
+            grown = self.trainer.config.grown_init
+            remap_state(self._optimizer, layer.values, partial(_remapped, update), grown)
         if was_due:
             self._window.clear()
         self._capture_if_needed()
@@ -136,6 +149,9 @@ class CondensedLayers:
         """Discard the inputs and gradients of the window."""
         self._window.clear()
         self.discard_step()
+
+    def skip_step(self) -> None:
+        """Do nothing: condensed layers need no masking."""
 
     def discard_step(self) -> None:
         """Discard the inputs and gradients captured since the last step."""
@@ -242,19 +258,21 @@ def _places(connections: Connections) -> tuple[Any, Any]:
     return rows[:, None], torch.from_numpy(columns)
 
 
-def _gathered(places: tuple[Any, Any], values: Any, state: Any) -> Any:
+def _gathered(places: tuple[Any, Any], values: Any, state: Any, start: float) -> Any:
     """Return a dense layer's optimiser state at the connections, in the shape of `values`."""
     gathered = state.reshape(len(state), -1)[places].reshape(-1)
-    flat = torch.zeros_like(values, dtype=state.dtype, requires_grad=False)
+    flat = torch.full_like(values, start, dtype=state.dtype, requires_grad=False)
     flat[: gathered.numel()] = gathered
     return flat
 
 
-def _remapped(update: CondensedUpdate, state: Any) -> Any:
+def _remapped(update: CondensedUpdate, state: Any, start: float) -> Any:
     """Return optimiser state after an update, in the shape of the old state."""
     source = torch.from_numpy(update.source.reshape(-1)).to(state.device)
-    flat = torch.zeros_like(state)
-    flat[: source.numel()] = torch.where(source < 0, 0, state[source.clamp(min=0)])
+    flat = torch.full_like(state, start)
+    flat[: source.numel()] = torch.where(
+        source < 0, flat[: source.numel()], state[source.clamp(min=0)]
+    )
     return flat
 
 

@@ -18,7 +18,7 @@ from srigl_core._update import MaskUpdate
 from srigl_core.contract import Backend
 from srigl_core.errors import BackendUnavailableError, SriglError
 from srigl_core.reference.init import sparse_init
-from srigl_core.torch.optimizer_state import remap_state
+from srigl_core.torch.optimizers import remap_state
 from srigl_core.torch.targets import Target
 from srigl_core.torch.tensors import as_numpy, from_numpy, on_device_of
 
@@ -70,10 +70,18 @@ class MaskedLayers:
                     target.parameter.copy_(torch.from_numpy(drawn))
         self._copy_masks()
         self._mask_weights()
+        for name, target in self._targets.items():
+            # Momentum of inactive weights would reach the others in an optimiser of matrices.
+            remap_state(self._optimizer, target.parameter, partial(_reset, self._inactive[name]))
 
     def mask(self, name: str) -> Any:
         """Return a layer's mask, a new tensor of bool of the weight's shape."""
         return ~self._inactive[name]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The layers' weights."""
+        return {name: target.parameter for name, target in self._targets.items()}
 
     def digests(self) -> dict[str, str]:
         """Return a hash of each mask."""
@@ -82,8 +90,11 @@ class MaskedLayers:
             for name in self.trainer.masks
         }
 
-    def after_backward(self, loss_scale: float) -> None:
-        """Pass the dense gradients to the trainer if it needs them, then mask them."""
+    def after_backward(self, loss_scale: float, gradient_scale: float) -> bool:
+        """Pass the dense gradients to the trainer if it needs them, then mask them.
+
+        `gradient_scale` is the scale that the gradients still have. Returns True.
+        """
         self._check_masked()
         sparse = [self._targets[name] for name in self.trainer.sparse_layers]
         for target in sparse:
@@ -97,11 +108,12 @@ class MaskedLayers:
             gradient = target.parameter.grad
             if self.trainer.needs_grad:
                 # A layer that took no part has no gradient, or one that was zeroed in place.
-                took_part = gradient is not None and bool(gradient.any())
+                unscaled = None
+                if gradient is not None and gradient.any():
+                    unscaled = gradient if gradient_scale == 1 else gradient / gradient_scale
+                    unscaled = self._for_trainer(unscaled)
                 with on_device_of(target.parameter):
-                    self.trainer.accumulate(
-                        target.name, self._for_trainer(gradient) if took_part else None
-                    )
+                    self.trainer.accumulate(target.name, unscaled)
             if gradient is not None:
                 gradient.masked_fill_(self._no_gradient[target.name], 0)
         # The optimiser's step sees all trained weights, so that weight decay reaches them.
@@ -109,6 +121,7 @@ class MaskedLayers:
             for name, hidden in self._hidden.items():
                 self._targets[name].parameter.add_(hidden)
         self._hidden.clear()
+        return True
 
     def step(self) -> Mapping[str, MaskUpdate]:
         """Mask the weights. If an update is due, update masks, weights and optimiser state."""
@@ -134,7 +147,8 @@ class MaskedLayers:
                         from_numpy(weight) if isinstance(weight, np.ndarray) else weight
                     )
                 reset = before[name] | self._no_gradient[name]
-                remap_state(self._optimizer, parameter, partial(_zeroed, reset))
+                grown = self.trainer.config.grown_init
+                remap_state(self._optimizer, parameter, partial(_reset, reset), grown)
             self._hidden.clear()
             self._hide_weights()
             self._mask_weights()
@@ -142,6 +156,10 @@ class MaskedLayers:
 
     def discard_step(self) -> None:
         """Do nothing: a skipped step leaves no gradients here."""
+
+    def skip_step(self) -> None:
+        """Mask the weights, in case that the optimiser did not skip the step."""
+        self._mask_weights()
 
     def detach(self) -> None:
         """Do nothing: the model holds no reference to this object."""
@@ -226,5 +244,5 @@ def _state(parameter: Any) -> tuple[int, int]:
     return parameter.data_ptr(), parameter._version
 
 
-def _zeroed(where: Any, state: Any) -> Any:
-    return state.masked_fill(where, 0)
+def _reset(where: Any, state: Any, start: float) -> Any:
+    return state.masked_fill(where, start)

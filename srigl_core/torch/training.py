@@ -23,8 +23,10 @@ from srigl_core.reference.schedule import UpdateSchedule
 from srigl_core.torch.condensed_layers import CondensedLayers
 from srigl_core.torch.given_masks import check_not_sparse, given_masks
 from srigl_core.torch.masked_layers import MaskedLayers, update_backend
+from srigl_core.torch.movement import MovementCheck
+from srigl_core.torch.optimizers import check_optimizer, find_optimizers, groups_of
 from srigl_core.torch.ranks import check_agreement
-from srigl_core.torch.targets import check_optimizer, find_targets
+from srigl_core.torch.targets import find_targets
 from srigl_core.torch.tensors import as_numpy
 
 __all__ = ["MODES", "SRigL"]
@@ -32,6 +34,9 @@ __all__ = ["MODES", "SRigL"]
 MODES = ("masked", "condensed")
 _MOST_MISSED = 2
 """Calls in a row that may be missed: one may be a step that a training loop leaves out."""
+
+_MOST_SKIPPED = 200
+"""Steps in a row without finite gradients; a GradScaler has reached any sensible scale earlier."""
 
 _attached: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[str, SRigL]] = (
     weakref.WeakKeyDictionary()
@@ -58,7 +63,7 @@ class SRigL:
         A model that is on its device and not yet wrapped for data-parallel training. Connections
         are drawn at random. Weights at the connections are kept, and the others become zero.
     optimizer : torch.optim.Optimizer
-        Updates the model's parameters.
+        Updates the model's parameters. May be a wrapper of an optimiser, or a list of optimisers.
     sparsity : float or None
         Sparsity of all sparse layers together, in [0, 1). None, if all have given masks, which then
         keep their sizes.
@@ -141,7 +146,7 @@ class SRigL:
         for name, target in targets.items():
             if target.attribute in _attached.get(target.module, ()):
                 raise SriglError(f"layer {name!r} has an SRigL already; call its detach() first")
-        check_optimizer(targets, optimizer)
+        check_optimizer(targets, optimizer, mode)
         shapes = {name: target.shape for name, target in targets.items()}
         given: dict[str, Any] = {} if masks is None else given_masks(targets, masks)
         if masks is None and init is None:
@@ -168,7 +173,8 @@ class SRigL:
             )
             self._layers = CondensedLayers(model, targets, optimizer, condensed, process_group)
         self._optimizer = optimizer
-        self._was_skipped = False
+        self._was_skipped, self._n_skipped = False, 0
+        self._movement = MovementCheck(self.trainer.sparse_layers, optimizer)
         check_agreement(self._layers.digests, process_group)
         self._layers.attach(init, np.random.default_rng([self.trainer.config.seed, 1]))
         self._n_recorded = self._n_alone = 0
@@ -217,6 +223,11 @@ class SRigL:
         ------
         SriglError
             If a layer has no gradient, or has been replaced.
+
+        Notes
+        -----
+        Without `scaler` only steps whose gradients an update needs are looked at. If their
+        gradients are not finite they are not counted either.
         """
         if self._n_recorded == _MOST_MISSED:
             raise SriglError(
@@ -226,11 +237,20 @@ class SRigL:
             )
         if scaler is not None and not scaler.is_enabled():
             scaler = None  # a disabled scaler skips no step
-        self._was_skipped = scaler is not None and not self._gradients_are_finite()
+        optimizers = find_optimizers(self._optimizer)
+        found = {} if scaler is None else _infinities(scaler, [self._optimizer, *optimizers])
+        is_looked_at = scaler is not None or self.trainer.needs_grad
+        self._was_skipped = is_looked_at and (
+            any(flag.item() for flag in found.values()) or not _gradients_are_finite(optimizers)
+        )
         if self._was_skipped:
             self._layers.discard_step()
             return
-        self._layers.after_backward(1.0 if scaler is None else float(scaler.get_scale()))
+        loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
+        # The scaler unscales gradients in unscale_, or in its step.
+        gradient_scale = 1.0 if found else loss_scale
+        self._was_skipped = not self._layers.after_backward(loss_scale, gradient_scale)
+        self._movement.before_step(self._layers.parameters)
         self._n_recorded += 1
 
     def step(self) -> Mapping[str, MaskUpdate] | Mapping[str, CondensedUpdate]:
@@ -244,19 +264,24 @@ class SRigL:
         Raises
         ------
         SriglError
-            If a number is not finite, a gradient is missing, or ranks disagree. The message names
-            the layer. Unless ranks disagree nothing is changed, and the step is not counted.
+            If a number is not finite, a gradient is missing, the optimiser does not change a
+            weight, or ranks disagree. The message names the layer. Unless ranks disagree nothing is
+            changed, and the step is not counted.
         """
+        self._movement.after_step(self._layers.parameters)
         if self._was_skipped:
             self._was_skipped = False
+            self._skip_step()
             return {}
         self._n_alone = 0 if self._n_recorded else self._n_alone + 1
         if self._n_alone >= _MOST_MISSED and self.mode == "masked":
+            self._layers.skip_step()
             raise SriglError(
                 f"after_backward() was not called before the last {_MOST_MISSED} calls of step; "
                 f"call it after loss.backward() and before optimizer.step() in each training step"
             )
         self._n_recorded = 0
+        self._n_skipped = 0
         updates = self._layers.step()
         if updates:
             check_agreement(self._layers.digests, self._group)
@@ -307,12 +332,35 @@ class SRigL:
         arrays = _converted(arrays, torch.Tensor, as_numpy)
         self._layers.load_state_dict({**state, **arrays})
 
-    def _gradients_are_finite(self) -> bool:
-        """Return whether the scaler will let the optimiser step."""
-        groups = self._optimizer.param_groups
-        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        finite = [torch.isfinite(gradient).all() for gradient in gradients]
-        return all(flag.item() for flag in finite)  # all are queued before the first is awaited
+    def _skip_step(self) -> None:
+        """Check that a step whose gradients were not finite did no harm."""
+        self._layers.skip_step()
+        for name, parameter in self._layers.parameters.items():
+            if not torch.isfinite(parameter).all():
+                raise SriglError(
+                    f"layer {name!r}: weight is not finite after a step whose gradients were not "
+                    f"finite; skip such steps, as torch.amp.GradScaler does"
+                )
+        self._n_skipped += 1
+        if self._n_skipped > _MOST_SKIPPED:
+            raise SriglError(
+                f"no step was counted, because the gradients of {self._n_skipped} steps in a row "
+                f"were not finite; look for infinities in the inputs or the loss"
+            )
+
+
+def _gradients_are_finite(optimizers: list[Any]) -> bool:
+    """Return whether all gradients of the optimisers' parameters are finite."""
+    parameters = [p for group in groups_of(optimizers) for p in group["params"]]
+    finite = [torch.isfinite(p.grad).all() for p in parameters if p.grad is not None]
+    return all(flag.item() for flag in finite)  # all are queued before the first is awaited
+
+
+def _infinities(scaler: Any, optimizers: list[Any]) -> dict[Any, Any]:
+    """Return what `unscale_` of a scaler found, by device; empty if it was not called."""
+    states = getattr(scaler, "_per_optimizer_states", {})
+    known = [states[id(part)] for part in optimizers if id(part) in states]
+    return {k: flag for state in known for k, flag in state["found_inf_per_device"].items()}
 
 
 def _with_settings(config: TrainingConfig | None, **settings: Any) -> TrainingConfig:
