@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from srigl_core._format.connections import Connections
 from srigl_core._training.condensed_trainer import CondensedTrainer
@@ -37,6 +38,16 @@ _MOST_MISSED = 2
 
 _MOST_SKIPPED = 200
 """Steps in a row without finite gradients; a GradScaler has reached any sensible scale earlier."""
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 _attached: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[str, SRigL]] = (
     weakref.WeakKeyDictionary()
@@ -177,7 +188,8 @@ class SRigL:
         self._movement = MovementCheck(self.trainer.sparse_layers, optimizer)
         check_agreement(self._layers.digests, process_group)
         self._layers.attach(init, np.random.default_rng([self.trainer.config.seed, 1]))
-        self._n_recorded = self._n_alone = 0
+        self._recorded_at: int | None = None
+        self._n_missed = self._n_alone = 0
         self._register([(target.module, target.attribute) for target in targets.values()])
 
     def _register(self, weights: Iterable[tuple[Any, str]]) -> None:
@@ -229,12 +241,13 @@ class SRigL:
         Without `scaler` only steps whose gradients an update needs are looked at. If their
         gradients are not finite they are not counted either.
         """
-        if self._n_recorded == _MOST_MISSED:
-            raise SriglError(
-                f"srigl.step() was not called after the last {_MOST_MISSED} calls of "
-                f"after_backward; call it after optimizer.step() in each training step. To "
-                f"accumulate gradients call after_backward once, after the last backward pass"
-            )
+        if self._recorded_at is not None and self._recorded_at != _optimizer_steps:
+            self._n_missed += 1
+            if self._n_missed == _MOST_MISSED:
+                raise SriglError(
+                    f"srigl.step() was not called after the last {_MOST_MISSED} steps of an "
+                    f"optimizer; call it after optimizer.step() in each training step"
+                )
         if scaler is not None and not scaler.is_enabled():
             scaler = None  # a disabled scaler skips no step
         optimizers = find_optimizers(self._optimizer)
@@ -251,7 +264,7 @@ class SRigL:
         gradient_scale = 1.0 if found else loss_scale
         self._was_skipped = not self._layers.after_backward(loss_scale, gradient_scale)
         self._movement.before_step(self._layers.parameters)
-        self._n_recorded += 1
+        self._recorded_at = _optimizer_steps
 
     def step(self) -> Mapping[str, MaskUpdate] | Mapping[str, CondensedUpdate]:
         """Count a training step after the optimiser's, and update the masks if an update is due.
@@ -269,18 +282,19 @@ class SRigL:
             changed, and the step is not counted.
         """
         self._movement.after_step(self._layers.parameters)
+        recorded_at, self._recorded_at = self._recorded_at, None
+        self._n_missed = 0
         if self._was_skipped:
             self._was_skipped = False
             self._skip_step()
             return {}
-        self._n_alone = 0 if self._n_recorded else self._n_alone + 1
+        self._n_alone = self._n_alone + 1 if recorded_at is None else 0
         if self._n_alone >= _MOST_MISSED and self.mode == "masked":
             self._layers.skip_step()
             raise SriglError(
                 f"after_backward() was not called before the last {_MOST_MISSED} calls of step; "
                 f"call it after loss.backward() and before optimizer.step() in each training step"
             )
-        self._n_recorded = 0
         self._n_skipped = 0
         updates = self._layers.step()
         if updates:

@@ -234,15 +234,36 @@ def test_zeros_that_are_no_mask_are_no_obstacle():
 @pytest.mark.parametrize("mode", MODES)
 def test_a_loop_without_step_is_reported_at_the_second_missed_call(mode):
     _, optimizer, srigl = run = make(mode)
-    step(*run, 0, finish=False)
-    step(*run, 1, finish=False)
-    with pytest.raises(SriglError, match=r"srigl\.step\(\) was not called after the last 2 calls"):
+    for i in range(2):
+        step(*run, i, finish=False)
+        optimizer.step()
+    with pytest.raises(SriglError, match=r"srigl\.step\(\) was not called after the last 2 steps"):
         step(*run, 2, finish=False)
-    optimizer.step()
     srigl.step()
     for i in range(3, 9):  # every other call is missed
-        step(*run, i, finish=i % 2)
+        step(*run, i, finish=False)
+        optimizer.step()
+        if i % 2:
+            srigl.step()
     assert srigl.trainer.step_count == 4
+
+
+def test_a_closure_may_call_after_backward_many_times():
+    model = network()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=6)
+    srigl = SRigL(model, optimizer, sparsity=0.6, schedule=SCHEDULE)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(torch.ones(3, 16).double()) - 1).square().mean()
+        loss.backward()
+        srigl.after_backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+        srigl.step()
+    assert srigl.trainer.step_count == 3
 
 
 def test_a_masked_loop_without_after_backward_is_reported_at_the_second_missed_call():
