@@ -18,7 +18,7 @@ from srigl_core.errors import SriglError
 from srigl_core.reference.init import sparse_init
 from srigl_core.torch import capture
 from srigl_core.torch.linear import CondensedLinear
-from srigl_core.torch.optimizers import remap_state, replace_parameters
+from srigl_core.torch.optimizers import remap_states, replace_parameters
 from srigl_core.torch.ranks import mean_of_ranks, true_on_a_rank
 from srigl_core.torch.replacement import (
     check_can_be_condensed,
@@ -135,12 +135,13 @@ class CondensedLayers:
             took_part = true_on_a_rank({n: self._took_part(n) for n in self._layers}, self._group)
             gradients = {n: self._gradient_rows(n) if took_part[n] else None for n in self._layers}
         updates = self.trainer.step(weights, gradients)
+        changed = []
         for name, update in updates.items():
             layer = self._layers[name]
             layer.load_condensed_(update.weight)
-            grown = self.trainer.config.grown_init
-            remap_state(self._optimizer, layer.values, partial(_remapped, update), grown)
+            changed.append((layer.values, partial(_remapped, update)))
         if was_due:
+            remap_states(self._optimizer, changed, self.trainer.config.grown_init)
             self._window.clear()
         self._capture_if_needed()
         return updates

@@ -18,7 +18,7 @@ from srigl_core._update import MaskUpdate
 from srigl_core.contract import Backend
 from srigl_core.errors import BackendUnavailableError, SriglError
 from srigl_core.reference.init import sparse_init
-from srigl_core.torch.optimizers import remap_state
+from srigl_core.torch.optimizers import remap_states
 from srigl_core.torch.targets import Target
 from srigl_core.torch.tensors import as_numpy, from_numpy, on_device_of
 
@@ -70,9 +70,12 @@ class MaskedLayers:
                     target.parameter.copy_(torch.from_numpy(drawn))
         self._copy_masks()
         self._mask_weights()
-        for name, target in self._targets.items():
-            # Momentum of inactive weights would reach the others in an optimiser of matrices.
-            remap_state(self._optimizer, target.parameter, partial(_reset, self._inactive[name]))
+        # Momentum of inactive weights would reach the others in an optimiser of matrices.
+        changed = [
+            (target.parameter, partial(_reset, self._inactive[name]))
+            for name, target in self._targets.items()
+        ]
+        remap_states(self._optimizer, changed)
 
     def mask(self, name: str) -> Any:
         """Return a layer's mask, a new tensor of bool of the weight's shape."""
@@ -140,6 +143,7 @@ class MaskedLayers:
         if updates:
             before = dict(self._no_gradient)
             self._copy_masks()
+            changed = []
             for name, update in updates.items():
                 parameter, weight = self._targets[name].parameter, update.weight
                 with torch.no_grad():
@@ -147,8 +151,8 @@ class MaskedLayers:
                         from_numpy(weight) if isinstance(weight, np.ndarray) else weight
                     )
                 reset = before[name] | self._no_gradient[name]
-                grown = self.trainer.config.grown_init
-                remap_state(self._optimizer, parameter, partial(_reset, reset), grown)
+                changed.append((parameter, partial(_reset, reset)))
+            remap_states(self._optimizer, changed, self.trainer.config.grown_init)
             self._hidden.clear()
             self._hide_weights()
             self._mask_weights()

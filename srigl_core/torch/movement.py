@@ -15,6 +15,9 @@ __all__ = ["MovementCheck"]
 _PATIENCE = 3
 """Steps without a change that are an error."""
 
+_MOST_LOOKS = 100
+"""Steps that are looked at; then a weight whose change cannot be told is left alone."""
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -36,14 +39,22 @@ class MovementCheck:
         self._optimizer = optimizer
         self._misses = dict.fromkeys(names, 0)
         self._before: dict[str, Any] = {}
+        self._looks = 0
 
     def before_step(self, parameters: Mapping[str, Any]) -> None:
         """Note the weights before the optimiser's step, after the backward pass."""
-        for name in self._misses:
-            parameter = parameters[name]
+        if not self._misses or self._looks >= _MOST_LOOKS:
+            return
+        rates: dict[int, float] = {}
+        for group in groups_of(find_optimizers(self._optimizer)):
+            # The smallest, since a wrapper passes its rate on when it steps.
+            rates |= {id(p): min(_rate(group), rates.get(id(p), 1.0)) for p in group["params"]}
+        watched = {name: rates.get(id(parameters[name]), 1.0) for name in self._misses}
+        self._looks += any(watched.values())
+        for name, rate in watched.items():
             # The first of several calls in a step counts: LBFGS and SAM change weights in between.
-            if name not in self._before and self._must_change(parameter):
-                self._before[name] = _checksum(parameter)
+            if name not in self._before and rate > 0 and _must_change(parameters[name], rate):
+                self._before[name] = _checksum(parameters[name])
 
     def after_step(self, parameters: Mapping[str, Any]) -> None:
         """Compare the weights after the optimiser's step.
@@ -67,20 +78,22 @@ class MovementCheck:
                     f"updates the layer ({type(self._optimizer).__name__} may update copies)"
                 )
 
-    def _must_change(self, parameter: Any) -> bool:
-        if parameter.grad is None:
-            return False
-        weight, grad = _local(parameter), _local(parameter.grad)
-        if weight.numel() == 0 or not (torch.isfinite(grad).all() and grad.any()):
-            return False
-        rates = [
-            group.get("lr")
-            for group in groups_of(find_optimizers(self._optimizer))
-            if any(p is parameter for p in group["params"])
-        ]
-        rate = max((1.0 if rate is None else float(rate) for rate in rates), default=1.0)
-        change = rate * min(1.0, float(grad.abs().max()))
-        return change > float(torch.finfo(weight.dtype).eps * weight.abs().max())
+
+def _rate(group: dict[str, Any]) -> float:
+    """Return the learning rate of a group; 1 if it has none of its own."""
+    rate = group.get("lr")
+    return 1.0 if rate is None else float(rate)
+
+
+def _must_change(parameter: Any, rate: float) -> bool:
+    """Return whether a step of an optimiser changes a weight by more than rounding hides."""
+    if parameter.grad is None:
+        return False
+    weight, grad = _local(parameter), _local(parameter.grad)
+    if weight.numel() == 0 or not (torch.isfinite(grad).all() and grad.any()):
+        return False
+    change = rate * min(1.0, float(grad.abs().max()))
+    return change > float(torch.finfo(weight.dtype).eps * weight.abs().max())
 
 
 def _local(tensor: Any) -> Any:

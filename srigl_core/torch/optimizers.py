@@ -24,7 +24,7 @@ __all__ = [
     "find_optimizers",
     "groups_of",
     "register_optimizer",
-    "remap_state",
+    "remap_states",
     "replace_parameters",
 ]
 
@@ -147,6 +147,7 @@ def check_optimizer(targets: dict[str, Target], optimizer: Any, mode: str) -> No
     updating = [part for part in optimizers if _shards(part) or not _inner(part)]
     held = {id(p) for group in groups_of(updating) for p in group["params"]}
     shown = {id(p) for group in groups_of(optimizers) for p in group["params"]}
+    tried: set[tuple[int, int, int]] = set()
     for target in targets.values():
         if id(target.parameter) in shown - held:
             raise SriglError(
@@ -164,22 +165,25 @@ def check_optimizer(targets: dict[str, Target], optimizer: Any, mode: str) -> No
             _check_copies(target, part)
         for part in optimizers:
             for group in part.param_groups:
-                if any(p is target.parameter for p in group["params"]):
+                kind = id(part), id(group), target.parameter.ndim
+                if kind not in tried and any(p is target.parameter for p in group["params"]):
                     _check_class(target, part, group, mode)
+                    tried.add(kind)
 
 
-def remap_state(
-    optimizer: Any, parameter: Any, remap: Callable[[Any, Any], Any], new_weight: float = 0.0
+def remap_states(
+    optimizer: Any,
+    changed: Sequence[tuple[Any, Callable[[Any, Any], Any]]],
+    new_weight: float = 0.0,
 ) -> None:
-    """Change, in place, the tensors of a parameter's state that have its shape.
+    """Change, in place, the tensors of parameters' states that have the parameter's shape.
 
     Parameters
     ----------
     optimizer : torch.optim.Optimizer or a wrapper
-    parameter : torch.nn.Parameter
-    remap : callable
-        Takes the old tensor and the number that a new weight's state starts with, and returns the
-        new tensor.
+    changed : sequence of (parameter, remap)
+        Parameters, and functions that take the old tensor and the number that a new weight's state
+        starts with, and return the new tensor.
     new_weight : float
         The value of a new weight.
     """
@@ -188,15 +192,12 @@ def remap_state(
         if forget is not None:
             forget(part)
             continue
-        # `p.data = state["old"]`, as SAM does it, makes a state the parameter itself.
-        old = [
-            (path, tensor)
-            for path, tensor in _tensors(state.get(parameter, {}))
-            if tensor.shape == parameter.shape and not _share_memory(tensor, parameter)
-        ]
-        start = _start(part, parameter, new_weight) if old else {}
-        for path, tensor in old:
-            tensor.copy_(remap(tensor, start.get(path, 0)))
+        starts = _Starts(part, new_weight)
+        for parameter, remap in changed:
+            for path, tensor in _tensors(state.get(parameter, {})):
+                # `p.data = state["old"]`, as SAM does it, makes a state the parameter itself.
+                if tensor.shape == parameter.shape and not _share_memory(tensor, parameter):
+                    tensor.copy_(remap(tensor, starts.of(parameter).get(path, 0)))
 
 
 def replace_parameters(
@@ -208,7 +209,7 @@ def replace_parameters(
     ----------
     optimizer : torch.optim.Optimizer or a wrapper
     replaced : sequence of (old, new, remap)
-        Two parameters, and a function as in `remap_state` that returns a tensor of the new one's
+        Two parameters, and a function as in `remap_states` that returns a tensor of the new one's
         shape. State that holds a tensor of another shape is dropped.
     """
     optimizers = find_optimizers(optimizer)
@@ -216,10 +217,10 @@ def replace_parameters(
         forget = _rule(part).forget
         if forget is not None:
             forget(part)
+        starts = _Starts(part, 0.0)
         for old, new, remap in replaced:
             if old in state:
-                start = _start(part, old, 0.0)
-                state_of_new = _converted(state.pop(old), old.shape, remap, start)
+                state_of_new = _converted(state.pop(old), old.shape, remap, starts.of(old))
                 if state_of_new is not None:
                     state[new] = state_of_new
     new_of = {id(old): new for old, new, _ in replaced}
@@ -394,27 +395,45 @@ def _share_memory(one: Any, other: Any) -> bool:
     return bool(one.data_ptr() == other.data_ptr() and one.device == other.device)
 
 
-def _start(optimizer: Any, parameter: Any, new_weight: float) -> dict[tuple[Any, ...], Any]:
-    """Return the numbers that a new parameter's state starts with, by path.
+class _Starts:
+    """The numbers that the state of new parameters starts with, by path.
 
     They are the optimiser's state after a step with a gradient of zero.
     """
-    holding = [g for g in optimizer.param_groups if any(p is parameter for p in g["params"])]
-    if not holding:
-        return {}
+
+    def __init__(self, optimizer: Any, new_weight: float) -> None:
+        self._optimizer, self._new_weight = optimizer, new_weight
+        groups = optimizer.param_groups
+        self._groups = {id(p): group for group in groups for p in group["params"]}
+        self._known: dict[Any, dict[tuple[Any, ...], Any]] = {}
+
+    def of(self, parameter: Any) -> dict[tuple[Any, ...], Any]:
+        """Return the numbers for a parameter; those of its group are tried out once."""
+        group = self._groups.get(id(parameter))
+        if group is None:
+            return {}
+        key = id(group), parameter.ndim, parameter.dtype, parameter.device
+        if key not in self._known:
+            self._known[key] = _tried_start(self._optimizer, group, parameter, self._new_weight)
+        return self._known[key]
+
+
+def _tried_start(
+    optimizer: Any, group: dict[str, Any], parameter: Any, new_weight: float
+) -> dict[tuple[Any, ...], Any]:
     start: dict[tuple[Any, ...], Any] = {}
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     fresh = torch.full(
         _trial_shape(parameter.ndim), new_weight, dtype=dtype, device=parameter.device
     )
-    state = _try_out(optimizer, holding[0], fresh, [torch.zeros_like(fresh)])
+    state = _try_out(optimizer, group, fresh, [torch.zeros_like(fresh)])
     for path, tensor in _tensors(state or {}):
         if tensor.shape == fresh.shape:
             first = tensor.flatten()[0]
             if first.isfinite() and (tensor == first).all():
                 start[path] = first.item()
     for name, number in _rule(optimizer).start.items():
-        start[(name,)] = number(holding[0]) if callable(number) else number
+        start[(name,)] = number(group) if callable(number) else number
     return start
 
 

@@ -143,19 +143,14 @@ def test_a_skipped_step_of_an_update_waits_without_the_scaler_too(overflows, uns
     assert_same_masks(plain, scaled)
 
 
-def test_both_modes_agree_in_autocast_with_checkpoints_and_skipped_steps():
-    """Scales start too large for float16, so that real overflows are skipped."""
-    runs = []
-    for mode in ("masked", "condensed"):
-        run = Run(mode, autocast=torch.float16, reentrant=False, clip=1.0)
-        run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=4)
-        for _ in range(40):
-            run.attempt(False)
-            run.batches += 1
-        assert run.srigl.trainer.step_count < 40
-        assert run.n_updates == run.srigl.trainer.step_count // 3 >= 8
-        runs.append(run)
-    assert abs(runs[0].n_updates - runs[1].n_updates) <= 1
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_overflows_of_float16_do_not_end_a_run(reentrant, mode):
+    """The scale starts too large, and grows until it is too large again."""
+    run = Run(mode, autocast=torch.float16, reentrant=reentrant, clip=1.0)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=4)
+    train(run, 30)
+    assert 15 <= run.srigl.trainer.step_count < 27
+    assert run.n_updates == run.srigl.trainer.step_count // 3
 
 
 def test_gradients_of_ablated_neurons_that_overflow_do_not_end_a_run():
@@ -216,6 +211,7 @@ STILL = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:no gradient reached layer")
 @pytest.mark.parametrize("what", STILL)
 def test_a_weight_that_need_not_change_is_not_reported(what, mode):
     run = Run(mode, amp=False, make=lambda p: torch.optim.SGD(p, **STILL[what]))

@@ -126,7 +126,7 @@ def of_torch():
     return [c for c in classes if issubclass(c, torch.optim.Optimizer)]
 
 
-REFUSED = {"Optimizer": ValueTypeError, "SparseAdam": SriglError}
+REFUSED = ("Optimizer", "SparseAdam")
 NEED_MATRICES = ("Adafactor", "Muon")
 ARGUMENTS = {
     "SGD": [
