@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from srigl_core._update import CondensedUpdate
 from srigl_core.errors import SriglError
 from srigl_core.reference.init import sparse_init
 from srigl_core.torch import capture
+from srigl_core.torch.averages import Averages
 from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.optimizers import remap_states, replace_parameters
 from srigl_core.torch.ranks import mean_of_ranks, true_on_a_rank
@@ -63,6 +64,7 @@ class CondensedLayers:
         self._capturing: dict[str, capture.Captured] = {}
         self._window: list[tuple[dict[str, _Pairs], float]] = []
         self._seen: dict[str, list[tuple[int, int]]] = {}
+        self._averages = Averages()
 
     def attach(self, init: str | None, rng: np.random.Generator) -> None:
         """Replace the dense layers by condensed ones, in the model and in the optimiser."""
@@ -91,6 +93,11 @@ class CondensedLayers:
     def parameters(self) -> dict[str, Any]:
         """The values of the layers."""
         return {name: layer.values for name, layer in self._layers.items()}
+
+    def track(self, average: Any) -> None:
+        """Move the numbers of an average with the connections."""
+        values = {f"{self._path(name)}.values": p for name, p in self.parameters.items()}
+        self._averages.add(average, values, self._buffers(self._layers))
 
     def digests(self) -> dict[str, str]:
         """Return a hash of each mask."""
@@ -141,7 +148,11 @@ class CondensedLayers:
             layer.load_condensed_(update.weight)
             changed.append((layer.values, partial(_remapped, update)))
         if was_due:
-            remap_states(self._optimizer, changed, self.trainer.config.grown_init)
+            grown = self.trainer.config.grown_init
+            remap_states(self._optimizer, changed, grown)
+            paths = (f"{self._path(name)}.values" for name in updates)
+            remaps = dict(zip(paths, (remap for _, remap in changed), strict=True))
+            self._averages.remap(remaps, grown, self._buffers(updates))
             self._window.clear()
         self._capture_if_needed()
         return updates
@@ -187,11 +198,24 @@ class CondensedLayers:
         self._capture_if_needed()
 
     def detach(self) -> None:
-        """Stop capturing inputs and gradients."""
+        """Stop capturing inputs and gradients, and tracking averages."""
         self._capturing = {}
+        self._averages.clear()
+
+    def _path(self, name: str) -> str:
+        """Return the name of the linear layer in the model."""
+        module = submodule(self._model, name)
+        return name if module is self._layers[name] else f"{name}.linear"
+
+    def _buffers(self, names: Iterable[str]) -> dict[str, Any]:
+        return {
+            f"{self._path(name)}.{buffer}": tensor
+            for name in names
+            for buffer, tensor in self._layers[name].named_buffers()
+        }
 
     def _capture_if_needed(self) -> None:
-        self.detach()
+        self._capturing = {}
         if self.trainer.needs_grad:
             layers = self._layers.items()
             self._capturing = {name: capture.start(x.indices, x.values) for name, x in layers}

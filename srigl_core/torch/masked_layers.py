@@ -18,6 +18,7 @@ from srigl_core._update import MaskUpdate
 from srigl_core.contract import Backend
 from srigl_core.errors import BackendUnavailableError, SriglError
 from srigl_core.reference.init import sparse_init
+from srigl_core.torch.averages import Averages
 from srigl_core.torch.optimizers import remap_states
 from srigl_core.torch.targets import Target
 from srigl_core.torch.tensors import as_numpy, from_numpy, on_device_of
@@ -60,6 +61,7 @@ class MaskedLayers:
         self._no_gradient: dict[str, Any] = {}
         self._hidden: dict[str, Any] = {}
         self._seen: dict[str, tuple[int, int]] = {}
+        self._averages = Averages()
 
     def attach(self, init: str | None, rng: np.random.Generator) -> None:
         """Mask the weights; draw new ones first if `init` is not None."""
@@ -85,6 +87,14 @@ class MaskedLayers:
     def parameters(self) -> dict[str, Any]:
         """The layers' weights."""
         return {name: target.parameter for name, target in self._targets.items()}
+
+    def track(self, average: Any) -> None:
+        """Move the numbers of an average with the masks, and mask it now."""
+        weights = {_path(target): target.parameter for target in self._targets.values()}
+        found = self._averages.add(average, weights, {})
+        with torch.no_grad():
+            for name, tensor in zip(self._targets, found.values(), strict=True):
+                tensor.masked_fill_(self._inactive[name].to(tensor.device), 0)
 
     def digests(self) -> dict[str, str]:
         """Return a hash of each mask."""
@@ -152,7 +162,11 @@ class MaskedLayers:
                     )
                 reset = before[name] | self._no_gradient[name]
                 changed.append((parameter, partial(_reset, reset)))
-            remap_states(self._optimizer, changed, self.trainer.config.grown_init)
+            grown = self.trainer.config.grown_init
+            remap_states(self._optimizer, changed, grown)
+            remaps = [remap for _, remap in changed]
+            paths = (_path(self._targets[name]) for name in updates)
+            self._averages.remap(dict(zip(paths, remaps, strict=True)), grown, {})
             self._hidden.clear()
             self._hide_weights()
             self._mask_weights()
@@ -166,7 +180,8 @@ class MaskedLayers:
         self._mask_weights()
 
     def detach(self) -> None:
-        """Do nothing: the model holds no reference to this object."""
+        """Track no more averages; the model holds no reference to this object."""
+        self._averages.clear()
 
     def discard_gradients(self) -> None:
         """Discard the gradients of the window."""
@@ -248,5 +263,9 @@ def _state(parameter: Any) -> tuple[int, int]:
     return parameter.data_ptr(), parameter._version
 
 
+def _path(target: Target) -> str:
+    return f"{target.owner}.{target.attribute}".removeprefix(".")
+
+
 def _reset(where: Any, state: Any, start: float) -> Any:
-    return state.masked_fill(where, start)
+    return state.masked_fill(where.to(state.device), start)

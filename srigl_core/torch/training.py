@@ -305,6 +305,28 @@ class SRigL:
         """Discard the gradients of the window."""
         self._layers.discard_gradients()
 
+    def track(self, average: Any) -> None:
+        """Let an average of the model's weights (EMA, SWA) follow the mask updates.
+
+        At a mask update the numbers of the average are treated as optimiser state is: a new weight
+        starts anew, and an inactive one is zero. In condensed layers a place in `values` may belong
+        to another connection after an update, so an average that is not tracked mixes connections.
+
+        Parameters
+        ----------
+        average : torch.nn.Module or mapping of str to torch.Tensor
+            A copy of the model, an ``AveragedModel``, or tensors by the names of the model's
+            ``state_dict``. It is kept until `detach`.
+
+        Raises
+        ------
+        SriglError
+            If it lacks a weight, or was made before the last mask update.
+        ValueTypeError
+            If it is neither a module nor a mapping.
+        """
+        self._layers.track(average)
+
     def report(self) -> str:
         """Return a table of the layers: budgets, active weights, fan-in and active neurons."""
         return self.trainer.report()

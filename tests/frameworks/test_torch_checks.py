@@ -13,6 +13,7 @@ from srigl_core.reference import UpdateSchedule
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn  # noqa: E402
 
 from srigl_core.torch import SRigL, condense  # noqa: E402
 
@@ -328,6 +329,83 @@ def test_a_layer_that_takes_no_part_in_a_step_does_not_end_training(window, set_
         runs[mode] = masks
     for one, two in zip(*runs.values(), strict=True):
         assert torch.equal(one, two)
+
+
+# ---------------------------------------------------------------- averages
+
+
+def averaged(kind, model):
+    if kind == "AveragedModel":
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    if kind == "a copy":
+        return copy.deepcopy(model)
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def update_average(average, model):
+    if isinstance(average, AveragedModel):
+        average.update_parameters(model)
+        return
+    own = dict(average.named_parameters()) if isinstance(average, nn.Module) else average
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            own[name].lerp_(parameter, 0.1)
+
+
+def average_of(average, model, srigl):
+    """Return the average as a model of dense layers."""
+    if isinstance(average, dict):
+        result = copy.deepcopy(model)
+        result.load_state_dict(average)
+    else:
+        result = copy.deepcopy(getattr(average, "module", average))
+    return dense(result, srigl)
+
+
+@pytest.mark.parametrize("kind", ["AveragedModel", "a copy", "tensors by name"])
+def test_tracked_averages_are_the_same_in_both_modes(kind):
+    averages = []
+    for mode in MODES:
+        model, _, srigl = run = make(mode, gamma_sal=0.9)
+        average = averaged(kind, model)
+        srigl.track(average)
+        for i in range(30):
+            step(*run, i)
+            update_average(average, model)
+        averages.append(average_of(average, model, srigl))
+        assert not averages[-1][~srigl.mask("0")].any()
+    torch.testing.assert_close(*averages)
+
+
+def test_a_grown_weight_starts_a_new_average():
+    model, _, srigl = run = make("masked")
+    average = copy.deepcopy(model)
+    srigl.track(average)
+    nn.init.ones_(average[0].weight)
+    before = srigl.mask("0")
+    train(run, range(4))
+    after = srigl.mask("0")
+    assert torch.equal(average[0].weight != 0, before & after)
+    srigl.detach()
+    assert (before & ~after).any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_average_that_does_not_fit_is_refused(mode):
+    model, _, srigl = run = make(mode)
+    early = copy.deepcopy(model)
+    for average, message in (
+        (nn.Sequential(nn.Linear(16, 32)), "the average has no '"),
+        (network() if mode == "condensed" else nn.Sequential(*[nn.Linear(4, 4)] * 3), "has no '0"),
+        ({}, "the average has no '0"),
+        ([1], "average must be a torch.nn.Module, or a mapping"),
+    ):
+        with pytest.raises((SriglError, ValueTypeError), match=message):
+            srigl.track(average)
+    train(run, range(4))
+    if mode == "condensed":
+        with pytest.raises(SriglError, match="was made before the last mask update"):
+            srigl.track(early)
 
 
 # ---------------------------------------------------------------- settings
