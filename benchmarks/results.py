@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from srigl_core._files import write_whole
 from srigl_core.benchmarks.timing import Timing
 from srigl_core.errors import FileFormatError
 
@@ -246,9 +247,7 @@ def save_results(path: Path, results: Results) -> None:
         if key != "processes"
     ]
     text = _braced("{}", [*members, f'"processes": {_braced("[]", processes)}'])
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, f"{text}\n".encode())
 
 
 def microseconds(timing: Timing) -> dict[str, Any]:

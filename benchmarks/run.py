@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from srigl_core._workers import END_WITH_STDIN, worker_stdin
 from srigl_core.benchmarks.devices import CpuDevice
 from srigl_core.benchmarks.devices.pools import check_threads, environment
 from srigl_core.benchmarks.event_timing import CALLS
@@ -25,6 +26,12 @@ from srigl_core.errors import BackendUnavailableError, SriglError
 from srigl_core.testing.targets import as_backend
 
 __all__ = ["run"]
+
+_MEASURE = """
+import sys
+from srigl_core.benchmarks.measure import main
+main(*sys.argv[1:])
+"""
 
 _BUSY = 0.5
 """Processes that wait for a core, on average over a minute, before this one starts."""
@@ -108,8 +115,9 @@ def _in_own_process(settings: Settings) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("settings.json", "result.json")]
         files[0].write_text(json.dumps(dataclasses.asdict(settings)), encoding="utf-8")
-        command = [sys.executable, "-m", "srigl_core.benchmarks.measure", *map(str, files)]
-        done = subprocess.run(command, env=os.environ | variables, check=False)
+        command = [sys.executable, "-c", END_WITH_STDIN + _MEASURE, *map(str, files)]
+        with worker_stdin() as stdin:
+            done = subprocess.run(command, stdin=stdin, env=os.environ | variables, check=False)
         if done.returncode:
             raise SriglError(
                 f"the process that measures ended with code {done.returncode}; its message is "
