@@ -63,8 +63,12 @@ def checked_path(path: object) -> Path:
     if not isinstance(path, str | bytes | os.PathLike):
         raise ValueTypeError(f"path must be a path, got {type(path).__name__}")
     name = os.fsdecode(path)
-    if "\0" in name:
-        raise SriglError(f"path {name!r} holds a null character, which no file's name may")
+    try:
+        is_possible = b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        is_possible = False
+    if not is_possible:
+        raise SriglError(f"path {name!r} has characters that no file's name may have")
     return Path(name)
 
 

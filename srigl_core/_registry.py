@@ -88,8 +88,10 @@ def get_backend(
     SriglError
         If no backend has that name, or it does not offer `operation`.
     ValueTypeError
-        If `backend` is neither a name nor a backend.
+        If `backend` is neither a name nor a backend, or `operation` no name.
     """
+    if operation is not None and not isinstance(operation, str):
+        raise ValueTypeError(f"operation must be a name, got {type(operation).__name__}")
     if backend is None:
         return _preferred(operation or "condensed_matmul", device)
     chosen = _load(backend) if isinstance(backend, str) else backend

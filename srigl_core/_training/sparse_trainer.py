@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._arrays.checks import as_float_array, as_mask, check_integer
+from srigl_core._arrays.immutable import immutable
 from srigl_core._arrays.operations import HOST_ARRAYS, ArrayOps
 from srigl_core._registry import get_backend
 from srigl_core._training.config import TrainingConfig
@@ -130,7 +131,12 @@ class SparseTrainer(TrainerSkeleton):
 
     def backward_mask(self, name: str) -> Any:
         """Return the mask of a layer's gradient: the mask itself, unless the method has two."""
+        self._check_name(name)
         return self._backward_masks.get(name, self.masks[name])
+
+    def _check_name(self, name: object) -> None:
+        if not isinstance(name, str) or name not in self.masks:
+            raise SriglError(f"no layer is called {name!r}; there are {', '.join(self.masks)}")
 
     def itop_rates(self) -> dict[str, float]:
         """Return, for each sparse layer, the share of its positions that was ever active.
@@ -160,8 +166,7 @@ class SparseTrainer(TrainerSkeleton):
         ValueTypeError
             If it is not an array of a value type on the trainer's device.
         """
-        if name not in self.masks:
-            raise SriglError(f"no layer is called {name!r}; there are {', '.join(self.masks)}")
+        self._check_name(name)
         arrays, shape = self._arrays, self.budgets[name].shape
         with error_context(name), arrays.execution_context(grad):
             grad = arrays.as_float_array(grad, "grad")
@@ -274,6 +279,8 @@ class SparseTrainer(TrainerSkeleton):
         self, masks: Mapping[str, Any], names: list[str]
     ) -> dict[str, NDArray[np.bool_]]:
         """Check that a state has masks of these layers, and return them."""
+        if not isinstance(masks, Mapping):
+            raise ValueTypeError(f"masks in state must be a dict, got {type(masks).__name__}")
         if list(masks) != names and masks.keys() != set(names):
             raise SriglError(f"state has masks of {list(masks)}, but the layers are {names}")
         checked = {}
@@ -297,6 +304,4 @@ class SparseTrainer(TrainerSkeleton):
 
 
 def _frozen(mask: Any) -> Any:
-    if isinstance(mask, np.ndarray):
-        mask.setflags(write=False)
-    return mask
+    return immutable(mask) if isinstance(mask, np.ndarray) else mask

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from srigl_core._arrays.operations import HOST_ARRAYS
 from srigl_core._files import check_archive, file_errors, parse_json, regular_file, write_whole
 from srigl_core._update import UpdateSettings
-from srigl_core.errors import FileFormatError, SriglError
+from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
 from srigl_core.reference.explain import UpdateExplanation, explain_update
 
 __all__ = ["TraceVerdict", "UpdateTrace", "check_trace"]
@@ -72,6 +72,8 @@ class UpdateTrace:
         SriglError
             If an array or a setting is missing or does not fit; nothing is recorded.
         """
+        if not isinstance(layer, str):
+            raise ValueTypeError(f"layer must be a name, got {type(layer).__name__}")
         unknown = set(settings) - set(_SETTINGS)
         missing = set(_REQUIRED) - set(settings)
         if unknown or missing:
