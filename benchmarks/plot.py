@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from srigl_core._install import install_command
 from srigl_core.benchmarks.cases import HEADLINE
 from srigl_core.benchmarks.results import Results, Row
 from srigl_core.errors import BackendUnavailableError
@@ -24,7 +25,7 @@ def check_matplotlib() -> None:
     except ImportError as error:
         raise BackendUnavailableError(
             f"the plot needs matplotlib, which cannot be imported ({error}); install it with: "
-            f'pip install "srigl-core[bench]"'
+            f"{install_command('bench')}"
         ) from error
 
 

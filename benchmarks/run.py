@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from srigl_core._install import install_command
 from srigl_core._workers import END_WITH_STDIN, worker_stdin
 from srigl_core.benchmarks.devices import CpuDevice
 from srigl_core.benchmarks.devices.pools import check_threads, environment
@@ -159,7 +160,7 @@ def _check(settings: Settings) -> None:
     except ImportError as error:
         raise BackendUnavailableError(
             f"the benchmark needs threadpoolctl, which cannot be imported ({error}); install it "
-            f'with: pip install "srigl-core[bench]"'
+            f"with: {install_command('bench')}"
         ) from error
 
 

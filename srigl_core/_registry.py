@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from srigl_core._install import INSTALL_CHECKOUT
 from srigl_core.contract import Backend, Capabilities
 from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
 
@@ -166,7 +167,7 @@ def _preferred(operation: str, device: str) -> Backend:
         )
     raise BackendUnavailableError(
         f"no backend that offers {operation} is installed; is srigl-core itself installed? "
-        f"A source folder on the path has no entry points: pip install srigl-core"
+        f"A source folder on the path has no entry points: {INSTALL_CHECKOUT}"
     )
 
 

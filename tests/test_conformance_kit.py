@@ -630,7 +630,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert "pip install 'srigl-core[test]'" in python(tmp_path, "-c", code).stdout
+    assert "pip install hypothesis" in python(tmp_path, "-c", code).stdout
 
 
 # ---------------------------------------------------------------- recorded updates

@@ -21,6 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from srigl_core._cache_folder import cache_version, find_cache, keep_kernel, kept_kernel
 from srigl_core._files import write_whole
+from srigl_core._install import install_command
 from srigl_core.backends.cupy_gpu.device import DeviceProperties
 from srigl_core.backends.cupy_gpu.variants import COMPILER_OPTIONS, Variant
 from srigl_core.errors import BackendUnavailableError
@@ -30,7 +31,7 @@ try:
 except ModuleNotFoundError as error:
     raise BackendUnavailableError(
         f"backend 'cupy' needs the package {error.name!r}, which is not installed: "
-        f"pip install 'srigl-core[cupy]' for CUDA 13, 'srigl-core[cupy12]' for CUDA 12"
+        f"{install_command('cupy')} for CUDA 13, {install_command('cupy12')} for CUDA 12"
     ) from error
 
 __all__ = ["CupyDevice", "check_device", "compiled", "cupy", "runtime_info"]

@@ -24,6 +24,7 @@ from torch.func import functional_call
 
 from srigl_core._arrays.checks import check_integer
 from srigl_core._files import write_whole
+from srigl_core._install import install_command
 from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
 from srigl_core.torch.conv import CondensedConv2d
 from srigl_core.torch.conversion import dense_layer
@@ -133,8 +134,8 @@ def _onnx() -> Any:
         return importlib.import_module("onnx")
     except ImportError as error:
         raise BackendUnavailableError(
-            f"export_onnx needs the packages onnx and onnxscript ({error}); install them: pip "
-            f'install "srigl-core[onnx]"'
+            f"export_onnx needs the packages onnx and onnxscript ({error}); install them: "
+            f"{install_command('onnx')}"
         ) from error
 
 
