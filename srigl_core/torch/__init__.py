@@ -14,6 +14,7 @@ from srigl_core.torch.arrays import TorchArrays
 from srigl_core.torch.conv import CondensedConv2d
 from srigl_core.torch.conversion import condense, to_csr, to_masked_dense
 from srigl_core.torch.folding import Folding, fold_ablated
+from srigl_core.torch.freezing import freeze, unfreeze
 from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.model_file import load_model, save_model
 from srigl_core.torch.model_report import LayerReport, ModelReport, report
@@ -32,10 +33,12 @@ __all__ = [
     "condense",
     "export_onnx",
     "fold_ablated",
+    "freeze",
     "load_model",
     "load_released_checkpoint",
     "report",
     "save_model",
     "to_csr",
     "to_masked_dense",
+    "unfreeze",
 ]

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from srigl_core._format.weight import CondensedWeight
-from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.errors import SriglError
 from srigl_core.torch.conv import GEOMETRY, CondensedConv2d
+from srigl_core.torch.given_masks import NONZERO, ZEROS, given_masks, masks_by_layer
 from srigl_core.torch.replacement import (
     check_can_be_condensed,
     condensed_layer,
@@ -78,24 +78,19 @@ def condense(
     2
     """
     excluded = {exclude} if isinstance(exclude, str) else set(exclude)
-    if isinstance(masks, str):
-        if masks != "nonzero":
-            raise SriglError(f"masks={masks!r} is unknown; give masks by name, or 'nonzero'")
-        targets = find_targets(model, None, excluded)
-        by_layer = {name: as_numpy(target.parameter) != 0 for name, target in targets.items()}
-        hint = "; newly grown weights are active although they are 0.0: give masks, not 'nonzero'"
-    else:
-        by_layer = {name.removesuffix(".weight"): mask for name, mask in _by_name(masks).items()}
-        by_layer = {name: mask for name, mask in by_layer.items() if name not in excluded}
-        for name in by_layer.keys() & condensed_modules(model).keys():
+    if isinstance(masks, SRigL):
+        masks = {name: masks.mask(name) for name in masks.trainer.budgets}
+    include = None
+    if not isinstance(masks, str):
+        masks = {n: mask for n, mask in masks_by_layer(masks).items() if n not in excluded}
+        for name in masks.keys() & condensed_modules(model).keys():
             raise SriglError(f"layer {name!r} is condensed already")
-        targets = find_targets(model, list(by_layer), excluded)
-        hint = ""
+        include = list(masks)
+    targets = find_targets(model, include, excluded)
     layers = {}
-    for name, target in targets.items():
-        mask = _checked_mask(target, by_layer[name])
+    for name, mask in given_masks(targets, masks).items():
         if not mask.all():
-            layers[name] = _condensed(target, mask, hint)
+            layers[name] = _condensed(targets[name], mask, ZEROS if masks == NONZERO else "")
     if not layers:
         raise SriglError("all masks are True everywhere; there is nothing to condense")
     replace_modules(model, layers)
@@ -149,33 +144,6 @@ def to_csr(model: Any) -> dict[str, scipy.sparse.csr_array]:
     """
     layers = condensed_modules(model)
     return {name: linear_of(layer).to_condensed().to_csr() for name, layer in layers.items()}
-
-
-def _by_name(masks: Mapping[str, Any] | SRigL) -> dict[str, Any]:
-    if isinstance(masks, SRigL):
-        return {name: masks.mask(name) for name in masks.trainer.budgets}
-    if not isinstance(masks, Mapping):
-        raise ValueTypeError(
-            f"masks must be a mapping of layer names to masks, an SRigL or 'nonzero', got "
-            f"{type(masks).__name__}"
-        )
-    return dict(masks)
-
-
-def _checked_mask(target: Target, mask: Any) -> NDArray[np.bool_]:
-    array = as_numpy(mask) if isinstance(mask, torch.Tensor) else mask
-    if not isinstance(array, np.ndarray) or array.dtype != np.bool_:
-        dtype = getattr(array, "dtype", type(mask).__name__)
-        raise ValueTypeError(
-            f"the mask of layer {target.name!r} must be a tensor or array of bool, got {dtype}; "
-            f"convert with .bool()"
-        )
-    if array.shape != target.shape:
-        raise SriglError(
-            f"the mask of layer {target.name!r} has shape {array.shape}, but its weight has "
-            f"{target.shape}; give the mask of that layer"
-        )
-    return array
 
 
 def _condensed(target: Target, mask: NDArray[np.bool_], hint: str) -> Any:

@@ -88,8 +88,8 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
     Notes
     -----
     SPEC 1 and 2. Initial values and biases are uniform within ``sqrt(1 / fan_in)`` (SPEC 5), as in
-    `torch.nn.Linear`. Packed layouts are cached until a tensor changes; see
-    `srigl_core.torch.packing` for writes through ``.data``.
+    `torch.nn.Linear`. Each call compares the tensors with what was packed, and packs them again
+    if they were written, in whatever way; `srigl_core.torch.freeze` leaves that out.
 
     Examples
     --------

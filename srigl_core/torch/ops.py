@@ -105,7 +105,7 @@ def _gradients(grad: Any, x: Any, *layer: Any) -> tuple[Any, Any, Any]:
             result.zero_()
         return results
     with on_device_of(grad):
-        packing = packing_of(values, indices, active, counts, in_features)
+        packing = packing_of(values, indices, active, counts, in_features, compare=False)
         weight = packing.weight
         dvalues[weight.nnz :].zero_()
         used = dvalues[: weight.nnz].view(weight.values.shape) if needs_values else None

@@ -1,147 +1,80 @@
 """A cache of the layouts that a backend packs a layer's tensors into.
 
 The connections are packed once for a mask, and the values once for many products. An op receives
-plain tensors, so the packing of a layer is found by the identity of its indices.
+plain tensors, so the packing of a layer is found by the address of its indices.
 
-A tensor counts as unchanged if it is the same object with the same memory, and PyTorch has counted
-no write to it. PyTorch does not count two sorts of writes:
-
-- Writes of its fused optimisers. After a step of any optimiser the values count as written.
-- Writes through ``.data`` or a NumPy view. On the CPU some of the values are compared, which finds
-  a write to all of them. On other devices, and after a write to a few values, call
-  ``torch.autograd.graph.increment_version``.
-
-If a tensor may have changed, its numbers are compared, and packed again if they differ.
+A packing is used only if the tensors hold the numbers that were packed: at each call all numbers
+are compared. PyTorch's counts of writes would not do: it does not count those of fused optimisers,
+through ``.data``, NumPy and DLPack views, by collectives or by another process.
+`srigl_core.torch.freeze` leaves the comparison out.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._plan import Plan, prepare
 from srigl_core._registry import get_backend
 from srigl_core.errors import SriglError
-from srigl_core.torch.tensors import as_numpy
+from srigl_core.torch.tensors import as_numpy, numpy_dtype
 
-__all__ = ["Packing", "condensed_weight", "packing_of"]
-
-_SAMPLES = 64
-
-_optimizer_steps = 0
+__all__ = ["Packing", "condensed_weight", "freeze_packing", "packing_of", "unfreeze_packing"]
 
 
-def _count_step(*_: object) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
-
-
-class _Seen:
-    """The state of a tensor when it was read."""
-
-    __slots__ = ("_address", "_memory", "_tensor", "_version")
-
-    _tensor: Callable[[], Any]
-
-    def __init__(self, tensor: Any) -> None:
-        self._tensor = weakref.ref(tensor)
-        self._address = tensor.data_ptr()
-        self._memory = tensor.untyped_storage()  # kept alive, so that the address is not reused
-        # No writes are counted for tensors made in inference mode: they may always have changed.
-        self._version = None if tensor.is_inference() else tensor._version
-
-    def is_still(self, tensor: Any) -> bool:
-        """Return whether `tensor` is the same tensor, without writes since."""
-        return (
-            self._tensor() is tensor
-            and self._version is not None
-            and tensor._version == self._version
-            and tensor.data_ptr() == self._address
-        )
-
-
-class _SeenMask:
-    """The state of the tensors that hold the mask."""
-
-    __slots__ = ("_active", "_counts", "_indices", "_n_in")
-
-    def __init__(self, indices: Any, active: Any, counts: Any, n_in: int) -> None:
-        self._indices, self._active, self._counts = _Seen(indices), _Seen(active), _Seen(counts)
-        self._n_in = n_in
-
-    def is_still(self, indices: Any, active: Any, counts: Any, n_in: int) -> bool:
-        return (
-            self._indices.is_still(indices)
-            and self._active.is_still(active)
-            and self._counts.is_still(counts)
-            and self._n_in == n_in
-        )
-
-
-class _SeenValues:
-    """The state of the values; on the CPU, with some of their numbers."""
-
-    __slots__ = ("_numbers", "_steps", "_tensor", "_thinned")
-
-    _thinned: NDArray[Any] | None
-    _numbers: bytes | None
-
-    def __init__(self, values: Any) -> None:
-        self._tensor, self._steps = _Seen(values), _optimizer_steps
-        self._thinned = self._numbers = None
-        if values.is_cpu:
-            self._thinned = as_numpy(values)[:: max(1, len(values) // _SAMPLES)]
-            self._numbers = self._thinned.tobytes()
-
-    def is_still(self, values: Any) -> bool:
-        return (
-            self._tensor.is_still(values)
-            and self._steps == _optimizer_steps
-            and (self._thinned is None or self._thinned.tobytes() == self._numbers)
-        )
-
-
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Packing:
     """A layer's weight in the layout of its device's backend.
 
     Parameters
     ----------
     plan : Plan
-    device : torch.device
-    seen_mask, seen_values
-        The state of the tensors that were packed.
+    mask : tuple
+        Copies of the layer's indices, active rows and counts: NumPy arrays, or tensors on another
+        device than the CPU.
+    n_in : int
+    values : ndarray or torch.Tensor, (nnz,)
+        The values that were packed, in the same way.
     evict : weakref.ref
-        Removes the packing when the layer's indices are freed.
+        Removes the packing when the memory of the layer's indices is freed.
+    seen : tuple
+        The `_state` of the layer's tensors when their numbers were compared last, and the memory of
+        values, active rows and counts, so that no other tensor gets their addresses.
     """
 
     plan: Plan
-    device: Any
-    seen_mask: _SeenMask
-    seen_values: _SeenValues
+    mask: tuple[Any, ...]
+    n_in: int
+    values: Any
     evict: Any
+    seen: tuple[list[tuple[int, int]], list[Any]]
 
     @property
     def weight(self) -> CondensedWeight:
         """The weight, on the host."""
         return self.plan.weight
 
+    def has_mask(self, mask: tuple[Any, ...], n_in: int) -> bool:
+        """Return whether these connections are packed."""
+        return n_in == self.n_in and all(map(_holds, mask, self.mask))
+
 
 _packings: dict[int, Packing] = {}
-"""The last packing of each layer, by the ``id`` of its indices."""
+"""The last packing of each layer, by the address of its indices."""
+
+_frozen: dict[tuple[int, int], Packing] = {}
+"""The packings of frozen layers, by the addresses of values and indices."""
 
 
-def packing_of(values: Any, indices: Any, active: Any, counts: Any, n_in: int) -> Packing:
+def packing_of(
+    values: Any, indices: Any, active: Any, counts: Any, n_in: int, *, compare: bool = True
+) -> Packing:
     """Return a layer's weight, packed for the backend of its device.
 
     Parameters
@@ -151,35 +84,70 @@ def packing_of(values: Any, indices: Any, active: Any, counts: Any, n_in: int) -
     active : torch.Tensor of int32, (n_out,)
     counts : torch.Tensor of int64, (2,)
     n_in : int
+    compare : bool
+        False in a backward pass, which uses the numbers of the forward pass. Then only writes that
+        PyTorch counts are looked for.
 
     Raises
     ------
     SriglError
-        If the tensors do not describe a constant fan-in weight. The message names the wrong one.
+        If the tensors do not describe a constant fan-in weight, or a frozen layer was written.
     BackendUnavailableError
         If no backend can run on their device.
     """
+    mask, key = (indices, active, counts), indices.data_ptr()
+    state = _state(values, *mask)
+    if _frozen and (frozen := _frozen.get((values.data_ptr(), key))) is not None:
+        if frozen.seen[0] == state:
+            return frozen
+        raise SriglError(
+            "a frozen layer was written; call srigl_core.torch.unfreeze(model) before you change "
+            "it, and freeze it again afterwards"
+        )
     # Threads may pack at the same time: each one uses its own packing, and the last one is kept.
-    kept = _packings.get(id(indices))
-    same_mask = kept is not None and (
-        kept.seen_mask.is_still(indices, active, counts, n_in)
-        or (indices.is_inference() and _holds_mask(kept.weight, indices, active, counts, n_in))
-    )
-    if kept is not None and same_mask and kept.seen_values.is_still(values):
+    kept = _packings.get(key)
+    if kept is not None and not compare and kept.seen[0] == state:
         return kept
-    # Recorded before the numbers are read, so that the next call finds a write in between.
-    seen_values = _SeenValues(values)
-    if kept is not None and same_mask and kept.weight.dtype == (numbers := as_numpy(values)).dtype:
-        seen_mask, shape = kept.seen_mask, kept.weight.values.shape
-        weight = kept.weight.with_values(numbers[: kept.weight.nnz].reshape(shape))
+    same_mask = kept is not None and kept.has_mask(mask, n_in)
+    # A count that has changed is enough to know that the values have: optimisers write them all.
+    if (
+        kept is not None
+        and same_mask
+        and kept.seen[0][0] == state[0]
+        and _holds(values, kept.values)
+    ):
+        if kept.seen[0] != state:
+            kept.seen = state, _memory(values, active, counts)
+        return kept
+    # Copies are packed, so that the next call finds what another thread writes meanwhile.
+    source = values if values.is_cpu else values.detach().clone()
+    if kept is not None and same_mask and kept.weight.dtype == numpy_dtype(values.dtype):
+        weight, copies, evict = kept.weight, kept.mask, kept.evict
+        numbers = as_numpy(source)[: weight.nnz].reshape(weight.values.shape)
+        plan = kept.plan.with_weight(weight.with_values(numbers))
     else:
-        seen_mask = _SeenMask(indices, active, counts, n_in)
-        weight = condensed_weight(values, indices, active, counts, n_in)
-    key = id(indices)
-    evict = weakref.ref(indices, lambda _: _packings.pop(key, None))
-    plan = _prepare(weight, values.device, kept)
-    _packings[key] = packing = Packing(plan, values.device, seen_mask, seen_values, evict)
+        copies = tuple(map(_copy, mask))
+        backend = get_backend(operation="condensed_matmul_backward", device=values.device.type)
+        plan = prepare(condensed_weight(source, *copies, n_in), backend=backend)
+        evict = weakref.ref(indices.untyped_storage(), lambda _: _packings.pop(key, None))
+    weight = plan.weight
+    flat = weight.values.reshape(-1) if values.is_cpu else source[: weight.nnz]
+    seen = state, _memory(values, active, counts)
+    _packings[key] = packing = Packing(plan, copies, n_in, flat, evict, seen)
     return packing
+
+
+def freeze_packing(values: Any, indices: Any, active: Any, counts: Any, n_in: int) -> None:
+    """Pack a layer's tensors; later calls use that packing without a comparison."""
+    unfreeze_packing(values, indices)
+    key = values.data_ptr(), indices.data_ptr()
+    _frozen[key] = replace(packing_of(values, indices, active, counts, n_in))
+    weakref.finalize(indices.untyped_storage(), _frozen.pop, key, None)
+
+
+def unfreeze_packing(values: Any, indices: Any) -> None:
+    """Compare the numbers of a layer's tensors again at each call."""
+    _frozen.pop((values.data_ptr(), indices.data_ptr()), None)
 
 
 def condensed_weight(
@@ -193,7 +161,7 @@ def condensed_weight(
         If they do not describe a weight. The message names the wrong tensor.
     """
     n_out, room = len(active), min(len(values), len(indices))
-    n_active, fan_in = (int(count) for count in as_numpy(counts))
+    n_active, fan_in = (int(count) for count in _on_host(counts))
     if not (1 <= n_active <= n_out and 1 <= fan_in <= n_in and n_active * fan_in <= room):
         raise SriglError(
             f"counts holds n_active={n_active} and fan_in={fan_in}, which a layer of n_out={n_out} "
@@ -201,31 +169,41 @@ def condensed_weight(
         )
     used, shape = n_active * fan_in, (n_active, fan_in)
     return CondensedWeight(
-        as_numpy(values)[:used].reshape(shape),
-        as_numpy(indices)[:used].reshape(shape),
-        as_numpy(active)[:n_active],
+        _on_host(values)[:used].reshape(shape),
+        _on_host(indices)[:used].reshape(shape),
+        _on_host(active)[:n_active],
         (n_out, n_in),
     )
 
 
-def _prepare(weight: CondensedWeight, device: Any, kept: Packing | None) -> Plan:
-    """Return a plan of `weight` that shares what has not changed with the cached packing."""
-    if (
-        kept is not None
-        and kept.device == device
-        and kept.weight.connections == weight.connections
-        and kept.weight.dtype == weight.dtype
-    ):
-        return kept.plan if kept.weight == weight else kept.plan.with_weight(weight)
-    backend = get_backend(operation="condensed_matmul_backward", device=device.type)
-    return prepare(weight, backend=backend)
+def _copy(tensor: Any) -> Any:
+    return as_numpy(tensor).copy() if tensor.is_cpu else tensor.detach().clone()
 
 
-def _holds_mask(weight: CondensedWeight, indices: Any, active: Any, counts: Any, n_in: int) -> bool:
-    """Return whether tensors describe the connections of `weight`; cheaper than repacking."""
-    return (
-        weight.shape == (len(active), n_in)
-        and as_numpy(counts).tolist() == [weight.n_active, weight.fan_in]
-        and np.array_equal(as_numpy(active)[: weight.n_active], weight.active)
-        and np.array_equal(as_numpy(indices)[: weight.nnz], weight.indices.reshape(-1))
-    )
+def _on_host(numbers: Any) -> NDArray[Any]:
+    return numbers if isinstance(numbers, np.ndarray) else as_numpy(numbers)
+
+
+def _holds(tensor: Any, kept: Any) -> bool:
+    """Return whether a tensor begins with the bits of a copy."""
+    if not isinstance(kept, np.ndarray):
+        if tensor.device != kept.device or tensor.dtype != kept.dtype:
+            return False
+        tensor = tensor.detach()[: len(kept)].contiguous()
+        return torch.equal(tensor.view(torch.uint8), kept.view(torch.uint8))
+    if not tensor.is_cpu:
+        return False
+    array = np.ascontiguousarray(as_numpy(tensor)[: len(kept)])
+    if array.dtype != kept.dtype or array.shape != kept.shape:
+        return False
+    bits = "u8" if kept.nbytes % 8 == 0 else f"u{kept.itemsize}"  # few wide numbers are faster
+    return bool((array.view(bits) == kept.view(bits)).all())
+
+
+def _state(*tensors: Any) -> list[tuple[int, int]]:
+    """Return the address of each tensor, and how many writes PyTorch has counted."""
+    return [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
+
+
+def _memory(*tensors: Any) -> list[Any]:
+    return [tensor.untyped_storage() for tensor in tensors]

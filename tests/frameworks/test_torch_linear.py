@@ -1,6 +1,7 @@
 """The condensed layer in PyTorch: product, gradients, tracing, and the cache of packings."""
 
 import copy
+import ctypes
 import gc
 import io
 import json
@@ -12,6 +13,7 @@ import threading
 import warnings
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -28,7 +30,7 @@ torch = pytest.importorskip("torch")
 from torch import library, nn  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
-from srigl_core.torch import CondensedLinear, packing  # noqa: E402
+from srigl_core.torch import CondensedLinear, freeze, packing, unfreeze  # noqa: E402
 from srigl_core.torch.ops import (  # noqa: E402
     condensed_inference,
     condensed_linear,
@@ -616,6 +618,86 @@ def test_a_layer_computes_with_its_numbers_however_they_were_written(how):
     assert_right(layer, x)
 
 
+UNCOUNTED = {
+    ".data": lambda tensor, new: tensor.data.copy_(new),
+    "NumPy": lambda tensor, new: np.copyto(tensor.detach().numpy(), new.numpy()),
+    "DLPack": lambda tensor, new: np.copyto(np.from_dlpack(tensor.detach()), new.numpy()),
+    "storage": lambda tensor, new: tensor.untyped_storage().copy_(new.untyped_storage()),
+    "memory": lambda tensor, new: ctypes.memmove(tensor.data_ptr(), new.data_ptr(), new.nbytes),
+    "shared": lambda tensor, new: tensor.share_memory_().data.copy_(new),
+    "an alias": lambda tensor, new: setattr(tensor, "data", new),
+}
+"""Ways to write a tensor that do not raise PyTorch's count of its writes."""
+
+
+@pytest.mark.parametrize("name", ["values", *BUFFERS])
+@pytest.mark.parametrize("how", UNCOUNTED)
+def test_writes_that_pytorch_does_not_count_are_found(how, name):
+    layer = layer_of((40, 60), fan_in=9, n_active=30, seed=4)
+    x = batch_of(layer, 3)
+    before = layer(x)
+    new = getattr(layer, name).detach().clone()
+    place, number = {
+        "values": (7, -5.0),
+        "indices": (8, 59),
+        "active": (0, 0),
+        "counts": (0, 29),
+    }[name]
+    assert new[place] != number
+    new[place] = number
+    UNCOUNTED[how](getattr(layer, name), new)
+    assert_right(layer, x)
+    assert not torch.equal(layer(x), before)
+
+
+def test_a_layer_can_be_converted_by_swapping_its_tensors():
+    """PyTorch refuses to swap tensors that have weak references."""
+    layer = written()
+    x = batch_of(layer, 3)
+    layer(x).sum().backward()
+    layer.zero_grad()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert_right(layer, x.float())
+
+
+def test_a_frozen_layer_is_not_compared_and_refuses_the_writes_that_pytorch_counts():
+    model = nn.Sequential(written(), nn.ReLU(), layer_of((6, 40), fan_in=5))
+    x = batch_of(model[0], 3)
+    expected = model(x).detach()
+    assert freeze(model) is model
+    assert not model[0].values.requires_grad
+    with mock.patch.object(packing, "_holds", side_effect=AssertionError("compared")):
+        assert torch.equal(model(x), expected)
+        with torch.no_grad():
+            assert torch.equal(model(x), expected)
+    other = copy.deepcopy(model)
+    other[0].values.data.mul_(2)  # a copy is not frozen
+    assert_right(other[0], x)
+    for name in ("values", *BUFFERS):
+        freeze(model)
+        with torch.no_grad():
+            getattr(model[0], name).mul_(1)
+        with pytest.raises(SriglError, match=r"frozen layer was written.*unfreeze"):
+            model(x)
+    unfreeze(model)
+    assert torch.equal(model(x), expected)
+    model[0].values.data.mul_(2)
+    assert_right(model[0], x)
+
+
+def test_a_replaced_tensor_of_a_frozen_layer_is_read():
+    layer = freeze(written())
+    x = batch_of(layer, 3)
+    for factor in (2, 3, 4):  # memory that is freed may be used again
+        layer.values = nn.Parameter(layer.values.detach() * factor)
+        assert_right(layer, x)
+        gc.collect()
+
+
 def test_another_tensor_of_the_same_memory_is_read_anew():
     """Each tensor has its own count of writes, which is 0 in both."""
     layer = written()
@@ -630,7 +712,7 @@ def test_another_tensor_of_the_same_memory_is_read_anew():
     assert not torch.equal(result, before)
 
 
-@pytest.mark.parametrize("name", ["values", *BUFFERS])
+@pytest.mark.parametrize("name", ["values", "active", "counts"])
 def test_memory_that_was_packed_is_freed_when_the_packing_is_not_before(name):
     """Otherwise another tensor at the same address would count as the one that was packed."""
     layer = written()
