@@ -233,7 +233,7 @@ class CondensedWeight:
             raise SriglError(f"matrix is not a valid sparse matrix of numbers: {error}") from error
         if csr.ndim != 2 or 0 in csr.shape:
             raise SriglError(
-                f"matrix has shape {csr.shape}, but must be (n_out, n_in) with no axis empty"
+                f"matrix has shape {csr.shape}, but must have a pair (n_out, n_in), none of them 0"
             )
         counts = np.diff(csr.indptr)
         active = np.flatnonzero(counts)
