@@ -229,7 +229,8 @@ def _verdict(
     number: int, layer: str, arrays: list[NDArray[Any]], settings: dict[str, Any]
 ) -> TraceVerdict:
     try:
-        explanation = explain_update(*arrays, UpdateSettings(**settings))
+        weight, grad, before, after = arrays
+        explanation = explain_update(weight, grad, before, after, UpdateSettings(**settings))
     except SriglError as error:
         return TraceVerdict(number, layer, None, str(error))
     return TraceVerdict(number, layer, explanation)

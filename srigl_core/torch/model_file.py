@@ -173,6 +173,7 @@ def _check_dense_shape(name: str, model: Any, weight: CondensedWeight, is_conv: 
             f"the file has a condensed layer {name!r}, but the model has none; make the model as "
             f"the one that was saved"
         ) from None
+    shape: tuple[int, ...]
     if isinstance(present, CondensedLinear | CondensedConv2d):
         shape = (linear_of(present).out_features, linear_of(present).in_features)
     elif isinstance(present, nn.Linear | nn.Conv2d):
