@@ -119,12 +119,10 @@ def write_whole(path: object, content: bytes, *, mode: int = 0o666) -> None:
     OSError
         If the file cannot be written, or the path names something else than a regular file.
     """
-    path = checked_path(path)
-    try:
+    path, old = checked_path(path), None
+    with suppress(FileNotFoundError):
         old = os.stat(path)
-    except FileNotFoundError:
-        old = None
-    else:
+    if old is not None:
         _check_regular(path, old)
     target = Path(os.path.realpath(path))
     try:

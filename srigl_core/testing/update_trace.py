@@ -94,7 +94,8 @@ class UpdateTrace:
         numbers = [part.astype(np.float32) if part.itemsize == 2 else part for part in numbers]
         parts: dict[str, Any] = dict(zip(_ARRAYS, (*numbers, *masks), strict=True))
         parts["settings"] = json.dumps(
-            {"layer": layer, **{name: checked[name] for name in settings}}, default=_as_json
+            {"layer": layer, **{name: checked[name] for name in settings}},
+            default=lambda number: number.item(),  # of NumPy or another library
         )
         number = self._n_updates
         self._arrays |= {f"{number}.{name}": np.array(part) for name, part in parts.items()}
@@ -113,30 +114,14 @@ class UpdateTrace:
         write_whole(path, content.getvalue())
 
 
-def _as_json(number: Any) -> Any:
-    """Convert a number of NumPy or another library to Python's."""
-    return number.item()
-
-
 @dataclass(frozen=True)
 class TraceVerdict:
-    """The comparison of one recorded update with the definition; true if the masks are equal.
+    """The comparison of one recorded update with the definition; true if the masks are equal."""
 
-    Parameters
-    ----------
-    number : int
-        The update's number in the trace.
-    layer : str
-    explanation : UpdateExplanation or None
-        None if the update could not be computed.
-    error : str
-        Why it could not.
-    """
-
-    number: int
+    number: int  # of the update, in the trace
     layer: str
-    explanation: UpdateExplanation | None
-    error: str = ""
+    explanation: UpdateExplanation | None  # None if the update could not be computed
+    error: str = ""  # why it could not
 
     def __bool__(self) -> bool:
         return bool(self.explanation)

@@ -19,6 +19,7 @@ from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.model_file import load_model, save_model
 from srigl_core.torch.model_report import LayerReport, ModelReport, report
 from srigl_core.torch.onnx import export_onnx
+from srigl_core.torch.optimizers import OptimizerRule, register_optimizer
 from srigl_core.torch.released_checkpoint import load_released_checkpoint
 from srigl_core.torch.training import SRigL
 
@@ -28,6 +29,7 @@ __all__ = [
     "Folding",
     "LayerReport",
     "ModelReport",
+    "OptimizerRule",
     "SRigL",
     "TorchArrays",
     "condense",
@@ -36,6 +38,7 @@ __all__ = [
     "freeze",
     "load_model",
     "load_released_checkpoint",
+    "register_optimizer",
     "report",
     "save_model",
     "to_csr",

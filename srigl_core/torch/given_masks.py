@@ -74,9 +74,9 @@ def check_not_sparse(targets: Mapping[str, Target]) -> None:
         if 0 < 2 * n_nonzero < n_weights:
             raise SriglError(
                 f"layer {name!r} is sparse already: {n_weights - n_nonzero} of its {n_weights} "
-                f"weights are zero, and another mask would set most others to zero; pass its masks "
-                f"to masks= (masks='nonzero' keeps the weights that are not zero), or draw new "
-                f"weights with init="
+                f"weights are zero, and a new mask would set most others to zero too; pass masks= "
+                f"(masks='nonzero' keeps the weights that are not zero), or draw new weights with "
+                f"init=. To resume, attach SRigL to a new model, and then load all states"
             )
 
 

@@ -358,6 +358,11 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
 
     def _check_state(self, state: Any, prefix: str) -> None:
         """Raise SriglError if the layer would have no valid mask after loading `state`."""
+        if prefix + "weight" in state and prefix + "values" not in state:
+            raise SriglError(
+                f"{prefix}weight of the state is a dense weight, but the layer is condensed; load "
+                f"it into the dense model first, then condense that"
+            )
         tensors: dict[str, Any] = {}
         for name, own in {**self._parameters, **self._buffers}.items():
             new = tensors[name] = state.get(prefix + name, own)

@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from srigl_core.errors import SriglError, ValueTypeError
 
-__all__ = ["Target", "check_module", "check_optimizer", "find_targets", "submodule"]
+__all__ = ["Target", "check_module", "find_targets", "submodule"]
 
 _LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -114,29 +113,6 @@ def find_targets(
                 f"each layer its own weight"
             )
     return dict(sorted(targets.items(), key=lambda item: order[id(item[1].parameter)]))
-
-
-def check_optimizer(targets: dict[str, Target], optimizer: Any) -> None:
-    """Check that the optimiser updates every weight.
-
-    Raises
-    ------
-    SriglError
-        If it lacks a weight; the message names the layer.
-    ValueTypeError
-        If it is not an optimiser.
-    """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueTypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
-    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for target in targets.values():
-        if id(target.parameter) not in parameters:
-            raise SriglError(
-                f"layer {target.name!r}: the optimizer does not hold its weight; make it from "
-                f"model.parameters() after the model is on its device, or exclude the layer"
-            )
 
 
 def _target(modules: dict[str, Any], name: str) -> Target:

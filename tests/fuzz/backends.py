@@ -40,25 +40,13 @@ TURN = 500  # examples
 
 @dataclass
 class Tally:
-    """What became of a law on a backend so far.
+    """What became of a law on a backend so far."""
 
-    Parameters
-    ----------
-    target : str
-        As in `as_backend`.
-    backend : Backend
-    law : Law
-    tried, examples : int
-        Problems that it was tried on, and those of them that left it something to check.
-    seconds : float
-    failure : LawResult or None
-    """
-
-    target: str
+    target: str  # as in `as_backend`
     backend: Backend
     law: Law
-    tried: int = 0
-    examples: int = 0
+    tried: int = 0  # problems
+    examples: int = 0  # problems that left it something to check
     seconds: float = 0.0
     failure: LawResult | None = None
 
@@ -82,19 +70,10 @@ class Tally:
 
 @dataclass(frozen=True)
 class Turns:
-    """What processes of their own do: have a law tried on a backend, until the time is over.
+    """What processes of their own do: have a law tried on a backend, until the time is over."""
 
-    Parameters
-    ----------
-    examples : int
-        Of a turn.
-    end : float
-        By `time.time`.
-    keep : Path
-    """
-
-    examples: int
-    end: float
+    examples: int  # of a turn
+    end: float  # by `time.time`
     keep: Path
 
     def __call__(
