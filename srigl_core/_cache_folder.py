@@ -248,6 +248,9 @@ def _prune(root: Path) -> None:
 
 def keep_kernel(file: Path, data: bytes) -> bool:
     """Write a compiled kernel to a file of a cache, and return whether that worked."""
+    with suppress(OSError):
+        if not _is_own_file(file.lstat()):  # it would keep its mode, and never be loaded
+            file.unlink()
     try:
         write_whole(file, _digest(file, data) + data, mode=0o644)
     except OSError:
