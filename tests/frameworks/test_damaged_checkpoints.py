@@ -77,7 +77,7 @@ def quantised():
     return torch.quantize_per_tensor(torch.zeros(8, 16), 1.0, 0, torch.qint8)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:.*prototype")
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:.*prototype", "ignore:.*quantize")
 @pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize("change", [with_mask, with_weight], ids=["mask", "weight"])
 @pytest.mark.parametrize(
