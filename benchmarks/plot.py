@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from srigl_core._install import install_command
 from srigl_core.benchmarks.cases import HEADLINE
 from srigl_core.benchmarks.results import Results, Row
 from srigl_core.benchmarks.tables import plural
@@ -26,7 +27,7 @@ def check_package(package: str, user: str = "the plot") -> None:
     except ImportError as error:
         raise BackendUnavailableError(
             f"{user} needs {package}, which cannot be imported ({error}); install it with: "
-            f'pip install "srigl-core[bench]"'
+            f"{install_command('bench')}"
         ) from error
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from srigl_core._files import parse_json, write_whole
 from srigl_core.benchmarks.tables import number
 from srigl_core.errors import FileFormatError
 
@@ -191,7 +192,7 @@ class Results:
 def load_results(path: Path) -> Results:
     """Read a file that `save_results` wrote; FileFormatError if it is another file or format."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         problem = _problem_of(content)
     except ValueError as error:
         problem = f"is not JSON ({error})"
@@ -206,7 +207,7 @@ def _problem_of(content: Any) -> str:
         return "is not a result of srigl bench"
     if content["format"] != FORMAT:
         return f"has format {content['format']!r}, but this version reads format {FORMAT}"
-    if content["benchmark"] not in OURS:
+    if content["benchmark"] not in tuple(OURS):  # it may be no text
         return f"has benchmark={content['benchmark']!r}, which is not one of {', '.join(OURS)}"
     missing = [key for key in _KEYS if key not in content]
     return f"lacks {', '.join(missing)}" if missing else ""
@@ -214,9 +215,7 @@ def _problem_of(content: Any) -> str:
 
 def save_results(path: Path, results: Results) -> None:
     """Write the results as JSON, one case a line, and replace an existing file at once."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(_json(results.content) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, (_json(results.content) + "\n").encode())
 
 
 def _json(value: Any, depth: int = 0) -> str:

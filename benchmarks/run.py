@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from srigl_core._workers import END_WITH_STDIN, worker_stdin
 from srigl_core.benchmarks.devices import CpuDevice
 from srigl_core.benchmarks.devices.pools import check_threads, environment
 from srigl_core.benchmarks.event_timing import CALLS
@@ -24,6 +25,12 @@ from srigl_core.errors import SriglError
 from srigl_core.testing.targets import as_backend
 
 __all__ = ["run"]
+
+_MEASURE = """
+import sys
+from srigl_core.benchmarks.measure import main
+main(*sys.argv[1:])
+"""
 
 _BUSY = 0.5
 """Processes that wait for a core, on average over a minute, before this one starts."""
@@ -83,8 +90,9 @@ def _in_own_process(settings: Settings) -> dict[str, Any]:
     variables = environment(max(settings.threads), settings.instructions)
     with tempfile.TemporaryDirectory() as folder:
         file, described = Path(folder, "result.json"), json.dumps(dataclasses.asdict(settings))
-        command = [sys.executable, "-m", "srigl_core.benchmarks.measure", described, str(file)]
-        done = subprocess.run(command, env=os.environ | variables, check=False)
+        command = [sys.executable, "-c", END_WITH_STDIN + _MEASURE, described, str(file)]
+        with worker_stdin() as stdin:
+            done = subprocess.run(command, stdin=stdin, env=os.environ | variables, check=False)
         if done.returncode:
             raise SriglError(
                 f"the process that measures ended with code {done.returncode}; its message is "

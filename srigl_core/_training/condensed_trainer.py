@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._api import update_condensed
+from srigl_core._arrays.checks import check_flag
 from srigl_core._format.connections import Connections, flat_shape
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._registry import get_backend
@@ -121,7 +122,7 @@ class CondensedTrainer(TrainerSkeleton):
                 fan_in = initial_fan_in(budget.shape, budget.nnz_budget)
                 self.connections[name] = Connections.random(shape, fan_in=fan_in, rng=self._rng)
         self._ever_active: dict[str, NDArray[np.uint8]] = {}
-        if track_itop:
+        if check_flag(track_itop, "track_itop"):
             for name, connections in self.connections.items():
                 n_out, n_in = connections.shape
                 self._ever_active[name] = np.zeros(-(-n_out * n_in // 8), np.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
-from srigl_core._arrays.checks import check_integer
+from srigl_core._arrays.checks import check_choice, check_integer
 from srigl_core._update import UpdateOptions
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.distributions import DISTRIBUTIONS
@@ -107,11 +107,7 @@ class TrainingConfig(UpdateOptions):
                 object.__setattr__(self, name, getattr(checked, name))
             return
         super().__post_init__()
-        if self.distribution not in DISTRIBUTIONS:
-            raise SriglError(
-                f"distribution={self.distribution!r} is unknown; use one of "
-                f"{', '.join(DISTRIBUTIONS)}"
-            )
+        check_choice(self.distribution, "distribution", DISTRIBUTIONS)
         check_integer(self.grad_window, "grad_window", least=1)
         check_integer(self.seed, "seed", least=0)
         if not isinstance(self.layers, Mapping):

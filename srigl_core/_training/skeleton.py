@@ -164,7 +164,7 @@ class TrainerSkeleton(ABC):
             rng.bit_generator.state = state["rng"]
         except SriglError:
             raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise SriglError(f"state is not a whole state_dict(): {error!r}") from error
         self.step_count, self._rng = step_count, rng
         set_masks()

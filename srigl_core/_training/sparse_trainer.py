@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._arrays.checks import as_float_array, as_mask, check_integer
+from srigl_core._arrays.immutable import immutable
 from srigl_core._arrays.operations import HOST_ARRAYS, ArrayOps
 from srigl_core._registry import get_backend
 from srigl_core._training.config import TrainingConfig
@@ -154,7 +155,12 @@ class SparseTrainer(TrainerSkeleton):
 
     def backward_mask(self, name: str) -> Any:
         """Return the mask of a layer's gradient: the mask itself, unless the method has two."""
+        self._check_name(name)
         return self._backward_masks.get(name, self.masks[name])
+
+    def _check_name(self, name: object) -> None:
+        if not isinstance(name, str) or name not in self.masks:
+            raise SriglError(f"no layer is called {name!r}; there are {', '.join(self.masks)}")
 
     def itop_rates(self) -> dict[str, float]:
         """Return, for each sparse layer, the share of its positions that was ever active.
@@ -185,8 +191,7 @@ class SparseTrainer(TrainerSkeleton):
         ValueTypeError
             If it is not an array of a value type on the trainer's device.
         """
-        if name not in self.masks:
-            raise SriglError(f"no layer is called {name!r}; there are {', '.join(self.masks)}")
+        self._check_name(name)
         arrays, shape = self._arrays, self.budgets[name].shape
         if grad is None:
             if self.needs_grad and not self._options[name].dense:
@@ -327,6 +332,8 @@ class SparseTrainer(TrainerSkeleton):
         self, masks: Mapping[str, Any], names: list[str]
     ) -> dict[str, NDArray[np.bool_]]:
         """Check that a state has masks of these layers, and return them."""
+        if not isinstance(masks, Mapping):
+            raise ValueTypeError(f"masks in state must be a dict, got {type(masks).__name__}")
         if list(masks) != names and masks.keys() != set(names):
             raise SriglError(f"state has masks of {list(masks)}, but the layers are {names}")
         checked = {}
@@ -355,6 +362,4 @@ class SparseTrainer(TrainerSkeleton):
 
 
 def _frozen(mask: Any) -> Any:
-    if isinstance(mask, np.ndarray):
-        mask.setflags(write=False)
-    return mask
+    return immutable(mask) if isinstance(mask, np.ndarray) else mask

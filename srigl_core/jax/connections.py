@@ -10,7 +10,7 @@ import numpy as np
 
 from srigl_core._arrays.libraries import library_of
 from srigl_core._format import connections as host
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, check_condensed
 from srigl_core.errors import SriglError, ValueTypeError
 
 __all__ = ["Connections", "from_condensed", "to_condensed"]
@@ -65,7 +65,7 @@ class Connections:
         """
         for name, array in (("indices", indices), ("active", active)):
             library_of(array).check(array, name)
-        return _on_device(host.Connections(np.asarray(indices), np.asarray(active), shape))
+        return _on_device(host.Connections(indices, active, shape))
 
     @classmethod
     def from_mask(cls, mask: Any) -> Connections:
@@ -157,8 +157,9 @@ def from_condensed(weight: CondensedWeight) -> tuple[Any, Connections]:
     Raises
     ------
     ValueTypeError
-        If the weight is float64 and jax_enable_x64 is off.
+        If `weight` is not a condensed weight, or it is float64 and jax_enable_x64 is off.
     """
+    check_condensed(weight)
     values = jax.numpy.array(weight.values)
     if values.dtype != weight.dtype:
         raise ValueTypeError(
@@ -180,9 +181,11 @@ def to_condensed(values: Any, connections: Connections) -> CondensedWeight:
     -------
     CondensedWeight
     """
-    library_of(values).check(values, "values")
-    indices, active = np.asarray(connections.indices), np.asarray(connections.active)
-    return CondensedWeight(np.asarray(values), indices, active, connections.shape)
+    if not isinstance(connections, Connections):
+        raise ValueTypeError(
+            f"connections must be srigl_core.jax.Connections, got {type(connections).__name__}"
+        )
+    return CondensedWeight(values, connections.indices, connections.active, connections.shape)
 
 
 def _on_device(connections: host.Connections) -> Connections:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from srigl_core._install import install_command
 from srigl_core.contract import Backend, Capabilities
 from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
 from srigl_core.testing import laws as all_laws
@@ -287,8 +288,7 @@ def _search(
         from srigl_core.testing.shrinking import replay_and_shrink
     except ImportError as error:
         raise BackendUnavailableError(
-            "the laws are tried with Hypothesis, which is not installed; "
-            "pip install 'srigl-core[test]'"
+            f"the laws are tried with Hypothesis, which is not installed; {install_command('test')}"
         ) from error
 
     if database is not None:

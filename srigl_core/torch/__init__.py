@@ -1,12 +1,13 @@
 """SRigL for PyTorch: condensed layers, sparse training and conversion of models."""
 
+from srigl_core._install import install_command
 from srigl_core.errors import BackendUnavailableError
 
 try:
     import torch as _torch  # noqa: F401
 except ImportError as error:
     raise BackendUnavailableError(
-        f'srigl_core.torch needs PyTorch ({error}); install it: pip install "srigl-core[torch]"'
+        f"srigl_core.torch needs PyTorch ({error}); install it: {install_command('torch')}"
     ) from error
 
 from srigl_core.torch.arrays import TorchArrays

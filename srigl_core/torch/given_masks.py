@@ -29,7 +29,7 @@ def masks_by_layer(masks: Any) -> dict[str, Any]:
     ValueTypeError
         If it is not a mapping.
     """
-    if not isinstance(masks, Mapping):
+    if not isinstance(masks, Mapping) or not all(isinstance(name, str) for name in masks):
         raise ValueTypeError(
             f"masks must be a mapping of layer names to masks, an SRigL or 'nonzero', got "
             f"{type(masks).__name__}"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from srigl_core._activations import activation_named
-from srigl_core._arrays.checks import check_generator, check_integer
+from srigl_core._arrays.checks import as_float_array, check_flag, check_generator, check_integer
 from srigl_core._format.connections import Connections
 from srigl_core._format.weight import CondensedWeight, check_condensed
 from srigl_core.contract import ACTIVATIONS
@@ -116,6 +116,7 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
         rng: np.random.Generator | int | None = None,
     ) -> None:
         budget = _checked_budget(in_features, out_features, nnz_budget, sparsity, fan_in)
+        bias = check_flag(bias, "bias")
         self._allocate((out_features, in_features), budget, bias, activation, device, dtype)
         if not self.values.is_meta:
             self.reset_parameters(rng)
@@ -203,7 +204,9 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
         layer._allocate(weight.shape, budget, False, activation, device, dtype)
         layer.load_condensed_(weight)
         if bias is not None:
-            numbers = bias.detach() if isinstance(bias, torch.Tensor) else from_numpy(bias)
+            # Read by NumPy, which refuses tensors that are sparse or without numbers.
+            is_tensor = isinstance(bias, torch.Tensor)
+            numbers = from_numpy(as_float_array(as_numpy(bias) if is_tensor else bias, "bias"))
             if numbers.shape != (n_out,):
                 raise SriglError(f"bias has shape {tuple(numbers.shape)}, but must have {(n_out,)}")
             layer.bias = nn.Parameter(numbers.to(device=layer.values.device, copy=True))

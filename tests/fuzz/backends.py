@@ -17,12 +17,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import multiprocessing
 import random
-import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +29,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 from srigl_core import Backend, SriglError
 from srigl_core._machine import machine_facts, package_versions
+from srigl_core._workers import worker_pool
 from srigl_core.testing import LAWS, Law, LawResult
 from srigl_core.testing.targets import as_backend
 from srigl_core.testing.verification import law_named, try_law
@@ -96,7 +94,6 @@ _backend = functools.cache(as_backend)
 
 
 def _start_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the run
     # Where CI is set Hypothesis would try the same problems each time, and keep no failure.
     settings.register_profile("fuzz", settings.get_profile("default"), derandomize=False)
     settings.load_profile("fuzz")
@@ -114,8 +111,7 @@ def fuzz(
     """Give every law its turns, until the time is over or all have had their examples."""
     seeds = random.Random(seed)
     turns = Turns(min(TURN, examples), time.time() + 60 * minutes, keep)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, _start_process) as pool:
+    with worker_pool(processes, _start_process) as pool:
         while time.time() < turns.end:
             remaining = [tally for tally in tallies if tally.is_open(examples)]
             if not remaining:

@@ -382,7 +382,7 @@ def test_without_a_device_the_module_says_so_in_one_line_and_needs_no_command_li
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
-    assert "pip install 'srigl-core[cupy]'" in done.stderr
+    assert "pip install cupy-cuda13x" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
