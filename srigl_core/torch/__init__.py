@@ -10,6 +10,7 @@ except ImportError as error:
         f"srigl_core.torch needs PyTorch ({error}); install it: {install_command('torch')}"
     ) from error
 
+import srigl_core.torch.transforms  # noqa: F401 # registers them
 from srigl_core.torch.arrays import TorchArrays
 from srigl_core.torch.conv import CondensedConv2d
 from srigl_core.torch.conversion import condense, to_csr, to_masked_dense

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,10 @@ from srigl_core._activations import activation_named
 from srigl_core._arrays.checks import as_float_array, check_flag, check_generator, check_integer
 from srigl_core._format.connections import Connections
 from srigl_core._format.weight import CondensedWeight, check_condensed
-from srigl_core.contract import ACTIVATIONS
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.distributions import nnz_budget as budget_of
 from srigl_core.reference.init import sparse_init
+from srigl_core.torch.activations import ACTIVATION_FUNCTIONS
 from srigl_core.torch.capture import is_capturing
 from srigl_core.torch.ops import condensed_inference, condensed_linear
 from srigl_core.torch.packing import condensed_weight
@@ -26,18 +25,6 @@ __all__ = ["ACTIVATION_FUNCTIONS", "CondensedLinear", "dense_like", "set_like", 
 
 _MOST = 2**31 - 1
 """The indices are int32, because PyTorch cannot index with unsigned integers."""
-
-_FUSED = {
-    "relu": nn.functional.relu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda z: nn.functional.gelu(z, approximate="tanh"),
-    "silu": nn.functional.silu,
-}
-ACTIVATION_FUNCTIONS = {
-    name: _FUSED.get(name, partial(activation.formula, xp=torch))
-    for name, activation in ACTIVATIONS.items()
-}
-"""PyTorch's own functions where it has them, otherwise the formulas of the table."""
 
 
 class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
