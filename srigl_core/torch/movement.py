@@ -13,9 +13,14 @@ from srigl_core.torch.optimizers import find_optimizers, groups_of
 __all__ = ["MovementCheck"]
 
 _PATIENCE = 3
-"""Steps without a change that are an error."""
+"""Steps without a change that are an error, if the optimiser keeps no state for the weight either.
 
-_MOST_LOOKS = 100
+Some optimisers only gather state in their first steps, as variants of RAdam do.
+"""
+
+_PATIENCE_WITH_STATE = 100
+
+_MOST_LOOKS = 200
 """Steps that are looked at; then a weight whose change cannot be told is left alone."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -66,16 +71,18 @@ class MovementCheck:
         """
         before, self._before = self._before, {}
         for name, checksum in before.items():
-            if not torch.equal(_checksum(parameters[name]), checksum):
+            parameter = parameters[name]
+            if not torch.equal(_checksum(parameter), checksum):
                 del self._misses[name]
                 continue
             self._misses[name] += 1
-            if self._misses[name] >= _PATIENCE:
+            has_state = any(part.state.get(parameter) for part in find_optimizers(self._optimizer))
+            if self._misses[name] >= (_PATIENCE_WITH_STATE if has_state else _PATIENCE):
                 raise SriglError(
                     f"layer {name!r} has gradients, but the optimizer has not changed its weight "
-                    f"in {_PATIENCE} steps; call after_backward(), optimizer.step() and step() "
-                    f"once each, also if gradients are accumulated, and pass the optimizer that "
-                    f"updates the layer ({type(self._optimizer).__name__} may update copies)"
+                    f"in {self._misses[name]} steps; call after_backward(), optimizer.step() and "
+                    f"step() once each, also if gradients are accumulated, and pass the optimizer "
+                    f"that updates the layer ({type(self._optimizer).__name__} may update copies)"
                 )
 
 

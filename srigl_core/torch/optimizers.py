@@ -7,7 +7,7 @@ import enum
 import inspect
 import types
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,8 +143,11 @@ def check_optimizer(targets: dict[str, Target], optimizer: Any, mode: str) -> No
                 f"{_name(part)} with overlap_with_ddp=True steps before after_backward can mask "
                 f"the gradients; use overlap_with_ddp=False"
             )
-    # A wrapper's own groups do not tell which parameters are updated; those inside it do.
-    updating = [part for part in optimizers if _shards(part) or not _inner(part)]
+    # A wrapper's own groups do not tell which parameters are updated; those inside it do. But an
+    # optimiser of something else, as of a schedule's dummy parameter, makes no wrapper.
+    shapes = {target.shape for target in targets.values()}
+    wrapped = [part for part in optimizers if shapes & _shapes(_inner(part))]
+    updating = [part for part in optimizers if _shards(part) or part not in wrapped]
     held = {id(p) for group in groups_of(updating) for p in group["params"]}
     shown = {id(p) for group in groups_of(optimizers) for p in group["params"]}
     tried: set[tuple[int, int, int]] = set()
@@ -275,6 +278,10 @@ def _parts(optimizer: Any) -> list[Any]:
     return list(found.values())
 
 
+def _shapes(optimizers: list[Any]) -> set[tuple[int, ...]]:
+    return {tuple(p.shape) for group in groups_of(optimizers) for p in group["params"]}
+
+
 def _collect_parts(value: Any, found: dict[int, Any]) -> None:
     if isinstance(value, list | tuple):
         for part in value:
@@ -323,9 +330,9 @@ def _check_class(target: Target, optimizer: Any, group: dict[str, Any], mode: st
         elementwise = _tried_elementwise(optimizer, group, target.parameter)
     if mode == "condensed" and elementwise is False:
         raise SriglError(
-            f"layer {target.name!r}: {_name(optimizer)} needs the rows and columns of a weight, "
-            f"and a condensed layer's values are one vector; use mode='masked', or another "
-            f"optimizer"
+            f"layer {target.name!r}: {_name(optimizer)} needs matrices or keeps state that is not "
+            f"of its weight's shape, and a condensed layer's values are one vector; use "
+            f"mode='masked', or another optimizer"
         )
 
 
@@ -337,7 +344,7 @@ def _tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
     elif isinstance(value, Mapping):
         for key, part in value.items():
             yield from _tensors(part, (*path, key))
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple | deque):
         for key, part in enumerate(value):
             yield from _tensors(part, (*path, key))
 
@@ -357,12 +364,14 @@ def _converted(
             return remap(value, start.get(path, 0)) if value.shape == shape else value
         if isinstance(value, Mapping):
             return {key: convert(part, (*path, key)) for key, part in value.items()}
-        if isinstance(value, list):
-            return [convert(part, (*path, key)) for key, part in enumerate(value)]
+        if isinstance(value, list | deque):
+            converted = copy.copy(value)
+            for key, part in enumerate(value):
+                converted[key] = convert(part, (*path, key))
+            return converted
         return value
 
-    converted: dict[Any, Any] = convert(state, ())
-    return converted
+    return {key: convert(part, (key,)) for key, part in state.items()}
 
 
 def _with_references_replaced(value: Any, new_of: dict[int, Any], seen: set[int]) -> Any:
@@ -439,7 +448,8 @@ def _tried_start(
 
 def _tried_elementwise(optimizer: Any, group: dict[str, Any], weight: Any) -> bool | None:
     """Return whether two steps with a weight and with its numbers in a row are the same."""
-    shape = torch.Size(_trial_shape(weight.ndim))
+    # Larger than the blocks of numbers that share a scale in optimisers of few bits.
+    shape = torch.Size((40, 120, 2, 3, 2)[: weight.ndim])
     vector = torch.linspace(-1, 1, shape.numel(), device=weight.device)
     gradients = [vector.cos() * 0.3, vector.sin() - 0.2]
     matrix = vector.clone().reshape(shape)
@@ -448,6 +458,8 @@ def _tried_elementwise(optimizer: Any, group: dict[str, Any], weight: Any) -> bo
         return None
     if any(tensor.shape != matrix.shape and tensor.numel() > 1 for _, tensor in _tensors(state)):
         return False
+    if not _is_plain(state, set()):
+        return False  # an object that may hold state, such as a preconditioner
     if _try_out(optimizer, group, vector, gradients) is None:
         return False
     return bool(torch.allclose(matrix.flatten(), vector, rtol=1e-4, equal_nan=True))
@@ -521,7 +533,7 @@ def _is_plain(value: Any, parameters: set[int]) -> bool:
     """Return whether a deep copy of a value refers to nothing of the original's model."""
     if isinstance(value, Mapping):
         return all(_is_plain(part, parameters) for item in value.items() for part in item)
-    if isinstance(value, list | tuple | set):
+    if isinstance(value, list | tuple | set | deque):
         return all(_is_plain(part, parameters) for part in value)
     if isinstance(value, torch.Tensor):
         return not isinstance(value, nn.Parameter) and id(value) not in parameters

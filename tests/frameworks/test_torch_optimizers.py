@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections import defaultdict
+from collections import defaultdict, deque
 
 import pytest
 from training_options import training_options
@@ -190,7 +190,9 @@ def test_an_optimizer_of_matrices_trains_masked_layers_only(cls, arguments, warm
     for name in LAYERS:
         for part in run.state(name).values():
             assert not part[~run.srigl.mask(name)].any()
-    with pytest.raises(SriglError, match=rf"layer '0': {cls.__name__} needs.*mode='masked'"):
+    with pytest.raises(
+        SriglError, match=rf"layer '0': {cls.__name__} needs matrices.*mode='masked'"
+    ):
         Run("condensed", make, warm_up)
 
 
@@ -218,6 +220,24 @@ class Foreign(torch.optim.Optimizer):
             state["scale"] = torch.full_like(p, self.start)
         state["scale"].mul_(1 - 0.1 * p.grad.sign())
         p.sub_(state["scale"] * p.grad, alpha=group["lr"])
+
+
+class WithHistory(Foreign):
+    """Keeps its last gradients, and starts when there are enough."""
+
+    def train(self, p, group, state):
+        last = state.setdefault("last", deque(maxlen=5))
+        last.append(p.grad.clone())
+        if len(last) == 5:
+            p.sub_(last[0], alpha=group["lr"])
+
+
+class WithDummy(Foreign):
+    """Has an optimiser of a dummy parameter, for a schedule."""
+
+    def __init__(self, parameters, lr=0.05):
+        super().__init__(parameters, lr)
+        self.schedule = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
 
 
 class InTheConstructor(Foreign):
@@ -284,6 +304,26 @@ class Shampooish(Foreign):
         p.sub_(p.grad, alpha=group["lr"])
 
 
+class OfObjects(Foreign):
+    """Has its preconditioner in an object."""
+
+    class Preconditioner:
+        """Of no type that could be known."""
+
+    def train(self, p, group, state):
+        state.setdefault("preconditioner", self.Preconditioner())
+        p.sub_(p.grad, alpha=group["lr"])
+
+
+class InBlocks(Foreign):
+    """Has a scale for each block of numbers, as optimisers of 8 bits do."""
+
+    def train(self, p, group, state):
+        if not state:
+            state["scales"] = torch.ones(-(-p.numel() // 64))
+        p.sub_(p.grad, alpha=group["lr"])
+
+
 class Factored(Foreign):
     """Divides by the norm of each row."""
 
@@ -298,10 +338,12 @@ class Registered(Foreign):
 register_optimizer(Registered, OptimizerRule(elementwise=False))
 
 
-@pytest.mark.parametrize("cls", [Shampooish, Factored, Registered])
+@pytest.mark.parametrize("cls", [Shampooish, OfObjects, InBlocks, Factored, Registered])
 def test_a_foreign_optimizer_of_matrices_is_refused_for_condensed_layers(cls):
     assert Run("masked", cls).go(6).n_updates == 2
-    with pytest.raises(SriglError, match=rf"layer '0': {cls.__name__} needs.*mode='masked'"):
+    with pytest.raises(
+        SriglError, match=rf"layer '0': {cls.__name__} needs matrices.*mode='masked'"
+    ):
         Run("condensed", cls)
 
 
@@ -342,6 +384,14 @@ def test_a_rule_is_for_an_optimizer():
         register_optimizer(nn.Linear, OptimizerRule())
     with pytest.raises(ValueTypeError, match="rule must be an OptimizerRule, got dict"):
         register_optimizer(Foreign, {})
+
+
+@pytest.mark.parametrize("cls", [WithHistory, WithDummy])
+def test_a_foreign_optimizer_that_starts_late_or_holds_another_trains_both_modes_alike(cls):
+    masked, condensed = (Run(mode, cls).go(12) for mode in ("masked", "condensed"))
+    for name in LAYERS:
+        assert torch.equal(masked.srigl.mask(name), condensed.srigl.mask(name))
+        torch.testing.assert_close(masked.dense(name), condensed.dense(name))
 
 
 # Wrappers, as other packages write them.
