@@ -18,9 +18,12 @@ from srigl_core.errors import SriglError
 from srigl_core.reference.init import INITS
 from srigl_core.reference.schedule import UpdateSchedule
 from srigl_core.torch.condensed_layers import CondensedLayers
+from srigl_core.torch.layer_selection import select_layers
 from srigl_core.torch.masked_layers import MaskedLayers, update_backend
+from srigl_core.torch.model_sparsity import dense_table
 from srigl_core.torch.ranks import check_agreement
-from srigl_core.torch.targets import check_optimizer, find_targets
+from srigl_core.torch.selection import Entry
+from srigl_core.torch.targets import check_optimizer
 from srigl_core.torch.tensors import as_numpy
 
 __all__ = ["MODES", "SRigL"]
@@ -59,13 +62,15 @@ class SRigL:
         The training steps with a mask update; an int is the total number of training steps.
     mode : {"masked", "condensed"}
         "masked" keeps dense weights and gradients with zeros, like the released code. "condensed"
-        replaces layers by `CondensedLinear` and `CondensedConv2d`, whose memory and time are
-        proportional to the active weights. The masks are the same, apart from rounding.
-    include : iterable of str, or None
-        Names of modules, or of parameters such as ``attn.in_proj_weight``. None means every linear
-        and convolutional layer.
-    exclude : iterable of str
-        Names of layers to leave dense.
+        replaces layers by `CondensedLinear` and its like, whose memory and time are proportional to
+        the active weights. The masks are the same, apart from rounding.
+    include : iterable of str or type, or None
+        Layers to make sparse: names of modules and parameters, patterns (``"*.out_proj"``), and
+        types of modules (``nn.Conv2d``); a module stands for all layers in it. None means every
+        linear and convolutional layer, and the projections of ``nn.MultiheadAttention``. Layers
+        that cannot be made sparse are left dense, unless one is named.
+    exclude : iterable of str or type
+        Layers to leave dense, in the same way.
     config : TrainingConfig or None
         Method, distribution, update settings, options of single layers, seed. Condensed layers need
         the method "srigl". They keep the inputs and output gradients of all steps of the gradient
@@ -103,8 +108,8 @@ class SRigL:
         sparsity: float,
         schedule: UpdateSchedule | int,
         mode: str = "masked",
-        include: Iterable[str] | None = None,
-        exclude: Iterable[str] = (),
+        include: Iterable[Entry] | Entry | None = None,
+        exclude: Iterable[Entry] | Entry = (),
         config: TrainingConfig | None = None,
         init: str | None = None,
         backend: str | Backend | None = None,
@@ -119,7 +124,8 @@ class SRigL:
                 "model is wrapped in DistributedDataParallel; attach SRigL to the model itself "
                 "first, then wrap it"
             )
-        targets = find_targets(model, include, exclude)
+        selection = select_layers(model, include, exclude, config, condensed=mode == "condensed")
+        targets, self._left = selection.targets, selection.left
         for name, target in targets.items():
             if target.attribute in _attached.get(target.module, ()):
                 raise SriglError(f"layer {name!r} has an SRigL already; call its detach() first")
@@ -208,9 +214,27 @@ class SRigL:
         """Discard the gradients of the window."""
         self._layers.discard_gradients()
 
+    @property
+    def left_dense(self) -> dict[str, str]:
+        """Why each other matrix of the model is not sparse, by layer name."""
+        return dict(self._left)
+
+    @property
+    def total_sparsity(self) -> float:
+        """Sparsity of all matrices of the model: of its parameters with more than one axis."""
+        return self._layers.total_sparsity()
+
     def report(self) -> str:
-        """Return a table of the layers: budgets, active weights, fan-in and active neurons."""
-        return self.trainer.report()
+        """Return a table of the layers: budgets, active weights, fan-in and active neurons.
+
+        Below are the sparsity of these layers together, the sparsity of all matrices of the model,
+        and the layers that were left dense, with the reason.
+        """
+        totals = (
+            f"sparsity of these layers: {self.trainer.sparsity:.2%}",
+            f"sparsity of all matrices of the model: {self.total_sparsity:.2%}",
+        )
+        return "\n".join([self.trainer.report(), *totals, *dense_table(self._left)])
 
     def detach(self) -> None:
         """Detach from the model, which remains masked or condensed."""
