@@ -43,6 +43,11 @@ class LayerBudget:
         return math.prod(self.shape)
 
     @property
+    def is_dense(self) -> bool:
+        """Whether the layer has all its weights."""
+        return self.nnz_budget == self.n_weights
+
+    @property
     def sparsity(self) -> float:
         """Target sparsity."""
         return float(1 - self.density)

@@ -60,8 +60,12 @@ class TrainerSkeleton(ABC):
         if not isinstance(schedule, UpdateSchedule):
             self.schedule, least = UpdateSchedule.for_training(schedule), _FEW_UPDATES
         check_integer(config.grad_window, "grad_window", least=1, most=self.schedule.delta_t)
-        self._options = _layer_options(shapes, config)
-        self.budgets = _budgets(shapes, sparsity, config.distribution, self._options, counts)
+        options = _layer_options(shapes, config)
+        self.budgets = _budgets(shapes, sparsity, config.distribution, options, counts)
+        self._options = {
+            name: _dense(option) if self.budgets[name].is_dense else option
+            for name, option in options.items()
+        }
         if self.schedule.n_updates < least and self.config.method != "static":
             warnings.warn(
                 f"{self.schedule} has {self.schedule.n_updates} mask updates; train for more "
@@ -87,7 +91,7 @@ class TrainerSkeleton(ABC):
 
     @property
     def sparse_layers(self) -> list[str]:
-        """Names of the layers that are updated: all except those kept dense."""
+        """Names of the layers that are updated: all except those that have all their weights."""
         return [name for name, options in self._options.items() if not options.dense]
 
     @property
@@ -124,15 +128,16 @@ class TrainerSkeleton(ABC):
 
     def report(self) -> str:
         """Return a table of the layers: budgets, active weights, fan-in and active neurons."""
+        width = max([19, *map(len, self.budgets)]) + 1
         lines = [
-            f"{'layer':<20}{'shape':>18}{'budget':>10}{'weights':>10}{'sparsity':>10}"
+            f"{'layer':<{width}}{'shape':>18}{'budget':>10}{'weights':>10}{'sparsity':>10}"
             f"{'fan-in':>8}{'active':>14}"
         ]
         nnz, fan_in, n_active = self.nnz, self.fan_in, self.n_active
         for name, budget in self.budgets.items():
             shape = "x".join(map(str, budget.shape))
             lines.append(
-                f"{name:<20}{shape:>18}{budget.nnz_budget:>10}{nnz[name]:>10}"
+                f"{name:<{width}}{shape:>18}{budget.nnz_budget:>10}{nnz[name]:>10}"
                 f"{1 - nnz[name] / budget.n_weights:>10.2%}{fan_in[name] or '-':>8}"
                 f"{f'{n_active[name]}/{budget.shape[0]}':>14}"
             )
@@ -289,6 +294,11 @@ def _layer_options(
         ablate = (config.ablate_last or name != last) if layer.ablate is None else layer.ablate
         options[name] = replace(layer, ablate=ablate)
     return options
+
+
+def _dense(options: LayerOptions) -> LayerOptions:
+    """Return the options of a layer that has all its weights: there is nothing to update."""
+    return replace(options, dense=True, sparsity=None, nnz_budget=None)
 
 
 def _budgets(

@@ -12,7 +12,8 @@ except ImportError as error:
 
 import srigl_core.torch.transforms  # noqa: F401 # registers them
 from srigl_core.torch.arrays import TorchArrays
-from srigl_core.torch.conv import CondensedConv2d
+from srigl_core.torch.attention import CondensedMultiheadAttention
+from srigl_core.torch.conv import CondensedConv1d, CondensedConv2d
 from srigl_core.torch.conversion import condense, to_csr, to_masked_dense
 from srigl_core.torch.folding import Folding, fold_ablated
 from srigl_core.torch.freezing import freeze, unfreeze
@@ -25,8 +26,10 @@ from srigl_core.torch.released_checkpoint import load_released_checkpoint
 from srigl_core.torch.training import SRigL
 
 __all__ = [
+    "CondensedConv1d",
     "CondensedConv2d",
     "CondensedLinear",
+    "CondensedMultiheadAttention",
     "Folding",
     "LayerReport",
     "ModelReport",

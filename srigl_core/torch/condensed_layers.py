@@ -18,12 +18,14 @@ from srigl_core.errors import SriglError
 from srigl_core.reference.init import sparse_init
 from srigl_core.torch import capture
 from srigl_core.torch.averages import Averages
+from srigl_core.torch.layer_types import WeightLayout
 from srigl_core.torch.linear import CondensedLinear
+from srigl_core.torch.model_sparsity import sparsity_of_model
 from srigl_core.torch.optimizers import remap_states, replace_parameters
 from srigl_core.torch.ranks import mean_of_ranks, true_on_a_rank
 from srigl_core.torch.replacement import (
-    check_can_be_condensed,
     condensed_layer,
+    condensed_name,
     linear_of,
     replace_modules,
 )
@@ -58,8 +60,8 @@ class CondensedLayers:
         self.trainer = trainer
         self._model, self._optimizer, self._group = model, optimizer, group
         self._targets = {name: targets[name] for name in trainer.connections}
-        for target in self._targets.values():
-            check_can_be_condensed(target)
+        self._layouts = {name: target.layout for name, target in targets.items()}
+        self._places = {name: condensed_name(target) for name, target in self._targets.items()}
         self._layers: dict[str, CondensedLinear] = {}
         self._capturing: dict[str, capture.Captured] = {}
         self._window: list[tuple[dict[str, _Pairs], float]] = []
@@ -72,11 +74,12 @@ class CondensedLayers:
         for name, target in self._targets.items():
             weight = _initial_weight(target, self.trainer.connections[name], init, rng)
             modules[name] = condensed_layer(target, weight, self.trainer.budgets[name].nnz_budget)
-        replace_modules(self._model, modules)
+        replace_modules(self._model, {self._places[name]: m for name, m in modules.items()})
         replaced = []
         for name, module in modules.items():
             layer = self._layers[name] = linear_of(module)
-            remap = partial(_gathered, _places(self.trainer.connections[name]), layer.values)
+            places, layout = _places(self.trainer.connections[name]), self._layouts[name]
+            remap = partial(_gathered, places, layout, layer.values)
             replaced.append((self._targets[name].parameter, layer.values, remap))
         replace_parameters(self._optimizer, replaced)
         self._targets.clear()  # so that the dense weights are freed
@@ -84,10 +87,10 @@ class CondensedLayers:
 
     def mask(self, name: str) -> Any:
         """Return a layer's mask, a new tensor of bool of the dense weight's shape."""
-        shape = self.trainer.budgets[name].shape
+        shape, layout = self.trainer.budgets[name].shape, self._layouts[name]
         if name not in self._layers:
-            return torch.ones(shape, dtype=torch.bool)
-        return self._layers[name].mask.reshape(shape)
+            return layout.from_rows(torch.ones(shape, dtype=torch.bool))
+        return layout.from_rows(self._layers[name].mask.reshape(shape))
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -102,6 +105,10 @@ class CondensedLayers:
     def digests(self) -> dict[str, str]:
         """Return a hash of each mask."""
         return {name: mask.digest().hex() for name, mask in self.trainer.connections.items()}
+
+    def total_sparsity(self) -> float:
+        """Return the sparsity of all matrices of the model."""
+        return sparsity_of_model(self._model, {})
 
     def after_backward(self, loss_scale: float, gradient_scale: float) -> bool:
         """End a step of the window, after any number of captured backward passes.
@@ -131,7 +138,7 @@ class CondensedLayers:
     def step(self) -> Mapping[str, CondensedUpdate]:
         """Update connections, values and optimiser state if an update is due."""
         self._check_in_place()
-        weights, gradients, was_due = {}, {}, self.trainer.is_due
+        weights, gradients, was_due = {}, {}, self.trainer.is_due and bool(self._layers)
         if was_due:
             if not self._window:
                 raise SriglError(
@@ -204,8 +211,9 @@ class CondensedLayers:
 
     def _path(self, name: str) -> str:
         """Return the name of the linear layer in the model."""
-        module = submodule(self._model, name)
-        return name if module is self._layers[name] else f"{name}.linear"
+        place = self._places[name]
+        is_linear = submodule(self._model, place) is self._layers[name]
+        return place if is_linear else f"{place}.linear"
 
     def _buffers(self, names: Iterable[str]) -> dict[str, Any]:
         return {
@@ -226,7 +234,7 @@ class CondensedLayers:
 
     def _check_in_place(self) -> None:
         for name, layer in self._layers.items():
-            if linear_of(submodule(self._model, name)) is not layer:
+            if linear_of(submodule(self._model, self._places[name])) is not layer:
                 raise SriglError(
                     f"layer {name!r} has been replaced since SRigL was attached; change the model "
                     f"first, then attach SRigL"
@@ -269,7 +277,7 @@ def _initial_weight(
     target: Target, connections: Connections, init: str | None, rng: np.random.Generator
 ) -> CondensedWeight:
     """Return the weights of a dense layer at the connections, or new ones if `init` is set."""
-    dense = target.parameter.detach()
+    dense = target.layout.to_rows(target.parameter.detach())
     if init is not None:
         mask = connections.to_mask().reshape(target.shape)
         dense = torch.from_numpy(sparse_init(mask, init, rng=rng, dtype=np.float64)).to(dense)
@@ -283,9 +291,11 @@ def _places(connections: Connections) -> tuple[Any, Any]:
     return rows[:, None], torch.from_numpy(columns)
 
 
-def _gathered(places: tuple[Any, Any], values: Any, state: Any, start: float) -> Any:
+def _gathered(
+    places: tuple[Any, Any], layout: WeightLayout, values: Any, state: Any, start: float
+) -> Any:
     """Return a dense layer's optimiser state at the connections, in the shape of `values`."""
-    gathered = state.reshape(len(state), -1)[places].reshape(-1)
+    gathered = layout.to_rows(state).flatten(1)[places].reshape(-1)
     flat = torch.full_like(values, start, dtype=state.dtype, requires_grad=False)
     flat[: gathered.numel()] = gathered
     return flat

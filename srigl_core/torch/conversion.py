@@ -6,20 +6,24 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.errors import SriglError
-from srigl_core.torch.conv import GEOMETRY, CondensedConv2d
+from srigl_core.torch.attention import CondensedMultiheadAttention
+from srigl_core.torch.conv import GEOMETRY, CondensedConv, CondensedConv1d
 from srigl_core.torch.given_masks import NONZERO, ZEROS, given_masks, masks_by_layer
 from srigl_core.torch.replacement import (
-    check_can_be_condensed,
     condensed_layer,
     condensed_modules,
+    condensed_name,
     linear_of,
     replace_modules,
+    why_not_condensed,
 )
+from srigl_core.torch.selection import Entry
 from srigl_core.torch.targets import Target, find_targets
 from srigl_core.torch.tensors import as_numpy
 from srigl_core.torch.training import SRigL
@@ -31,19 +35,25 @@ __all__ = ["condense", "dense_layer", "to_csr", "to_masked_dense"]
 
 
 def condense(
-    model: Any, masks: Mapping[str, Any] | SRigL | str, *, exclude: Iterable[str] = ()
+    model: Any,
+    masks: Mapping[str, Any] | SRigL | str,
+    *,
+    exclude: Iterable[Entry] | Entry = (),
 ) -> Any:
     """Replace the masked layers of a trained model by condensed ones, in place.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A model with dense weights in ``nn.Linear`` and ``nn.Conv2d`` layers.
+        A model with dense weights. Linear layers, 1-D and 2-D convolutions, the projections of
+        ``nn.MultiheadAttention`` and GPT-2's ``Conv1D`` can be condensed.
     masks : mapping of str to tensor or ndarray of bool, SRigL, or "nonzero"
         Constant fan-in masks by layer name, in the shapes of the weights. A layer whose mask is all
-        True stays dense. With "nonzero" the active weights are those that are not 0.0.
-    exclude : iterable of str
-        Names of layers to leave dense.
+        True stays dense. With "nonzero" the active weights are those that are not 0.0. A layer that
+        cannot be condensed is an error if a mapping names it; otherwise it is left, and
+        ``report(model).left`` lists it.
+    exclude : iterable of str or type
+        Layers to leave dense: names, patterns and types, as in `SRigL`.
 
     Returns
     -------
@@ -77,20 +87,24 @@ def condense(
     >>> condense(model, {"0": mask})[0].fan_in
     2
     """
-    excluded = {exclude} if isinstance(exclude, str) else set(exclude)
+    # Layers of an SRigL were not named by the caller, so they need not all be condensed.
+    names = None
     if isinstance(masks, SRigL):
         masks = {name: masks.mask(name) for name in masks.trainer.budgets}
-    include = None
+    elif not isinstance(masks, str):
+        masks = masks_by_layer(masks)
+        names = list(masks)
     if not isinstance(masks, str):
-        masks = {n: mask for n, mask in masks_by_layer(masks).items() if n not in excluded}
         for name in masks.keys() & condensed_modules(model).keys():
             raise SriglError(f"layer {name!r} is condensed already")
-        include = list(masks)
-    targets = find_targets(model, include, excluded)
+    targets = find_targets(model, names, exclude, unsupported=why_not_condensed).targets
+    if not isinstance(masks, str):
+        masks = {name: mask for name, mask in masks.items() if name in targets}
     layers = {}
     for name, mask in given_masks(targets, masks).items():
         if not mask.all():
-            layers[name] = _condensed(targets[name], mask, ZEROS if masks == NONZERO else "")
+            hint = ZEROS if masks == NONZERO else ""
+            layers[condensed_name(targets[name])] = _condensed(targets[name], mask, hint)
     if not layers:
         raise SriglError("all masks are True everywhere; there is nothing to condense")
     replace_modules(model, layers)
@@ -107,8 +121,9 @@ def to_masked_dense(model: Any) -> Any:
     Returns
     -------
     torch.nn.Module
-        `model` itself, with ``nn.Linear`` and ``nn.Conv2d``. Bias, device, dtype, mode and
-        `requires_grad` are kept; the masks are not.
+        `model` itself, with ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` and
+        ``nn.MultiheadAttention``. Bias, device, dtype, mode and `requires_grad` are kept; the masks
+        are not.
 
     Raises
     ------
@@ -124,8 +139,16 @@ def to_masked_dense(model: Any) -> Any:
                 f"layer {name!r} has activation={activation!r}, but a dense layer has none; add "
                 f"a module for the activation to the model, and set the layer's to None"
             )
-    made = {layer: dense_layer(layer) for layer in set(layers.values())}
-    replace_modules(model, {name: made[layer] for name, layer in layers.items()})
+    attentions = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, CondensedMultiheadAttention)
+    }
+    parts = {id(part) for attention in attentions.values() for part in attention.modules()}
+    made = {layer: dense_layer(layer) for layer in layers.values() if id(layer) not in parts}
+    replaced = {name: made[layer] for name, layer in layers.items() if layer in made}
+    replaced |= {name: attention.to_dense() for name, attention in attentions.items()}
+    replace_modules(model, replaced)
     return model
 
 
@@ -148,9 +171,10 @@ def to_csr(model: Any) -> dict[str, scipy.sparse.csr_array]:
 
 def _condensed(target: Target, mask: NDArray[np.bool_], hint: str) -> Any:
     """Return the condensed layer that replaces a dense one."""
-    check_can_be_condensed(target)
+    dense = as_numpy(target.layout.to_rows(target.parameter.detach()))
+    mask = as_numpy(target.layout.to_rows(torch.from_numpy(mask)))
     try:
-        weight = CondensedWeight.from_dense(as_numpy(target.parameter), mask)
+        weight = CondensedWeight.from_dense(dense, mask)
     except SriglError as error:
         raise type(error)(f"layer {target.name!r}: {error}{hint}; or exclude the layer") from error
     return condensed_layer(target, weight)
@@ -161,19 +185,20 @@ def dense_layer(layer: Any) -> Any:
 
     Parameters
     ----------
-    layer : CondensedLinear or CondensedConv2d
+    layer : CondensedLinear, CondensedConv1d or CondensedConv2d
 
     Returns
     -------
-    torch.nn.Linear or torch.nn.Conv2d
+    torch.nn.Linear, torch.nn.Conv1d or torch.nn.Conv2d
         Bias, device, dtype, mode and what requires a gradient are kept.
     """
     dense = linear_of(layer).to_linear()
-    if not isinstance(layer, CondensedConv2d):
+    if not isinstance(layer, CondensedConv):
         return dense
     geometry = {name: getattr(layer, name) for name in GEOMETRY}
     sizes = layer.in_channels, layer.out_channels
-    conv = nn.Conv2d(*sizes, **geometry, bias=dense.bias is not None, device="meta")
+    convolution = nn.Conv1d if isinstance(layer, CondensedConv1d) else nn.Conv2d
+    conv = convolution(*sizes, **geometry, bias=dense.bias is not None, device="meta")
     weight = dense.weight.detach().reshape(conv.weight.shape)
     conv.weight = nn.Parameter(weight, requires_grad=dense.weight.requires_grad)
     conv.bias = dense.bias

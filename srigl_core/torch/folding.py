@@ -19,7 +19,7 @@ from torch import nn
 
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.errors import SriglError
-from srigl_core.torch.conv import CondensedConv2d
+from srigl_core.torch.conv import CondensedConv
 from srigl_core.torch.linear import (
     ACTIVATION_FUNCTIONS,
     CondensedLinear,
@@ -221,7 +221,7 @@ def _outside_chains(model: Any) -> Iterator[tuple[str, str]]:
     """Yield the layers with ablated neurons, and the reason to keep one that is in no chain."""
     inner: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, CondensedConv2d):
+        if isinstance(module, CondensedConv):
             inner.add(id(module.linear))
             if _ablated(module.linear).any():
                 yield name, "as it is a convolution"

@@ -34,7 +34,10 @@ def masks_by_layer(masks: Any) -> dict[str, Any]:
             f"masks must be a mapping of layer names to masks, an SRigL or 'nonzero', got "
             f"{type(masks).__name__}"
         )
-    return {name.removesuffix(".weight"): mask for name, mask in masks.items()}
+    return {
+        "" if name == "weight" else name.removesuffix(".weight"): mask
+        for name, mask in masks.items()
+    }
 
 
 def given_masks(targets: Mapping[str, Target], masks: Any) -> dict[str, NDArray[np.bool_]]:
@@ -88,9 +91,10 @@ def _checked_mask(target: Target, mask: Any) -> NDArray[np.bool_]:
             f"the mask of layer {target.name!r} must be a tensor or array of bool, got {dtype}; "
             f"convert with .bool()"
         )
-    if array.shape != target.shape:
+    shape = tuple(target.parameter.shape)
+    if array.shape != shape:
         raise SriglError(
             f"the mask of layer {target.name!r} has shape {array.shape}, but its weight has "
-            f"{target.shape}; give the mask of that layer"
+            f"{shape}; give the mask of that layer"
         )
     return array

@@ -20,6 +20,7 @@ from srigl_core.torch.capture import is_capturing
 from srigl_core.torch.ops import condensed_inference, condensed_linear
 from srigl_core.torch.packing import condensed_weight
 from srigl_core.torch.tensors import as_numpy, from_numpy, numpy_dtype, torch_dtype
+from srigl_core.torch.weight_view import HasDenseWeight
 
 __all__ = ["ACTIVATION_FUNCTIONS", "CondensedLinear", "dense_like", "set_like", "weight_of"]
 
@@ -27,7 +28,7 @@ _MOST = 2**31 - 1
 """The indices are int32, because PyTorch cannot index with unsigned integers."""
 
 
-class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
+class CondensedLinear(HasDenseWeight, nn.Module):  # type: ignore[misc] # torch is untyped here
     """A linear layer with constant fan-in and without a dense weight.
 
     It computes ``y = activation(x @ (W * M).T + bias)`` from the connected inputs only. Any
@@ -66,6 +67,8 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
     counts : torch.Tensor of int64, (2,)
         The number of active neurons and the fan-in.
     bias : torch.nn.Parameter, (out_features,), or None
+    weight : torch.Tensor, (out_features, in_features)
+        The masked dense weight for code that looks at it. Read-only, without a gradient.
 
     Raises
     ------
@@ -298,6 +301,9 @@ class CondensedLinear(nn.Module):  # type: ignore[misc] # torch is untyped here
         rows, columns, _ = self._places()
         mask[rows, columns] = True
         return mask
+
+    def _weight_of(self) -> tuple[Any, tuple[int, ...]]:
+        return self, (self.out_features, self.in_features)
 
     def _places(self) -> tuple[Any, Any, int]:
         """Return rows and columns of the connections, for indexing, and their number."""

@@ -19,6 +19,7 @@ from srigl_core.contract import Backend
 from srigl_core.errors import BackendUnavailableError, SriglError
 from srigl_core.reference.init import sparse_init
 from srigl_core.torch.averages import Averages
+from srigl_core.torch.model_sparsity import sparsity_of_model
 from srigl_core.torch.optimizers import remap_states
 from srigl_core.torch.targets import Target
 from srigl_core.torch.tensors import as_numpy, from_numpy, on_device_of
@@ -69,7 +70,7 @@ class MaskedLayers:
             for name, target in self._targets.items():
                 drawn = sparse_init(self._trainer_mask(name), init, rng=rng, dtype=np.float64)
                 with torch.no_grad():
-                    target.parameter.copy_(torch.from_numpy(drawn))
+                    target.parameter.copy_(target.layout.from_rows(torch.from_numpy(drawn)))
         self._copy_masks()
         self._mask_weights()
         # Momentum of inactive weights would reach the others in an optimiser of matrices.
@@ -103,6 +104,12 @@ class MaskedLayers:
             for name in self.trainer.masks
         }
 
+    def total_sparsity(self) -> float:
+        """Return the sparsity of all matrices of the model."""
+        nnz = self.trainer.nnz
+        masked = {id(target.parameter): nnz[name] for name, target in self._targets.items()}
+        return sparsity_of_model(self._model, masked)
+
     def after_backward(self, loss_scale: float, gradient_scale: float) -> bool:
         """Pass the dense gradients to the trainer if it needs them, then mask them.
 
@@ -124,7 +131,7 @@ class MaskedLayers:
                 unscaled = None
                 if gradient is not None and gradient.any():
                     unscaled = gradient if gradient_scale == 1 else gradient / gradient_scale
-                    unscaled = self._for_trainer(unscaled)
+                    unscaled = self._for_trainer(target, unscaled)
                 with on_device_of(target.parameter):
                     self.trainer.accumulate(target.name, unscaled)
             if gradient is not None:
@@ -147,7 +154,8 @@ class MaskedLayers:
             for name, target in self._targets.items():
                 weight = target.parameter.detach()
                 hidden = self._hidden.get(name)
-                weights[name] = self._for_trainer(weight if hidden is None else weight + hidden)
+                weight = weight if hidden is None else weight + hidden
+                weights[name] = self._for_trainer(target, weight)
         with on_device_of(next(iter(self._targets.values())).parameter):
             updates = self.trainer.step(weights)
         if updates:
@@ -155,11 +163,11 @@ class MaskedLayers:
             self._copy_masks()
             changed = []
             for name, update in updates.items():
-                parameter, weight = self._targets[name].parameter, update.weight
+                target, weight = self._targets[name], update.weight
+                parameter = target.parameter
+                weight = from_numpy(weight) if isinstance(weight, np.ndarray) else weight
                 with torch.no_grad():
-                    parameter.copy_(
-                        from_numpy(weight) if isinstance(weight, np.ndarray) else weight
-                    )
+                    parameter.copy_(target.layout.from_rows(weight))
                 reset = before[name] | self._no_gradient[name]
                 changed.append((parameter, partial(_reset, reset)))
             grown = self.trainer.config.grown_init
@@ -203,8 +211,9 @@ class MaskedLayers:
         }
         self._copy_masks()
 
-    def _for_trainer(self, tensor: Any) -> Any:
-        """Return a tensor, as a NumPy array if the trainer computes on another device."""
+    def _for_trainer(self, target: Target, tensor: Any) -> Any:
+        """Return a tensor by rows, as a NumPy array if the trainer computes on another device."""
+        tensor = target.layout.to_rows(tensor)
         return tensor if self.trainer.device == device_of(tensor) else as_numpy(tensor)
 
     def _trainer_mask(self, name: str) -> Any:
@@ -218,8 +227,11 @@ class MaskedLayers:
         for name, target in self._targets.items():
             like = target.parameter
             mask, backward = self.trainer.masks[name], self.trainer.backward_mask(name)
-            inactive = self._inactive[name] = ~_as_tensor(mask, like)
-            self._no_gradient[name] = inactive if backward is mask else ~_as_tensor(backward, like)
+            to_weight = target.layout.from_rows
+            inactive = self._inactive[name] = ~to_weight(_as_tensor(mask, like))
+            self._no_gradient[name] = (
+                inactive if backward is mask else ~to_weight(_as_tensor(backward, like))
+            )
 
     def _mask_weights(self) -> None:
         with torch.no_grad():

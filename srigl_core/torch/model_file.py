@@ -27,15 +27,21 @@ from srigl_core._format.file import (
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
-from srigl_core.torch.conv import CondensedConv2d
+from srigl_core.torch.conv import GEOMETRY, CondensedConv, CondensedConv1d, CondensedConv2d
+from srigl_core.torch.layer_types import is_gpt_conv1d, layout_of
 from srigl_core.torch.linear import CondensedLinear
-from srigl_core.torch.replacement import condensed_modules, linear_of, replace_modules
+from srigl_core.torch.replacement import (
+    condensed_modules,
+    linear_of,
+    present_layer,
+    replace_modules,
+)
+from srigl_core.torch.targets import submodule
 from srigl_core.torch.tensors import as_numpy, from_numpy
 
 __all__ = ["load_model", "save_model"]
 
 _MODULES_KEY = "srigl_core.modules"
-_GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 
 
 def save_model(model: Any, path: str | os.PathLike[str]) -> None:
@@ -102,7 +108,7 @@ def load_model(path: str | os.PathLike[str], model: Any) -> Any:
     """
     tensors, weights, modules = _read(path)
     made: dict[str, Any] = {}
-    first_names: dict[int, str] = {}
+    first_names: dict[tuple[int, str], str] = {}
     for name, description in modules.items():
         # Before the layer is made, whose size is what the file claims.
         _check_dense_shape(name, model, weights[name], "convolution" in description)
@@ -112,7 +118,7 @@ def load_model(path: str | os.PathLike[str], model: Any) -> Any:
             raise FileFormatError(f"{os.fspath(path)!r}: layer {name!r}: {error}") from error
         layer = _in_place_of(name, model, layer)
         # A module that the model has in two places stays one module.
-        twin = first_names.setdefault(id(model.get_submodule(name)), name)
+        twin = first_names.setdefault(_place(model, name), name)
         made[name] = made.get(twin, layer)
         if not _equal(made[name], layer):
             raise SriglError(
@@ -143,8 +149,8 @@ def _description(module: Any) -> dict[str, Any]:
         "nnz_budget": linear.nnz_budget,
         "activation": linear.activation,
     }
-    if isinstance(module, CondensedConv2d):
-        description["convolution"] = {name: getattr(module, name) for name in _GEOMETRY}
+    if isinstance(module, CondensedConv):
+        description["convolution"] = {name: getattr(module, name) for name in GEOMETRY}
     return description
 
 
@@ -157,29 +163,33 @@ def _module(description: Mapping[str, Any], weight: CondensedWeight, bias: Any |
     )
     if "convolution" not in description:
         return linear
-    geometry = {name: _as_tuple(description["convolution"][name]) for name in _GEOMETRY}
-    return CondensedConv2d(linear, geometry.pop("kernel_size"), **geometry)
+    geometry = {name: _as_tuple(description["convolution"][name]) for name in GEOMETRY}
+    convolution = CondensedConv1d if len(geometry["kernel_size"]) == 1 else CondensedConv2d
+    return convolution(linear, geometry.pop("kernel_size"), **geometry)
 
 
 def _as_tuple(setting: Any) -> Any:
     return tuple(setting) if isinstance(setting, list) else setting
 
 
-def _check_dense_shape(name: str, model: Any, weight: CondensedWeight, is_conv: bool) -> None:
-    try:
-        present = model.get_submodule(name)
-    except AttributeError:
+def _present(name: str, model: Any) -> Any:
+    present = present_layer(model, name)
+    if present is None:
         raise SriglError(
             f"the file has a condensed layer {name!r}, but the model has none; make the model as "
             f"the one that was saved"
-        ) from None
-    shape: tuple[int, ...]
-    if isinstance(present, CondensedLinear | CondensedConv2d):
+        )
+    return present
+
+
+def _check_dense_shape(name: str, model: Any, weight: CondensedWeight, is_conv: bool) -> None:
+    present = _present(name, model)
+    shape: tuple[int, ...] = ()
+    if isinstance(present, CondensedLinear | CondensedConv):
         shape = (linear_of(present).out_features, linear_of(present).in_features)
-    elif isinstance(present, nn.Linear | nn.Conv2d):
-        shape = tuple(present.weight.flatten(1).shape)
-    else:
-        shape = ()
+    elif isinstance(getattr(present, "weight", None), torch.Tensor):
+        rows = layout_of(present, "weight").to_rows(present.weight.detach())
+        shape = tuple(rows.flatten(1).shape) if rows.ndim > 1 else ()
     if shape != weight.shape:
         what = f"a {'convolution' if is_conv else 'linear'} of {weight.shape}"
         raise _differs(name, what, present)
@@ -198,9 +208,9 @@ def _in_place_of(name: str, model: Any, layer: Any) -> Any:
     Raises
     ------
     SriglError
-        If the model has one of another shape or type.
+        If the model has no such layer, or one of another shape or type.
     """
-    present = model.get_submodule(name)
+    present = _present(name, model)
     linear = linear_of(layer)
     if _shape(present) != _shape(layer):
         raise _differs(name, _shape(layer), present)
@@ -213,6 +223,13 @@ def _in_place_of(name: str, model: Any, layer: Any) -> Any:
             like.requires_grad if old.bias is None else old.bias.requires_grad
         )
     return layer.train(present.training)
+
+
+def _place(model: Any, name: str) -> tuple[int, str]:
+    """Return what is the same for all names of a layer."""
+    owner, _, attribute = name.rpartition(".")
+    present = submodule(model, name)
+    return (id(submodule(model, owner)), attribute) if present is None else (id(present), "")
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -229,21 +246,25 @@ def _shape(module: Any) -> str:
     sizes: tuple[Any, ...]
     if isinstance(module, CondensedLinear | nn.Linear):
         what, sizes = "linear", (module.out_features, module.in_features)
-    elif isinstance(module, CondensedConv2d | nn.Conv2d) and getattr(module, "groups", 1) == 1:
-        what, sizes = "convolution", tuple(getattr(module, name) for name in _GEOMETRY)
+    elif is_gpt_conv1d(module):
+        what, sizes = "linear", tuple(reversed(module.weight.shape))
+    elif isinstance(module, CondensedConv | nn.Conv1d | nn.Conv2d) and module.groups == 1:
+        what, sizes = "convolution", tuple(getattr(module, name) for name in GEOMETRY)
         sizes = (module.out_channels, module.in_channels, *sizes)
     else:
         return f"a {type(module).__name__}"
-    has_bias = linear_of(module).bias is not None
+    has_bias = getattr(module, "bias", None) is not None
     return f"a {what} of {sizes} {'with' if has_bias else 'without'} a bias"
 
 
 def _plain_state(model: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tensors of a model's state that belong to no condensed layer."""
     prefixes = tuple(f"{name}." if name else "" for name in layers)
+    # In a dense model a projection of attention is a parameter and not yet a layer.
+    projections = {f"{name}_weight" for name in layers if submodule(model, name) is None}
     state = {}
     for name, tensor in model.state_dict().items():
-        if prefixes and name.startswith(prefixes):
+        if (prefixes and name.startswith(prefixes)) or name in projections:
             continue
         if not isinstance(tensor, torch.Tensor):
             raise ValueTypeError(

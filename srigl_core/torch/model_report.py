@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from srigl_core._cost_model import dense_nanoseconds
 from srigl_core._plan import plan_of
 from srigl_core.contract import Backend
-from srigl_core.torch.replacement import condensed_modules, linear_of
+from srigl_core.torch.replacement import condensed_modules, linear_of, why_not_condensed
+from srigl_core.torch.targets import dense_matrices
 
 __all__ = ["BATCHES", "LayerReport", "ModelReport", "report"]
 
@@ -54,9 +55,12 @@ class ModelReport:
     Parameters
     ----------
     layers : tuple of LayerReport
+    left : dict of str to str
+        The dense matrices of the model by layer name, and why they are not condensed.
     """
 
     layers: tuple[LayerReport, ...]
+    left: dict[str, str] = field(default_factory=dict)
 
     @property
     def condensed_bytes(self) -> int:
@@ -118,9 +122,8 @@ def report(model: Any, *, backend: str | Backend | None = None) -> ModelReport:
         If `model` is not a module.
     """
     layers = condensed_modules(model)
-    return ModelReport(
-        tuple(_layer_report(name, linear_of(layer), backend) for name, layer in layers.items())
-    )
+    reports = [_layer_report(name, linear_of(layer), backend) for name, layer in layers.items()]
+    return ModelReport(tuple(reports), dense_matrices(model, why_not_condensed))
 
 
 def _layer_report(name: str, linear: Any, backend: str | Backend | None) -> LayerReport:

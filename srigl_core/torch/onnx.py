@@ -26,7 +26,7 @@ from srigl_core._arrays.checks import check_integer
 from srigl_core._files import write_whole
 from srigl_core._install import install_command
 from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
-from srigl_core.torch.conv import CondensedConv2d
+from srigl_core.torch.conv import CondensedConv, CondensedConv1d, CondensedConv2d
 from srigl_core.torch.conversion import dense_layer
 from srigl_core.torch.linear import ACTIVATION_FUNCTIONS, CondensedLinear
 from srigl_core.torch.replacement import condensed_modules, linear_of, replace_modules
@@ -204,11 +204,11 @@ def _layer_with(operator: str, model: Any, inputs: tuple[Any, ...]) -> str:
 
 def _with_standard_layers(model: Any, form: str) -> Any:
     """Replace a model's condensed layers by ones that PyTorch can export; return the model."""
-    if isinstance(model, CondensedLinear | CondensedConv2d):
+    if isinstance(model, CondensedLinear | CondensedConv):
         model = nn.Sequential(model).eval()
     layers = condensed_modules(model)
     for name, layer in layers.items():
-        if type(layer) not in (CondensedLinear, CondensedConv2d):
+        if type(layer) not in (CondensedLinear, CondensedConv1d, CondensedConv2d):
             raise SriglError(
                 f"layer {name!r} is of type {type(layer).__name__}, and what that adds to a "
                 f"condensed layer would be lost; export the model without it"

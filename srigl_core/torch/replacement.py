@@ -6,45 +6,70 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.errors import SriglError
-from srigl_core.torch.conv import CondensedConv2d
+from srigl_core.torch.attention import PROJECTION_LAYERS, CondensedMultiheadAttention
+from srigl_core.torch.conv import CondensedConv, CondensedConv1d, CondensedConv2d
+from srigl_core.torch.layer_types import is_gpt_conv1d, is_transposed
 from srigl_core.torch.linear import CondensedLinear
-from srigl_core.torch.targets import Target, check_module
+from srigl_core.torch.targets import Target, check_module, submodule
 
 __all__ = [
-    "check_can_be_condensed",
     "condensed_layer",
     "condensed_modules",
+    "condensed_name",
     "has_hooks",
     "linear_of",
+    "present_layer",
     "replace_modules",
+    "why_not_condensed",
 ]
 
+_CONVOLUTIONS = {nn.Conv1d: CondensedConv1d, nn.Conv2d: CondensedConv2d}
+_TYPES = (nn.Linear, NonDynamicallyQuantizableLinear, *_CONVOLUTIONS, nn.MultiheadAttention)
 
-def check_can_be_condensed(target: Target) -> None:
-    """Check that a layer is an ``nn.Linear`` or an ungrouped ``nn.Conv2d`` within a model.
 
-    Raises
-    ------
-    SriglError
-        If it is not, or has hooks. The message names the layer.
+def why_not_condensed(target: Target) -> str | None:
+    """Return why a layer cannot be condensed, or None.
+
+    The reason continues a sentence that begins with the layer.
     """
-    module, name = target.module, target.name
-    is_within = bool(target.owner) and target.attribute == "weight"
-    if type(module) not in (nn.Linear, nn.Conv2d) or not is_within:
-        raise SriglError(
-            f"layer {name!r} ({type(module).__name__}, {target.attribute}) cannot be condensed; "
-            f"only nn.Linear and nn.Conv2d within a model can. Exclude it, keep it masked, or wrap "
-            f"the model in nn.Sequential"
+    module, parent = target.module, target.parent
+    is_projection = type(module) is nn.MultiheadAttention and target.attribute in PROJECTION_LAYERS
+    is_weight = target.attribute == "weight" and not isinstance(module, nn.MultiheadAttention)
+    is_type = type(module) in _TYPES or (is_gpt_conv1d(module) and hasattr(module, "nf"))
+    what = f"({type(module).__name__}, {target.attribute}) cannot be condensed; "
+    if not is_type or not (is_weight or is_projection):
+        if is_transposed(module):
+            return what + "a transposed convolution has no condensed form. Keep it masked or dense"
+        return what + "exclude it, or keep it masked"
+    groups = getattr(module, "groups", 1)
+    if groups != 1:
+        return (
+            f"has groups={groups}, and only groups=1 can be condensed; exclude it, or keep it "
+            f"masked"
         )
-    if type(module) is nn.Conv2d and module.groups != 1:
-        raise SriglError(
-            f"layer {name!r} has groups={module.groups}, and only groups=1 can be condensed; "
-            f"exclude it, or keep it masked"
-        )
-    _check_hooks(name, module)
+    # Attention computes with the weight of its output layer, not with the layer.
+    of_attention = type(module) is NonDynamicallyQuantizableLinear
+    if of_attention and type(parent) not in (nn.MultiheadAttention, CondensedMultiheadAttention):
+        return what + f"it is a part of a {type(parent).__name__}. Exclude it, or keep it masked"
+    replaced = [module, parent] if type(parent) is nn.MultiheadAttention else [module]
+    is_root = not target.owner or (len(replaced) == 2 and "." not in target.owner)
+    if is_root:
+        return what + "it is the model itself. Keep it masked, or wrap the model in nn.Sequential"
+    if any("forward" in vars(part) for part in replaced):
+        return what + "its forward has been replaced. Exclude it, or keep it masked"
+    if any(map(has_hooks, replaced)):
+        return "has hooks, which would be lost; remove or exclude them"
+    return None
+
+
+def condensed_name(target: Target) -> str:
+    """Return the name of the condensed layer that replaces a dense one."""
+    layer = PROJECTION_LAYERS.get(target.attribute)
+    return target.owner if layer is None else f"{target.owner}.{layer}"
 
 
 def condensed_layer(target: Target, weight: CondensedWeight, nnz_budget: int | None = None) -> Any:
@@ -53,21 +78,23 @@ def condensed_layer(target: Target, weight: CondensedWeight, nnz_budget: int | N
     Parameters
     ----------
     target : Target
-        A layer that `check_can_be_condensed` accepts.
+        A layer that can be condensed.
     weight : CondensedWeight, (n_out, n_in)
     nnz_budget : int or None
         Length of the layer's values; None is the weight's number of values.
 
     Returns
     -------
-    CondensedLinear or CondensedConv2d
+    CondensedLinear, CondensedConv1d or CondensedConv2d
         It has the dense layer's bias parameter, device, mode and `requires_grad`.
     """
     module, dense = target.module, target.parameter
     linear = CondensedLinear.from_condensed(weight, nnz_budget=nnz_budget, device=dense.device)
-    linear.bias = module.bias
+    if target.attribute == "weight":  # attention keeps the bias of its projections
+        linear.bias = getattr(module, "bias", None)
     linear.values.requires_grad_(dense.requires_grad)
-    layer = linear if type(module) is nn.Linear else CondensedConv2d.like(module, linear)
+    convolution = _CONVOLUTIONS.get(type(module))
+    layer = linear if convolution is None else convolution.like(module, linear)
     return layer.train(module.training)
 
 
@@ -83,7 +110,7 @@ def condensed_modules(model: Any) -> dict[str, Any]:
     layers: dict[str, Any] = {}
     parts: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, CondensedConv2d):
+        if isinstance(module, CondensedConv):
             parts.add(id(module.linear))
             layers[name] = module
         elif isinstance(module, CondensedLinear) and id(module) not in parts:
@@ -91,13 +118,35 @@ def condensed_modules(model: Any) -> dict[str, Any]:
     return layers
 
 
-def linear_of(layer: CondensedLinear | CondensedConv2d) -> CondensedLinear:
+def linear_of(layer: Any) -> Any:
     """Return the linear layer of a convolution; a linear layer is returned unchanged."""
-    return layer.linear if isinstance(layer, CondensedConv2d) else layer
+    return layer.linear if isinstance(layer, CondensedConv) else layer
+
+
+def present_layer(model: Any, name: str) -> Any:
+    """Return the layer of a name that a condensed layer has, or None.
+
+    A projection of an ``nn.MultiheadAttention`` is returned as an ``nn.Linear`` of its weight.
+    """
+    present = submodule(model, name)
+    owner, _, attribute = name.rpartition(".")
+    attention = submodule(model, owner)
+    if present is None and isinstance(
+        attention, nn.MultiheadAttention | CondensedMultiheadAttention
+    ):
+        weight = attention._parameters.get(f"{attribute}_weight")
+        if weight is not None:
+            present = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+            present.weight = weight
+            present.training = attention.training
+    return present
 
 
 def replace_modules(model: Any, replacements: Mapping[str, Any]) -> None:
     """Replace submodules by name, all of them or none.
+
+    A module that the model has in several places is replaced in all of them. Where a part of an
+    ``nn.MultiheadAttention`` is replaced, that becomes a `CondensedMultiheadAttention`.
 
     Raises
     ------
@@ -105,16 +154,56 @@ def replace_modules(model: Any, replacements: Mapping[str, Any]) -> None:
         If one is the model itself, or has hooks.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name in replacements:
-        if not name:
+    attentions: dict[int, tuple[Any, Any]] = {}
+    new: dict[int, Any] = {}
+    projections = []
+    for name, module in replacements.items():
+        owner, _, attribute = name.rpartition(".")
+        old, attention = modules.get(name), modules.get(owner)
+        if not name or (not owner and type(attention) is nn.MultiheadAttention):
             raise SriglError(
                 f"the model itself is a {type(model).__name__} and cannot be replaced within a "
                 f"model; wrap it, as in nn.Sequential(model)"
             )
-        _check_hooks(name, modules[name])
-    for name, module in replacements.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(modules[owner], attribute, module)
+        if old is not None:
+            _check_hooks(name, old)
+        if type(attention) is nn.MultiheadAttention:
+            _check_hooks(owner, attention)
+            attentions.setdefault(
+                id(attention), (attention, CondensedMultiheadAttention(attention))
+            )
+            projections.append((attentions[id(attention)][1], attribute, module))
+        elif isinstance(attention, CondensedMultiheadAttention):
+            projections.append((attention, attribute, module))
+        else:
+            new[id(old)] = module
+    for attention, attribute, module in projections:
+        attention.set_layer(attribute, module)
+    new |= {key: made for key, (_, made) in attentions.items()}
+    _swap(model, new)
+    _leave_fast_paths(model)
+
+
+def _swap(model: Any, new: Mapping[int, Any]) -> None:
+    """Replace modules of a model, by their ``id``."""
+    for owner in list(model.modules()):
+        for attribute, module in list(owner._modules.items()):
+            if id(module) in new:
+                setattr(owner, attribute, new[id(module)])
+
+
+def _leave_fast_paths(model: Any) -> None:
+    """Switch off the fast paths of stock encoders, which compute with their layers' weights."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _is_condensed(module):
+            module.activation_relu_or_gelu = 0  # what the fast path asks for, and nothing else
+        elif isinstance(module, nn.TransformerEncoder) and _is_condensed(module):
+            module.use_nested_tensor = False
+
+
+def _is_condensed(module: Any) -> bool:
+    kinds = CondensedLinear, CondensedMultiheadAttention
+    return any(isinstance(part, kinds) for part in module.modules())
 
 
 def has_hooks(module: Any) -> bool:

@@ -1,19 +1,30 @@
-"""The weights of a model that training makes sparse."""
+"""The weights of a model that are made sparse, and why others are left dense."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.torch.layer_types import ROWS, WeightLayout, layout_of, weight_names, why_no_neurons
+from srigl_core.torch.selection import Entry, entries_of, matches
+from srigl_core.torch.tensors import numpy_dtype
 
-__all__ = ["Target", "check_module", "find_targets", "submodule"]
+__all__ = [
+    "Selection",
+    "Target",
+    "check_module",
+    "dense_matrices",
+    "find_targets",
+    "submodule",
+]
 
-_LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_EXCLUDED = "is excluded"
+_NOT_INCLUDED = "is not included"
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +42,10 @@ class Target:
     attribute : str
         Name of the parameter in the module.
     parameter : torch.nn.Parameter
+    layout : WeightLayout
+        Where the weight has its neurons.
+    parent : torch.nn.Module or None
+        The module that has `module` as a part.
     """
 
     name: str
@@ -38,11 +53,14 @@ class Target:
     module: Any
     attribute: str
     parameter: Any
+    layout: WeightLayout = ROWS
+    parent: Any | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return tuple(self.parameter.shape)
+        """Shape of the weight with the neurons on the first axis."""
+        shape = tuple(self.parameter.shape)
+        return tuple(self.layout.to_rows(torch.empty(shape, device="meta")).shape)
 
     def check_in_place(self, model: Any) -> None:
         """Raise SriglError if the weight has been replaced in the model."""
@@ -51,6 +69,53 @@ class Target:
                 f"layer {self.name!r} has another weight than when SRigL was attached; change "
                 f"the model first, then attach SRigL"
             )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The result of `find_targets`.
+
+    Parameters
+    ----------
+    targets : dict of str to Target
+        The weights to make sparse, in the model's order.
+    left : dict of str to str
+        Why the model's other matrices are left dense, by layer name. A reason continues a sentence
+        that begins with the layer.
+    """
+
+    targets: dict[str, Target]
+    left: dict[str, str]
+
+
+@dataclass(eq=False)
+class _Weight:
+    """A weight of the model, which may become a target."""
+
+    target: Target
+    is_usual: bool  # of a known type
+    reason: str | None  # why it cannot be made sparse
+
+    @property
+    def is_matrix(self) -> bool:
+        parameter = self.target.parameter
+        return self.is_usual or parameter is None or parameter.ndim > 1
+
+    @property
+    def name(self) -> str:
+        return self.target.name
+
+    @property
+    def owner(self) -> str:
+        return self.target.owner
+
+    @property
+    def module(self) -> Any:
+        return self.target.module
+
+    @property
+    def attribute(self) -> str:
+        return self.target.attribute
 
 
 def submodule(model: Any, name: str) -> Any:
@@ -68,72 +133,196 @@ def check_module(model: Any) -> None:
 
 
 def find_targets(
-    model: Any, include: Iterable[str] | None, exclude: Iterable[str]
-) -> dict[str, Target]:
-    """Return the weights to make sparse, in the model's order.
+    model: Any,
+    include: Iterable[Entry] | Entry | None,
+    exclude: Iterable[Entry] | Entry,
+    *,
+    unsupported: Callable[[Target], str | None] | None = None,
+    named: Collection[str] = (),
+    kept: Collection[str] = (),
+) -> Selection:
+    """Return the weights to make sparse, and why the others are not.
 
     Parameters
     ----------
     model : torch.nn.Module
-    include : iterable of str, or None
-        Names of modules or of parameters; None means every linear and convolutional layer.
-    exclude : iterable of str
-        Names to leave out.
+    include, exclude : iterable of str or type
+        Names of modules or parameters, patterns, and types of modules. ``include=None`` means every
+        layer of a known type.
+    unsupported : callable or None
+        Takes a target and returns why it cannot be used, or None.
+    named : collection of str
+        Layers that have options of their own: they must be usable if they are selected.
+    kept : collection of str
+        Layers that stay dense, for which `unsupported` is not asked.
 
     Raises
     ------
     SriglError
-        If a name is unknown, no weight is left, or a weight is shared, computed or uninitialised.
+        If an entry matches nothing, a layer that is named cannot be made sparse, or no layer is
+        left.
     ValueTypeError
-        If `model` is not a module.
+        If `model` is not a module, or an entry is neither a string nor a type.
     """
     check_module(model)
-    modules = dict(model.named_modules())
-    if include is None:
-        names = [name for name, module in modules.items() if isinstance(module, _LAYER_TYPES)]
-    else:
-        names = [include] if isinstance(include, str) else list(include)
-    excluded = {exclude} if isinstance(exclude, str) else set(exclude)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    weights = list(_weights(model))
+    for weight in weights:
+        is_asked = (weight.is_usual or include is not None) and weight.name not in kept
+        if weight.reason is None and unsupported is not None and is_asked:
+            weight.reason = unsupported(weight.target)
+    excluded: set[_Weight] = set()
+    for entry in entries_of(exclude, "exclude"):
+        found = matches(entry, weights, modules)
+        excluded.update(found.by_name, found.within)
+    chosen = {weight for weight in weights if weight.is_usual}
+    if include is not None:
+        chosen.clear()
+        for entry in entries_of(include, "include"):
+            chosen.update(_included(entry, weights, modules, excluded))
     targets = {}
-    for name in [*names, *excluded]:
-        target = _target(modules, name)
-        if name not in excluded:
-            targets[target.name] = target
+    left = {}
+    for weight in weights:
+        if weight in excluded:
+            left[weight.name] = _EXCLUDED
+        elif not weight.is_matrix:
+            continue
+        elif weight.reason is not None:
+            left[weight.name] = weight.reason
+        elif weight not in chosen:
+            left[weight.name] = _why_not_chosen(weight, include)
+        else:
+            targets[weight.name] = weight.target
+    for name in named:
+        if name in left:
+            raise SriglError(f"config.layers names layer {name!r}, which {left[name]}")
     if not targets:
+        reasons = [f"layer {w.name!r} {left[w.name]}" for w in weights if w.is_usual]
         raise SriglError(
-            "no dense layer is left to make sparse (condensed layers are sparse already); name "
-            "modules or parameters with include=[...]"
+            f"no dense layer is left to make sparse (condensed layers are sparse already)"
+            f"{': ' if reasons else ''}{'; '.join(reasons)}; name modules or parameters with "
+            f"include=[...]"
         )
-    order = {id(p): i for i, p in enumerate(model.parameters())}
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for target in targets.values():
-        if uses[id(target.parameter)] > 1:
-            raise SriglError(
-                f"layer {target.name!r} shares its weight with another layer; exclude it, or give "
-                f"each layer its own weight"
-            )
-    return dict(sorted(targets.items(), key=lambda item: order[id(item[1].parameter)]))
+    by_name = {weight.name: weight for weight in weights}
+    return Selection(targets, {n: why for n, why in left.items() if by_name[n].is_matrix})
 
 
-def _target(modules: dict[str, Any], name: str) -> Target:
-    module, owner, attribute, shown = modules.get(name), name, "weight", name
-    if module is None or not hasattr(module, "weight"):
-        owner, _, attribute = name.rpartition(".")
-        module = modules.get(owner)
-        shown = owner if attribute == "weight" and owner else name
-    if module is None or not hasattr(module, attribute):
-        weights = ", ".join(n for n, m in modules.items() if isinstance(m, _LAYER_TYPES))
-        raise SriglError(f"the model has no layer or parameter {name!r}; it has {weights}")
-    parameter = module._parameters.get(attribute)
-    if parameter is None:
-        raise SriglError(
-            f"layer {name!r} computes its weight (a parametrization?); remove that, or exclude it"
-        )
+def dense_matrices(model: Any, unsupported: Callable[[Target], str | None]) -> dict[str, str]:
+    """Return the dense matrices of a model by layer name, and why they are not sparse.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    unsupported : callable
+        As in `find_targets`.
+    """
+    reasons = {}
+    for weight in _weights(model):
+        if weight.is_matrix:
+            reason = weight.reason
+            if reason is None and weight.is_usual:
+                reason = unsupported(weight.target) or "is dense"
+            reasons[weight.name] = reason or _why_not_chosen(weight, None)
+    return reasons
+
+
+# ---------------------------------------------------------------- the weights of a model
+
+
+def _weights(model: Any) -> Iterator[_Weight]:
+    """Yield the model's parameters, and the weights that layers compute."""
+    modules = dict(model.named_modules())
+    names: dict[int, list[str]] = {}
+    for owner, module in modules.items():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(_name(owner, attribute))
+    for owner, module in modules.items():
+        parent = modules.get(owner.rpartition(".")[0]) if owner else None
+        usual = weight_names(module)
+        computed = [name for name in usual if _is_computed(module, name)]
+        for attribute in computed:
+            target = Target(_name(owner, attribute), owner, module, attribute, None)
+            yield _Weight(target, True, _why_computed(module))
+        for attribute, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name, layout = _name(owner, attribute), layout_of(module, attribute)
+            target = Target(name, owner, module, attribute, parameter, layout, parent)
+            others = [other for other in names[id(parameter)] if other != name]
+            reason = _obstacle(target, others)
+            if attribute in usual or not (computed or _is_part_of_computed(owner)):
+                yield _Weight(target, attribute in usual, reason)
+
+
+def _name(owner: str, attribute: str) -> str:
+    if attribute == "weight":
+        return owner
+    return f"{owner}.{attribute}" if owner else attribute
+
+
+def _is_computed(module: Any, attribute: str) -> bool:
+    """Return whether a layer has a weight that is no parameter: parametrised, or quantised."""
+    if module._parameters.get(attribute) is not None:
+        return False
+    parametrizations = getattr(module, "parametrizations", {})
+    return attribute in parametrizations or (attribute == "weight" and hasattr(module, attribute))
+
+
+def _why_computed(module: Any) -> str:
+    if "quantized" in type(module).__module__:
+        return "is quantised; exclude it"
+    return "computes its weight (a parametrization?); remove that, or exclude it"
+
+
+def _is_part_of_computed(owner: str) -> bool:
+    return ".parametrizations." in f".{owner}."
+
+
+def _obstacle(target: Target, other_names: list[str]) -> str | None:
+    """Return why a parameter cannot be made sparse, or None."""
+    parameter = target.parameter
     if isinstance(parameter, nn.parameter.UninitializedParameter):
-        raise SriglError(f"layer {name!r} has no weight yet; pass a batch through the model first")
-    if parameter.ndim not in (2, 3, 4, 5):
-        raise SriglError(
-            f"layer {name!r} has a weight of shape {tuple(parameter.shape)}; a sparse weight is a "
-            f"matrix or a convolution's kernel"
-        )
-    return Target(shown, owner, module, attribute, parameter)
+        return "has no weight yet; pass a batch through the model first"
+    if other_names:
+        others = ", ".join(map(repr, other_names))
+        return f"shares its weight with {others}; exclude it, or give each layer its own weight"
+    try:
+        numpy_dtype(parameter.dtype)
+    except ValueTypeError:
+        return f"has a weight of dtype {parameter.dtype}, which cannot be trained; exclude it"
+    return why_no_neurons(target.module, target.attribute, tuple(parameter.shape))
+
+
+# ---------------------------------------------------------------- include
+
+
+def _included(
+    entry: Entry, weights: list[_Weight], modules: dict[str, Any], excluded: set[_Weight]
+) -> list[_Weight]:
+    """Return the weights of an entry of `include`. Those of unknown types must be named.
+
+    Raises
+    ------
+    SriglError
+        If the entry names a layer that cannot be made sparse, or none of those that it matches can.
+    """
+    found = matches(entry, weights, modules)
+    meant = found.by_name if found.is_name else [*found.by_name, *found.within]
+    if not found.is_name and any(weight.is_usual for weight in meant):
+        meant = [weight for weight in meant if weight.is_usual]
+    usable = [weight for weight in meant if weight.reason is None]
+    if usable or (meant and excluded.issuperset(meant)):
+        return usable
+    if not meant:
+        raise SriglError(f"include: {entry!r} has no weight that could be made sparse")
+    raise SriglError("; ".join(f"layer {w.name!r} {w.reason}" for w in meant))
+
+
+def _why_not_chosen(weight: _Weight, include: Any) -> str:
+    if weight.is_usual or include is not None:
+        return _NOT_INCLUDED
+    return (
+        f"is no layer of a known type ({type(weight.module).__name__}); name it in include to make "
+        f"it sparse, if its rows are its neurons"
+    )

@@ -23,11 +23,13 @@ from srigl_core.reference.init import INITS
 from srigl_core.reference.schedule import UpdateSchedule
 from srigl_core.torch.condensed_layers import CondensedLayers
 from srigl_core.torch.given_masks import check_not_sparse, given_masks
+from srigl_core.torch.layer_selection import select_layers
 from srigl_core.torch.masked_layers import MaskedLayers, update_backend
+from srigl_core.torch.model_sparsity import dense_table
 from srigl_core.torch.movement import MovementCheck
 from srigl_core.torch.optimizers import check_optimizer, find_optimizers, groups_of
 from srigl_core.torch.ranks import check_agreement
-from srigl_core.torch.targets import find_targets
+from srigl_core.torch.selection import Entry
 from srigl_core.torch.tensors import as_numpy
 
 __all__ = ["MODES", "SRigL"]
@@ -82,13 +84,15 @@ class SRigL:
         The training steps with a mask update; an int is the total number of training steps.
     mode : {"masked", "condensed"}
         "masked" keeps dense weights and gradients with zeros, like the released code. "condensed"
-        replaces layers by `CondensedLinear` and `CondensedConv2d`, whose memory and time are
-        proportional to the active weights. The masks are the same, apart from rounding.
-    include : iterable of str, or None
-        Names of modules, or of parameters such as ``attn.in_proj_weight``. None means every linear
-        and convolutional layer.
-    exclude : iterable of str
-        Names of layers to leave dense.
+        replaces layers by `CondensedLinear` and its like, whose memory and time are proportional to
+        the active weights. The masks are the same, apart from rounding.
+    include : iterable of str or type, or None
+        Layers to make sparse: names of modules and parameters, patterns (``"*.out_proj"``), and
+        types of modules (``nn.Conv2d``); a module stands for all layers in it. None means every
+        linear and convolutional layer, and the projections of ``nn.MultiheadAttention``. Layers
+        that cannot be made sparse are left dense, unless one is named.
+    exclude : iterable of str or type
+        Layers to leave dense, in the same way.
     masks : mapping of str to tensor or ndarray of bool, "nonzero", or None
         First masks by layer name, in the shapes of the weights. "nonzero" keeps the weights that
         are not zero, in all layers. A layer whose mask is all True stays dense. Other masks are
@@ -133,8 +137,8 @@ class SRigL:
         sparsity: float | None = None,
         schedule: UpdateSchedule | int,
         mode: str = "masked",
-        include: Iterable[str] | None = None,
-        exclude: Iterable[str] = (),
+        include: Iterable[Entry] | Entry | None = None,
+        exclude: Iterable[Entry] | Entry = (),
         masks: Mapping[str, Any] | str | None = None,
         gamma_sal: float | str | None = AUTO,
         grad_window: int | None = None,
@@ -153,7 +157,9 @@ class SRigL:
                 "model is wrapped in DistributedDataParallel; attach SRigL to the model itself "
                 "first, then wrap it"
             )
-        targets = find_targets(model, include, exclude)
+        config = _with_settings(config, gamma_sal=gamma_sal, grad_window=grad_window, seed=seed)
+        selection = select_layers(model, include, exclude, config, condensed=mode == "condensed")
+        targets, self._left = selection.targets, selection.left
         for name, target in targets.items():
             if target.attribute in _attached.get(target.module, ()):
                 raise SriglError(f"layer {name!r} has an SRigL already; call its detach() first")
@@ -162,10 +168,13 @@ class SRigL:
         given: dict[str, Any] = {} if masks is None else given_masks(targets, masks)
         if masks is None and init is None:
             check_not_sparse(targets)
-        config = _with_settings(config, gamma_sal=gamma_sal, grad_window=grad_window, seed=seed)
         dense = {name: LayerOptions(dense=True) for name, mask in given.items() if mask.all()}
         config = replace(config, layers={**dense, **config.layers})
-        given = {name: mask for name, mask in given.items() if name not in dense}
+        given = {
+            name: as_numpy(targets[name].layout.to_rows(torch.from_numpy(mask)))
+            for name, mask in given.items()
+            if name not in dense
+        }
         settings: dict[str, Any] = {"sparsity": sparsity, "schedule": schedule, "config": config}
         self.mode, self._group = mode, process_group
         self._layers: MaskedLayers | CondensedLayers
@@ -327,9 +336,27 @@ class SRigL:
         """
         self._layers.track(average)
 
+    @property
+    def left_dense(self) -> dict[str, str]:
+        """Why each other matrix of the model is not sparse, by layer name."""
+        return dict(self._left)
+
+    @property
+    def total_sparsity(self) -> float:
+        """Sparsity of all matrices of the model: of its parameters with more than one axis."""
+        return self._layers.total_sparsity()
+
     def report(self) -> str:
-        """Return a table of the layers: budgets, active weights, fan-in and active neurons."""
-        return self.trainer.report()
+        """Return a table of the layers: budgets, active weights, fan-in and active neurons.
+
+        Below are the sparsity of these layers together, the sparsity of all matrices of the model,
+        and the layers that were left dense, with the reason.
+        """
+        totals = (
+            f"sparsity of these layers: {self.trainer.sparsity:.2%}",
+            f"sparsity of all matrices of the model: {self.total_sparsity:.2%}",
+        )
+        return "\n".join([self.trainer.report(), *totals, *dense_table(self._left)])
 
     def detach(self) -> None:
         """Detach from the model, which remains masked or condensed."""
