@@ -34,6 +34,8 @@ help:
 	@echo "make gpu-compile   compile the GPU kernels for all architectures, without a GPU"
 	@echo "make clean   remove .venv and build outputs"
 
+# The demo ends with make, also where make is killed.
+demo: export SRIGL_ENDS_WITH_PARENT := 1
 demo: $(demo-ready)
 	$(python) examples/demo
 

@@ -11,12 +11,13 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 
-__all__ = ["END_WITH_STDIN", "worker_pool", "worker_stdin"]
+__all__ = ["END_WITH_STDIN", "end_with_parent", "worker_pool", "worker_stdin"]
 
 END_WITH_STDIN = """
 import os, threading
@@ -67,6 +68,18 @@ def _end_with(pipe: Connection) -> None:
     with suppress(OSError):
         pipe.poll(None)
     os._exit(1)
+
+
+def end_with_parent() -> None:
+    """End this process soon after its parent, which holds no pipe, has ended; only on POSIX."""
+    parent = os.getppid()
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager

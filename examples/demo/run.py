@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ from tables import deployment_sections, print_sections, save_page, training_sect
 from training import METHODS
 
 from srigl_core import SriglError
+from srigl_core._workers import end_with_parent
 
 BATCHES = (1, 256)
 
@@ -39,6 +41,8 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
     options = parser.parse_args()
+    if "SRIGL_ENDS_WITH_PARENT" in os.environ:  # make sets it
+        end_with_parent()
     if options.seed < 0:
         parser.error(f"--seed {options.seed} is negative; seeds are 0 or more")
     console = Console(highlight=False)

@@ -1,6 +1,7 @@
 """Processes that are killed: workers end with the one that started them, and files stay whole."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,9 @@ STARTERS = {
     "first use": ["-m", "srigl_core.cli", "info", "--timing"],
     "frameworks": [ROOT / "examples" / "frameworks" / "train_digits.py"],
 }
+MAKE = ["make", "-f", str(ROOT / "Makefile"), "demo", f"PYTHON={sys.executable}"]
 NEEDS = {
+    "make": ("sklearn", "matplotlib", "rich"),
     "demo": ("sklearn", "matplotlib", "rich"),
     "benchmark": ("typer", "matplotlib", "threadpoolctl"),
     "first use": ("typer", "numba"),
@@ -63,9 +66,11 @@ def start(tmp_path):
     def start(name, n_workers=1):
         for package in NEEDS.get(name, ()):
             pytest.importorskip(package)
+        if name == "make":
+            (tmp_path / "examples").symlink_to(ROOT / "examples")
         path = os.pathsep.join(map(str, (ROOT / "tests", ROOT / "tests" / "gpu")))
         process = subprocess.Popen(
-            [sys.executable, *map(str, STARTERS[name])],
+            MAKE if name == "make" else [sys.executable, *map(str, STARTERS[name])],
             cwd=tmp_path,
             env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": path},
             stdout=subprocess.DEVNULL,
@@ -109,6 +114,16 @@ def wait_for_end(workers):
 def test_workers_end_with_the_process_that_started_them(start, name, how):
     process, workers = start(name)
     assert workers
+    os.kill(process.pid, how)
+    process.wait(SECONDS)
+    wait_for_end(workers)
+
+
+@posix
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_make_demo_ends_with_make(start, how):
+    process, workers = start("make", n_workers=3)
     os.kill(process.pid, how)
     process.wait(SECONDS)
     wait_for_end(workers)
