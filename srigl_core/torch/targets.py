@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from srigl_core.errors import SriglError, ValueTypeError
-from srigl_core.torch.layer_types import ROWS, WeightLayout, layout_of, weight_names, why_no_neurons
+from srigl_core.torch.layer_types import (
+    ROWS,
+    WeightLayout,
+    is_lazy,
+    layout_of,
+    weight_names,
+    why_no_neurons,
+)
 from srigl_core.torch.selection import Entry, entries_of, matches
 from srigl_core.torch.tensors import numpy_dtype
 
@@ -100,7 +107,9 @@ class _Weight:
     @property
     def is_matrix(self) -> bool:
         parameter = self.target.parameter
-        return self.is_usual or parameter is None or parameter.ndim > 1
+        if self.is_usual or parameter is None:
+            return True
+        return not is_lazy(parameter) and bool(parameter.ndim > 1)
 
     @property
     def name(self) -> str:
@@ -306,7 +315,7 @@ def _is_part_of_computed(owner: str) -> bool:
 def _obstacle(target: Target, other_names: list[str]) -> str | None:
     """Return why a parameter cannot be made sparse, or None."""
     parameter = target.parameter
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
+    if is_lazy(parameter):
         return "has no weight yet; pass a batch through the model first"
     if other_names:
         others = ", ".join(map(repr, other_names))
@@ -314,7 +323,7 @@ def _obstacle(target: Target, other_names: list[str]) -> str | None:
     try:
         numpy_dtype(parameter.dtype)
     except ValueTypeError:
-        return f"has a weight of dtype {parameter.dtype}, which cannot be trained; exclude it"
+        return f"has a weight of dtype {parameter.dtype}, which no sparse layer can have; exclude it"
     return why_no_neurons(target.module, target.attribute, tuple(parameter.shape))
 
 
