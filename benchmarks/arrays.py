@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,40 +11,40 @@ from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import value_dtype
 
-__all__ = ["Arrays", "NumpyArrays", "TorchArrays"]
+__all__ = ["Arrays", "TorchArrays"]
 
 
-class NumpyArrays:
-    """NumPy arrays, which our CPU backends take as they are."""
+class Arrays:
+    """Operations that NumPy arrays and PyTorch tensors spell differently; here, of NumPy arrays."""
 
     def array(self, array: NDArray[Any]) -> Any:
-        """Return a NumPy array as an array of the problem: itself."""
+        """Return a NumPy array as an array of the problem."""
         return array
 
     def normal(self, shape: tuple[int, ...], seed: int) -> Any:
         """Return normally distributed float32 numbers."""
         return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
-    def cast(self, array: NDArray[Any], dtype: str) -> Any:
+    def cast(self, array: Any, dtype: str) -> Any:
         """Return an array rounded to `dtype`."""
         return array.astype(value_dtype(dtype), copy=False)
 
-    def tensor(self, array: NDArray[Any]) -> Any:
-        """Return an array as a PyTorch tensor of the same memory."""
+    def tensor(self, array: Any) -> Any:
+        """Return an array of the problem, or one of NumPy, as a PyTorch tensor."""
         import torch
 
         return torch.from_numpy(array)
 
-    def for_backend(self, array: NDArray[Any]) -> Any:
-        """Return an array as our backend takes it: itself."""
+    def for_backend(self, array: Any) -> Any:
+        """Return an array of the problem as our backend takes it, without a copy."""
         return array
 
     def result(self, result: Any) -> Any:
-        """Return a result of any library on the CPU as a NumPy array."""
+        """Return a result of any library as an array of the problem, without a copy."""
         return np.asarray(result)
 
 
-class TorchArrays:
+class TorchArrays(Arrays):
     """PyTorch tensors on a CUDA device; our GPU backend takes CuPy arrays of the same memory.
 
     CuPy arrays cost the host least: tensors are imported through DLPack at each call, and their
@@ -58,35 +60,28 @@ class TorchArrays:
     def __init__(self, place: str) -> None:
         self.place = place
 
-    def array(self, array: NDArray[Any]) -> Any:
-        """Return a copy on the device."""
-        import torch
+    @cached_property
+    def _torch(self) -> Any:
+        return importlib.import_module("torch")
 
-        return torch.tensor(array, device=self.place)
+    def array(self, array: NDArray[Any]) -> Any:
+        return self._torch.tensor(array, device=self.place)
 
     def normal(self, shape: tuple[int, ...], seed: int) -> Any:
-        """Return normally distributed float32 numbers."""
-        import torch
-
-        generator = torch.Generator(self.place).manual_seed(seed)
-        return torch.randn(shape, generator=generator, device=self.place)
+        generator = self._torch.Generator(self.place).manual_seed(seed)
+        return self._torch.randn(shape, generator=generator, device=self.place)
 
     def cast(self, array: Any, dtype: str) -> Any:
-        """Return a tensor rounded to `dtype`."""
-        import torch
-
-        return array.to(getattr(torch, dtype))
+        return array.to(getattr(self._torch, dtype))
 
     def tensor(self, array: Any) -> Any:
-        """Return a tensor itself, or a copy of a NumPy array on the device."""
         return self.array(array) if isinstance(array, np.ndarray) else array
 
     def for_backend(self, array: Any) -> Any:
-        """Return a CuPy array of the same memory."""
         import cupy
         import ml_dtypes
-        import torch
 
+        torch = self._torch
         if array.dtype == torch.bfloat16:
             return cupy.from_dlpack(array.view(torch.int16)).view(ml_dtypes.bfloat16)
         if array.dtype == torch.bool:
@@ -94,9 +89,7 @@ class TorchArrays:
         return cupy.from_dlpack(array)
 
     def result(self, result: Any) -> Any:
-        """Return a tensor itself, or a tensor of the memory of a CuPy array."""
-        import torch
-
+        torch = self._torch
         if isinstance(result, torch.Tensor):
             return result
         if result.dtype.name == "bfloat16":
@@ -104,7 +97,3 @@ class TorchArrays:
         if result.dtype == np.bool_:
             return torch.from_dlpack(result.view(np.uint8)).view(torch.bool)
         return torch.from_dlpack(result)
-
-
-Arrays = NumpyArrays | TorchArrays
-"""Operations that NumPy arrays and PyTorch tensors spell differently."""

@@ -34,23 +34,14 @@ _ACTIVE_SHARE = 0.6
 
 @dataclass(frozen=True)
 class Layer:
-    """A sparse layer.
-
-    Parameters
-    ----------
-    n_in, n_out, fan_in, n_active : int
-    mask : str
-        "random", or where the mask was learned.
-    weight : CondensedWeight or None
-        None means that a random weight is drawn.
-    """
+    """A sparse layer."""
 
     n_in: int
     n_out: int
     fan_in: int
     n_active: int
-    mask: str = "random"
-    weight: CondensedWeight | None = field(default=None, compare=False, repr=False)
+    mask: str = "random"  # or where the mask was learned
+    weight: CondensedWeight | None = field(default=None, compare=False, repr=False)  # None: draw it
 
     @classmethod
     def random(cls, n_in: int, n_out: int, sparsity: float) -> Layer:
@@ -86,41 +77,33 @@ _GPU_OUTPUT_LAYERS = [Layer(768, 670_000, fan_in, 670_000) for fan_in in (32, 77
 
 @dataclass(frozen=True)
 class Case:
-    """One operation on one layer, measured with every contender that computes it.
+    """One operation on one layer, measured with every contender that computes it."""
 
-    Parameters
-    ----------
-    operation : {"forward", "backward", "update"}
-    layer : Layer
-    threads : int
-        0 on a GPU.
-    batch : int
-        0 for an update.
-    cold : bool
-        Whether the weights come from memory and not from a cache. On a GPU the inputs do too.
-    dtype : {"float32", "float64"}
-    narrow : bool
-        Whether our kernel is also measured with 16-bit values.
-    compiled : bool
-        Whether contenders take part that compile for each shape, which takes seconds.
-    """
-
-    operation: str
+    operation: str  # "forward", "backward" or "update"
     layer: Layer
-    threads: int = 0
-    batch: int = 0
-    cold: bool = False
+    threads: int = 0  # 0 on a GPU
+    batch: int = 0  # 0 for an update
+    cold: bool = False  # weights come from memory and not from a cache; on a GPU inputs do, too
     dtype: str = "float32"
-    narrow: bool = False
-    compiled: bool = False
+    narrow: bool = False  # our kernel is also measured with 16-bit values
+    compiled: bool = False  # with contenders that compile for each shape, which takes seconds
+    is_avx2: bool = False  # all libraries are held to AVX2
+
+    @property
+    def instructions(self) -> str:
+        """What the libraries may use: "gpu", or of a CPU "native" or "avx2"."""
+        if not self.threads:
+            return "gpu"
+        return "avx2" if self.is_avx2 else "native"
 
     @property
     def weights(self) -> str:
         """State of the caches: "cold", or "hot" on a CPU and "warm" on a GPU."""
         return "cold" if self.cold else "hot" if self.threads else "warm"
 
-    def words(self, instructions: str = "native") -> tuple[str, ...]:
-        """Return the words that describe this case; ``--only`` is compared with them."""
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words that describe this case; ``--only`` is compared with them."""
         return (
             self.operation,
             self.layer.name,
@@ -132,25 +115,18 @@ class Case:
             self.dtype,
             "random" if self.layer.mask == "random" else "learned",
             *(["ablated"] if self.layer.is_ablated else []),
-            instructions,
+            self.instructions,
         )
 
-    def facts(self, instructions: str = "native") -> dict[str, Any]:
-        """Return the description of this case in the result file."""
-        layer = self.layer
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The description of this case in the result file."""
+        of_layer = ("n_in", "n_out", "sparsity", "fan_in", "n_active", "mask")
+        of_case = ("batch", "dtype", "threads", "weights", "instructions")
         return {
             "operation": self.operation,
-            "n_in": layer.n_in,
-            "n_out": layer.n_out,
-            "sparsity": layer.sparsity,
-            "fan_in": layer.fan_in,
-            "n_active": layer.n_active,
-            "mask": layer.mask,
-            "batch": self.batch,
-            "dtype": self.dtype,
-            "threads": self.threads,
-            "weights": self.weights,
-            "instructions": instructions,
+            **{name: getattr(self.layer, name) for name in of_layer},
+            **{name: getattr(self, name) for name in of_case},
         }
 
 
@@ -159,11 +135,6 @@ def cpu_cases(*, quick: bool, threads: Sequence[int], masks: Path | None = None)
 
     If `masks` is a folder of files that `srigl_core.save_condensed` wrote, each of their layers is
     measured beside a random layer of the same size and sparsity.
-
-    Raises
-    ------
-    SriglError
-        If `masks` holds no layer that is large enough.
     """
     cases = _quick_cpu_cases() if quick else _all_cpu_cases()
     for layer in [] if masks is None else _learned_layers(masks):
@@ -178,7 +149,7 @@ def avx2_cases(threads: Sequence[int]) -> list[Case]:
     """Return the cases that are also measured with AVX2 alone, in a separate process."""
     layer = Layer.random(*HEADLINE, 0.9)
     return [
-        replace(case, threads=n, narrow=False, compiled=False)
+        replace(case, threads=n, narrow=False, compiled=False, is_avx2=True)
         for n in threads
         for case in _forward(layer, (1, 8, 64, 256), threads=1)
     ]
@@ -186,7 +157,16 @@ def avx2_cases(threads: Sequence[int]) -> list[Case]:
 
 def gpu_cases(*, quick: bool) -> list[Case]:
     """Return the cases of a run on a GPU, layer by layer; `quick` is less than a minute."""
-    return _quick_gpu_cases() if quick else _all_gpu_cases()
+    if not quick:
+        return _all_gpu_cases()
+    headline = Layer.random(*HEADLINE, 0.9)
+    others = [*(Layer.random(*HEADLINE, s) for s in (0.95, 0.99)), _ablated_layer(*HEADLINE, 0.9)]
+    return [
+        *(replace(c, compiled=False) for c in _forward(headline, (1, 8, 256, 2048), cold=(256,))),
+        *_backward(headline, (256,)),
+        Case("update", headline),
+        *(case for layer in others for case in _forward(layer, (256,))),
+    ]
 
 
 def _ablated_layer(n_in: int, n_out: int, sparsity: float) -> Layer:
@@ -199,12 +179,10 @@ def _ablated_layer(n_in: int, n_out: int, sparsity: float) -> Layer:
     return Layer(n_in, n_out, round(n_in * n_out * (1 - sparsity) / n_active), n_active)
 
 
-def matching(cases: Iterable[Case], only: Sequence[str], instructions: str) -> list[Case]:
+def matching(cases: Iterable[Case], only: Sequence[str]) -> list[Case]:
     """Return the cases that match, for each of `only`, one of its comma-separated words."""
     wanted = [set(alternatives.split(",")) for alternatives in only]
-    return [
-        case for case in cases if all(words & set(case.words(instructions)) for words in wanted)
-    ]
+    return [case for case in cases if all(words & set(case.words) for words in wanted)]
 
 
 def _all_cpu_cases() -> list[Case]:
@@ -251,17 +229,6 @@ def _all_gpu_cases() -> list[Case]:
     for shape in _GPU_SHAPES:
         cases += _forward(_ablated_layer(*shape, 0.9), _GPU_BATCHES)
     return cases
-
-
-def _quick_gpu_cases() -> list[Case]:
-    headline = Layer.random(*HEADLINE, 0.9)
-    others = [*(Layer.random(*HEADLINE, s) for s in (0.95, 0.99)), _ablated_layer(*HEADLINE, 0.9)]
-    return [
-        *(replace(c, compiled=False) for c in _forward(headline, (1, 8, 256, 2048), cold=(256,))),
-        *_backward(headline, (256,)),
-        Case("update", headline),
-        *(case for layer in others for case in _forward(layer, (256,))),
-    ]
 
 
 def _forward(

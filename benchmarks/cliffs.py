@@ -7,13 +7,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from srigl_core.benchmarks.arrays import NumpyArrays
+from srigl_core.benchmarks.arrays import Arrays
 from srigl_core.benchmarks.cases import HEADLINE, Layer
 from srigl_core.benchmarks.contenders.ours import product
 from srigl_core.benchmarks.devices.pools import thread_limit
 from srigl_core.benchmarks.problems import Problem
-from srigl_core.benchmarks.results import rounded
-from srigl_core.benchmarks.timing import HostRun, TimeBudget, interleaved
+from srigl_core.benchmarks.timing import Call, median_times
 
 __all__ = ["BATCHES", "Cliff", "confirmed_times", "find_cliffs", "measure_cliffs"]
 
@@ -72,50 +71,34 @@ def find_cliffs(times: Mapping[int, float]) -> list[Cliff]:
 
 def confirmed_times(
     measure: Callable[[Collection[int]], Mapping[int, float]],
-) -> tuple[dict[int, float], int]:
-    """Return the time of each batch, and how often suspicious batches were measured again.
+) -> dict[int, float]:
+    """Return the time of each batch; suspicious batches are measured again.
 
     `measure` takes batches and returns their times. Other work on the machine can only make a
     batch slower, so its shortest time counts.
     """
     times = dict(measure(BATCHES))
-    for repeats in range(MOST_REPEATS):
+    for _ in range(MOST_REPEATS):
         suspects = {batch for cliff in find_cliffs(times) for batch in (cliff.batch, cliff.further)}
-        if not suspects:
-            return times, repeats
-        for batch, time in measure(suspects).items():
+        for batch, time in measure(suspects).items() if suspects else ():
             times[batch] = min(times[batch], time)
-    return times, MOST_REPEATS
+    return times
 
 
 def measure_cliffs(threads: int, *, seconds: float = 6.0) -> dict[str, Any]:
-    """Measure the headline layer at 90% with every batch size, in turns.
-
-    Returns
-    -------
-    dict
-        The layer, the threads, the microseconds of each batch, how often suspicious batches were
-        measured again, and the remaining cliffs, in words.
-    """
+    """Measure the headline layer at 90% with every batch size, and say in words where it jumps."""
     layer = Layer.random(*HEADLINE, SPARSITY)
-    problem = Problem(layer, NumpyArrays())
+    problem = Problem(layer, Arrays())
     bind = product("numba")(problem)
-    calls: dict[int, Callable[[], object]] = {
-        size: bind(problem.batch(size, threads=threads)) for size in BATCHES
-    }
+    calls: dict[int, Call] = {size: bind(problem.batch(size, threads=threads)) for size in BATCHES}
 
     def microseconds(sizes: Collection[int]) -> dict[int, float]:
         order = random.Random(0).sample(sorted(sizes), len(sizes))
-        runs = {str(size): HostRun(calls[size]) for size in order}
-        timings, errors = interleaved(runs, is_enough=TimeBudget(seconds))
-        for error in errors.values():
-            raise error
-        return {size: rounded(1e6 * timings[str(size)].median) for size in sizes}
+        times = median_times({str(size): calls[size] for size in order}, seconds)
+        return {size: times[str(size)] for size in sizes}
 
     with thread_limit(threads):
-        for call in calls.values():
-            call()
-        times, repeats = confirmed_times(microseconds)
+        times = confirmed_times(microseconds)
     return {
         "n_in": layer.n_in,
         "n_out": layer.n_out,
@@ -123,6 +106,5 @@ def measure_cliffs(threads: int, *, seconds: float = 6.0) -> dict[str, Any]:
         "threads": threads,
         "batches": list(BATCHES),
         "median_us": list(times.values()),
-        "repeats": repeats,
         "found": [str(cliff) for cliff in find_cliffs(times)],
     }

@@ -6,24 +6,15 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from srigl_core.benchmarks.results import Results, Row, load_results
-from srigl_core.benchmarks.tables import spread_cell
+from srigl_core.benchmarks.results import Results, Times, load_results
 from srigl_core.errors import FileFormatError, SriglError
 
-__all__ = ["Change", "Comparison", "Spread", "compare", "load_runs"]
+__all__ = ["Change", "Comparison", "compare", "load_runs"]
 
 _KERNELS = ("ours", "external")
 """Families that are compared; the other contenders show how much the machine changed."""
-
-
-class Spread(NamedTuple):
-    """Microseconds in one or several runs: the median of the medians, and the outer quartiles."""
-
-    median: float
-    lower: float
-    upper: float
 
 
 @dataclass(frozen=True)
@@ -32,8 +23,8 @@ class Change:
 
     case: str
     contender: str
-    old: Spread
-    new: Spread
+    old: Times
+    new: Times
 
     @property
     def ratio(self) -> float:
@@ -41,41 +32,22 @@ class Change:
         return self.new.median / self.old.median
 
     def __str__(self) -> str:
-        before, after = spread_cell(*self.old), spread_cell(*self.new)
-        return f"{self.ratio:.2f}x {self.case}, {self.contender}: {before} -> {after} us"
+        return f"{self.ratio:.2f}x {self.case}, {self.contender}: {self.old} -> {self.new} us"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The differences between two versions.
+    """The differences between two versions."""
 
-    Parameters
-    ----------
-    slower, faster : list of Change
-        Changes of our kernels, and of an external one, beyond the spread; the largest first.
-    n_times : int
-        Times of these kernels that both versions have.
-    others : float or None
-        Median ratio of the other contenders, or None if there are none.
-    warnings : list of str
-        Why the times may not be comparable.
-    """
-
-    slower: list[Change]
+    slower: list[Change]  # beyond the spread; of our kernels and an external one, largest first
     faster: list[Change]
-    n_times: int
-    others: float | None
-    warnings: list[str]
+    n_times: int  # times of these kernels that both versions have
+    others: float | None  # median ratio of the other contenders, if there are any
+    warnings: list[str]  # why the times may not be comparable
 
 
 def load_runs(path: Path) -> list[Results]:
-    """Read a result file, or all result files in a folder: several runs of one version.
-
-    Raises
-    ------
-    FileFormatError
-        If a file is not a result, or the folder has none.
-    """
+    """Read a result file, or all result files in a folder: several runs of one version."""
     files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
     if not files:
         raise FileFormatError(f"{str(path)!r} has no .json files; run srigl bench cpu")
@@ -87,23 +59,18 @@ def compare(old: Sequence[Results], new: Sequence[Results]) -> Comparison:
 
     A time changed beyond the spread if the quartiles of the two versions do not overlap, in any of
     their runs.
-
-    Raises
-    ------
-    SriglError
-        If some runs are on a CPU and others on a GPU, or no time of our kernels is in both.
     """
     if len({results.benchmark for results in (*old, *new)}) > 1:
         raise SriglError(
             "some files were measured on a cpu and others on a gpu; compare one device"
         )
-    before, after = _rows(old), _rows(new)
+    before, after = _times(old), _times(new)
+    rows = {row.key: row for results in new for row in results.rows}
     kernels: list[Change] = []
     others: list[Change] = []
-    for key in (key for key in after if key in before):
-        row, (_, name) = after[key][0], key
-        change = Change(row.label, name, *(_spread(each[key], name) for each in (before, after)))
-        is_kernel = row.contenders[name]["family"] in _KERNELS
+    for key, name in (each for each in after if each in before):
+        change = Change(rows[key].label, name, before[key, name], after[key, name])
+        is_kernel = rows[key].contenders[name]["family"] in _KERNELS
         (kernels if is_kernel else others).append(change)
     if not kernels:
         raise SriglError(
@@ -120,19 +87,20 @@ def compare(old: Sequence[Results], new: Sequence[Results]) -> Comparison:
     )
 
 
-def _rows(runs: Sequence[Results]) -> dict[tuple[Any, str], list[Row]]:
-    """Return the rows of each case in which a contender was measured."""
-    rows: dict[tuple[Any, str], list[Row]] = {}
+def _times(runs: Sequence[Results]) -> dict[tuple[Any, str], Times]:
+    """Return the times by case and contender: median of medians, and outer quartiles, of runs."""
+    measured: dict[tuple[Any, str], list[Times]] = {}
     for row in (row for results in runs for row in results.rows):
-        for name in row.contenders:
-            rows.setdefault((row.key, name), []).append(row)
-    return rows
-
-
-def _spread(rows: Sequence[Row], contender: str) -> Spread:
-    lower, upper = zip(*(row.spread(contender) for row in rows), strict=True)
-    medians = [row.contenders[contender]["median_us"] for row in rows]
-    return Spread(statistics.median(medians), min(lower), max(upper))
+        for name, times in row.times.items():
+            measured.setdefault((row.key, name), []).append(times)
+    return {
+        key: Times(
+            statistics.median(times.median for times in each),
+            min(times.lower for times in each),
+            max(times.upper for times in each),
+        )
+        for key, each in measured.items()
+    }
 
 
 def _warnings(old: Sequence[Results], new: Sequence[Results]) -> list[str]:

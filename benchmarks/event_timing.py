@@ -16,10 +16,10 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from srigl_core.benchmarks.results import rounded
-from srigl_core.benchmarks.timing import Call, Clock, Context, Timing, quartiles
+from srigl_core.benchmarks.timing import Call, Clock, Context, Timing, timing
 
 __all__ = ["CALLS", "EventRun"]
 
@@ -43,15 +43,6 @@ _DECAY = 0.9
 _MOST_TRIES = 5
 
 
-class _Device(Protocol):
-    def mark(self) -> Any: ...
-    def has_passed(self, mark: Any) -> bool: ...
-    def seconds(self, first: Any, last: Any) -> float: ...
-    def spin(self, seconds: float) -> None: ...
-    def flush(self) -> None: ...
-    def wait(self) -> None: ...
-
-
 class _Sample(NamedTuple):
     """Seconds of one call: on the device, and for the host to submit it."""
 
@@ -61,23 +52,11 @@ class _Sample(NamedTuple):
 
 @dataclass
 class EventRun:
-    """A contender's calls, one for each copy of the inputs, made in turns.
-
-    Parameters
-    ----------
-    calls : sequence of callable
-    device : GpuDevice
-    cold : bool
-        Whether to flush the second-level cache before each call.
-    around : callable
-        Returns a context in which calls are made.
-    clock : callable
-        The host's clock, in seconds since any point in time.
-    """
+    """A contender's calls, one for each copy of the inputs, made in turns."""
 
     calls: Sequence[Call]
-    device: _Device
-    cold: bool = False
+    device: Any  # a `GpuDevice`
+    cold: bool = False  # flush the second-level cache before each call
     around: Context = nullcontext
     clock: Clock = time.perf_counter
 
@@ -120,16 +99,15 @@ class EventRun:
         self.rounds += 1
 
     def timing(self) -> Timing:
-        """Return the median and the quartiles of all calls."""
-        lower, median, upper = quartiles([sample.call for sample in self._samples])
+        """Return the times over all calls, with the host's median and the clock."""
         host = statistics.median(sample.host for sample in self._samples)
-        details = {
+        return {
+            **timing([sample.call for sample in self._samples], self.rounds, self._calls),
             "runs": len(self._samples),
             "host_us": rounded(1e6 * host),
             "clock": self.timed_by,
             **({"starved": self.starved} if self.starved else {}),
         }
-        return Timing(median, lower, upper, self.rounds, self._calls, details)
 
     def samples(self, calls: int) -> list[_Sample]:
         """Time this many calls, after some that are not timed."""
@@ -180,7 +158,7 @@ class EventRun:
         self.device.spin(_LONGEST_SPIN_SECONDS)
         after_spin = self.device.mark()
         next(self._next)()
-        waited = self.device.has_passed(after_spin)
+        waited = bool(self.device.has_passed(after_spin))
         self.device.wait()
         return waited
 

@@ -8,11 +8,11 @@ because other work of an interpreter would affect the times.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,56 +20,34 @@ from typing import Any
 
 from srigl_core._machine import package_versions
 from srigl_core.benchmarks.cases import Case, avx2_cases, cpu_cases, gpu_cases, matching
-from srigl_core.benchmarks.contenders import load_contenders
+from srigl_core.benchmarks.contenders import external_kernel, load_contenders
 from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender
 from srigl_core.benchmarks.devices import CpuDevice, Device, GpuDevice
-from srigl_core.benchmarks.problems import Batch, Problem, WrongResultError
-from srigl_core.benchmarks.results import OURS, Row, microseconds, rounded
+from srigl_core.benchmarks.problems import FULL, Batch, Precision, Problem, WrongResultError
+from srigl_core.benchmarks.results import Row, rounded
 from srigl_core.benchmarks.roofline import Peaks, least_time, work_of
-from srigl_core.benchmarks.timing import Timing
 from srigl_core.errors import SriglError
 from srigl_core.testing.targets import as_backend
 
 __all__ = ["Bench", "Settings", "chosen", "measure", "open_bench"]
 
-_MICRO = 1e6
 _LONGEST_MESSAGE = 300
 _FOLDERS = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure in one process. A GPU only uses the first three.
+    """What to measure in one process. A GPU only uses the first three."""
 
-    Parameters
-    ----------
-    device : {"cpu", "gpu"}
-    quick : bool
-        Whether to measure only a few cases.
-    only : tuple of str
-        See `srigl_core.benchmarks.cases.matching`.
-    threads : tuple of int
-    masks : str
-        Folder of learned layers, or "".
-    seconds : float
-        About how long each case is measured.
-    cliffs : bool
-        Whether to measure each batch size, too.
-    instructions : {"native", "avx2"}
-    kernel : str
-        An external kernel to measure beside ours in the cases that it computes, as
-        ``module:attribute`` or a registered name, or "".
-    """
-
-    device: str = "cpu"
-    quick: bool = False
-    only: tuple[str, ...] = ()
+    device: str = "cpu"  # or "gpu"
+    quick: bool = False  # only a few cases
+    only: tuple[str, ...] = ()  # see `srigl_core.benchmarks.cases.matching`
     threads: tuple[int, ...] = (1, 2)
-    masks: str = ""
-    seconds: float = 0.6
-    cliffs: bool = False
-    instructions: str = "native"
-    kernel: str = ""
+    masks: str = ""  # folder of learned layers
+    seconds: float = 0.6  # about how long each case is measured
+    cliffs: bool = False  # measure each batch size, too
+    instructions: str = "native"  # or "avx2"
+    kernel: str = ""  # an external kernel, as ``module:attribute`` or a registered name
 
 
 @dataclass(frozen=True)
@@ -86,43 +64,29 @@ class Bench:
 
 
 def open_bench(settings: Settings) -> Bench:
-    """Return the device of this machine with its contenders, and measure its peak rates.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If there is no device, or a package is missing.
-    """
+    """Return the device of this machine with its contenders, and measure its peak rates."""
     is_gpu = settings.device == "gpu"
     device: Device = GpuDevice() if is_gpu else CpuDevice(settings.seconds)
     contenders, absent = load_contenders(settings.device)
     if settings.kernel:
-        from srigl_core.benchmarks.contenders import external_kernel
-
         contenders += external_kernel.contenders(as_backend(settings.kernel))
-    return Bench(
-        device,
-        contenders,
-        absent,
-        {n: device.peaks(n) for n in ((0,) if is_gpu else settings.threads)},
-    )
+    peaks = {n: device.peaks(n) for n in ((0,) if is_gpu else settings.threads)}
+    return Bench(device, contenders, absent, peaks)
 
 
 def chosen(settings: Settings) -> list[Case]:
     """Return the cases that `settings` selects."""
     if settings.device == "gpu":
-        return matching(gpu_cases(quick=settings.quick), settings.only, "gpu")
+        return matching(gpu_cases(quick=settings.quick), settings.only)
     if settings.instructions == "avx2":
         cases = avx2_cases(settings.threads)
     else:
         masks = Path(settings.masks) if settings.masks else None
         cases = cpu_cases(quick=settings.quick, threads=settings.threads, masks=masks)
     if settings.kernel:
-        from srigl_core.benchmarks.contenders import external_kernel
-
         backend = as_backend(settings.kernel)
         cases = [case for case in cases if external_kernel.takes(backend, case)]
-    return matching(cases, settings.only, settings.instructions)
+    return matching(cases, settings.only)
 
 
 def measure(
@@ -130,30 +94,15 @@ def measure(
     bench: Bench,
     save: Callable[[dict[str, Any]], object] = lambda process: None,
 ) -> dict[str, Any]:
-    """Measure everything that `settings` selects, in this process.
+    """Measure everything that `settings` selects, and return this process's part of the file.
 
-    Parameters
-    ----------
-    settings : Settings
-    bench : Bench
-    save : callable
-        Called with the result so far before each layer and at the end, also after an error.
-
-    Returns
-    -------
-    dict
-        The part of the result file that describes this process: versions, peak rates, cases.
-
-    Raises
-    ------
-    SriglError
-        If the device fails, for example after a fault in a kernel.
+    `save` is called with the result so far before each layer and at the end, also after an error:
+    the device may fail, for example after a fault in a kernel.
     """
     cases, device = chosen(settings), bench.device
-    instructions = "gpu" if settings.device == "gpu" else settings.instructions
     records: list[dict[str, Any]] = []
     process: dict[str, Any] = {
-        "instructions": instructions,
+        "instructions": "gpu" if settings.device == "gpu" else settings.instructions,
         "versions": package_versions(*device.packages),
         "absent": list(bench.absent),
         "limits": [dataclasses.asdict(peaks) for peaks in bench.peaks.values()],
@@ -163,11 +112,11 @@ def measure(
     try:
         for _, group in itertools.groupby(cases, key=lambda case: (case.layer, case.dtype)):
             save(process)
-            layer: _PreparedLayer | None = None
+            layer = None
             for case in group:
                 layer = layer or _PreparedLayer(case, device)
-                records.append(_measured(bench, layer, case, instructions))
-                _show(Row(records[-1], OURS[settings.device]), case, len(records), len(cases))
+                records.append(_measured(bench, layer, case))
+                _show(Row(records[-1]), case, len(records), len(cases))
     finally:
         save(process)
     if settings.cliffs:
@@ -179,94 +128,108 @@ def measure(
 
 def _show(row: Row, case: Case, number: int, n_cases: int) -> None:
     """Print a line of progress, and what went wrong."""
-    words = " ".join(case.words(row.instructions))
-    print(f"[{number}/{n_cases}] {words}: {row.summary()}", flush=True)
+    print(f"[{number}/{n_cases}] {' '.join(case.words)}: {row.summary()}", flush=True)
     for why in ("wrong", "failed"):
         for name, reason in row.left_out(why).items():
             print(f"  {why}: {name}: {reason}", flush=True)
 
 
-def _measured(bench: Bench, layer: _PreparedLayer, case: Case, instructions: str) -> dict[str, Any]:
+def _measured(bench: Bench, layer: _PreparedLayer, case: Case) -> dict[str, Any]:
     """Return the record of a case."""
-    started, device = time.perf_counter(), bench.device
+    device, peaks = bench.device, bench.peaks[case.threads]
     contenders = {c.name: c for c in bench.contenders if c.operation == case.operation}
     unfit = {name: why for name, c in contenders.items() if (why := c.unfit(case))}
     wrong: dict[str, str] = {}
     failed: dict[str, str] = {}
     runs: dict[str, Any] = {}
+
+    def fail(name: str, error: Exception) -> None:
+        failed[name] = _message(error)
+        _check_alive(device, name, failed[name])
+
     with device.limit(case.threads):
         batches = layer.batches(case)
-        for name, contender in contenders.items():
-            if name in unfit:
-                continue
+        for name in (name for name in contenders if name not in unfit):
             try:
-                runs[name] = _checked_run(device, layer, contender, case, batches)
+                runs[name] = layer.checked_run(contenders[name], case, batches)
             except WrongResultError as error:
                 wrong[name] = str(error)
             except Exception as error:
-                failed[name] = _message(error)
-                _check_alive(device, name, failed[name])
+                fail(name, error)
         timings, errors = device.time(runs, case.threads)
     for name, raised in errors.items():
-        failed[name] = _message(raised)
-        _check_alive(device, name, failed[name])
+        fail(name, raised)
     del runs, batches
     device.release()
-    peaks = bench.peaks[case.threads]
-    seconds, resource = least_time(work_of(case, peaks), peaks, cold=case.cold)
+    entries = {}
+    for name, timing in timings.items():
+        contender = contenders[name]
+        bounds = _bounds(case, peaks, contender.precision) if contender.family == "ours" else {}
+        entries[name] = {"family": contender.family, **timing, **bounds}
+    least = _bounds(case, peaks)
     return {
-        **case.facts(instructions),
-        "least_us": rounded(seconds * _MICRO),
-        "limited_by": resource,
-        "contenders": {
-            name: _entry(contenders[name], case, timing, peaks) for name, timing in timings.items()
-        },
+        **case.facts,
+        "least_us": least["least_us"],
+        "limited_by": least["limited_by"],
+        "contenders": entries,
         "unfit": unfit,
         "failed": failed,
         "wrong": wrong,
-        "seconds": rounded(time.perf_counter() - started),
     }
+
+
+def _bounds(case: Case, peaks: Peaks, precision: Precision = FULL) -> dict[str, Any]:
+    """Return the bytes that a case moves at least, and its least time."""
+    work = work_of(case, peaks, values=precision.values, inputs=precision.inputs)
+    seconds, resource = least_time(work, peaks, cold=case.cold)
+    least = rounded(1e6 * seconds)
+    return {"bytes": round(work.moved), "least_us": least, "limited_by": resource}
 
 
 class _PreparedLayer:
     """A layer's problem, and what each contender made of its weight."""
 
     def __init__(self, case: Case, device: Device) -> None:
-        self._device = device
-        self._arguments = (case.layer, device.arrays, case.dtype)
-        self._problems: dict[Any, Problem] = {}
+        problem = functools.partial(Problem, case.layer, device.arrays, case.dtype)
+        whole = functools.cache(lambda seed: problem(seed=seed))
+        self._device, self._whole = device, whole
+        self._derived = functools.cache(lambda derive, seed: derive(whole(seed)))
         self._bound: dict[tuple[Contender, int], Bind | str] = {}
 
     def batches(self, case: Case) -> list[Batch]:
         """Return the copies of the inputs that calls take in turns."""
+        size, threads = max(case.batch, 1), case.threads or None
         return [
-            self._whole(0).batch(
-                max(case.batch, 1),
-                number,
-                grad=case.operation == "backward",
-                threads=case.threads or None,
-            )
+            self._whole(0).batch(size, number, grad=case.operation == "backward", threads=threads)
             for number in range(self._device.copies)
         ]
 
-    def problem(self, contender: Contender, seed: int = 0) -> Problem:
+    def checked_run(self, contender: Contender, case: Case, batches: Sequence[Batch]) -> Any:
+        """Return the calls of a contender, after a check of its first and its last result."""
+        calls = [self._call(contender, batch) for batch in batches]
+        problem = self._problem(contender)
+        for number in sorted({0, len(calls) - 1}):
+            with contender.around():
+                result = calls[number]()
+            problem.check(contender.name, case.operation, result, batches[number])
+        return self._device.run(
+            calls,
+            cold=case.cold,
+            around=contender.around,
+            other=lambda: self._call(contender, batches[0], seed=1),
+        )
+
+    def _problem(self, contender: Contender, seed: int = 0) -> Problem:
         """Return the problem that a contender solves; another seed is another weight."""
-        key = (contender.problem, seed)
-        if key not in self._problems:
-            self._problems[key] = contender.problem(self._whole(seed))
-        return self._problems[key]
+        problem: Problem = self._derived(contender.problem, seed)
+        return problem.at(contender.precision)
 
-    def _whole(self, seed: int) -> Problem:
-        if seed not in self._problems:
-            self._problems[seed] = Problem(*self._arguments, seed=seed)
-        return self._problems[seed]
-
-    def bind(self, contender: Contender, batch: Batch, seed: int = 0) -> Call:
+    def _call(self, contender: Contender, batch: Batch, seed: int = 0) -> Call:
         """Return a contender's call; a preparation that failed is not tried again."""
         key = (contender, seed)
         if key not in self._bound:
             try:
-                self._bound[key] = contender.prepare(self.problem(contender, seed))
+                self._bound[key] = contender.bind(self._problem(contender, seed))
             except Exception as error:
                 self._bound[key] = _message(error)  # a stored exception would hold arrays
         bind = self._bound[key]
@@ -277,42 +240,6 @@ class _PreparedLayer:
 
 class _CannotPrepareError(Exception):
     """A contender cannot take this weight."""
-
-
-def _checked_run(
-    device: Device,
-    layer: _PreparedLayer,
-    contender: Contender,
-    case: Case,
-    batches: Sequence[Batch],
-) -> Any:
-    """Return the calls of a contender, after a check of its first and its last result."""
-    calls = [layer.bind(contender, batch) for batch in batches]
-    problem = layer.problem(contender)
-    for number in sorted({0, len(calls) - 1}):
-        with contender.around():
-            results = contender.read(calls[number]())
-        problem.check(contender.name, case.operation, results, batches[number], contender.precision)
-    return device.run(
-        calls,
-        cold=case.cold,
-        around=contender.around,
-        other=lambda: layer.bind(contender, batches[0], seed=1),
-    )
-
-
-def _entry(contender: Contender, case: Case, timing: Timing, peaks: Peaks) -> dict[str, Any]:
-    entry = {"family": contender.family, **microseconds(timing)}
-    if contender.family == "ours":
-        precision = contender.precision
-        work = work_of(case, peaks, values=precision.values, inputs=precision.inputs)
-        seconds, resource = least_time(work, peaks, cold=case.cold)
-        entry |= {
-            "bytes": round(work.moved),
-            "least_us": rounded(seconds * _MICRO),
-            "limited_by": resource,
-        }
-    return entry
 
 
 def _message(error: Exception) -> str:
@@ -335,11 +262,10 @@ def _check_alive(device: Device, name: str, why: str) -> None:
         ) from error
 
 
-def main(settings_file: str, result_file: str) -> None:
+def main(settings_json: str, result_file: str) -> None:
     """Read the settings, measure, and write the result."""
-    read: dict[str, Any] = json.loads(Path(settings_file).read_text(encoding="utf-8"))
-    read |= {name: tuple(read[name]) for name in ("only", "threads")}
-    settings = Settings(**read)
+    read: dict[str, Any] = json.loads(settings_json)
+    settings = Settings(**read | {name: tuple(read[name]) for name in ("only", "threads")})
     try:
         result = measure(settings, open_bench(settings))
     except SriglError as error:

@@ -20,8 +20,7 @@ import numpy as np
 import srigl_core
 from srigl_core._machine import cpu_name, n_cores, package_versions
 from srigl_core._registry import get_backend
-from srigl_core.benchmarks.results import rounded
-from srigl_core.benchmarks.timing import HostRun, TimeBudget, interleaved
+from srigl_core.benchmarks.timing import median_times
 
 __all__ = ["calls", "main"]
 
@@ -93,13 +92,7 @@ def _jax_calls(weight: srigl_core.CondensedWeight, plan: srigl_core.Plan, x: Any
 
 def main(out: Path) -> None:
     """Measure, print a line for each call, and write the JSON."""
-    runs = {name: HostRun(call) for name, call in calls().items()}
-    for run in runs.values():
-        run.call()
-    timings, errors = interleaved(runs, is_enough=TimeBudget(SECONDS))
-    for error in errors.values():
-        raise error
-    medians = {name: rounded(1e6 * timing.median) for name, timing in timings.items()}
+    medians = median_times(calls(), SECONDS)
     for name, median in medians.items():
         print(f"{name:<45}{median:8.2f} us")
     content = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ __all__ = [
     "BFLOAT16",
     "FLOAT16",
     "FULL",
+    "RESULTS",
     "TF32",
     "Batch",
     "Precision",
@@ -32,6 +33,9 @@ __all__ = [
 ]
 
 DROP_FRACTION = 0.3
+
+RESULTS = {"forward": ("y",), "backward": ("dx", "dvalues"), "update": ("mask",)}
+"""Names of the arrays that an operation returns."""
 
 _PIECE = 1 << 25
 """Results that are compared at a time: a quarter of a gigabyte of float64."""
@@ -43,24 +47,12 @@ class WrongResultError(SriglError):
 
 @dataclass(frozen=True)
 class Precision:
-    """The number types in which a contender computes, and the error that they allow.
+    """The number types in which a contender computes, and the error that they allow."""
 
-    Parameters
-    ----------
-    values : str
-        Dtype of the weight's values; "" is that of the case.
-    inputs : str
-        Dtype of inputs, bias and result; "" is that of the case.
-    of_products : float
-        Relative error of a product or a partial sum, in addition to that of the accumulator.
-    of_result : float
-        Relative error from rounding the result.
-    """
-
-    values: str = ""
-    inputs: str = ""
-    of_products: float = 0.0
-    of_result: float = 0.0
+    values: str = ""  # dtype of the weight's values; "" is that of the case
+    inputs: str = ""  # dtype of inputs, bias and result
+    of_products: float = 0.0  # relative error of products and partial sums, besides the sum's own
+    of_result: float = 0.0  # relative error from rounding the result
 
 
 FULL = Precision()
@@ -99,21 +91,13 @@ _ALL = slice(0, None)
 class Problem:
     """A layer's condensed weight in NumPy, the arrays made of it, and the exact results.
 
-    Parameters
-    ----------
-    layer : Layer
-    arrays : Arrays
-        Where the arrays are.
-    dtype : {"float32", "float64"}
-        Of the values, the bias and the inputs.
-    seed : int
-        Another seed draws another random weight; the inputs stay the same.
+    Another seed draws another random weight; the inputs stay the same.
     """
 
     def __init__(
         self, layer: Layer, arrays: Arrays, dtype: str = "float32", *, seed: int = 0
     ) -> None:
-        self.layer, self.arrays, self.dtype = layer, arrays, dtype
+        self.layer, self.arrays, self.dtype, self.precision = layer, arrays, dtype, FULL
         weight = layer.weight
         if weight is None or seed:
             shape, k, n_active = (layer.n_out, layer.n_in), layer.fan_in, layer.n_active
@@ -121,14 +105,14 @@ class Problem:
                 shape, fan_in=k, n_active=n_active, dtype=dtype, rng=seed
             )
         self.weight = weight
-        self._condensed = {dtype: weight}
         self._plans: dict[Any, srigl_core.Plan] = {}
-        bias = self.cast(arrays.normal((layer.n_out,), 12345))
         self._whole: Problem | None = None
+        bias = arrays.normal((layer.n_out,), 12345)
         self._use(arrays.array(weight.to_dense()), bias, layer.fan_in)
 
     def _use(self, dense: Any, bias: Any, terms: int) -> None:
-        self._dense, self._bias, self._terms = {self.dtype: dense}, {self.dtype: bias}, terms
+        self._terms = terms
+        self._rounded = {("dense", self.dtype): dense, ("bias", self.dtype): self._cast(bias)}
         self._exact: dict[Any, Iterable[_Exact]] = {}
 
     def _other(self, dense: Any, bias: Any, terms: int) -> Problem:
@@ -136,6 +120,14 @@ class Problem:
         other = copy.copy(self)
         other._whole = self.whole
         other._use(dense, bias, terms)
+        return other
+
+    def at(self, precision: Precision) -> Problem:
+        """Return this problem with weight, bias and inputs rounded to the types of `precision`."""
+        if precision == self.precision:
+            return self
+        other = copy.copy(self)
+        other.precision = precision
         return other
 
     @property
@@ -146,12 +138,12 @@ class Problem:
     def first_neurons(self, share: float) -> Problem:
         """Return the problem of the first neurons, this share of all."""
         n = round(share * self.layer.n_out)
-        return self._other(self.dense()[:n], self.bias()[:n], self._terms)
+        return self._other(self.dense[:n], self.bias[:n], self._terms)
 
     def active_neurons(self) -> Problem:
         """Return the problem of the active neurons."""
         active = self.rows[:, 0]
-        return self._other(self.dense()[active], self.bias()[active], self._terms)
+        return self._other(self.dense[active], self.bias[active], self._terms)
 
     def two_of_four(self) -> Problem:
         """Return a problem in which one of every two inputs is connected, as 2:4 requires."""
@@ -161,45 +153,49 @@ class Problem:
         pairs[..., 0] *= keeps_first
         pairs[..., 1] *= ~keeps_first
         dense = pairs.reshape(n_out, n_in) / (n_in / 2) ** 0.5
-        return self._other(dense, self.bias(), n_in // 2)
+        return self._other(dense, self.bias, n_in // 2)
 
-    def cast(self, array: Any, dtype: str = "") -> Any:
-        """Return an array rounded to `dtype`; "" is the dtype of the problem."""
+    def _cast(self, array: Any, dtype: str = "") -> Any:
         return self.arrays.cast(array, dtype or self.dtype)
 
-    def tensor(self, array: Any, dtype: str = "") -> Any:
-        """Return an array, rounded to `dtype`, as a PyTorch tensor."""
-        return self.arrays.tensor(self.cast(array, dtype))
+    def _made_once(self, name: str, dtype: str) -> Any:
+        key = (name, dtype or self.dtype)
+        if key not in self._rounded:
+            self._rounded[key] = self._cast(self._rounded[name, self.dtype], dtype)
+        return self._rounded[key]
 
-    def dense(self, dtype: str = "") -> Any:
-        """Return the masked dense weight, rounded to `dtype`."""
-        return self._rounded(self._dense, dtype)
+    @property
+    def dense(self) -> Any:
+        """The masked dense weight."""
+        return self._made_once("dense", self.precision.values)
 
-    def bias(self, dtype: str = "") -> Any:
-        """Return the bias, rounded to `dtype`."""
-        return self._rounded(self._bias, dtype)
+    @property
+    def bias(self) -> Any:
+        """The bias."""
+        return self._made_once("bias", self.precision.inputs)
 
-    def _rounded(self, by_dtype: dict[str, Any], dtype: str) -> Any:
-        dtype = dtype or self.dtype
-        if dtype not in by_dtype:
-            by_dtype[dtype] = self.cast(by_dtype[self.dtype], dtype)
-        return by_dtype[dtype]
+    def as_input(self, array: Any) -> Any:
+        """Return an array rounded to the type of inputs."""
+        return self._cast(array, self.precision.inputs)
 
-    def condensed(self, dtype: str = "") -> CondensedWeight:
-        """Return the condensed weight with values rounded to `dtype`, made once."""
-        dtype = dtype or self.dtype
-        if dtype not in self._condensed:
-            weight = self.weight
-            values = weight.values.astype(value_dtype(dtype))
-            made = CondensedWeight(values, weight.indices, weight.active, weight.shape)
-            self._condensed[dtype] = made
-        return self._condensed[dtype]
+    def tensor(self, array: Any) -> Any:
+        """Return an array as a PyTorch tensor."""
+        return self.arrays.tensor(array)
 
-    def plan(self, backend: str | Backend, dtype: str = "") -> srigl_core.Plan:
+    def for_backend(self, array: Any) -> Any:
+        """Return an array as our backend takes it."""
+        return self.arrays.for_backend(array)
+
+    def plan(self, backend: str | Backend) -> srigl_core.Plan:
         """Return the plan of the condensed weight for a backend, made once."""
+        dtype = self.precision.values or self.dtype
         key = (backend if isinstance(backend, str) else id(backend), dtype)
         if key not in self._plans:
-            self._plans[key] = srigl_core.prepare(self.condensed(dtype), backend=backend)
+            weight = self.weight
+            if dtype != self.dtype:
+                values = weight.values.astype(value_dtype(dtype))
+                weight = CondensedWeight(values, weight.indices, weight.active, weight.shape)
+            self._plans[key] = srigl_core.prepare(weight, backend=backend)
         return self._plans[key]
 
     @property
@@ -218,7 +214,7 @@ class Problem:
         """Return the batch of this size and number (up to 3), with a gradient of y if `grad`."""
 
         def drawn(width: int, seed: int) -> Any:
-            return self.cast(self.arrays.normal((size, width), 8 * size + seed))
+            return self._cast(self.arrays.normal((size, width), 8 * size + seed))
 
         x = drawn(self.layer.n_in, 2 * number)
         return Batch(x, drawn(self.layer.n_out, 2 * number + 1) if grad else None, threads, number)
@@ -236,91 +232,74 @@ class Problem:
         """Settings of an update."""
         return {"nnz_budget": self.weight.nnz, "drop_fraction": DROP_FRACTION}
 
-    def check(
-        self,
-        name: str,
-        operation: str,
-        results: Mapping[str, Any],
-        batch: Batch,
-        precision: Precision = FULL,
-    ) -> None:
-        """Compare every number of a contender's results with float64.
+    def check(self, name: str, operation: str, result: Any, batch: Batch) -> None:
+        """Raise WrongResultError unless every number of a contender's result agrees with float64.
 
-        Raises
-        ------
-        WrongResultError
-            If a shape differs, or a number is further from the exact one than rounding allows.
-
-        Notes
-        -----
-        The exact results are computed from the numbers that the contender takes, after rounding to
-        its types. The bound of each entry is ``precision.of_result`` times its
-        magnitude, plus the sum of the magnitudes of its terms times ``precision.of_products`` and
-        the error of a sum in the accumulator: of as many terms, in any order, truncated and not
+        A product of a single row may be a vector, and the gradient of the values may be that of all
+        entries of the weight. The exact results are computed from the numbers that the contender
+        takes, after rounding to its types. The bound of each entry is ``precision.of_result`` times
+        its magnitude, plus the sum of the magnitudes of its terms times ``precision.of_products``
+        and the error of a sum in the accumulator: of as many terms, in any order, truncated and not
         rounded, as tensor cores do.
         """
-        key = (operation, len(batch.x), batch.number, precision.values, precision.inputs)
+        dtypes = (self.precision.values, self.precision.inputs)
+        key = (operation, len(batch.x), batch.number, *dtypes)
         expected = self._exact.get(key)
         if expected is None:
-            expected = self._expected(operation, batch, precision)
-            if operation != "forward" or len(batch.x) * len(self.dense()) <= _PIECE:
+            expected = self._expected(operation, batch)
+            if operation != "forward" or len(batch.x) * len(self.dense) <= _PIECE:
                 expected = self._exact[key] = list(expected)
+        results = dict(
+            zip(RESULTS[operation], result if operation == "backward" else (result,), strict=True)
+        )
         for exact in expected:
-            result = self.arrays.result(results[exact.name])
-            if exact.name == "y" and result.ndim == 1:
-                result = result[None]
-            elif exact.name == "dvalues" and result.ndim == 1:
-                result = result.reshape(-1, self.layer.fan_in)
-            elif exact.name == "dvalues" and result.shape == self.dense().shape:
-                result = result[self.rows, self.columns]
-            self._compare(name, result, exact, precision)
+            array = self.arrays.result(results[exact.name])
+            if exact.name == "y" and array.ndim == 1:
+                array = array[None]
+            elif exact.name == "dvalues" and array.ndim == 1:
+                array = array.reshape(-1, self.layer.fan_in)
+            elif exact.name == "dvalues" and array.shape == self.dense.shape:
+                array = array[self.rows, self.columns]
+            self._compare(name, array, exact)
 
-    def _expected(self, operation: str, batch: Batch, precision: Precision) -> Iterator[_Exact]:
+    def _expected(self, operation: str, batch: Batch) -> Iterator[_Exact]:
         if operation == "update":
             mask = update_mask(*self.update_inputs, UpdateSettings(**self.update_settings)).mask
-            yield _Exact("mask", _ALL, self.cast(self.arrays.array(mask), "float64"), 0.0, 0)
-        elif operation == "backward":
-            yield from self._exact_gradients(batch, precision)
-        else:
-            yield from self._exact_product(batch, precision)
-
-    def _as_taken(self, inputs: Any, precision: Precision) -> Any:
-        """Return inputs in float64, as a contender takes them: rounded to its type."""
-        return self.cast(self.cast(inputs, precision.inputs), "float64")
-
-    def _exact_product(self, batch: Batch, precision: Precision) -> Iterator[_Exact]:
-        x = self._as_taken(batch.x, precision)
-        dense, bias = self.dense(precision.values), self.bias(precision.inputs)
+            yield _Exact("mask", _ALL, self._cast(self.arrays.array(mask), "float64"), 0.0, 0)
+            return
+        x = self._cast(self.as_input(batch.x), "float64")
+        if operation == "backward":
+            grad = self._cast(self.as_input(batch.grad), "float64")
+            yield from self._exact_gradients(x, grad)
+            return
         neurons = max(1, _PIECE // len(x))
-        for first in range(0, len(dense), neurons):
+        for first in range(0, len(self.dense), neurons):
             part = slice(first, first + neurons)
-            weight, offset = self.cast(dense[part], "float64"), self.cast(bias[part], "float64")
-            exact = x @ weight.T + offset
-            yield _Exact("y", part, exact, abs(x) @ abs(weight.T) + abs(offset), self._terms)
+            weight, bias = (self._cast(each[part], "float64") for each in (self.dense, self.bias))
+            y, sizes = _product(x, weight.T)
+            yield _Exact("y", part, y + bias, sizes + abs(bias), self._terms)
 
-    def _exact_gradients(self, batch: Batch, precision: Precision) -> Iterator[_Exact]:
-        x, grad = (self._as_taken(part, precision) for part in (batch.x, batch.grad))
-        weight = self.cast(self.dense(precision.values), "float64")
-        most_terms = int((weight != 0).sum(0).max())
-        yield _Exact("dx", _ALL, grad @ weight, abs(grad) @ abs(weight), most_terms)
-        at = self.rows, self.columns
-        dvalues, sizes = (grad.T @ x)[at], (abs(grad).T @ abs(x))[at]
+    def _exact_gradients(self, x: Any, grad: Any) -> Iterator[_Exact]:
+        weight = self._cast(self.dense, "float64")
+        yield _Exact("dx", _ALL, *_product(grad, weight), int((weight != 0).sum(0).max()))
+        connections = self.rows, self.columns
+        dvalues, sizes = (each[connections] for each in _product(grad.T, x))
         yield _Exact("dvalues", _ALL, dvalues, sizes, len(x))
 
-    def _compare(self, name: str, result: Any, exact: _Exact, precision: Precision) -> None:
+    def _compare(self, name: str, result: Any, exact: _Exact) -> None:
+        shape = tuple(exact.numbers.shape)
         if exact.name == "y":
-            shape = (len(exact.numbers), len(self.dense()))
-        else:
-            shape = tuple(exact.numbers.shape)
+            shape = (shape[0], len(self.dense))
         if tuple(result.shape) != shape:
             raise WrongResultError(
                 f"{name}: {exact.name} has shape {tuple(result.shape)}, but should have {shape}"
             )
+        precision = self.precision
         unit = 2.0**-53 if (precision.inputs or self.dtype) == "float64" else 2.0**-24
         of_sums = precision.of_products + 4 * (exact.terms + 3) * unit
         bound = precision.of_result * abs(exact.numbers) + of_sums * exact.sizes
         part = result[:, exact.columns]
-        wrong = ~(abs(self.cast(part, "float64") - exact.numbers) <= bound)
+        wrong = ~(abs(self._cast(part, "float64") - exact.numbers) <= bound)
         if wrong.any():
             row, column = divmod(int((1 * wrong.reshape(-1)).argmax()), wrong.shape[1])
             raise WrongResultError(
@@ -328,6 +307,11 @@ class Problem:
                 f"{part[row, column].item()!r}, but should be "
                 f"{exact.numbers[row, column].item()!r}"
             )
+
+
+def _product(a: Any, b: Any) -> tuple[Any, Any]:
+    """Return a product, and the sums of the magnitudes of its terms."""
+    return a @ b, abs(a) @ abs(b)
 
 
 def _distinct(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float32]:

@@ -1,11 +1,8 @@
-"""The README's table, made from the JSON.
-
-``python -m srigl_core.benchmarks.readme JSON README`` writes it between the page's markers.
-"""
+"""``srigl bench readme``: the README's table, made from the JSON."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +24,13 @@ _THREADS = (1, 2)
 
 def block(results: Results) -> str:
     """Return the lines between the markers: a table, and the machine it was measured on."""
-    lines = [
-        "| layer | sparsity | batch | µs | dense | CSR | µs, 2 threads | dense | CSR |",
-        "|-|-:|-:|-:|-:|-:|-:|-:|-:|",
-    ]
-    lines += [_line(label, rows) for label, rows in _chosen(results)]
+    head = "| layer | sparsity | batch | µs | dense | CSR | µs, 2 threads | dense | CSR |"
+    lines = [head, "|-|-:|-:|-:|-:|-:|-:|-:|-:|", *_lines(results)]
     return "\n".join([*lines, "", _caption(results)])
 
 
 def replaced(page: str, results: Results) -> str:
-    """Return `page` with a new table between its markers.
-
-    Raises
-    ------
-    FileFormatError
-        If it does not have exactly one pair of markers.
-    """
+    """Return `page` with a new table between its markers, of which it must have one pair."""
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise FileFormatError(f"the page must have one {BEGIN} and, below, one {END}")
     before, rest = page.split(BEGIN)
@@ -61,8 +49,8 @@ def write_readme(results: Path, page: Path) -> None:
     page.write_text(made, encoding="utf-8")
 
 
-def _chosen(results: Results) -> list[tuple[str, list[Row | None]]]:
-    """Return the label of each line and its rows, one for each number of threads."""
+def _lines(results: Results) -> Iterator[str]:
+    """Yield a line for each case that was measured with some number of threads."""
     layers = [(*HEADLINE, s, b) for s, b in _HEADLINE_ROWS]
     layers += [(*layer, b) for layer in _OTHER_LAYERS for b in (1, 256)]
     keys = ("n_in", "n_out", "sparsity", "batch")
@@ -73,17 +61,17 @@ def _chosen(results: Results) -> list[tuple[str, list[Row | None]]]:
         (", weights cold", {**batch_1, "weights": "cold"}),
         (", AVX2 only", {**batch_1, "instructions": "avx2"}),
         (", backward", {**batch_256, "operation": "backward"}),
-        *_learned(results),
+        *((", learned mask", case) for case in _learned(results)),
     ]
-    lines = []
     for label, case in labelled:
         rows = [next(results.find(threads=n, **case), None) for n in _THREADS]
-        if any(row is not None for row in rows):
-            lines.append((label, rows))
-    return lines
+        row = next((row for row in rows if row is not None), None)
+        if row is not None:
+            cells = [f"{row.layer}{label}", f"{row.sparsity:.0%}", str(row.batch)]
+            yield f"| {' | '.join([*cells, *(cell for each in rows for cell in _cells(each))])} |"
 
 
-def _learned(results: Results) -> list[tuple[str, dict[str, Any]]]:
+def _learned(results: Results) -> list[dict[str, Any]]:
     """Return the largest learned layer of each file, at batch 1."""
     largest: dict[str, Row] = {}
     for row in results.rows:
@@ -93,25 +81,16 @@ def _learned(results: Results) -> list[tuple[str, dict[str, Any]]]:
             if file not in largest or size > largest[file].n_in * largest[file].n_out:
                 largest[file] = row
     keys = ("operation", "n_in", "n_out", "sparsity", "batch", "mask")
-    return [(", learned mask", {key: row.case[key] for key in keys}) for row in largest.values()]
+    return [{key: row.case[key] for key in keys} for row in largest.values()]
 
 
-def _line(label: str, rows: list[Row | None]) -> str:
-    row = next(row for row in rows if row is not None)
-    cells = [f"{row.layer}{label}", f"{row.sparsity:.0%}", f"{row.batch}"]
-    for each in rows:
-        cells += ["", "", ""] if each is None else _cells(each)
-    return f"| {' | '.join(cells)} |"
-
-
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row | None) -> list[str]:
+    """Return our time, and the ratios to the best dense and the best CSR contender."""
+    if row is None or row.ours is None:
+        return [""] * 3
     ratios = (row.ratio(family) for family in ("dense", "csr"))
-    time = "" if row.ours is None else _short(row.ours)
+    time = f"{row.ours:.1f}" if row.ours < 100 else f"{row.ours:,.0f}"
     return [time, *("" if ratio is None else f"{ratio:.1f}x" for ratio in ratios)]
-
-
-def _short(number: float) -> str:
-    return f"{number:.1f}" if number < 100 else f"{number:,.0f}"
 
 
 def _caption(results: Results) -> str:
@@ -128,7 +107,3 @@ def _caption(results: Results) -> str:
         f"{results.content['started'][:10]}. Of all {len(rows)} forward rows, ours is slower than "
         f"the best dense in {lost['dense']} and slower than the best CSR in {lost['csr']}."
     )
-
-
-if __name__ == "__main__":
-    write_readme(*map(Path, sys.argv[1:3]))

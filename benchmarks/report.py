@@ -10,7 +10,7 @@ from typing import Any
 from srigl_core.benchmarks.cases import HEADLINE
 from srigl_core.benchmarks.plot import save_plot
 from srigl_core.benchmarks.results import OURS, Results, Row
-from srigl_core.benchmarks.tables import number, table, time_cell
+from srigl_core.benchmarks.tables import number, plural, table
 
 __all__ = ["page", "write_report"]
 
@@ -120,13 +120,7 @@ where 40% are ablated.""",
 
 
 def write_report(results: Results, folder: Path, name: str) -> list[Path]:
-    """Write the page and, for a CPU, the plot; `name` is that of the files without their suffix.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If there is a plot, and matplotlib is not installed.
-    """
+    """Write the page and, for a CPU, the plot; `name` is that of the files without their suffix."""
     plots = [save_plot(results, folder / f"{name}.png")] if results.benchmark == "cpu" else []
     written = folder / f"{name}.md"
     written.write_text(page(results, *(plot.name for plot in plots)), encoding="utf-8")
@@ -284,7 +278,7 @@ def _sections(results: Results) -> Iterator[str]:
 
 
 def _threads(threads: int) -> str:
-    return f", {threads} thread{'s' * (threads > 1)}" if threads else ""
+    return f", {plural(threads, 'thread')}" if threads else ""
 
 
 def _products(rows: Sequence[Row], results: Results) -> str:
@@ -376,7 +370,7 @@ def _cell(row: Row, name: str) -> str:
         if name in row.left_out(why):
             return f"**{why}**"
     by_host = row.contenders.get(name, {}).get("clock") == "host"
-    return f"{time_cell(row, name)}{', host clock' if by_host else ''}"
+    return f"{row.times.get(name, '')}{', host clock' if by_host else ''}"
 
 
 def _layer(row: Row) -> str:
@@ -391,9 +385,8 @@ def _cliffs(results: Results) -> str:
         for cliffs in process["cliffs"]:
             places = cliffs["found"]
             more = [f"and {len(places) - _MOST_CLIFFS} more"] if len(places) > _MOST_CLIFFS else []
-            n = cliffs["threads"]
             words = "; ".join([*places[:_MOST_CLIFFS], *more]) or "none"
-            lines.append(f"- {n} thread{'s' * (n > 1)}: {words}")
+            lines.append(f"- {plural(cliffs['threads'], 'thread')}: {words}")
     return "\n".join(lines) or "Not measured."
 
 
@@ -408,6 +401,5 @@ def _left_out(results: Results) -> str:
             item for row in results.rows for item in row.left_out(why).items()
         )
         for (name, reason), count in reasons.items():
-            cases = f"{count} case{'s' * (count > 1)}"
-            lines.append(f"- {words}{name}, {cases}: {reason}")
+            lines.append(f"- {words}{name}, {plural(count, 'case')}: {reason}")
     return "\n".join(lines) or "No library is missing, and no contender failed."

@@ -6,21 +6,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from srigl_core.benchmarks.timing import Timing
+from srigl_core._files import parse_json, write_whole
+from srigl_core.benchmarks.tables import number
 from srigl_core.errors import FileFormatError
 
-__all__ = [
-    "FORMAT",
-    "OURS",
-    "Results",
-    "Row",
-    "load_results",
-    "microseconds",
-    "rounded",
-    "save_results",
-]
+__all__ = ["FORMAT", "OURS", "Results", "Row", "Times", "load_results", "rounded", "save_results"]
 
 FORMAT = 1
 OURS = {"cpu": "srigl numba", "gpu": "srigl cupy"}
@@ -30,25 +22,31 @@ _USUAL: dict[str, dict[str, Any]] = {
     "cpu": {"weights": "hot", "dtype": "float32", "mask": "random", "instructions": "native"},
     "gpu": {"weights": "warm", "mask": "random", "ablated": 0},
 }
+_KEY = (
+    *("operation", "n_in", "n_out", "fan_in", "n_active", "mask"),
+    *("batch", "threads", "weights", "dtype", "instructions"),
+)
 _EMPTY = 1 << 8
-_MICRO = 1e6
 _KEYS = ("benchmark", "machine", "processes", "settings", "started", "seconds")
+
+
+class Times(NamedTuple):
+    """Microseconds of a call; printing it gives a cell of a table."""
+
+    median: float
+    lower: float
+    upper: float
+
+    def __str__(self) -> str:
+        median, lower, upper = map(number, self)
+        return f"{median} ({lower} to {upper})"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case with the times of its contenders, in microseconds.
+    """One case with the times of its contenders, in microseconds."""
 
-    Parameters
-    ----------
-    case : mapping
-        As in the file; its items are also attributes.
-    main : str
-        Our contender.
-    """
-
-    case: Mapping[str, Any]
-    main: str = OURS["cpu"]
+    case: Mapping[str, Any]  # as in the file; its items are also attributes
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -57,26 +55,29 @@ class Row:
             raise AttributeError(f"a case has no {name!r}") from None
 
     @property
+    def main(self) -> str:
+        """Our contender."""
+        return OURS["gpu" if self.instructions == "gpu" else "cpu"]
+
+    @property
     def layer(self) -> str:
         """Inputs and outputs."""
-        return f"{self.case['n_in']}→{self.case['n_out']}"
+        return f"{self.n_in}→{self.n_out}"
 
     @property
     def ablated(self) -> int:
         """Number of ablated neurons."""
-        return int(self.case["n_out"] - self.case["n_active"])
+        return int(self.n_out - self.n_active)
 
     @property
     def is_empty(self) -> bool:
         """Whether the layer is so small that only the call is measured."""
-        return bool(self.case["n_in"] * self.case["n_out"] <= _EMPTY)
+        return bool(self.n_in * self.n_out <= _EMPTY)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells this case from the others of a file."""
-        layer = (self.n_in, self.n_out, self.fan_in, self.n_active, self.mask)
-        inputs = (self.batch, self.threads, self.weights, self.dtype, self.instructions)
-        return (self.operation, *layer, *inputs)
+        return tuple(self.case[name] for name in _KEY)
 
     @property
     def label(self) -> str:
@@ -94,34 +95,34 @@ class Row:
         """Our time, or None if it was not measured."""
         return self.time(self.main)
 
+    @property
+    def times(self) -> dict[str, Times]:
+        """The median and the quartiles of each contender that was measured."""
+        return {
+            name: Times(entry["median_us"], entry["lower_us"], entry["upper_us"])
+            for name, entry in self.contenders.items()
+        }
+
     def time(self, contender: str) -> float | None:
         """Return a contender's median, or None if it was not measured."""
-        entry = self.case["contenders"].get(contender)
-        return None if entry is None else float(entry["median_us"])
-
-    def spread(self, contender: str) -> tuple[float, float]:
-        """Return the quartiles of a contender's times."""
-        entry = self.case["contenders"][contender]
-        return float(entry["lower_us"]), float(entry["upper_us"])
+        times = self.times.get(contender)
+        return None if times is None else times.median
 
     def best(self, family: str) -> tuple[str, float] | None:
         """Return the name and the time of the fastest of a family, or None if it has none here."""
-        medians = [
-            (name, float(entry["median_us"]))
-            for name, entry in self.case["contenders"].items()
-            if entry["family"] == family
-        ]
-        return min(medians, key=lambda item: item[1], default=None)
+        entries = self.contenders.items()
+        times = [(name, e["median_us"]) for name, e in entries if e["family"] == family]
+        return min(times, key=lambda item: item[1], default=None)
 
-    def ratio(self, family: str, contender: str | None = None) -> float | None:
+    def ratio(self, family: str, contender: str = "") -> float | None:
         """Return how many times as long as `contender`, or ours, the best of a family takes."""
         best, time = self.best(family), self.time(contender or self.main)
         return None if best is None or time is None else best[1] / time
 
-    def roofline_share(self, contender: str | None = None) -> tuple[float, str] | None:
+    def roofline_share(self, contender: str = "") -> tuple[float, str] | None:
         """Return the least time as a share of that of `contender`, or ours, and what bounds it."""
         name = contender or self.main
-        time, entry = self.time(name), self.case["contenders"].get(name, {})
+        time, entry = self.time(name), self.contenders.get(name, {})
         bound = {**self.case, **entry} if name == self.main else entry
         if time is None or "least_us" not in bound:
             return None
@@ -129,13 +130,12 @@ class Row:
 
     def bandwidth(self, contender: str) -> float | None:
         """Return the bytes a second that a contender moves, or None if that is not recorded."""
-        entry = self.case["contenders"].get(contender, {})
+        entry = self.contenders.get(contender, {})
         return 1e6 * entry["bytes"] / entry["median_us"] if "bytes" in entry else None
 
     def left_out(self, why: str) -> Mapping[str, str]:
         """Return the reasons by contender; `why` is "unfit", "failed" or "wrong"."""
-        reasons: Mapping[str, str] = self.case.get(why, {})
-        return reasons
+        return dict(self.case.get(why, {}))
 
     def summary(self) -> str:
         """Return our time, and how many times as long the best dense and CSR contenders take."""
@@ -148,15 +148,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole run.
+    """A whole run."""
 
-    Parameters
-    ----------
-    content : mapping
-        As in the file.
-    """
-
-    content: Mapping[str, Any]
+    content: Mapping[str, Any]  # as in the file
 
     @property
     def benchmark(self) -> str:
@@ -164,20 +158,14 @@ class Results:
         return str(self.content["benchmark"])
 
     @property
-    def ours(self) -> str:
-        """Our contender."""
-        return OURS[self.benchmark]
-
-    @property
     def rows(self) -> list[Row]:
         """Every case of every process."""
-        return [Row(case, self.ours) for process in self.processes for case in process["cases"]]
+        return [Row(case) for process in self.processes for case in process["cases"]]
 
     @property
     def processes(self) -> Sequence[Mapping[str, Any]]:
         """On a CPU one process for each set of instructions; on a GPU one."""
-        processes: Sequence[Mapping[str, Any]] = self.content["processes"]
-        return processes
+        return list(self.content["processes"])
 
     @property
     def native(self) -> Mapping[str, Any]:
@@ -202,21 +190,12 @@ class Results:
 
 
 def load_results(path: Path) -> Results:
-    """Read a file that `save_results` wrote.
-
-    Raises
-    ------
-    FileFormatError
-        If it is another file, or of another format.
-    OSError
-        If it cannot be read.
-    """
+    """Read a file that `save_results` wrote; FileFormatError if it is another file or format."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        content, problem = {}, f"is not JSON ({error})"
-    else:
+        content = parse_json(path.read_text(encoding="utf-8"))
         problem = _problem_of(content)
+    except ValueError as error:
+        problem = f"is not JSON ({error})"
     if problem:
         raise FileFormatError(f"{str(path)!r} {problem}; run srigl bench cpu")
     return Results(content)
@@ -228,7 +207,7 @@ def _problem_of(content: Any) -> str:
         return "is not a result of srigl bench"
     if content["format"] != FORMAT:
         return f"has format {content['format']!r}, but this version reads format {FORMAT}"
-    if content["benchmark"] not in OURS:
+    if content["benchmark"] not in tuple(OURS):  # it may be no text
         return f"has benchmark={content['benchmark']!r}, which is not one of {', '.join(OURS)}"
     missing = [key for key in _KEYS if key not in content]
     return f"lacks {', '.join(missing)}" if missing else ""
@@ -236,44 +215,22 @@ def _problem_of(content: Any) -> str:
 
 def save_results(path: Path, results: Results) -> None:
     """Write the results as JSON, one case a line, and replace an existing file at once."""
-    processes = [
-        _braced("{}", [f"{json.dumps(key)}: {_lines(value)}" for key, value in process.items()])
-        for process in results.processes
-    ]
-    members = [
-        f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
-        for key, value in results.content.items()
-        if key != "processes"
-    ]
-    text = _braced("{}", [*members, f'"processes": {_braced("[]", processes)}'])
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, (_json(results.content) + "\n").encode())
 
 
-def microseconds(timing: Timing) -> dict[str, Any]:
-    """Return a timing as the file records it."""
-    return {
-        "median_us": rounded(timing.median * _MICRO),
-        "lower_us": rounded(timing.lower * _MICRO),
-        "upper_us": rounded(timing.upper * _MICRO),
-        "rounds": timing.rounds,
-        "calls": timing.calls,
-        **timing.details,
-    }
+def _json(value: Any, depth: int = 0) -> str:
+    """Return JSON with an item a line in the run, its processes, and the lists of a process."""
+    opened = list if depth % 2 else dict
+    if depth > 3 or not value or not isinstance(value, opened):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        items = [f"{json.dumps(key)}: {_json(each, depth + 1)}" for key, each in value.items()]
+    else:
+        items = [_json(each, depth + 1) for each in value]
+    first, last = "{}" if opened is dict else "[]"
+    return "\n".join([first, ",\n".join(items), last])
 
 
 def rounded(number: float) -> float:
     """Return a number rounded to four digits."""
     return float(f"{number:.4g}")
-
-
-def _lines(value: Any) -> str:
-    """Return JSON of a list with one item a line, and of anything else on one line."""
-    if isinstance(value, list) and value:
-        return _braced("[]", [json.dumps(item, ensure_ascii=False) for item in value])
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _braced(braces: str, items: Sequence[str]) -> str:
-    return "\n".join([braces[0], ",\n".join(items), braces[1]])

@@ -8,53 +8,32 @@ from typing import NamedTuple
 
 import numpy as np
 
+from srigl_core._arrays.dtypes import value_dtype
 from srigl_core.benchmarks.cases import Case, Layer
 
 __all__ = ["CpuPeaks", "GpuPeaks", "Peaks", "Work", "least_time", "work_of"]
-
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Work(NamedTuple):
     """The least work of an operation, whatever the kernel.
 
-    Parameters
-    ----------
-    moved : float
-        Bytes of memory that are read or written, each once.
-    gathered : float
-        Bytes of inputs that the multiply-adds read from the nearest memory. Sparse rows share no
-        inputs, so that each multiply-add reads one number.
-    multiply_adds : float
-        In float32; one in float64 counts as two.
+    Sparse rows share no inputs, so that each multiply-add reads one number from the nearest memory.
     """
 
-    moved: float
-    gathered: float
-    multiply_adds: float
+    moved: float  # bytes of memory that are read or written, each once
+    gathered: float  # bytes of inputs that the multiply-adds read from the nearest memory
+    multiply_adds: float  # in float32; one in float64 counts as two
 
 
 @dataclass(frozen=True)
 class CpuPeaks:
-    """Peak rates of several threads together.
-
-    Parameters
-    ----------
-    threads : int
-    vector_bytes : int
-    multiply_adds : float
-        In float32, a second.
-    loads : float
-        Loads of whole vectors from the first-level cache, a second.
-    bandwidth : tuple of (int, float)
-        Sizes of a working set in bytes, ascending, and bytes a second read from it.
-    """
+    """Peak rates of several threads together, a second."""
 
     threads: int
     vector_bytes: int
-    multiply_adds: float
-    loads: float
-    bandwidth: tuple[tuple[int, float], ...]
+    multiply_adds: float  # in float32
+    loads: float  # of whole vectors from the first-level cache
+    bandwidth: tuple[tuple[int, float], ...]  # bytes of a working set, ascending, and bytes read
 
     def bandwidth_at(self, working_set: float) -> float:
         """Return the bytes a second read from a working set of this size.
@@ -88,24 +67,12 @@ class CpuPeaks:
 
 @dataclass(frozen=True)
 class GpuPeaks:
-    """Peak rates of a GPU.
+    """Peak rates of a GPU, a second."""
 
-    Parameters
-    ----------
-    copy_bandwidth : float
-        Bytes a second that a copy from memory to memory reads and writes together.
-    multiply_adds : float
-        In float32, a second.
-    shared_bandwidth : float
-        Bytes a second read from the shared memory of all multiprocessors.
-    between_marks : float
-        Seconds between two events with no work between them: the shortest time there is.
-    """
-
-    copy_bandwidth: float
-    multiply_adds: float
-    shared_bandwidth: float
-    between_marks: float
+    copy_bandwidth: float  # bytes that a copy from memory to memory reads and writes together
+    multiply_adds: float  # in float32
+    shared_bandwidth: float  # bytes read from the shared memory of all multiprocessors
+    between_marks: float  # seconds between two events with no work between them: the shortest time
 
     def mask_bytes(self, layer: Layer) -> float:
         """Return the bytes of the column numbers: of 16 bits, or 32 beyond 65,536 inputs."""
@@ -131,7 +98,7 @@ def work_of(case: Case, peaks: Peaks, *, values: str = "", inputs: str = "") -> 
     backward pass makes the gradient of the values, in float32 at least, and that of the inputs.
     """
     layer, batch = case.layer, case.batch
-    value, item = ITEM_BYTES[values or case.dtype], ITEM_BYTES[inputs or case.dtype]
+    value, item = (value_dtype(dtype or case.dtype).itemsize for dtype in (values, inputs))
     if case.operation == "update":
         return Work(layer.n_in * layer.n_out * (3 * item + 2), 0, 0)
     weight = layer.nnz * value + peaks.mask_bytes(layer)

@@ -6,10 +6,13 @@ import gc
 import itertools
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+from srigl_core.benchmarks.results import rounded
 
 __all__ = [
     "Call",
@@ -19,7 +22,8 @@ __all__ = [
     "TimeBudget",
     "Timing",
     "interleaved",
-    "quartiles",
+    "median_times",
+    "timing",
 ]
 
 Call = Callable[[], object]
@@ -42,18 +46,20 @@ _FEWEST_LONG_ROUNDS = 3
 _LONG_ROUND_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
-class Timing:
-    """The seconds of one call: median and quartiles; `details` are added to the result file."""
+Timing = dict[str, Any]
+"""What the result file has of a contender's times; see `timing`."""
 
-    median: float
-    lower: float
-    upper: float
-    rounds: int
-    calls: int
-    """In each round."""
 
-    details: Mapping[str, Any] = field(default_factory=dict)
+def timing(seconds: Sequence[float], rounds: int, calls: int) -> Timing:
+    """Return median and quartiles in microseconds, the rounds, and the calls of each round."""
+    lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {
+        "median_us": rounded(1e6 * median),
+        "lower_us": rounded(1e6 * lower),
+        "upper_us": rounded(1e6 * upper),
+        "rounds": rounds,
+        "calls": calls,
+    }
 
 
 class _Run(Protocol):
@@ -72,25 +78,16 @@ def interleaved(
     is_enough: Callable[[int], bool] = lambda rounds: False,
     rest: Call = lambda: None,
 ) -> tuple[dict[str, Timing], dict[str, Exception]]:
-    """Time every contender for a few calls each round.
+    """Time every contender for a few calls each round; each round begins with another one.
 
-    Parameters
-    ----------
-    runs : mapping of str to HostRun or EventRun
-        Their calls have been made once, so that nothing is left to be compiled.
-    is_enough : callable
-        Takes the number of rounds done; returns whether to stop before a run's `most_rounds`.
-    rest : callable
-        Called before each contender's part of a round.
+    Their calls have been made once, so that nothing is left to be compiled. `is_enough` takes the
+    number of rounds done, and returns whether to stop before a run's `most_rounds`. `rest` is
+    called before each contender's part of a round.
 
     Returns
     -------
     dict of str to Timing, and dict of str to Exception
         The times, and for contenders that raised an exception, that exception.
-
-    Notes
-    -----
-    Each round begins with another contender.
     """
     failed: dict[str, Exception] = {}
 
@@ -104,13 +101,15 @@ def interleaved(
     with _no_garbage_collection():
         for name, run in runs.items():
             attempt(name, run.estimate)
+        turn = deque(runs)
         for number in itertools.count():
             left = {n for n in runs if n not in failed and runs[n].most_rounds > number}
             if not left or is_enough(number):
                 break
-            for name in _turn(list(runs), number):
+            for name in turn:
                 if name in left and runs[name].rounds <= number:
                     attempt(name, runs[name].measure_round)
+            turn.rotate(-1)
     return {name: run.timing() for name, run in runs.items() if name not in failed}, failed
 
 
@@ -137,18 +136,9 @@ class TimeBudget:
 class HostRun:
     """Calls timed with the host's clock, one after the other.
 
-    A time is the median over the rounds of the median of each round.
-
-    Parameters
-    ----------
-    call : callable
-    before : sequence of callable
-        Called before each timed call, such as a flush of the caches. Without any, the caches are
-        hot: they hold what the last call left.
-    around : callable
-        Returns a context in which calls are made.
-    clock : callable
-        Seconds since any point in time.
+    A time is the median over the rounds of the median of each round. What is in `before` is called
+    before each timed call, such as a flush of the caches. Without any, the caches are hot: they
+    hold what the last call left.
     """
 
     call: Call
@@ -188,9 +178,8 @@ class HostRun:
             self._medians.append(statistics.median(self._seconds() for _ in range(self._calls)))
 
     def timing(self) -> Timing:
-        """Return the median of the rounds' medians, and their quartiles."""
-        lower, median, upper = quartiles(self._medians)
-        return Timing(median, lower, upper, self.rounds, self._calls)
+        """Return the times over the rounds' medians."""
+        return timing(self._medians, self.rounds, self._calls)
 
     def _seconds(self) -> float:
         for call in self.before:
@@ -201,16 +190,15 @@ class HostRun:
         return clock() - started
 
 
-def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
-    """Return the lower quartile, the median and the upper quartile of at least two numbers."""
-    lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
-    return lower, median, upper
-
-
-def _turn(names: Sequence[str], number: int) -> list[str]:
-    """Return the order of a round; each begins with another name."""
-    first = number % len(names)
-    return [*names[first:], *names[:first]]
+def median_times(calls: Mapping[str, Call], seconds: float) -> dict[str, float]:
+    """Return the microseconds of calls that are timed in turns, after one call of each."""
+    for call in calls.values():
+        call()
+    runs = {name: HostRun(call) for name, call in calls.items()}
+    timings, errors = interleaved(runs, is_enough=TimeBudget(seconds))
+    for error in errors.values():
+        raise error
+    return {name: timing["median_us"] for name, timing in timings.items()}
 
 
 @contextmanager

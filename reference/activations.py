@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core._activations import ACTIVATIONS
+from srigl_core._activations import activation_named
 
 __all__ = ["activate"]
 
@@ -38,5 +38,5 @@ def activate(z: NDArray[np.float64], activation: str) -> NDArray[np.float64]:
     relu(NaN) is NaN. The smooth activations follow their formula at infinity, so that gelu,
     gelu_tanh and silu of -inf are NaN (inf * 0).
     """
-    y: NDArray[np.float64] = ACTIVATIONS[activation].formula(z, _FUNCTIONS)
+    y: NDArray[np.float64] = activation_named(activation).formula(z, _FUNCTIONS)
     return y

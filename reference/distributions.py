@@ -222,7 +222,12 @@ def _checked(
         raise ValueTypeError(f"shapes={shapes!r} must be a list of shapes, or a dict of them")
     if not isinstance(shapes, Mapping):
         shapes = {str(i): shape for i, shape in enumerate(shapes)}
-    if isinstance(dense, int | str) or not isinstance(fixed, Mapping | None):
+    try:
+        dense = tuple(dense)
+        is_iterable = True
+    except Exception:  # it may be any object, whose own code is run
+        is_iterable = False
+    if not is_iterable or not isinstance(fixed, Mapping | None):
         raise ValueTypeError(
             f"dense={dense!r} must be a list of positions, and fixed={fixed!r} a dict of budgets"
         )

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from srigl_core._arrays.checks import as_mask
 from srigl_core._arrays.float_mode import honour_subnormals
-from srigl_core._update import UpdateSettings, check_update_arrays
+from srigl_core._update import UpdateSettings, check_settings, check_update_arrays
 from srigl_core.errors import SriglError
 from srigl_core.reference.known_deviations import DEVIATIONS, Problem, Steps, Trace
 from srigl_core.reference.mask_update import prune, srigl_update
@@ -122,7 +122,7 @@ def explain_update(
       got       [(0, 1)] of 4 places, not in the first
     """
     w, g, m = check_update_arrays(weight, grad, mask)
-    settings.check_fits(w.shape, w.dtype)
+    check_settings(settings).check_fits(w.shape, w.dtype)
     got = as_mask(new_mask, mask.shape, "new_mask").reshape(w.shape)
     with honour_subnormals():
         return _explained(Problem(w, g, m, settings), got)

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from srigl_core._arrays.checks import as_mask, check_generator, check_integer
+from srigl_core._arrays.checks import as_mask, check_choice, check_generator, check_integer
 from srigl_core._arrays.dtypes import round_to, value_dtype
 from srigl_core._format.connections import Connections, flat_shape
-from srigl_core.errors import SriglError
 
 __all__ = ["INITS", "random_mask", "random_unstructured_mask", "sparse_init"]
 
@@ -115,8 +114,7 @@ def sparse_init(
     ValueTypeError
         If `mask` is not an array of bool.
     """
-    if init not in INITS:
-        raise SriglError(f"init={init!r} is unknown; use one of {', '.join(INITS)}")
+    check_choice(init, "init", INITS)
     mask, rng = as_mask(mask, None), check_generator(rng)
     shape = flat_shape(mask.shape)
     active = mask.reshape(shape)

@@ -270,5 +270,5 @@ def _remapped(state: Any, stays: Mask) -> Any:
     if isinstance(state, list | tuple):
         return type(state)(_remapped(part, stays) for part in state)
     if isinstance(state, np.ndarray) and state.shape == stays.shape:
-        return np.where(stays, state, state.dtype.type(0))
+        return np.where(stays, state, np.zeros((), state.dtype))
     return state

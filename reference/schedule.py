@@ -18,8 +18,8 @@ class UpdateSchedule:
     Parameters
     ----------
     t_end : int
-        The step from which there are no more updates. Steps count from 1. The paper uses 75% of
-        training; see `for_training`.
+        The step from which there are no more updates; 0 means none. Steps count from 1. The paper
+        uses 75% of training; see `for_training`.
     delta_t : int
         Number of steps from one update to the next.
     alpha : float
@@ -33,8 +33,10 @@ class UpdateSchedule:
     Examples
     --------
     >>> schedule = UpdateSchedule.for_training(1000)
-    >>> schedule.t_end, schedule.is_due(100), schedule.is_due(800)
-    (750, True, False)
+    >>> schedule.t_end, schedule.delta_t, schedule.n_updates
+    (750, 7, 107)
+    >>> schedule.is_due(700), schedule.is_due(770)
+    (True, False)
     >>> round(schedule.drop_fraction(375), 6)
     0.15
     """
@@ -45,7 +47,7 @@ class UpdateSchedule:
 
     def __post_init__(self) -> None:
         # NumPy's numbers would round or overflow when multiplied by others; Python's do not.
-        object.__setattr__(self, "t_end", check_integer(self.t_end, "t_end", least=1))
+        object.__setattr__(self, "t_end", check_integer(self.t_end, "t_end", least=0))
         object.__setattr__(self, "delta_t", check_integer(self.delta_t, "delta_t", least=1))
         alpha = check_real(self.alpha, "alpha")
         if not 0 <= alpha <= 1:
@@ -54,11 +56,30 @@ class UpdateSchedule:
 
     @classmethod
     def for_training(
-        cls, total_steps: int, *, delta_t: int = 100, alpha: float = 0.3
+        cls, total_steps: int, *, delta_t: int | None = None, alpha: float = 0.3
     ) -> UpdateSchedule:
-        """Return the schedule that ends at 75% of `total_steps`, rounded down."""
-        total_steps = check_integer(total_steps, "total_steps", least=2)
-        return cls(3 * total_steps // 4, delta_t, alpha)
+        """Return the schedule that ends at 75% of `total_steps`, rounded down.
+
+        Parameters
+        ----------
+        total_steps : int
+            Number of training steps, at least 1.
+        delta_t : int or None
+            None is 1% of the steps with updates, but between 5 and 100 (SPEC 4): grown weights
+            start at 0, so an update at every step would prune them again.
+        alpha : float
+        """
+        t_end = 3 * check_integer(total_steps, "total_steps", least=1) // 4
+        return cls(t_end, min(100, max(5, t_end // 100)) if delta_t is None else delta_t, alpha)
+
+    @property
+    def n_updates(self) -> int:
+        """Number of updates in the whole of training."""
+        return max(0, self.t_end - 1) // self.delta_t
+
+    def n_updates_until(self, step: int) -> int:
+        """Return the number of updates in the first `step` steps."""
+        return min(self.n_updates, max(0, step) // self.delta_t)
 
     def is_due(self, step: int) -> bool:
         """Whether the masks are updated at `step`."""
@@ -70,5 +91,7 @@ class UpdateSchedule:
         return due if due < self.t_end else None
 
     def drop_fraction(self, step: int) -> float:
-        """Return zeta, ``alpha / 2 * (1 + cos(pi * step / t_end))``."""
+        """Return zeta, ``alpha / 2 * (1 + cos(pi * step / t_end))``; 0 without updates."""
+        if not self.t_end:
+            return 0.0
         return self.alpha / 2 * (1 + math.cos(math.pi * step / self.t_end))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from srigl_core._arrays.checks import check_integer
+from srigl_core._arrays.checks import check_flag, check_integer
 from srigl_core._arrays.dtypes import accumulator_dtype, value_dtype
 from srigl_core._arrays.libraries import common_library, library_of
 from srigl_core._arrays.operations import HOST_ARRAYS, ArrayOps
@@ -227,6 +227,7 @@ class Plan:
         workspace: Any | None,
     ) -> Any:
         weight, arrays, like = self.weight, self.arrays, x
+        compact = check_flag(compact, "compact")
         if "condensed_matmul" not in self.backend.capabilities.operations:
             get_backend(self.backend, operation="condensed_matmul")
         library = common_library({"x": x, "bias": bias, "out": out})
@@ -441,6 +442,9 @@ class Plan:
 
     def with_weight(self, weight: CondensedWeight) -> Plan:
         """Return a plan for a weight on the same connections, sharing the packed indices."""
+        check_condensed(weight)
+        if weight.connections != self.weight.connections:
+            raise SriglError("weight has other connections than the plan; prepare it by itself")
         return Plan(weight, self.backend, self._prepared.with_values(weight), self.threads)
 
     def describe(self) -> dict[str, object]:
@@ -517,9 +521,9 @@ def checked_threads(threads: int | None) -> int | None:
 def _checked_wrt(wrt: Iterable[str]) -> tuple[str, ...]:
     try:
         wanted = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    except TypeError:
+    except Exception:  # it may be any object, whose own code is run
         wanted = ()
-    if not wanted or any(name not in _GRADIENTS for name in wanted):
+    if not wanted or any(not isinstance(n, str) or n not in _GRADIENTS for n in wanted):
         raise SriglError(f"wrt={wrt!r} must name one or more of {', '.join(_GRADIENTS)}")
     return tuple(dict.fromkeys(wanted))
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from srigl_core._arrays.checks import check_integer
+from srigl_core._arrays.checks import check_flag, check_integer
 from srigl_core._cost_model import dense_nanoseconds
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, check_condensed
 from srigl_core._plan import plan_of
 from srigl_core.contract import Backend
 from srigl_core.errors import SriglError
@@ -95,7 +95,9 @@ def recommend(
     >>> advice.use
     'condensed'
     """
+    check_condensed(weight)
     batch = check_integer(batch, "batch", least=1)
+    measure = check_flag(measure, "measure")
     plan = plan_of(weight, backend)
     if measure:
         condensed, dense = _measured(weight, batch, plan)

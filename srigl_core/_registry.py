@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from srigl_core._install import INSTALL_CHECKOUT
 from srigl_core.contract import Backend, Capabilities
 from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
 
@@ -88,8 +89,10 @@ def get_backend(
     SriglError
         If no backend has that name, or it does not offer `operation`.
     ValueTypeError
-        If `backend` is neither a name nor a backend.
+        If `backend` is neither a name nor a backend, or `operation` no name.
     """
+    if operation is not None and not isinstance(operation, str):
+        raise ValueTypeError(f"operation must be a name, got {type(operation).__name__}")
     if backend is None:
         return _preferred(operation or "condensed_matmul", device)
     chosen = _load(backend) if isinstance(backend, str) else backend
@@ -164,7 +167,7 @@ def _preferred(operation: str, device: str) -> Backend:
         )
     raise BackendUnavailableError(
         f"no backend that offers {operation} is installed; is srigl-core itself installed? "
-        f"A source folder on the path has no entry points: pip install srigl-core"
+        f"A source folder on the path has no entry points: {INSTALL_CHECKOUT}"
     )
 
 

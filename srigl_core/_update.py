@@ -15,7 +15,7 @@ from srigl_core._arrays.float_mode import honour_subnormals
 from srigl_core._arrays.operations import HOST_ARRAYS, ArrayOps
 from srigl_core._format.connections import flat_shape
 from srigl_core._format.weight import CondensedWeight, check_condensed
-from srigl_core.errors import SriglError
+from srigl_core.errors import SriglError, ValueTypeError
 
 __all__ = [
     "SALIENCY_SCOPES",
@@ -285,13 +285,29 @@ def checked_update(
     with arrays.execution_context(weight):
         w, g, m = check_update_arrays(weight, grad, mask, arrays)
         shape = arrays.as_float_array(weight, "weight").shape
-        settings.check_fits(w.shape, arrays.dtype(w))
+        check_settings(settings).check_fits(w.shape, arrays.dtype(w))
         update = algorithm(w, g, m, settings, **options)
         return replace(
             update,
             mask=arrays.to_caller(update.mask.reshape(shape), mask),
             weight=arrays.to_caller(update.weight.reshape(shape), weight),
         )
+
+
+def check_settings(settings: object) -> UpdateSettings:
+    """Return `settings` if they are the settings of an update.
+
+    Raises
+    ------
+    ValueTypeError
+        If they are anything else.
+    """
+    if not isinstance(settings, UpdateSettings):
+        raise ValueTypeError(
+            f"settings must be UpdateSettings, got {type(settings).__name__}; make them with "
+            f"UpdateSettings(nnz_budget, drop_fraction)"
+        )
+    return settings
 
 
 def check_update_arrays(
@@ -350,10 +366,15 @@ def checked_condensed_update(
     SriglError
         If a shape, a number or the budget does not fit; nothing is changed.
     ValueTypeError
-        If `weight` is not a condensed weight, or a block is not an array of a value type.
+        If an argument has the wrong type, or a block is not an array of a value type.
     """
     check_condensed(weight)
-    settings.check_fits(weight.shape, weight.dtype)
+    check_settings(settings).check_fits(weight.shape, weight.dtype)
+    if not callable(gradient_rows):
+        raise ValueTypeError(
+            f"gradient_rows must be a function of two row numbers, got "
+            f"{type(gradient_rows).__name__}; for a dense gradient pass lambda a, b: grad[a:b]"
+        )
     block_rows = check_integer(block_rows, "block_rows", least=1)
     n_nonfinite = HOST_ARRAYS.count_nonfinite(weight.values)
     _check_finite("weight", n_nonfinite, weight.nnz)

@@ -12,15 +12,18 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from srigl_core._api import update_mask
-from srigl_core._arrays.checks import check_integer
+from srigl_core._arrays.checks import check_flag, check_integer
 from srigl_core._arrays.dtypes import round_to, value_dtype
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, check_condensed
 from srigl_core._plan import checked_threads, prepare
 from srigl_core.contract import Backend
+from srigl_core.errors import ValueTypeError
 
 __all__ = ["warmup"]
 
 _SHAPE, _FAN_IN, _SOME_ABLATED = (4096, 1024), 102, 3584  # enough work for threads at batch 1
+
+_MOST_ROWS = 2**32
 
 
 def warmup(
@@ -80,8 +83,14 @@ def warmup(
     ['prepare', 'product, batch 1', 'product, batch 64', 'update']
     """
     value_type = value_dtype(dtype)
-    batches = batch if isinstance(batch, Iterable) else (batch,)
-    sizes = [check_integer(size, "batch", least=1) for size in batches]
+    backward, update = check_flag(backward, "backward"), check_flag(update, "update")
+    if weight is not None:
+        check_condensed(weight)
+    try:
+        batches: tuple[Any, ...] = tuple(batch) if isinstance(batch, Iterable) else (batch,)
+    except Exception as error:  # it may be any object, whose own code is run
+        raise ValueTypeError(f"batch={batch!r} must be one or more integers") from error
+    sizes = [check_integer(size, "batch", least=1, most=_MOST_ROWS) for size in batches]
     each_threads = (1, None) if threads is None else (checked_threads(threads),)
     rng = np.random.default_rng(0)
     seconds: dict[str, float] = {}

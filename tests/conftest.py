@@ -30,6 +30,7 @@ BACKEND_ARGUMENTS = {
     "backward_backend": ("condensed_matmul_backward",),
     "product_backend": ("condensed_matmul", "condensed_matmul_backward"),
     "update_backend": ("update_mask",),
+    "condensed_update_backend": ("update_condensed",),
 }
 
 

@@ -141,7 +141,7 @@ def test_without_the_extra_the_command_prints_the_install_line(package):
     )
     assert result.returncode == 1
     assert result.stdout == ""
-    assert 'pip install "srigl-core[cli]"' in result.stderr
+    assert "pip install typer rich" in result.stderr
     assert package in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 

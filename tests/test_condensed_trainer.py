@@ -9,6 +9,7 @@ from training_options import training_options
 from srigl_core import (
     CondensedTrainer,
     CondensedWeight,
+    Connections,
     LayerOptions,
     SparseTrainer,
     SriglError,
@@ -154,3 +155,37 @@ def test_without_itop_nothing_is_kept_for_each_position():
     assert trainer.state_dict()["ever_active"] == {}
     with pytest.raises(SriglError, match="track_itop=True"):
         trainer.itop_rates()
+
+
+def test_given_connections_and_layers_without_a_gradient_are_as_with_dense_masks():
+    drawn, _ = start(seed=8)
+    given = {name: drawn.connections[name] for name in ("first", "conv")}
+    condensed, weights = start(connections=given)
+    masks = {name: part.to_mask().reshape(SHAPES[name]) for name, part in given.items()}
+    dense = SparseTrainer(SHAPES, **training_options(**OPTIONS), masks=masks)
+    for name, part in given.items():
+        assert condensed.connections[name] == part
+    for step in range(1, 5):
+        grads = {name: gradient(name, step) for name in SHAPES}
+        if dense.needs_grad:
+            for name, grad in grads.items():
+                dense.accumulate(name, None if name == "conv" else grad)
+        arrays = {n: w.to_dense().reshape(SHAPES[n]) for n, w in weights.items()}
+        rows = {n: None if n == "conv" else rows_of(grad) for n, grad in grads.items()}
+        if step < 4:
+            assert not dense.step(arrays)
+            assert not condensed.step(weights, rows)
+    with pytest.warns(UserWarning, match="no gradient reached layer 'conv'"):
+        expected = dense.step(arrays)
+    with pytest.warns(UserWarning, match="no gradient reached layer 'conv'"):
+        updates = condensed.step(weights, rows)
+    assert updates.keys() == expected.keys() == {"first", "last"}
+    for name, part in condensed.connections.items():
+        np.testing.assert_array_equal(part.to_mask(), flat(dense.masks[name]))
+    assert condensed.connections["conv"] == given["conv"]
+    with pytest.raises(SriglError, match=r"layer 'last': the given connections are of shape"):
+        start(connections={"last": Connections.random((4, 5), fan_in=2)})
+    with pytest.raises(SriglError, match="connections names 'nope'; there are first"):
+        start(connections={"nope": given["first"]})
+    kept, _ = start(connections=dict(drawn.connections), sparsity=None)
+    assert kept.nnz == drawn.nnz == {name: b.nnz_budget for name, b in kept.budgets.items()}

@@ -11,8 +11,25 @@ import scipy.sparse.linalg
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from srigl_core import CondensedWeight, SriglError, ValueTypeError, condensed_matmul, prepare
+from srigl_core import (
+    CondensedTrainer,
+    CondensedWeight,
+    Connections,
+    SparseTrainer,
+    SriglError,
+    ValueTypeError,
+    condensed_matmul,
+    prepare,
+    recommend,
+)
+from srigl_core._arrays.dtypes import VALUE_TYPES
 from srigl_core._plan import plan_of
+from srigl_core.reference import (
+    UpdateSchedule,
+    random_mask,
+    random_unstructured_mask,
+    sparse_init,
+)
 
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 NUMBERS = [0.0, -0.0, 1.0, -2.0, 0.5, 3.0, 1e-7]
@@ -505,3 +522,163 @@ def test_the_linear_operator_keeps_the_types_of_the_product():
     np.testing.assert_array_equal(operator @ x, weight @ x)
     with pytest.raises(ValueTypeError, match="complex"):
         operator @ (x + 1j)
+
+
+# ---------------------------------------------------------------- arrays stay as they were checked
+
+
+def copies_of(weight):
+    yield weight
+    yield pickle.loads(pickle.dumps(weight))
+    yield pickle.loads(pickle.dumps(weight, protocol=5))
+    yield copy.copy(weight)
+    yield copy.deepcopy(weight)
+    yield weight.with_values(weight.values)
+    yield CondensedWeight.from_dense(weight.to_dense(), weight.to_mask())
+    yield CondensedWeight.from_csr(weight.to_csr()) if weight.dtype.itemsize > 2 else weight
+    yield CondensedWeight.from_connections(
+        weight.values, pickle.loads(pickle.dumps(weight.connections))
+    )
+
+
+def views_of(array):
+    yield array
+    yield array.view()
+    yield array.T
+    yield array[:1]
+    yield array.reshape(-1)
+    yield np.asarray(array)
+    yield np.ravel(array)
+    yield array.view(np.uint8)
+    yield array[..., None]
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+        yield array
+
+
+@pytest.mark.parametrize("dtype", VALUE_TYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (4, 6), (2, 70_000)])
+def test_no_array_of_a_weight_can_be_made_writeable(dtype, shape):
+    """Kernels do not check indices again, and would read beyond their input."""
+    weight = CondensedWeight.random(shape, fan_in=1, dtype=dtype, rng=0)
+    for each in copies_of(weight):
+        assert each == weight
+        for array in (each.values, each.indices, each.active):
+            assert array.flags.c_contiguous
+            assert array.flags.aligned
+            for view in views_of(array):
+                with pytest.raises(ValueError, match="WRITEABLE"):
+                    view.setflags(write=True)
+                with pytest.raises(ValueError, match="WRITEABLE"):
+                    view.flags.writeable = True
+                with pytest.raises(ValueError, match="read-only"):
+                    view[...] = 1
+            with pytest.raises((BufferError, TypeError, ValueError)):
+                memoryview(array.view(np.uint8)).cast("B")[0] = 1
+
+
+def test_an_array_that_is_changed_later_does_not_change_the_weight():
+    values, indices, active = VALUES.copy(), np.array(INDICES), np.array([0, 2])
+    weight = CondensedWeight(values, indices, active, (3, 4))
+    before = pickle.dumps(weight)
+    for array in (values, indices, active):
+        array[...] = 0
+    assert pickle.dumps(weight) == before
+
+
+@pytest.mark.parametrize("trainer", ["sparse", "loaded"])
+def test_the_masks_of_a_trainer_cannot_be_made_writeable(trainer):
+    made = SparseTrainer({"a": (4, 6)}, sparsity=0.5, schedule=UpdateSchedule(20, 2))
+    if trainer == "loaded":
+        made.load_state_dict(made.state_dict())
+    masks = [made.masks["a"], made.backward_mask("a")]
+    for mask in masks:
+        for view in views_of(mask):
+            with pytest.raises(ValueError, match="WRITEABLE"):
+                view.setflags(write=True)
+
+
+# ---------------------------------------------------------------- corner cases of constructors
+
+ZEROS = [(), (0,), (3,), (0, 6), (6, 0), (0, 0), (2, 3, 0), (0, 3, 2, 2)]
+WRONG = [None, True, 0, 1.5, "x", b"x", [], [[]], {}, (), object(), int, {1}, range(3), iter(())]
+
+
+class Raises:
+    """An object whose own code fails, whichever way an array is made of it."""
+
+    def fail(self, *arguments, **options):
+        raise KeyError("no")
+
+    __array__ = __iter__ = __len__ = __dlpack__ = __dlpack_device__ = fail
+    __array_interface__ = property(fail)
+
+
+def constructors():
+    values, mask = VALUES, np.array([[True, False, False, True]])
+    connections = Connections(INDICES, [0, 2], (3, 4))
+    return {
+        "values": lambda a: CondensedWeight(a, INDICES, [0, 2], (3, 4)),
+        "indices": lambda a: CondensedWeight(values, a, [0, 2], (3, 4)),
+        "active": lambda a: CondensedWeight(values, INDICES, a, (3, 4)),
+        "shape": lambda a: CondensedWeight(values, INDICES, [0, 2], a),
+        "from_connections, values": lambda a: CondensedWeight.from_connections(a, connections),
+        "from_connections": lambda a: CondensedWeight.from_connections(values, a),
+        "from_dense": lambda a: CondensedWeight.from_dense(a, mask),
+        "from_dense, mask": lambda a: CondensedWeight.from_dense(np.ones((1, 4)), a),
+        "from_nonzero": CondensedWeight.from_nonzero,
+        "from_csr": CondensedWeight.from_csr,
+        "random": lambda a: CondensedWeight.random(a, fan_in=1),
+        "fan_in": lambda a: CondensedWeight.random((4, 6), fan_in=a),
+        "with_values": CondensedWeight(values, INDICES, [0, 2], (3, 4)).with_values,
+        "Connections": lambda a: Connections(a, [0, 2], (3, 4)),
+        "Connections, active": lambda a: Connections(INDICES, a, (3, 4)),
+        "Connections, shape": lambda a: Connections(INDICES, [0, 2], a),
+        "Connections.from_mask": Connections.from_mask,
+        "Connections.random": lambda a: Connections.random(a, fan_in=1),
+        "condensed_matmul": lambda a: condensed_matmul(a, CONSTRUCTED, backend="reference"),
+        "prepare": prepare,
+        "recommend": lambda a: recommend(a, batch=1),
+        "random_mask": lambda a: random_mask(a, fan_in=1, rng=0),
+        "random_unstructured_mask": lambda a: random_unstructured_mask(a, nnz=1, rng=0),
+        "sparse_init": lambda a: sparse_init(a, rng=0),
+        "SparseTrainer": lambda a: SparseTrainer({"a": a}, sparsity=0.5, schedule=99),
+        "CondensedTrainer": lambda a: CondensedTrainer({"a": a}, sparsity=0.5, schedule=99),
+    }
+
+
+CONSTRUCTED = CondensedWeight(np.ones((1, 1)), [[0]], [0], (2, 11))
+
+
+@pytest.mark.parametrize("name", constructors())
+def test_arrays_without_elements_or_axes_are_refused_by_name(name):
+    make = constructors()[name]
+    for shape in ZEROS:
+        for dtype in (np.float32, np.bool_, np.int64, object, "M8[s]", "f4,f4"):
+            with pytest.raises(SriglError):
+                make(np.zeros(shape, dtype))
+    for shape in ((0, 6), (6, 0), (0, 0), (4, 6)):
+        for cls in (scipy.sparse.csr_array, scipy.sparse.coo_array, scipy.sparse.dia_array):
+            with pytest.raises(SriglError):
+                make(cls(shape, dtype=np.float32))
+    with pytest.raises(SriglError):
+        make(scipy.sparse.coo_array((6,), dtype=np.float32))
+
+
+@pytest.mark.parametrize("name", constructors())
+def test_what_is_no_array_is_refused_by_name(name):
+    for wrong in [*WRONG, Raises(), 2**70, -(2**70), "\ud800", [[1, 2], [3]]]:
+        with pytest.raises(SriglError):
+            constructors()[name](wrong)
+
+
+@pytest.mark.parametrize("shape", [(2**62, 2**32), (2**63 - 1, 2**32), (2**63, 1)])
+def test_a_shape_that_no_array_has_is_refused(shape):
+    with pytest.raises(SriglError):
+        CondensedWeight.random(shape, fan_in=2)
+    with pytest.raises(SriglError):
+        Connections.random(shape, fan_in=2)
+    with pytest.raises(SriglError):
+        random_mask(shape, fan_in=2, rng=0)
+    with pytest.raises(SriglError):
+        random_unstructured_mask(shape, nnz=2, rng=0)

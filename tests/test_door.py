@@ -896,13 +896,13 @@ def test_a_backend_that_cannot_run_is_listed_with_its_reason_and_never_replaced(
     installed(
         {
             "no_gpu": "from srigl_core import BackendUnavailableError\n"
-            "def make(): raise BackendUnavailableError('no GPU; install srigl-core[cupy]')\n",
+            "def make(): raise BackendUnavailableError('no GPU; install cupy')\n",
             "no_library": "import a_library_nobody_has\n",
         }
     )
     found = {status.name: status for status in list_backends()}
     assert not found["no_gpu"].available
-    assert found["no_gpu"].reason == "no GPU; install srigl-core[cupy]"
+    assert found["no_gpu"].reason == "no GPU; install cupy"
     assert not found["no_library"].available
     assert "a_library_nobody_has" in found["no_library"].reason
     assert "install" in found["no_library"].reason

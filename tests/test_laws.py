@@ -32,3 +32,8 @@ def test_gradient_law(law, backward_backend):
 @laws_of("update_mask")
 def test_update_law(law, update_backend):
     assert_holds(law, update_backend, settings().max_examples)
+
+
+@laws_of("update_condensed")
+def test_condensed_update_law(law, condensed_update_backend):
+    assert_holds(law, condensed_update_backend, settings().max_examples)

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import srigl_core
+from srigl_core._install import _PACKAGES, INSTALL_CHECKOUT, install_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -40,3 +41,42 @@ def test_every_public_module_has_a_page_and_its_row_of_promises():
     assert {file for _, file in listed} == pages
     for module, file in listed:
         assert page(f"docs/api/{file}").startswith(f"::: {module}\n")
+
+
+def test_commands_in_messages_install_packages_of_the_extra_that_is_named():
+    extras = PROJECT["optional-dependencies"]
+    for extra, packages in _PACKAGES.items():
+        own = {re.match(r"[\w-]+", line)[0] for line in extras[extra]}
+        nested = {e for line in extras[extra] for e in re.findall(r"srigl-core\[(.*)\]", line)}
+        listed = own.union(
+            *({re.match(r"[\w-]+", p)[0] for p in extras[e]} for n in nested for e in n.split(","))
+        )
+        assert set(packages) <= listed, extra
+        assert install_command(extra) == f"pip install {' '.join(packages)}"
+
+
+def test_no_page_or_message_installs_this_package_from_an_index():
+    """It is on none. Until it is, extras can be installed from a checkout or a wheel."""
+    files = [*ROOT.glob("*.md"), *ROOT.glob(".github/**/*.*")]
+    for folder in ("srigl_core", "reference", "backends", "benchmarks", "docs", "examples"):
+        for ending in ("py", "md", "json"):
+            files += (ROOT / folder).rglob(f"*.{ending}")
+    wrong = [
+        f"{file.relative_to(ROOT)}: {line.strip()}"
+        for file in files
+        if "docs/release.md" not in file.as_posix()
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if re.search(r"pip install[^.`]*srigl[-_]core", line)
+    ]
+    assert not wrong
+    assert "checkout" in INSTALL_CHECKOUT
+
+
+def test_each_extra_that_a_page_installs_exists():
+    named = [
+        extra
+        for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+        for extras in re.findall(r"pip install -e \"\S*\[([\w,]+)\]\"", path.read_text("utf-8"))
+        for extra in extras.split(",")
+    ]
+    assert {"torch", "jax", "onnx", "cupy"} <= set(named) <= set(PROJECT["optional-dependencies"])

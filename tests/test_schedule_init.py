@@ -65,14 +65,16 @@ def test_a_float32_alpha_is_computed_with_in_float64():
 
 def test_defaults_are_those_of_the_paper():
     schedule = UpdateSchedule.for_training(1000)
-    assert schedule == UpdateSchedule(750, delta_t=100, alpha=0.3)
-    assert UpdateSchedule.for_training(10_001).t_end == 7500
+    assert schedule == UpdateSchedule(750, delta_t=7, alpha=0.3)
+    for n, t_end, delta_t in ((1, 0, 5), (133, 99, 5), (10_001, 7500, 75), (20_000, 15_000, 100)):
+        assert UpdateSchedule.for_training(n) == UpdateSchedule(t_end, delta_t)
+    assert UpdateSchedule(0).drop_fraction(0) == 0
 
 
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"t_end": 0}, SriglError, "t_end=0 must be at least 1"),
+        ({"t_end": -1}, SriglError, "t_end=-1 must be at least 0"),
         ({"t_end": 7.5}, ValueTypeError, r"t_end=7\.5 must be an integer"),
         ({"delta_t": 0}, SriglError, "delta_t=0 must be at least 1"),
         ({"alpha": 1.5}, SriglError, r"alpha=1\.5 must be in \[0, 1\]"),
@@ -83,8 +85,8 @@ def test_defaults_are_those_of_the_paper():
 def test_a_schedule_out_of_range_is_an_error(settings, error, message):
     with pytest.raises(error, match=message):
         UpdateSchedule(**{"t_end": 100, **settings})
-    with pytest.raises(SriglError, match="total_steps=1 must be at least 2"):
-        UpdateSchedule.for_training(1)
+    with pytest.raises(SriglError, match="total_steps=0 must be at least 1"):
+        UpdateSchedule.for_training(0)
 
 
 # ---------------------------------------------------------------- masks

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import warnings
 from functools import partial
 
 import ml_dtypes
@@ -175,13 +176,15 @@ def test_a_dense_layer_is_left_alone():
 def test_gradients_are_needed_in_the_window_and_updates_come_when_due(
     delta_t, t_end, window, method
 ):
-    window = min(window, delta_t)
-    trainer = make(
-        method,
-        shapes={"a": (3, 4), "b": (2, 3)},
-        schedule=UpdateSchedule(t_end, delta_t=delta_t),
-        grad_window=window,
-    )
+    window, schedule = min(window, delta_t), UpdateSchedule(t_end, delta_t=delta_t)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a schedule without updates
+        trainer = make(
+            method,
+            shapes={"a": (3, 4), "b": (2, 3)},
+            schedule=schedule,
+            grad_window=window,
+        )
     weights = initial_weights(trainer)
     due = [step for step in range(1, 31) if step % delta_t == 0 and step < t_end]
     for step in range(1, 31):
@@ -194,13 +197,113 @@ def test_gradients_are_needed_in_the_window_and_updates_come_when_due(
         assert trainer.step_count == step
         assert updates.keys() == (weights.keys() if step in due else set())
         assert not trainer.state_dict()["window"] or step not in due
+        assert trainer.n_updates == sum(d <= step for d in due)
+    assert schedule.n_updates == len(due)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "n_updates"),
+    [
+        *((1, 0), (6, 0), (50, 7), (67, 9), (68, None), (1000, None)),
+        *((UpdateSchedule(5), 0), (UpdateSchedule(11, delta_t=5), None)),
+    ],
+)
+def test_a_schedule_with_few_updates_is_reported(schedule, n_updates):
+    """Few is less than 10 where the schedule follows from the number of steps, otherwise none."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make(schedule=schedule)
+        make("static", schedule=schedule)
+    caught = [warning for warning in caught if "mask updates" in str(warning.message)]
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (n_updates is not None)
+    assert all(f" has {n_updates} mask updates; " in message for message in messages)
+    assert all(warning.filename == __file__ for warning in caught)
+
+
+@pytest.mark.parametrize("method", ["srigl", "rigl"])
+@pytest.mark.parametrize("explicit", [True, False])
+def test_a_layer_that_had_no_gradient_keeps_its_mask(method, explicit):
+    trainer, other, resumed = (make(method, schedule=UpdateSchedule(9, 1)) for _ in range(3))
+    weights, before = initial_weights(trainer), dict(trainer.masks)
+    for name, grad in gradients(trainer, 1).items():
+        other.accumulate(name, grad)
+        if name != "conv":
+            trainer.accumulate(name, grad)
+        elif explicit:
+            trainer.accumulate(name, None)
+    expected = other.step(weights)
+    resumed.load_state_dict(trainer.state_dict())
+    for each in (trainer, resumed):
+        with pytest.warns(UserWarning, match="no gradient reached layer 'conv' since the last"):
+            updates = each.step(weights)
+        assert updates.keys() == SHAPES.keys() - {"conv"}
+        np.testing.assert_array_equal(each.masks["conv"], before["conv"])
+        for name, update in updates.items():
+            np.testing.assert_array_equal(update.mask, expected[name].mask)
+        assert each.step_count == 1
+        assert not each.state_dict()["window"]
+
+
+def test_steps_without_a_part_do_not_count_in_the_mean():
+    trainers = [make(grad_window=3, schedule=UpdateSchedule(100, delta_t=3)) for _ in range(2)]
+    weights = initial_weights(trainers[0])
+    for step in (1, 2, 3):
+        for name, grad in gradients(trainers[0], step).items():
+            trainers[0].accumulate(name, None if step == 2 else grad)
+            if step != 2:
+                trainers[1].accumulate(name, grad)
+        one, two = (trainer.step(weights) for trainer in trainers)
+    for name, update in one.items():
+        np.testing.assert_array_equal(update.mask, two[name].mask)
+
+
+# ---------------------------------------------------------------- given masks
+
+
+def test_training_can_start_from_given_masks():
+    first = make(seed=1)
+    masks = dict(first.masks)
+    drawn = make(seed=2)
+    for sparsity in (None, 0.6):
+        trainer = make(sparsity=sparsity, masks=masks, seed=2)
+        for name, mask in masks.items():
+            np.testing.assert_array_equal(trainer.masks[name], mask)
+            count = int(np.count_nonzero(mask))
+            expected = count if sparsity is None else first.budgets[name].nnz_budget
+            assert trainer.budgets[name].nnz_budget == expected
+    some = make(masks={"conv": masks["conv"]}, seed=2)
+    np.testing.assert_array_equal(some.masks["conv"], masks["conv"])
+    assert some.nnz == drawn.nnz
+
+
+def test_given_masks_that_do_not_suit_are_refused_by_name():
+    mask = make().masks["hidden"]
+    uneven = mask.copy()
+    uneven[0, np.flatnonzero(uneven[0])[0]] = False
+    wrong = {
+        r"masks names 'nope'; there are conv": {"nope": mask},
+        r"layer 'hidden': .* constant fan-in: active rows have \d+ to \d+": {"hidden": uneven},
+        r"layer 'hidden': .* no active weight": {"hidden": np.zeros_like(mask)},
+        r"layer 'hidden': .*shape": {"hidden": mask[1:]},
+        r"layer 'hidden': .*bool": {"hidden": mask.astype(int)},
+        r"layer 'hidden': the given mask has \d+ weights, but the budget is": {
+            "hidden": np.ones_like(mask)
+        },
+    }
+    for message, masks in wrong.items():
+        with pytest.raises(SriglError, match=message):
+            make(masks=masks)
+    make("rigl", masks={"hidden": uneven})
+    with pytest.raises(SriglError, match=r"layer 'conv': sparsity is missing; only layers with"):
+        make(sparsity=None, masks={"hidden": mask})
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_update_uses_the_mean_of_all_calls_in_the_window(method):
     """The update is that of the reference, which also sets inactive weights to zero."""
     schedule = UpdateSchedule(1000, delta_t=4)
-    trainer = make(method, grad_window=3, schedule=schedule)
+    trainer = make(method, grad_window=3, schedule=schedule, gamma_sal=0.3)
     before = dict(trainer.masks)
     set_rng, rng = np.random.default_rng(), np.random.default_rng(3)
     set_rng.bit_generator.state = trainer.state_dict()["rng"]
@@ -330,8 +433,8 @@ def test_settings_reach_the_update():
     shapes = {"a": (6, 8), "b": (6, 8)}
     for settings in (
         {"gamma_sal": None, "min_salient": 3},
-        {"saliency_scope": "all"},
-        {"grown_init": 0.5},
+        {"saliency_scope": "all", "gamma_sal": 0.3},
+        {"grown_init": 0.5, "gamma_sal": None},
         {"gamma_sal": 1.0},
     ):
         schedule = UpdateSchedule(50, delta_t=1, alpha=0.8)
@@ -353,6 +456,56 @@ def test_settings_reach_the_update():
             np.testing.assert_array_equal(update.mask, expected.mask)
             np.testing.assert_array_equal(update.weight, expected.weight)
             assert update.threshold == expected.threshold
+
+
+def test_gamma_sal_follows_from_the_shape_and_each_layer_may_have_its_own():
+    """Kernels have more than two axes, a 1x1 convolution's too (SPEC 4.4)."""
+    shapes = {"pointwise": (6, 40, 1, 1), "matrix": (6, 40), "own": (6, 40), "kept": (6, 40)}
+    layers = {"own": LayerOptions(gamma_sal=0.5), "kept": LayerOptions(ablate=False)}
+    options = {"shapes": shapes, "sparsity": 0.5, "ablate_last": True, "layers": layers}
+    schedule = UpdateSchedule(50, delta_t=1)
+    for settings, shares in (
+        ({}, (0.3, 0.9, 0.5, None)),
+        ({"gamma_sal": 0.7}, (0.7, 0.7, 0.5, None)),
+        ({"min_salient": 3}, (None, None, 0.5, None)),
+        ({"gamma_sal": None}, (None, None, 0.5, None)),
+    ):
+        trainer = make(schedule=schedule, **options, **settings)
+        weights, grads = initial_weights(trainer), gradients(trainer, 1)
+        for name, grad in grads.items():
+            trainer.accumulate(name, grad)
+        masks = dict(trainer.masks)
+        updates = trainer.step(weights)
+        for (name, update), share in zip(updates.items(), shares, strict=True):
+            expected = update_mask(
+                weights[name],
+                grads[name],
+                masks[name],
+                nnz_budget=trainer.budgets[name].nnz_budget,
+                drop_fraction=schedule.drop_fraction(1),
+                gamma_sal=share,
+                min_salient=settings.get("min_salient")
+                if name in ("pointwise", "matrix")
+                else None,
+            )
+            np.testing.assert_array_equal(update.mask, expected.mask)
+            assert update.threshold == expected.threshold
+    with pytest.raises(SriglError, match=r"gamma_sal=1\.5"):
+        LayerOptions(gamma_sal=1.5)
+    with pytest.raises(ValueTypeError, match="gamma_sal='auto' must be a number"):
+        UpdateSettings(10, 0.3, gamma_sal="auto")
+
+
+def test_a_threshold_of_one_weight_is_reported():
+    shapes = {"a": (20, 40), "conv": (20, 4, 3, 3), "last": (5, 20)}
+    options = {"shapes": shapes, "sparsity": 0.85, "distribution": "uniform"}
+    with pytest.warns(UserWarning, match=r"^layer 'conv' \(gamma_sal=0.3, fan-in 5\): ablation"):
+        make(**options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(**options, layers={"conv": LayerOptions(gamma_sal=0.5)})
+        make("rigl", **options)
+        make(**options, gamma_sal=None)
 
 
 # ---------------------------------------------------------------- ITOP and the report
@@ -438,11 +591,11 @@ def test_a_gradient_that_is_not_finite_is_an_error_and_one_can_go_on(method, wro
     trainer.discard_gradients()
     assert trainer.state_dict()["window"] == {}
     assert trainer.needs_grad
+    before = snapshot(trainer)
+    with pytest.raises(SriglError, match=r"no gradient was .* step 1; call accumulate before step"):
+        trainer.step(weights)
+    assert snapshot(trainer) == before
     for name, grad in gradients(trainer, 2).items():
-        before = snapshot(trainer)
-        with pytest.raises(SriglError, match=f"layer '{name}': no gradient was .* step 1"):
-            trainer.step(weights)
-        assert snapshot(trainer) == before
         trainer.accumulate(name, grad)
     assert trainer.step(weights).keys() == SHAPES.keys()
     assert trainer.step_count == 1
@@ -500,11 +653,12 @@ def test_a_bad_gradient_is_an_error_at_once(name, grad, error, message):
         ({"grad_window": 5}, SriglError, "grad_window=5 must be between 1 and 4"),
         ({"grad_window": 0}, SriglError, "grad_window=0"),
         ({"gamma_sal": 1.5}, SriglError, r"gamma_sal=1\.5"),
-        ({"min_salient": 2}, SriglError, "gamma_sal=None"),
+        ({"min_salient": 2, "gamma_sal": 0.3}, SriglError, "gamma_sal=None"),
+        ({"gamma_sal": "automatic"}, ValueTypeError, "gamma_sal='automatic' must be a number"),
         ({"saliency_scope": "some"}, SriglError, "saliency_scope='some'"),
         ({"seed": -1}, SriglError, "seed=-1 must be at least 0"),
         ({"seed": None}, ValueTypeError, "seed=None must be an integer"),
-        ({"schedule": 1}, SriglError, "total_steps=1 must be at least 2"),
+        ({"schedule": -1}, SriglError, "total_steps=-1 must be at least 1"),
         ({"schedule": "often"}, ValueTypeError, "total_steps='often'"),
         ({"backend": "cuda"}, SriglError, "no backend is called 'cuda'"),
         ({"backend": "scipy"}, SriglError, "'scipy' does not offer update_mask"),

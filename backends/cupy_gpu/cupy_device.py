@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import secrets
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from srigl_core._cache_folder import cache_version, find_cache
+from srigl_core._cache_folder import cache_version, find_cache, keep_kernel, kept_kernel
+from srigl_core._files import write_whole
+from srigl_core._install import install_command
 from srigl_core.backends.cupy_gpu.device import DeviceProperties
 from srigl_core.backends.cupy_gpu.variants import COMPILER_OPTIONS, Variant
 from srigl_core.errors import BackendUnavailableError
@@ -30,7 +31,7 @@ try:
 except ModuleNotFoundError as error:
     raise BackendUnavailableError(
         f"backend 'cupy' needs the package {error.name!r}, which is not installed: "
-        f"pip install 'srigl-core[cupy]' for CUDA 13, 'srigl-core[cupy12]' for CUDA 12"
+        f"{install_command('cupy')} for CUDA 13, {install_command('cupy12')} for CUDA 12"
     ) from error
 
 __all__ = ["CupyDevice", "check_device", "compiled", "cupy", "runtime_info"]
@@ -172,20 +173,21 @@ def _kernel(device: int, variant: Variant) -> Any:
     key = repr((variant.file, variant.name, architecture))
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     folder, _ = _cache()
-    if folder is None or not (folder / f"{name}.json").exists():
+    symbol = None if folder is None else _kept_symbol(folder, name)
+    if folder is None or symbol is None:
         code, symbol = compiled(variant, architecture)
-        if folder is None or not _write(folder, name, code, symbol):
+        if folder is None or not _keep(folder, name, code, symbol):
             folder = Path(_own_folder().name)
-            _write(folder, name, code, symbol)
-    symbol = json.loads((folder / f"{name}.json").read_text())
-    return cupy.RawModule(path=str(folder / f"{name}.cubin")).get_function(symbol)
+            _code_file(folder, name).write_bytes(code)
+    return cupy.RawModule(path=str(_code_file(folder, name))).get_function(symbol)
 
 
 @functools.cache
 def _cache() -> tuple[Path | None, str]:
     sources = (file for file in FOLDER.iterdir() if file.suffix in (".cu", ".cuh"))
-    tools = (COMPILER_OPTIONS, cupy.cuda.nvrtc.getVersion())
-    return find_cache(cache_version(sources, tools), os.environ.get("CUPY_CACHE_DIR", ""))
+    version = cache_version(sources, (COMPILER_OPTIONS, cupy.cuda.nvrtc.getVersion()))
+    variable = "CUPY_CACHE_DIR"
+    return find_cache(version, variable=variable, named=os.environ.get(variable, ""))
 
 
 @functools.cache
@@ -194,22 +196,34 @@ def _own_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="srigl-core-")
 
 
-def _write(folder: Path, name: str, code: bytes, symbol: str) -> bool:
+def _code_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.cubin"
+
+
+def _keep(folder: Path, name: str, code: bytes, symbol: str) -> bool:
     """Write a compiled kernel, and return whether that worked.
 
-    The symbol is written last, since another process may be reading.
+    The symbol and the code's hash are written last, since another process may be reading.
     """
     try:
-        for file, content in (
-            (f"{name}.cubin", code),
-            (f"{name}.json", json.dumps(symbol).encode()),
-        ):
-            unfinished = folder / f"{file}.{secrets.token_hex(8)}"
-            unfinished.write_bytes(content)
-            unfinished.replace(folder / file)
+        write_whole(_code_file(folder, name), code, mode=0o644)
     except OSError:
         return False
-    return True
+    described = json.dumps([symbol, hashlib.sha256(code).hexdigest()])
+    return keep_kernel(folder / f"{name}.kernel", described.encode())
+
+
+def _kept_symbol(folder: Path, name: str) -> str | None:
+    """Return the symbol of a kernel that `_keep` wrote, or None if a file is missing or damaged."""
+    described = kept_kernel(folder / f"{name}.kernel")
+    if described is None:
+        return None
+    symbol, digest = json.loads(described)
+    try:
+        code = _code_file(folder, name).read_bytes()
+    except OSError:
+        return None
+    return str(symbol) if hashlib.sha256(code).hexdigest() == digest else None
 
 
 def _cuda_headers() -> tuple[str, ...]:

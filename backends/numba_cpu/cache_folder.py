@@ -40,4 +40,4 @@ def describe_cache() -> str:
 
 @functools.cache
 def _cache() -> tuple[Path | None, str]:
-    return find_cache(_VERSION, numba.config.CACHE_DIR)
+    return find_cache(_VERSION, variable="NUMBA_CACHE_DIR", named=numba.config.CACHE_DIR)

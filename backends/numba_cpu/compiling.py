@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import pickle
-import secrets
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -18,11 +16,10 @@ from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 from numpy.typing import NDArray
 
+from srigl_core._cache_folder import keep_kernel, kept_kernel
 from srigl_core.backends.numba_cpu.cache_folder import cache_directory
 
 __all__ = ["cache_directory", "frozen", "kernel"]
-
-_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def kernel(*, parallel: bool = False, reorder: bool = False) -> Callable[[Any], Any]:
@@ -78,17 +75,15 @@ class _KernelCache:
     def load_overload(self, types: Any, target: Any) -> Any:
         """Return the cached result for arguments of these types, or None."""
         file = self._file(types, target.codegen())
-        if file is None:
-            return None
-        try:
-            content = file.read_bytes()
-        except OSError:
-            return None
-        digest, data = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-        if hashlib.sha256(data).digest() != digest:
+        data = None if file is None else kept_kernel(file)
+        if data is None:
             return None
         target.refresh()
-        return CompileResult._rebuild(target, *pickle.loads(data))
+        try:
+            result = CompileResult._rebuild(target, *pickle.loads(data))
+        except Exception:  # whatever it holds, a file only ever costs time
+            return None
+        return result if result.signature.args == types else None
 
     def save_overload(self, types: Any, result: Any) -> None:
         """Write a result; if that fails, the next process compiles it again."""
@@ -96,14 +91,7 @@ class _KernelCache:
         machine_code = result._asdict()["library"]
         if file is None or machine_code.has_dynamic_globals:
             return
-        data = dumps(result._reduce())
-        unfinished = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
-        try:
-            unfinished.write_bytes(hashlib.sha256(data).digest() + data)
-            unfinished.replace(file)
-        except OSError:
-            with suppress(OSError):
-                unfinished.unlink()
+        keep_kernel(file, dumps(result._reduce()))
 
     def _file(self, types: Any, codegen: Any) -> Path | None:
         folder = cache_directory()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from srigl_core._install import install_command
 from srigl_core.benchmarks.contenders.contender import Contender
 
 __all__ = ["Contender", "load_contenders"]
@@ -18,7 +19,7 @@ _LIBRARIES = {
         ("jax_brainevent", "brainevent", "pip install brainevent jax"),
     ),
     "gpu": (
-        ("ours", "srigl-core", "pip install 'srigl-core[cupy]'"),
+        ("ours", "srigl-core", install_command("cupy")),
         ("pytorch", "PyTorch", "pip install torch"),
         ("cupyx_csr", "CuPy's sparse matrices", "pip install cupy-cuda13x scipy"),
     ),

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from srigl_core._arrays.dtypes import index_dtype
 from srigl_core.benchmarks.cases import Case
 from srigl_core.benchmarks.contenders.contender import Bind, Contender
-from srigl_core.benchmarks.contenders.ours import (
-    gradients,
-    plan_gradients_read,
-    product,
-    update,
-    update_read,
-)
+from srigl_core.benchmarks.contenders.ours import gradients, product, update
 from srigl_core.benchmarks.problems import Problem
 from srigl_core.contract import Backend
 from srigl_core.testing.kernel_capabilities import capabilities_of
@@ -33,19 +25,19 @@ def contenders(backend: Backend) -> list[Contender]:
     capabilities = capabilities_of(backend)
 
     def with_bias_outside(problem: Problem) -> Bind:
-        plan, bias = problem.plan(backend), problem.bias()
+        plan, bias = problem.plan(backend), problem.bias
         return lambda batch: lambda: plan(batch.x) + bias
 
-    forward = product(backend) if capabilities.bias else with_bias_outside
-    template = Contender(backend.name, "external", "forward", forward)
-    each = [
-        template,
-        replace(
-            template, operation="backward", prepare=gradients(backend), read=plan_gradients_read
-        ),
-        replace(template, operation="update", prepare=update(backend), read=update_read),
+    prepared = {
+        "forward": product(backend) if capabilities.bias else with_bias_outside,
+        "backward": gradients(backend),
+        "update": update(backend),
+    }
+    return [
+        Contender(backend.name, "external", operation, prepare)
+        for operation, prepare in prepared.items()
+        if _OPERATIONS[operation] in capabilities.operations
     ]
-    return [one for one in each if _OPERATIONS[one.operation] in capabilities.operations]
 
 
 def takes(backend: Backend, case: Case) -> bool:

@@ -38,21 +38,16 @@ def contenders(device: str) -> list[Contender]:
 def _product(problem: Problem) -> Bind:
     weight = problem.weight
     values, indices = jnp.asarray(weight.values), jnp.asarray(weight.indices.astype(np.int32))
-    bias, shape = jnp.asarray(problem.bias()), weight.shape
+    bias, shape = jnp.asarray(problem.bias), weight.shape
 
     def bind(batch: Batch) -> Call:
         """Take JAX arrays with inputs as columns; the transposition is not timed."""
-        if len(batch.x) == 1:
-            x = jnp.asarray(batch.x[0])
-            one = jax.jit(
-                lambda x: brainevent.fcnmv(values, indices, x, shape=shape, transpose=False) + bias
-            )
-            return lambda: one(x).block_until_ready()
-        columns = jnp.asarray(batch.x.T)
-        many = jax.jit(
-            lambda x: brainevent.fcnmm(values, indices, x, shape=shape, transpose=False).T + bias
+        x = jnp.asarray(batch.x[0] if len(batch.x) == 1 else batch.x.T)
+        product = brainevent.fcnmv if x.ndim == 1 else brainevent.fcnmm
+        compiled = jax.jit(
+            lambda x: product(values, indices, x, shape=shape, transpose=False).T + bias
         )
-        return lambda: many(columns).block_until_ready()
+        return lambda: compiled(x).block_until_ready()
 
     return bind
 

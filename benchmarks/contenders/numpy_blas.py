@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender, gradients_read
-from srigl_core.benchmarks.problems import Batch, Problem
+from srigl_core.benchmarks.contenders.contender import Bind, Contender
+from srigl_core.benchmarks.problems import Problem
 
 __all__ = ["contenders"]
 
@@ -15,24 +15,20 @@ def contenders(device: str) -> list[Contender]:
     return [
         Contender("NumPy x @ W.T", "dense", "forward", _product),
         Contender("NumPy x @ V, V = W.T stored", "dense", "forward", _product_transposed),
-        Contender("NumPy dense", "dense", "backward", _gradients, gradients_read),
+        Contender("NumPy dense", "dense", "backward", _gradients),
     ]
 
 
 def _product(problem: Problem) -> Bind:
-    weight, bias = problem.dense(), problem.bias()
+    weight, bias = problem.dense, problem.bias
     return lambda batch: lambda: batch.x @ weight.T + bias
 
 
 def _product_transposed(problem: Problem) -> Bind:
-    transposed, bias = np.ascontiguousarray(problem.dense().T), problem.bias()
+    transposed, bias = np.ascontiguousarray(problem.dense.T), problem.bias
     return lambda batch: lambda: batch.x @ transposed + bias
 
 
 def _gradients(problem: Problem) -> Bind:
-    weight = problem.dense()
-
-    def bind(batch: Batch) -> Call:
-        return lambda: (batch.grad @ weight, batch.grad.T @ batch.x)
-
-    return bind
+    weight = problem.dense
+    return lambda batch: lambda: (batch.grad @ weight, batch.grad.T @ batch.x)

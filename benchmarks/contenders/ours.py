@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import srigl_core
 from srigl_core.benchmarks.cases import Case
@@ -12,28 +11,14 @@ from srigl_core.benchmarks.contenders.contender import (
     Bind,
     Call,
     Contender,
+    unless,
     unless_ablated,
 )
-from srigl_core.benchmarks.problems import (
-    BFLOAT16,
-    FLOAT16,
-    FULL,
-    Batch,
-    Precision,
-    Problem,
-)
+from srigl_core.benchmarks.problems import BFLOAT16, FLOAT16, FULL, Batch, Precision, Problem
 from srigl_core.benchmarks.results import OURS
 from srigl_core.contract import Backend
 
-__all__ = [
-    "contenders",
-    "gpu_contenders",
-    "gradients",
-    "plan_gradients_read",
-    "product",
-    "update",
-    "update_read",
-]
+__all__ = ["contenders", "gpu_contenders", "gradients", "product", "update"]
 
 _MOST_WORK_FOR_SCIPY = 1 << 28
 _SLOWEST_REFERENCE = 1 << 23
@@ -52,19 +37,27 @@ def contenders(device: str) -> list[Contender]:
         return gpu_contenders("cupy")
     srigl_core.get_backend("numba")
     ours = OURS["cpu"]
-    made = [
+    is_narrow = unless(lambda case: case.narrow, "16-bit values are measured in a few cases only")
+    return [
         Contender(ours, "ours", "forward", product("numba")),
         Contender("srigl scipy", "other", "forward", product("scipy"), unfit=_if_not_for_scipy),
-        Contender(ours, "ours", "backward", gradients("numba"), plan_gradients_read),
-        Contender(ours, "ours", "update", update("numba"), update_read),
+        Contender(ours, "ours", "backward", gradients("numba")),
+        Contender(ours, "ours", "update", update("numba")),
+        Contender(
+            "srigl reference", "other", "update", update("reference"), unfit=_if_slow_for_reference
+        ),
+        *(
+            Contender(
+                f"{ours}, {dtype} values",
+                "ours",
+                "forward",
+                product("numba"),
+                precision=Precision(values=dtype),
+                unfit=is_narrow,
+            )
+            for dtype in ("bfloat16", "float16")
+        ),
     ]
-    reference = replace(made[-1], name="srigl reference", family="other")
-    made.append(replace(reference, prepare=update("reference"), unfit=_if_slow_for_reference))
-    for dtype in ("bfloat16", "float16"):
-        name, precision = f"{ours}, {dtype} values", Precision(values=dtype)
-        narrow = Contender(name, "ours", "forward", product("numba", precision))
-        made.append(replace(narrow, precision=precision, unfit=_unless_narrow))
-    return made
 
 
 def gpu_contenders(backend: str) -> list[Contender]:
@@ -73,15 +66,12 @@ def gpu_contenders(backend: str) -> list[Contender]:
     made = []
     for precision in (FULL, FLOAT16, BFLOAT16):
         dtype = precision.values
-        name = f"{ours} {dtype}".strip()
-        forward = Contender(name, "ours", "forward", product(backend, precision))
-        backward = Contender(name, "ours", "backward", gradients(backend, precision))
-        made += [
-            replace(each, precision=precision, unfit=_if_long_to_pack(dtype))
-            for each in (forward, replace(backward, read=plan_gradients_read))
-        ]
-    return [
-        *made,
+        name, unfit = f"{ours} {dtype}".strip(), _if_long_to_pack(dtype)
+        forward = Contender(
+            name, "ours", "forward", product(backend), precision=precision, unfit=unfit
+        )
+        made += [forward, replace(forward, operation="backward", prepare=gradients(backend))]
+    made += [
         Contender(
             f"{ours}, active neurons only",
             "ours",
@@ -90,21 +80,19 @@ def gpu_contenders(backend: str) -> list[Contender]:
             problem=Problem.active_neurons,
             unfit=unless_ablated,
         ),
-        Contender(ours, "ours", "update", update(backend), update_read),
+        Contender(ours, "ours", "update", update(backend)),
     ]
+    return [replace(each, takes=Problem.for_backend) for each in made]
 
 
-def product(
-    backend: str | Backend, precision: Precision = FULL, *, compact: bool = False
-) -> Callable[[Problem], Bind]:
+def product(backend: str | Backend, *, compact: bool = False) -> Callable[[Problem], Bind]:
     """Return a function that prepares products by a backend."""
 
     def prepare(problem: Problem) -> Bind:
-        plan = problem.plan(backend, precision.values)
-        bias = problem.arrays.for_backend(problem.whole.bias(precision.inputs))
+        plan, bias = problem.plan(backend), problem.for_backend(problem.whole.bias)
 
         def bind(batch: Batch) -> Call:
-            x, threads = _inputs(problem, batch.x, precision), batch.threads
+            x, threads = batch.x, batch.threads
             if compact:
                 return lambda: plan(x, bias, compact=True, threads=threads)
             return lambda: plan(x, bias, threads=threads)
@@ -114,16 +102,20 @@ def product(
     return prepare
 
 
-def gradients(backend: str | Backend, precision: Precision = FULL) -> Callable[[Problem], Bind]:
+def gradients(backend: str | Backend) -> Callable[[Problem], Bind]:
     """Return a function that prepares gradients by a backend."""
 
     def prepare(problem: Problem) -> Bind:
-        plan = problem.plan(backend, precision.values)
+        plan = problem.plan(backend)
 
         def bind(batch: Batch) -> Call:
-            x, grad = (_inputs(problem, part, precision) for part in (batch.x, batch.grad))
-            wrt, threads = ("x", "values"), batch.threads
-            return lambda: plan.backward(grad, x, wrt=wrt, threads=threads)
+            def call() -> tuple[object, object]:
+                result = plan.backward(
+                    batch.grad, batch.x, wrt=("x", "values"), threads=batch.threads
+                )
+                return result.x, result.values
+
+            return call
 
         return bind
 
@@ -134,34 +126,13 @@ def update(backend: str | Backend) -> Callable[[Problem], Bind]:
     """Return a function that prepares mask updates by a backend."""
 
     def prepare(problem: Problem) -> Bind:
-        arrays, settings = problem.arrays, problem.update_settings
-        inputs = [arrays.for_backend(arrays.array(each)) for each in problem.update_inputs]
-
-        def bind(batch: Batch) -> Call:
-            n = batch.threads
-            return lambda: srigl_core.update_mask(*inputs, **settings, backend=backend, threads=n)
-
-        return bind
+        settings = {**problem.update_settings, "backend": backend}
+        inputs = [problem.for_backend(problem.arrays.array(each)) for each in problem.update_inputs]
+        return lambda batch: (
+            lambda: srigl_core.update_mask(*inputs, **settings, threads=batch.threads).mask
+        )
 
     return prepare
-
-
-def plan_gradients_read(result: Any) -> dict[str, Any]:
-    """Return the gradients of `Plan.backward` by name."""
-    return {"dx": result.x, "dvalues": result.values}
-
-
-def update_read(result: Any) -> dict[str, Any]:
-    """Return the mask of `update_mask` by name."""
-    return {"mask": result.mask}
-
-
-def _inputs(problem: Problem, array: Any, precision: Precision) -> Any:
-    return problem.arrays.for_backend(problem.cast(array, precision.inputs))
-
-
-def _unless_narrow(case: Case) -> str:
-    return "" if case.narrow else "16-bit values are measured in a few cases only"
 
 
 def _if_not_for_scipy(case: Case) -> str:
@@ -178,10 +149,8 @@ def _if_slow_for_reference(case: Case) -> str:
 
 
 def _if_long_to_pack(dtype: str) -> Callable[[Case], str]:
-    def unfit(case: Case) -> str:
+    def is_quick(case: Case) -> bool:
         nnz = case.layer.nnz
-        if case.batch <= _STREAMED_BATCH or nnz <= _MOST_PACKED.get(dtype, nnz):
-            return ""
-        return "packing this many connections again takes long; float32 is measured"
+        return case.batch <= _STREAMED_BATCH or nnz <= _MOST_PACKED.get(dtype, nnz)
 
-    return unfit
+    return unless(is_quick, "packing this many connections again takes long; float32 is measured")

@@ -16,20 +16,12 @@ from srigl_core.benchmarks.contenders.contender import (
     Bind,
     Call,
     Contender,
-    gradients_read,
+    unless,
     unless_ablated,
     unless_compiled,
 )
 from srigl_core.benchmarks.contenders.scipy_csr import csr_matrix
-from srigl_core.benchmarks.problems import (
-    BFLOAT16,
-    FLOAT16,
-    FULL,
-    TF32,
-    Batch,
-    Precision,
-    Problem,
-)
+from srigl_core.benchmarks.problems import BFLOAT16, FLOAT16, FULL, TF32, Batch, Problem
 
 __all__ = ["contenders"]
 
@@ -58,56 +50,57 @@ _linear = torch.nn.functional.linear
 def contenders(device: str) -> list[Contender]:
     """Return every way that this build of PyTorch has on a device."""
     torch.set_grad_enabled(False)
-    return [*(_on_gpu() if device == "gpu" else _on_cpu()), *_on_both(device)]
+    made = [*(_on_gpu() if device == "gpu" else _on_cpu()), *_on_both(device)]
+    return [replace(each, takes=Problem.tensor) for each in made]
 
 
 def _on_both(device: str) -> list[Contender]:
     weighted = _einsum if device == "gpu" else _product_and_sum
+    compiled = _gather(_product_and_sum, _compiled)
+    fits = _unless_gathered_fits(_MOST_GATHERED[device])
     return [
         Contender("torch CSR", "csr", "forward", _csr()),
-        Contender("torch CSR", "csr", "backward", _csr_gradients, _csr_gradients_read),
-        Contender(
-            "torch gather",
-            "gather",
-            "forward",
-            _gather(weighted),
-            unfit=_unless_gathered_fits(_MOST_GATHERED[device]),
-        ),
-        Contender(
-            "torch gather, compiled",
-            "gather",
-            "forward",
-            _gather(_product_and_sum, _compiled),
-            unfit=unless_compiled,
-        ),
-        Contender("torch top-k", "other", "update", _update, lambda mask: {"mask": mask}),
+        Contender("torch CSR", "csr", "backward", _csr_gradients),
+        Contender("torch gather", "gather", "forward", _gather(weighted), unfit=fits),
+        Contender("torch gather, compiled", "gather", "forward", compiled, unfit=unless_compiled),
+        Contender("torch top-k", "other", "update", _update),
     ]
 
 
 def _on_cpu() -> list[Contender]:
-    some_neurons = partial(Problem.first_neurons, share=_SHARE)
-    some = f"{_SHARE:.0%} of the neurons"
+    torch_dense = Contender("torch F.linear", "dense", "forward", _dense())
     made = [
-        Contender("torch F.linear", "dense", "forward", _dense()),
-        Contender(
-            f"torch F.linear, {some}", "fewer neurons", "forward", _dense(), problem=some_neurons
-        ),
-        Contender("torch dense", "dense", "backward", _dense_gradients(), gradients_read),
+        *_with_some_neurons(torch_dense),
+        Contender("torch dense", "dense", "backward", _dense_gradients),
     ]
     if torch.backends.mkldnn.is_available():
-        product = _dense(linear=_onednn)
-        made += [
-            replace(each, unfit=_if_double)
-            for each in (
-                Contender("oneDNN", "dense", "forward", product),
-                Contender("oneDNN, packed weight", "dense", "forward", _onednn_packed),
-                Contender(
-                    f"oneDNN, {some}", "fewer neurons", "forward", product, problem=some_neurons
-                ),
-                Contender("oneDNN", "dense", "backward", _onednn_gradients, gradients_read),
-            )
-        ]
+        product = Contender(
+            "oneDNN",
+            "dense",
+            "forward",
+            _dense(_onednn),
+            unfit=unless(lambda case: case.dtype != "float64", "has no float64"),
+        )
+        whole, some = _with_some_neurons(product)
+        packed = replace(product, name="oneDNN, packed weight", prepare=_onednn_packed)
+        backward = replace(product, operation="backward", prepare=_onednn_gradients)
+        made += [whole, packed, some, backward]
     return made
+
+
+def _with_some_neurons(dense: Contender) -> list[Contender]:
+    """Return a dense product, and the same of a share of the neurons."""
+    some = replace(
+        dense,
+        name=f"{dense.name}, {_SHARE:.0%} of the neurons",
+        family="fewer neurons",
+        problem=_some_neurons,
+    )
+    return [dense, some]
+
+
+def _some_neurons(problem: Problem) -> Problem:
+    return problem.first_neurons(_SHARE)
 
 
 def _on_gpu() -> list[Contender]:
@@ -121,15 +114,9 @@ def _on_gpu() -> list[Contender]:
             f"torch {label}",
             family,
             "forward",
-            _dense(precision),
+            _dense(),
             precision=precision,
-            around=_tf32 if precision is TF32 else _ieee,
-        )
-        backward = replace(
-            product,
-            operation="backward",
-            prepare=_dense_gradients(precision),
-            read=gradients_read,
+            around=partial(_matmul_precision, "high" if precision is TF32 else "highest"),
         )
         fewer = replace(
             product,
@@ -138,12 +125,11 @@ def _on_gpu() -> list[Contender]:
             problem=Problem.active_neurons,
             unfit=unless_ablated,
         )
-        made += [product, fewer, backward]
+        made += [product, fewer, replace(product, operation="backward", prepare=_dense_gradients)]
+    has_rows = unless(lambda case: case.batch != 1, "one row need not be transposed")
     return [
         *made,
-        Contender(
-            "torch CSR, x transposed", "csr", "forward", _csr(copied=True), unfit=_if_one_row
-        ),
+        Contender("torch CSR, x transposed", "csr", "forward", _csr(copied=True), unfit=has_rows),
         Contender(
             "torch 2:4 float16",
             "other",
@@ -157,75 +143,50 @@ def _on_gpu() -> list[Contender]:
 
 
 @contextmanager
-def _tf32() -> Iterator[None]:
-    torch.set_float32_matmul_precision("high")
+def _matmul_precision(name: str) -> Iterator[None]:
+    torch.set_float32_matmul_precision(name)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision("highest")
 
 
-@contextmanager
-def _ieee() -> Iterator[None]:
-    torch.set_float32_matmul_precision("highest")
-    yield
-
-
 def _onednn(x: Any, weight: Any, bias: Any = None) -> Any:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _dense(precision: Precision = FULL, linear: Callable[..., Any] = _linear) -> Any:
+def _dense(linear: Callable[..., Any] = _linear) -> Callable[[Problem], Bind]:
     def prepare(problem: Problem) -> Bind:
-        weight, bias = _dense_arrays(problem, precision)
-
-        def bind(batch: Batch) -> Call:
-            x = problem.tensor(batch.x, precision.inputs)
-            return lambda: linear(x, weight, bias)
-
-        return bind
+        weight, bias = problem.tensor(problem.dense), problem.tensor(problem.bias)
+        return lambda batch: lambda: linear(batch.x, weight, bias)
 
     return prepare
-
-
-def _dense_arrays(problem: Problem, precision: Precision = FULL) -> tuple[Any, Any]:
-    tensor = problem.arrays.tensor
-    return tensor(problem.dense(precision.values)), tensor(problem.bias(precision.inputs))
 
 
 def _onednn_packed(problem: Problem) -> Bind:
     """Put the weight into oneDNN's preferred layout for each batch, as frozen models do."""
-    weight, bias = _dense_arrays(problem)
+    weight, bias = problem.tensor(problem.dense), problem.tensor(problem.bias)
 
     def bind(batch: Batch) -> Call:
-        x = problem.tensor(batch.x)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
-        return lambda: _onednn(x, packed, bias)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(batch.x))
+        return lambda: _onednn(batch.x, packed, bias)
 
     return bind
 
 
-def _dense_gradients(precision: Precision = FULL) -> Callable[[Problem], Bind]:
-    def prepare(problem: Problem) -> Bind:
-        weight, _ = _dense_arrays(problem, precision)
-
-        def bind(batch: Batch) -> Call:
-            x, grad = (problem.tensor(part, precision.inputs) for part in (batch.x, batch.grad))
-            return lambda: (grad @ weight, grad.t() @ x)
-
-        return bind
-
-    return prepare
+def _dense_gradients(problem: Problem) -> Bind:
+    weight = problem.tensor(problem.dense)
+    return lambda batch: lambda: (batch.grad @ weight, batch.grad.t() @ batch.x)
 
 
 def _onednn_gradients(problem: Problem) -> Bind:
-    weight, _ = _dense_arrays(problem)
-
-    def bind(batch: Batch) -> Call:
-        x, grad = problem.tensor(batch.x), problem.tensor(batch.grad)
-        return lambda: (_onednn(grad, weight.t()), _onednn(grad.t(), x.t()))
-
-    return bind
+    weight = problem.tensor(problem.dense)
+    return lambda batch: (
+        lambda: (
+            _onednn(batch.grad, weight.t()),
+            _onednn(batch.grad.t(), batch.x.t()),
+        )
+    )
 
 
 def _csr_tensor(problem: Problem, matrix: Any) -> Any:
@@ -234,9 +195,7 @@ def _csr_tensor(problem: Problem, matrix: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         return torch.sparse_csr_tensor(
-            *(problem.arrays.tensor(array) for array in arrays),
-            size=matrix.shape,
-            check_invariants=True,
+            *(problem.tensor(array) for array in arrays), size=matrix.shape, check_invariants=True
         )
 
 
@@ -245,11 +204,11 @@ def _csr(*, copied: bool = False) -> Callable[[Problem], Bind]:
 
     def prepare(problem: Problem) -> Bind:
         matrix = _csr_tensor(problem, csr_matrix(problem.weight))
-        bias = problem.tensor(problem.bias())
+        bias = problem.tensor(problem.bias)
         column = bias[:, None]
 
         def bind(batch: Batch) -> Call:
-            x = problem.tensor(batch.x)
+            x = batch.x
             if len(x) == 1:
                 vector = x[0]
                 return lambda: torch.addmv(bias, matrix, vector)
@@ -268,16 +227,11 @@ def _csr_gradients(problem: Problem) -> Bind:
     places, transposed = (_csr_tensor(problem, each) for each in (matrix, matrix.T.tocsr()))
 
     def bind(batch: Batch) -> Call:
-        x, grad = problem.tensor(batch.x), problem.tensor(batch.grad)
+        x, grad = batch.x, batch.grad.t()
         sampled = torch.sparse.sampled_addmm
-        return lambda: ((transposed @ grad.t()).t(), sampled(places, grad.t(), x, beta=0.0))
+        return lambda: ((transposed @ grad).t(), sampled(places, grad, x, beta=0.0).values())
 
     return bind
-
-
-def _csr_gradients_read(result: Any) -> dict[str, Any]:
-    dx, sampled = result
-    return gradients_read((dx, sampled.values()))
 
 
 def _einsum(gathered: Any, values: Any) -> Any:
@@ -300,37 +254,25 @@ def _gather(
     """Gather the inputs of each neuron, as in SRigL's released code."""
 
     def prepare(problem: Problem) -> Bind:
-        tensor = problem.arrays.tensor
-        indices, bias = tensor(problem.columns), tensor(problem.bias())
-        values = tensor(problem.weight.values.copy())
+        indices, bias = problem.tensor(problem.columns), problem.tensor(problem.bias)
+        values = problem.tensor(problem.weight.values.copy())
         product = transform(lambda x: weighted_sum(x[:, indices], values) + bias)
-
-        def bind(batch: Batch) -> Call:
-            x = problem.tensor(batch.x)
-            return lambda: product(x)
-
-        return bind
+        return lambda batch: lambda: product(batch.x)
 
     return prepare
 
 
 def _two_of_four(problem: Problem) -> Bind:
-    bias = problem.bias("float16")
+    bias = problem.bias
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor")
-        weight = torch.sparse.to_sparse_semi_structured(problem.dense("float16"))
-
-    def bind(batch: Batch) -> Call:
-        x = problem.tensor(batch.x, "float16")
-        return lambda: _linear(x, weight, bias)
-
-    return bind
+        weight = torch.sparse.to_sparse_semi_structured(problem.dense)
+    return lambda batch: lambda: _linear(batch.x, weight, bias)
 
 
 def _update(problem: Problem) -> Bind:
-    weight, grad, mask = (problem.arrays.tensor(array) for array in problem.update_inputs)
-    budget = problem.update_settings["nnz_budget"]
-    share = problem.update_settings["drop_fraction"]
+    weight, grad, mask = (problem.tensor(array) for array in problem.update_inputs)
+    budget, share = (problem.update_settings[name] for name in ("nnz_budget", "drop_fraction"))
     return lambda batch: lambda: _updated_mask(weight, grad, mask, budget, share)
 
 
@@ -359,14 +301,6 @@ def _updated_mask(weight: Any, grad: Any, mask: Any, budget: int, share: float) 
     grown = torch.arange(order.indices.shape[1], device=mask.device) < missing
     kept.scatter_(1, order.indices, (grown & survives[:, None]) | kept.gather(1, order.indices))
     return kept
-
-
-def _if_double(case: Case) -> str:
-    return "has no float64" if case.dtype == "float64" else ""
-
-
-def _if_one_row(case: Case) -> str:
-    return "one row need not be transposed" if case.batch == 1 else ""
 
 
 def _unless_gathered_fits(most: int) -> Callable[[Case], str]:

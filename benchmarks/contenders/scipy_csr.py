@@ -8,25 +8,21 @@ import numpy as np
 import scipy.sparse
 
 from srigl_core import CondensedWeight
-from srigl_core.benchmarks.cases import Case
-from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender, gradients_read
+from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender, unless
 from srigl_core.benchmarks.problems import Batch, Problem
 
-__all__ = ["contenders", "csr_matrix"]
+__all__ = ["contenders", "csr_matrix", "csr_product"]
 
 
 def contenders(device: str) -> list[Contender]:
     """Return the product and the gradients."""
+    is_quick = unless(
+        lambda case: case.batch * case.layer.n_in * case.layer.n_out <= 1 << 33, "takes seconds"
+    )
+    name = "SciPy CSR, dense dvalues"
     return [
         Contender("SciPy CSR", "csr", "forward", _product),
-        Contender(
-            "SciPy CSR, dense dvalues",
-            "csr",
-            "backward",
-            _gradients,
-            gradients_read,
-            unfit=_if_large,
-        ),
+        Contender(name, "csr", "backward", _gradients, unfit=is_quick),
     ]
 
 
@@ -37,8 +33,8 @@ def csr_matrix(weight: CondensedWeight) -> Any:
     return scipy.sparse.csr_array((csr.data, columns, row_starts), shape=csr.shape)
 
 
-def _product(problem: Problem) -> Bind:
-    matrix, bias = csr_matrix(problem.weight), problem.bias()
+def csr_product(matrix: Any, bias: Any) -> Bind:
+    """Return the products with a CSR matrix of SciPy or CuPy."""
 
     def bind(batch: Batch) -> Call:
         if len(batch.x) == 1:
@@ -49,18 +45,12 @@ def _product(problem: Problem) -> Bind:
     return bind
 
 
+def _product(problem: Problem) -> Bind:
+    return csr_product(csr_matrix(problem.weight), problem.bias)
+
+
 def _gradients(problem: Problem) -> Bind:
     """Compute all entries of dvalues: SciPy has no product at the places of a sparse matrix."""
     transposed = csr_matrix(problem.weight).T.tocsr()
-    rows, columns = problem.rows, problem.columns
-
-    def bind(batch: Batch) -> Call:
-        x, grad = batch.x, batch.grad
-        return lambda: ((transposed @ grad.T).T, (grad.T @ x)[rows, columns])
-
-    return bind
-
-
-def _if_large(case: Case) -> str:
-    work = case.batch * case.layer.n_in * case.layer.n_out
-    return "takes seconds" if work > 1 << 33 else ""
+    at = problem.rows, problem.columns
+    return lambda batch: lambda: ((transposed @ batch.grad.T).T, (batch.grad.T @ batch.x)[at])

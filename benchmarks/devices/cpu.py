@@ -1,4 +1,4 @@
-"""The CPU as a device of the benchmark."""
+"""The CPU as a device of the benchmark, with a flush of its caches."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from srigl_core._machine import cpu_name, n_cores
-from srigl_core.benchmarks.arrays import NumpyArrays
-from srigl_core.benchmarks.devices.caches import Flush, cache_sizes
-from srigl_core.benchmarks.devices.pools import relevant_environment, rest, thread_limit
+from srigl_core.benchmarks.arrays import Arrays
+from srigl_core.benchmarks.devices.pools import at_once, relevant_environment, rest, thread_limit
 from srigl_core.benchmarks.roofline import CpuPeaks
 from srigl_core.benchmarks.timing import (
     Call,
@@ -22,14 +26,51 @@ from srigl_core.benchmarks.timing import (
     interleaved,
 )
 
-__all__ = ["CpuDevice"]
+__all__ = ["CpuDevice", "Flush", "cache_sizes"]
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNKNOWN_LAST_LEVEL = 64 << 20
+
+
+def cache_sizes(folder: Path = _CACHES) -> dict[str, int]:
+    """Return the bytes of each data cache that a core sees, such as ``{"L1": 32768}``.
+
+    Empty where the system does not say.
+    """
+    sizes = {}
+    for index in sorted(folder.glob("index*")):
+        level, contents, size = (
+            (index / name).read_text(encoding="ascii").strip() for name in ("level", "type", "size")
+        )
+        if contents != "Instruction" and size.endswith("K"):
+            sizes[f"L{level}"] = int(size[:-1]) << 10
+    return sizes
+
+
+class Flush:
+    """Replaces the contents of the caches: `threads` cores read a larger buffer at the same time.
+
+    The additional threads end with each flush, so that they disturb no call.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+
+    @cached_property
+    def buffer(self) -> NDArray[Any]:
+        """What is read: twice the size of the largest cache."""
+        return np.ones(2 * max(cache_sizes().values(), default=_UNKNOWN_LAST_LEVEL) // 8)
+
+    def __call__(self) -> None:
+        """Read the buffer; NumPy's sum releases the interpreter lock meanwhile."""
+        at_once([self.buffer.sum] * self._threads)
 
 
 class CpuDevice:
     """The cores of this process; each case is measured for about `seconds`."""
 
     name = "cpu"
-    arrays = NumpyArrays()
+    arrays = Arrays()
     copies = 1
     packages = ("torch", "jax", "brainevent", "threadpoolctl")
 

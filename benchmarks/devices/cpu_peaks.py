@@ -10,21 +10,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
 from numpy.typing import NDArray
 
-from srigl_core.backends.numba_cpu.processor import has_avx512
+from srigl_core.backends.numba_cpu.processor import vector_bytes
+from srigl_core.backends.numba_cpu.simd import add, first_lane, fma, load, splat, zeros
+from srigl_core.benchmarks.devices.pools import at_once
 from srigl_core.benchmarks.roofline import CpuPeaks
 
 __all__ = ["measure_cpu_peaks"]
 
-VECTOR_BYTES = 64 if has_avx512() else 32
+VECTOR_BYTES = vector_bytes()
+LANES = VECTOR_BYTES // 4
 WORKING_SETS = tuple(1 << power for power in range(14, 29))
 """Bytes, from 16 KiB to 256 MiB."""
 
@@ -38,26 +38,26 @@ _SAMPLES = 7
 
 def measure_cpu_peaks(threads: int) -> CpuPeaks:
     """Measure the peak rates of `threads` threads together, which takes about a second."""
-    lanes = VECTOR_BYTES // 4
     multiply_adds = _rate(threads, lambda repeats: _multiply_adds(repeats, 0.999, 0.001))
-    buffers = [np.ones(WORKING_SETS[-1] // 8 // threads + 64) for _ in range(threads)]
+    numbers = WORKING_SETS[-1] // 4 // threads
+    buffers = [np.ones(numbers + LANES, np.float32) for _ in range(threads)]
     bandwidth = []
     for size in WORKING_SETS:
         vectors = size // threads // VECTOR_BYTES // _LOADS_A_STEP * _LOADS_A_STEP
-        parts = [_aligned(buffer)[: vectors * VECTOR_BYTES // 8] for buffer in buffers]
+        parts = [_aligned(buffer)[: vectors * LANES] for buffer in buffers]
         rate = _rate(threads, *(_reader(part) for part in parts))
         bandwidth.append((size, rate * vectors * VECTOR_BYTES))
     loads = max(rate for _, rate in bandwidth[:2]) / VECTOR_BYTES
     return CpuPeaks(
-        threads, VECTOR_BYTES, multiply_adds * _ACCUMULATORS * lanes, loads, tuple(bandwidth)
+        threads, VECTOR_BYTES, multiply_adds * _ACCUMULATORS * LANES, loads, tuple(bandwidth)
     )
 
 
-def _aligned(buffer: NDArray[np.float64]) -> NDArray[np.float64]:
-    return buffer[-(buffer.ctypes.data // 8) % 8 :]
+def _aligned(buffer: NDArray[np.float32]) -> NDArray[np.float32]:
+    return buffer[-(buffer.ctypes.data // 4) % LANES :]
 
 
-def _reader(part: NDArray[np.float64]) -> Callable[[int], object]:
+def _reader(part: NDArray[np.float32]) -> Callable[[int], object]:
     return lambda repeats: _read(part, repeats)
 
 
@@ -89,85 +89,38 @@ def _sample(runs: tuple[Callable[[int], object], ...], repeats: int) -> float:
         runs[index](repeats)
         rates[index] = repeats / (time.perf_counter() - started)
 
-    others = [threading.Thread(target=work, args=(i,)) for i in range(1, len(runs))]
-    for thread in others:
-        thread.start()
-    work(0)
-    for thread in others:
-        thread.join()
+    at_once([partial(work, index) for index in range(len(runs))])
     return sum(rates)
 
 
-# The loops are written in LLVM's intermediate language, where a vector is a type, so that its width
-# does not depend on the vectoriser.
-
-
-@intrinsic
-def _multiply_add_loop(typing_context: Any, repeats: Any, factor: Any, term: Any) -> Any:
-    """Do one multiply-add on each accumulator, `repeats` times, and return their sum."""
-    vector_type = ir.VectorType(ir.FloatType(), VECTOR_BYTES // 4)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        multiply_add = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(vector_type, [vector_type] * 3),
-            f"llvm.fma.v{vector_type.count}f32",
-        )
-        factor, term = (_repeated(builder, vector_type, number) for number in args[1:])
-        slots = [cgutils.alloca_once_value(builder, term) for _ in range(_ACCUMULATORS)]
-        with cgutils.for_range(builder, args[0]):
-            for slot in slots:
-                sums = builder.call(multiply_add, [builder.load(slot), factor, term])
-                builder.store(sums, slot)
-        return _first_lane(builder, slots, builder.fadd)
-
-    return types.float32(types.intp, types.float32, types.float32), generate
-
-
-@intrinsic
-def _read_loop(typing_context: Any, address: Any, vectors: Any) -> Any:
-    """Load this many vectors in order and return the bitwise or of all."""
-    vector_type = ir.VectorType(ir.IntType(32), VECTOR_BYTES // 4)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        start = builder.inttoptr(args[0], vector_type.as_pointer())
-        zero = ir.Constant(vector_type, None)
-        slots = [cgutils.alloca_once_value(builder, zero) for _ in range(_LOADS_A_STEP)]
-        steps = builder.udiv(args[1], ir.Constant(args[1].type, _LOADS_A_STEP))
-        with cgutils.for_range(builder, steps) as loop:
-            first = builder.mul(loop.index, ir.Constant(loop.index.type, _LOADS_A_STEP))
-            for number, slot in enumerate(slots):
-                offset = builder.add(first, ir.Constant(first.type, number))
-                loaded = builder.load(builder.gep(start, [offset]))
-                loaded.align = VECTOR_BYTES
-                builder.store(builder.or_(builder.load(slot), loaded), slot)
-        return _first_lane(builder, slots, builder.or_)
-
-    return types.int32(types.uintp, types.intp), generate
-
-
-def _repeated(builder: Any, vector_type: Any, number: Any) -> Any:
-    vector = ir.Constant(vector_type, ir.Undefined)
-    for lane in range(vector_type.count):
-        vector = builder.insert_element(vector, number, ir.Constant(ir.IntType(32), lane))
-    return vector
-
-
-def _first_lane(builder: Any, slots: list[Any], combine: Any) -> Any:
-    total = builder.load(slots[0])
-    for slot in slots[1:]:
-        total = combine(total, builder.load(slot))
-    return builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
+# The loops use the kernels' vectors, so that their width does not depend on the vectoriser.
 
 
 @njit(nogil=True)
 def _multiply_adds(repeats, factor, term):
-    return _multiply_add_loop(repeats, np.float32(factor), np.float32(term))
+    f, t = splat(np.float32(factor), LANES), splat(np.float32(term), LANES)
+    a = b = c = d = e = g = t
+    h = i = j = k = m = n = f
+    for _ in range(repeats):
+        a, b, c = fma(a, f, t), fma(b, f, t), fma(c, f, t)
+        d, e, g = fma(d, f, t), fma(e, f, t), fma(g, f, t)
+        h, i, j = fma(h, f, t), fma(i, f, t), fma(j, f, t)
+        k, m, n = fma(k, f, t), fma(m, f, t), fma(n, f, t)
+    sums = add(add(add(a, b), add(c, d)), add(add(e, g), add(h, i)))
+    return first_lane(add(sums, add(add(j, k), add(m, n))))
 
 
 @njit(nogil=True)
 def _read(part, repeats):
-    bits = 0
+    a = b = c = d = e = f = g = h = zeros(part, LANES)
     for _ in range(repeats):
-        bits |= _read_loop(np.uintp(part.ctypes.data), part.nbytes // VECTOR_BYTES)
-    return bits
+        for at in range(0, part.size, _LOADS_A_STEP * LANES):
+            a = add(a, load(part, at, LANES))
+            b = add(b, load(part, at + LANES, LANES))
+            c = add(c, load(part, at + 2 * LANES, LANES))
+            d = add(d, load(part, at + 3 * LANES, LANES))
+            e = add(e, load(part, at + 4 * LANES, LANES))
+            f = add(f, load(part, at + 5 * LANES, LANES))
+            g = add(g, load(part, at + 6 * LANES, LANES))
+            h = add(h, load(part, at + 7 * LANES, LANES))
+    return first_lane(add(add(add(a, b), add(c, d)), add(add(e, f), add(g, h))))

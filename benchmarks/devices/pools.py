@@ -10,14 +10,22 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from srigl_core._machine import n_cores
 from srigl_core.errors import SriglError
 
-__all__ = ["check_threads", "environment", "relevant_environment", "rest", "thread_limit"]
+__all__ = [
+    "at_once",
+    "check_threads",
+    "environment",
+    "relevant_environment",
+    "rest",
+    "thread_limit",
+]
 
 _WINDOW_SECONDS = 0.008
 """Two ticks of Linux's clock, which counts the time of running threads."""
@@ -65,6 +73,16 @@ def thread_limit(threads: int) -> Iterator[None]:
         finally:
             if torch is not None:
                 torch.set_num_threads(before)
+
+
+def at_once(calls: Sequence[Callable[[], object]]) -> None:
+    """Make calls at the same time, each in a thread that ends with it; the first in this one."""
+    others = [threading.Thread(target=call) for call in calls[1:]]
+    for thread in others:
+        thread.start()
+    calls[0]()
+    for thread in others:
+        thread.join()
 
 
 def rest() -> None:

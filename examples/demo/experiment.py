@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import statistics
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from itertools import product
 
 from training import Recipe, RunResult, RunSpec, train
+
+from srigl_core._workers import worker_pool
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,7 @@ class Cell:
 
 def run_experiment(experiment: Experiment) -> Iterator[RunResult]:
     """Yield each run as it ends; the numbers do not depend on the number of workers."""
-    # Spawned: a forked process would lack the threads that BLAS or Numba have started in this one.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(experiment.workers, mp_context=context) as pool:
+    with worker_pool(experiment.workers) as pool:
         pending = [pool.submit(train, spec) for spec in experiment.runs()]
-        try:
-            for future in as_completed(pending):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for future in as_completed(pending):
+            yield future.result()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from pathlib import Path
 
 from digits import load_digits
@@ -49,6 +51,9 @@ def main() -> None:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except BrokenProcessPool:
         sys.exit("error: a training process was killed, perhaps for lack of memory; free some")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     backends = [backend for network in report["networks"] for backend in network["backends"]]
     wrong = sorted({backend["backend"] for backend in backends if not backend["agrees"]})
     if wrong:
@@ -91,9 +96,12 @@ def train_all(experiment: Experiment, console: Console) -> list[Cell]:
         TimeElapsedColumn(),
     )
     cells = {key: Cell(*key, []) for key in experiment.cells()}
-    with Progress(*columns, console=console, transient=True) as progress:
+    with (
+        Progress(*columns, console=console, transient=True) as progress,
+        closing(run_experiment(experiment)) as runs,
+    ):
         task = progress.add_task("networks", total=n_runs)
-        for run in run_experiment(experiment):
+        for run in runs:
             label, cell = METHODS[run.spec.method].label, cells[run.spec.method, run.spec.sparsity]
             progress.update(task, description=f"{label}: {run.accuracy:.1%}", advance=1)
             cell.runs.append(run)

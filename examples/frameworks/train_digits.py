@@ -19,8 +19,14 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
+from srigl_core._workers import END_WITH_STDIN, worker_stdin
 from srigl_core.reference import UpdateSchedule
 from srigl_core.torch import SRigL
+
+WORKER = f"""{END_WITH_STDIN}
+import runpy, sys
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
 
 NETWORKS = {
     "MLP": lambda width: nn.Sequential(
@@ -141,8 +147,9 @@ def main() -> None:
             masked: list[list[int]] = []
             for mode in MODES:
                 size = ["--quick"] if options.quick else ["--steps", str(steps)]
-                command = [sys.executable, __file__, *size, "--run", network, mode]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                command = [sys.executable, "-c", WORKER, __file__, *size, "--run", network, mode]
+                with worker_stdin() as stdin:  # the process ends with this one
+                    done = subprocess.run(command, stdin=stdin, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(done.stderr)
                 result = json.loads(done.stdout)

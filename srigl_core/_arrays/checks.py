@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ __all__ = [
     "as_float_array",
     "as_mask",
     "as_out",
+    "check_choice",
+    "check_flag",
     "check_generator",
     "check_integer",
     "check_lengths",
@@ -107,6 +109,32 @@ def check_integer(value: object, what: str, *, least: int, most: int | None = No
         allowed = f"at least {least}" if most is None else f"between {least} and {most}"
         raise SriglError(f"{what}={value!r} must be {allowed}")
     return int(value)
+
+
+def check_flag(value: object, what: str) -> bool:
+    """Return `value` as a bool.
+
+    Raises
+    ------
+    ValueTypeError
+        If it is anything else, an array for example.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ValueTypeError(f"{what} must be True or False, got {type(value).__name__}")
+    return bool(value)
+
+
+def check_choice(value: object, what: str, choices: Iterable[str]) -> str:
+    """Return `value` if it is one of the names that an argument may be.
+
+    Raises
+    ------
+    SriglError
+        If it is another name, or no name at all.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise SriglError(f"{what}={value!r} is unknown; use one of {', '.join(choices)}")
+    return value
 
 
 def check_lengths(shape: object, what: str) -> tuple[int, ...]:

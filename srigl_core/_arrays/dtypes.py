@@ -59,7 +59,7 @@ def value_dtype(dtype: DTypeLike, what: str = "dtype") -> np.dtype[Any]:
         dtype = ml_dtypes.bfloat16
     try:
         result: np.dtype[Any] = np.dtype(dtype)
-    except TypeError:
+    except Exception:  # NumPy raises many kinds: for texts, tuples and objects with a dtype
         raise ValueTypeError(
             f"{what} {dtype!r} is not a number type; use one of {', '.join(VALUE_TYPES)}"
         ) from None

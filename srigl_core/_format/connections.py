@@ -12,9 +12,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from srigl_core._arrays.checks import as_mask, check_generator, check_integer, check_lengths
 from srigl_core._arrays.dtypes import index_dtype
+from srigl_core._arrays.immutable import immutable
 from srigl_core.errors import SriglError, ValueTypeError
 
 __all__ = ["Connections", "checked_shape", "flat_shape"]
+
+_MOST_ELEMENTS = 2**63 // 8 - 1
+"""Of an int64 array, whose bytes NumPy counts in 63 bits."""
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -85,8 +89,7 @@ class Connections:
             "active": _ascending(rows, "active", n_out),
         }
         for name, array in arrays.items():
-            array.setflags(write=False)
-            object.__setattr__(self, name, array)
+            object.__setattr__(self, name, immutable(array))
         object.__setattr__(self, "shape", (n_out, n_in))
 
     @classmethod
@@ -158,6 +161,11 @@ class Connections:
         n_out, n_in = checked_shape(shape)
         check_integer(fan_in, "fan_in", least=1, most=n_in)
         rng = check_generator(rng)
+        if n_out * fan_in > _MOST_ELEMENTS:
+            raise SriglError(
+                f"shape={(n_out, n_in)} with fan_in={fan_in} has {n_out * fan_in:,} connections, "
+                f"more than an array may hold"
+            )
         active = np.arange(n_out)
         if n_active is not None:
             check_integer(n_active, "n_active", least=1, most=n_out)
@@ -242,7 +250,7 @@ def flat_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     Raises
     ------
     SriglError
-        If there are fewer than two axes, or one is empty.
+        If there are fewer than two axes, one is empty, or no array could have this shape.
     """
     lengths = check_lengths(shape, "shape")
     if len(lengths) < 2 or 0 in lengths:
@@ -250,6 +258,8 @@ def flat_shape(shape: tuple[int, ...]) -> tuple[int, int]:
             f"a weight of shape {shape} has no neurons with inputs; it must be (n_out, n_in) or "
             f"(out, in, kh, kw), no axis empty"
         )
+    if math.prod(lengths) > _MOST_ELEMENTS:
+        raise SriglError(f"a weight of shape {shape} has more elements than an array may hold")
     return lengths[0], math.prod(lengths[1:])
 
 
@@ -263,7 +273,7 @@ def checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
     """
     try:
         n_out, n_in = shape
-    except (TypeError, ValueError):
+    except Exception:  # it may be any object, whose own code is run
         raise SriglError(f"shape={shape!r} must be a pair (n_out, n_in)") from None
     return (
         check_integer(n_out, "n_out", least=1, most=2**63 - 1),
@@ -274,7 +284,7 @@ def checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
 def _integers(numbers: ArrayLike, what: str) -> NDArray[Any]:
     try:
         array = np.asarray(numbers)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         raise SriglError(f"{what} cannot be read as an array of integers ({error})") from error
     if array.dtype.kind not in "iu":
         raise ValueTypeError(f"{what} has dtype {array.dtype}, but must hold integers")

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
+import struct
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import VALUE_TYPES, index_dtype, value_dtype
+from srigl_core._files import file_errors, parse_json, regular_file, write_whole
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
 
@@ -32,7 +32,6 @@ __all__ = [
     "save_condensed",
     "take_weight",
     "weight_arrays",
-    "write_whole",
 ]
 
 FORMAT_VERSION = "1"
@@ -87,7 +86,7 @@ def save_condensed(
             if key == _RESERVED:
                 raise SriglError(f"safetensors keeps the name {key!r} for itself; rename the array")
             arrays[key] = array
-    write_whole(Path(path), save(arrays, metadata=layer_metadata(layers)))
+    write_whole(path, save(arrays, metadata=layer_metadata(layers)))
 
 
 def load_condensed(path: str | os.PathLike[str]) -> dict[str, CondensedWeight | NDArray[Any]]:
@@ -178,30 +177,25 @@ def read_whole(
     OSError
         If it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {os.fspath(path)!r}")
-    try:
+    path = regular_file(path)
+    with (
+        path.open("rb") as opened,
+        file_errors(path, "not a whole safetensors file", "save it again"),
+    ):
+        _check_header(opened)
         with safe_open(os.fspath(path), framework=framework) as file:
             metadata = file.metadata() or {}
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise FileFormatError(
-            f"{os.fspath(path)!r} is not a whole safetensors file ({error}); save it again"
-        ) from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file as a whole; an existing file stays as it is if that fails."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _check_header(file: BinaryIO) -> None:
+    """Check that a header describes each tensor once; safetensors would take the last one."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > os.fstat(file.fileno()).st_size:
+        raise ValueError(f"its header claims {length:,} bytes")
+    parse_json(file.read(length))
 
 
 def read_layers(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -224,12 +218,12 @@ def read_layers(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
             f"{FORMAT_VERSION!r}; use the srigl-core that wrote it, or a newer one"
         )
     try:
-        layers = json.loads(metadata[_LAYERS_KEY])
+        layers = parse_json(metadata[_LAYERS_KEY])
         return {
             str(name): {"shape": tuple(layer["shape"]), "dtype": layer["dtype"]}
             for name, layer in layers.items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileFormatError(
             f"the metadata {_LAYERS_KEY!r} does not describe layers ({error!r}); save it again"
         ) from error

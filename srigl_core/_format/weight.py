@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from srigl_core._arrays.checks import as_float_array, as_mask, check_generator
 from srigl_core._arrays.dtypes import as_float_view, is_half, round_to, value_dtype
 from srigl_core._arrays.float_mode import honour_subnormals
+from srigl_core._arrays.immutable import immutable
 from srigl_core._format.connections import Connections, checked_shape
 from srigl_core.errors import SriglError, ValueTypeError
 
@@ -128,9 +129,7 @@ class CondensedWeight:
                 f"values has shape {values.shape}, but must have one number for each connection, "
                 f"(n_active, k): {connections.indices.shape}"
             )
-        values = np.array(values, order="C", copy=True, subok=False)
-        values.setflags(write=False)
-        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "values", immutable(values))
         object.__setattr__(self, "connections", connections)
         object.__setattr__(self, "_plans", {})
 
@@ -149,8 +148,13 @@ class CondensedWeight:
         SriglError
             If the shape of `values` is not that of the indices.
         ValueTypeError
-            If `values` is not an array of a value type.
+            If `values` is not an array of a value type, or `connections` is something else.
         """
+        if not isinstance(connections, Connections):
+            raise ValueTypeError(
+                f"connections must be Connections, got {type(connections).__name__}; make them "
+                f"with Connections.from_mask(mask)"
+            )
         weight = object.__new__(cls)
         weight._set(as_float_array(values, "values"), connections)
         return weight
@@ -227,6 +231,10 @@ class CondensedWeight:
             csr.sum_duplicates()
         except (TypeError, ValueError) as error:
             raise SriglError(f"matrix is not a valid sparse matrix of numbers: {error}") from error
+        if csr.ndim != 2 or 0 in csr.shape:
+            raise SriglError(
+                f"matrix has shape {csr.shape}, but must have a pair (n_out, n_in), none of them 0"
+            )
         counts = np.diff(csr.indptr)
         active = np.flatnonzero(counts)
         if not active.size or np.unique(counts[active]).size > 1:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._api import update_condensed
+from srigl_core._arrays.checks import check_flag
 from srigl_core._format.connections import Connections, flat_shape
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._registry import get_backend
 from srigl_core._training.config import TrainingConfig
 from srigl_core._training.methods.srigl import SRIGL, initial_fan_in
-from srigl_core._training.skeleton import TrainerSkeleton, entry_of, error_context
+from srigl_core._training.skeleton import TrainerSkeleton, check_names, entry_of, error_context
 from srigl_core._update import CondensedUpdate, GradientRows
 from srigl_core.contract import Backend
 from srigl_core.errors import SriglError, ValueTypeError
@@ -37,6 +39,8 @@ class CondensedTrainer(TrainerSkeleton):
         As in `SparseTrainer`. The method must be "srigl"; dense layers are not condensed.
     backend : str, Backend or None
         Computes the updates; see `get_backend`.
+    connections : mapping of str to Connections
+        First connections of layers. Those of other layers are drawn.
     track_itop : bool
         Whether to keep one bit for each position of a layer. `itop_rates` needs them.
 
@@ -84,13 +88,16 @@ class CondensedTrainer(TrainerSkeleton):
         self,
         shapes: Mapping[str, tuple[int, ...]],
         *,
-        sparsity: float,
+        sparsity: float | None = None,
         schedule: UpdateSchedule | int,
         config: TrainingConfig | None = None,
         backend: str | Backend | None = None,
+        connections: Mapping[str, Connections] = MappingProxyType({}),
         track_itop: bool = True,
     ) -> None:
-        super().__init__(shapes, sparsity=sparsity, schedule=schedule, config=config)
+        check_names("connections", connections, shapes)
+        counts = {name: given.nnz for name, given in connections.items()}
+        super().__init__(shapes, sparsity=sparsity, schedule=schedule, config=config, counts=counts)
         if self._method is not SRIGL:
             raise SriglError(
                 f"method={self.config.method!r} cannot train condensed layers, which need "
@@ -103,12 +110,19 @@ class CondensedTrainer(TrainerSkeleton):
         for name in self.sparse_layers:
             budget = self.budgets[name]
             with error_context(name):
+                shape = flat_shape(budget.shape)
+                if name in connections:
+                    if connections[name].shape != shape:
+                        raise SriglError(
+                            f"the given connections are of shape {connections[name].shape}, but "
+                            f"the layer is of {shape}"
+                        )
+                    self.connections[name] = connections[name]
+                    continue
                 fan_in = initial_fan_in(budget.shape, budget.nnz_budget)
-                self.connections[name] = Connections.random(
-                    flat_shape(budget.shape), fan_in=fan_in, rng=self._rng
-                )
+                self.connections[name] = Connections.random(shape, fan_in=fan_in, rng=self._rng)
         self._ever_active: dict[str, NDArray[np.uint8]] = {}
-        if track_itop:
+        if check_flag(track_itop, "track_itop"):
             for name, connections in self.connections.items():
                 n_out, n_in = connections.shape
                 self._ever_active[name] = np.zeros(-(-n_out * n_in // 8), np.uint8)
@@ -130,7 +144,7 @@ class CondensedTrainer(TrainerSkeleton):
     def step(
         self,
         weights: Mapping[str, CondensedWeight],
-        gradients: Mapping[str, GradientRows],
+        gradients: Mapping[str, GradientRows | None],
     ) -> dict[str, CondensedUpdate]:
         """Count one training step, and update the masks if it is due.
 
@@ -141,12 +155,13 @@ class CondensedTrainer(TrainerSkeleton):
             `connections`.
         gradients : mapping of str to callable
             The `gradient_rows` of `srigl_core.update_condensed` for each layer, called if an update
-            is due. They return rows of the dense gradient's mean over the window.
+            is due. They return rows of the dense gradient's mean over the window. None says that a
+            layer took no part in the window.
 
         Returns
         -------
         dict of str to CondensedUpdate
-            Empty if no update is due. Otherwise one for each sparse layer.
+            Empty if no update is due. Otherwise one for each sparse layer that had a gradient.
 
         Raises
         ------
@@ -154,9 +169,20 @@ class CondensedTrainer(TrainerSkeleton):
             If a weight or a gradient is missing, has other connections, or is not finite, or an
             update is not possible. The message names the layer. Nothing is changed, and the step is
             not counted.
+
+        Warns
+        -----
+        UserWarning
+            If layers took no part in the window. They keep their masks.
         """
+        layers = self.sparse_layers
+        if self.is_due:
+            with_gradients = [n for n in layers if gradients.get(n, weights) is not None]
+            layers = self._with_gradients(with_gradients)
         updates: dict[str, CondensedUpdate] = self._advance(
-            lambda name: self._update(name, weights, gradients), self._take
+            layers,
+            lambda name: self._update(name, weights, gradients),
+            self._take,
         )
         return updates
 
@@ -164,7 +190,7 @@ class CondensedTrainer(TrainerSkeleton):
         self,
         name: str,
         weights: Mapping[str, CondensedWeight],
-        gradients: Mapping[str, GradientRows],
+        gradients: Mapping[str, GradientRows | None],
     ) -> CondensedUpdate:
         weight = entry_of("weights", weights, name)
         if not isinstance(weight, CondensedWeight):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
@@ -20,9 +22,12 @@ from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.distributions import LayerBudget, erk, nnz_budget, uniform
 from srigl_core.reference.schedule import UpdateSchedule
 
-__all__ = ["TrainerSkeleton", "entry_of", "error_context"]
+__all__ = ["TrainerSkeleton", "check_names", "entry_of", "error_context"]
 
 _STATE_VERSION = 1
+_UPDATE_FIELDS = fields(UpdateOptions)
+_FEW_UPDATES = 10
+"""Fewer updates than these are reported if the schedule follows from a number of steps."""
 
 Update = TypeVar("Update")
 
@@ -34,30 +39,41 @@ class TrainerSkeleton(ABC):
     ----------
     shapes, sparsity, schedule, config
         As in `SparseTrainer`.
+    counts : mapping of str to int
+        Number of active weights of each layer whose first mask is given.
     """
 
     def __init__(
         self,
         shapes: Mapping[str, tuple[int, ...]],
         *,
-        sparsity: float,
+        sparsity: float | None,
         schedule: UpdateSchedule | int,
         config: TrainingConfig | None,
+        counts: Mapping[str, int],
     ) -> None:
         config = TrainingConfig() if config is None else config
         if not isinstance(config, TrainingConfig):
             raise ValueTypeError(f"config must be a TrainingConfig, got {type(config).__name__}")
         self.config = config
+        self.schedule, least = schedule, 1
         if not isinstance(schedule, UpdateSchedule):
-            schedule = UpdateSchedule.for_training(schedule)
-        self._schedule = schedule
-        check_integer(config.grad_window, "grad_window", least=1, most=self._schedule.delta_t)
+            self.schedule, least = UpdateSchedule.for_training(schedule), _FEW_UPDATES
+        check_integer(config.grad_window, "grad_window", least=1, most=self.schedule.delta_t)
         options = _layer_options(shapes, config)
-        self.budgets = _budgets(shapes, sparsity, config.distribution, options)
+        self.budgets = _budgets(shapes, sparsity, config.distribution, options, counts)
         self._options = {
             name: _dense(option) if self.budgets[name].is_dense else option
             for name, option in options.items()
         }
+        if self.schedule.n_updates < least and self.config.method != "static":
+            warnings.warn(
+                f"{self.schedule} has {self.schedule.n_updates} mask updates; train for more "
+                f"steps, or pass an UpdateSchedule with a smaller delta_t",
+                stacklevel=3,
+            )
+        if self.config.method == "srigl":
+            self._warn_of_low_thresholds()
         self._rng = np.random.default_rng(config.seed)
         self.step_count = 0
 
@@ -69,7 +85,7 @@ class TrainerSkeleton(ABC):
     def needs_grad(self) -> bool:
         """Whether the next update needs the gradients of the coming step."""
         coming = self.step_count + 1
-        due = self._schedule.next_due(coming)
+        due = self.schedule.next_due(coming)
         in_window = due is not None and due - coming < self.config.grad_window
         return self._method.uses_gradients and in_window
 
@@ -81,7 +97,7 @@ class TrainerSkeleton(ABC):
     @property
     def is_due(self) -> bool:
         """Whether the coming step updates the masks."""
-        return self._schedule.is_due(self.step_count + 1)
+        return self.schedule.is_due(self.step_count + 1)
 
     @property
     def fan_in(self) -> dict[str, int | None]:
@@ -99,6 +115,11 @@ class TrainerSkeleton(ABC):
     def nnz(self) -> dict[str, int]:
         """Number of active weights of each layer; at most its budget."""
         return {name: int(self._row_counts(name).sum()) for name in self.budgets}
+
+    @property
+    def n_updates(self) -> int:
+        """Number of mask updates so far."""
+        return self.schedule.n_updates_until(self.step_count)
 
     @property
     def sparsity(self) -> float:
@@ -148,20 +169,36 @@ class TrainerSkeleton(ABC):
             rng.bit_generator.state = state["rng"]
         except SriglError:
             raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise SriglError(f"state is not a whole state_dict(): {error!r}") from error
         self.step_count, self._rng = step_count, rng
         set_masks()
 
-    def _advance(self, update: Callable[[str], Update], take: Callable[[str, Update], None]) -> Any:
-        """Count a step, and update every layer if an update is due.
+    def _with_gradients(self, layers: list[str]) -> list[str]:
+        """Return the layers that had gradients, and warn of the others, which keep their masks."""
+        absent = [name for name in self.sparse_layers if name not in layers]
+        if absent:
+            warnings.warn(
+                f"no gradient reached layer {', '.join(map(repr, absent))} since the last update, "
+                f"so this update leaves its mask as it is",
+                stacklevel=3,
+            )
+        return layers
+
+    def _advance(
+        self,
+        layers: list[str],
+        update: Callable[[str], Update],
+        take: Callable[[str, Update], None],
+    ) -> Any:
+        """Count a step, and update the layers if an update is due.
 
         `update` computes a layer's update, `take` stores it. An error in one layer changes nothing.
         """
         updates: dict[str, Update] = {}
         rng_state = self._rng.bit_generator.state
         try:
-            for name in self.sparse_layers if self.is_due else ():
+            for name in layers if self.is_due else ():
                 with error_context(name):
                     updates[name] = update(name)
         except BaseException:
@@ -174,11 +211,27 @@ class TrainerSkeleton(ABC):
 
     def _update_settings(self, name: str) -> UpdateSettings:
         """Return the settings of a layer's update at the coming step."""
-        options = _update_options(self.config)
-        if not self._options[name].ablate:
-            options |= {"gamma_sal": None, "min_salient": None}
-        drop_fraction = self._schedule.drop_fraction(self.step_count + 1)
-        return UpdateSettings(self.budgets[name].nnz_budget, drop_fraction, **options)
+        budget = self.budgets[name]
+        options = asdict(self.config.update_options(self._options[name], budget.shape))
+        drop_fraction = self.schedule.drop_fraction(self.step_count + 1)
+        return UpdateSettings(budget.nnz_budget, drop_fraction, **options)
+
+    def _warn_of_low_thresholds(self) -> None:
+        """Name the layers where ablation removes no more than rows without a salient weight."""
+        low = []
+        for name in self.sparse_layers:
+            budget = self.budgets[name]
+            options = self.config.update_options(self._options[name], budget.shape)
+            fan_in = budget.nnz_budget // budget.shape[0]
+            if options.gamma_sal is not None and math.floor(options.gamma_sal * fan_in) < 2:
+                low.append(f"{name!r} (gamma_sal={options.gamma_sal}, fan-in {fan_in})")
+        if low:
+            warnings.warn(
+                f"layer {', '.join(low)}: ablation only removes neurons without any salient "
+                f"weight, since gamma_sal times the fan-in is below 2; raise gamma_sal or lower "
+                f"the sparsity, or set ablate=False in LayerOptions",
+                stacklevel=4,
+            )
 
     @abstractmethod
     def _row_counts(self, name: str) -> NDArray[np.int64]:
@@ -200,8 +253,8 @@ class TrainerSkeleton(ABC):
                 name: [list(budget.shape), budget.nnz_budget, asdict(self._options[name])]
                 for name, budget in self.budgets.items()
             },
-            "schedule": asdict(self._schedule),
-            "update": {"nnz_budget": 1, "drop_fraction": 0.0, **_update_options(self.config)},
+            "schedule": asdict(self.schedule),
+            "update": {field.name: getattr(self.config, field.name) for field in _UPDATE_FIELDS},
             "grad_window": self.config.grad_window,
         }
 
@@ -225,10 +278,6 @@ class TrainerSkeleton(ABC):
             )
 
 
-def _update_options(config: TrainingConfig) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in fields(UpdateOptions)}
-
-
 def _layer_options(
     shapes: Mapping[str, tuple[int, ...]], config: TrainingConfig
 ) -> dict[str, LayerOptions]:
@@ -237,9 +286,7 @@ def _layer_options(
         raise ValueTypeError("shapes must be a dict from the layers' names to shapes")
     if not shapes:
         raise SriglError("shapes is empty; name at least one layer")
-    unknown = [name for name in config.layers if name not in shapes]
-    if unknown:
-        raise SriglError(f"layers names {unknown[0]!r}; there are {', '.join(shapes)}")
+    check_names("layers", config.layers, shapes)
     last = list(shapes)[-1]
     options = {}
     for name in shapes:
@@ -256,9 +303,10 @@ def _dense(options: LayerOptions) -> LayerOptions:
 
 def _budgets(
     shapes: Mapping[str, tuple[int, ...]],
-    sparsity: float,
+    sparsity: float | None,
     distribution: str,
     options: Mapping[str, LayerOptions],
+    counts: Mapping[str, int],
 ) -> dict[str, LayerBudget]:
     dense, fixed = [], {}
     for i, (name, option) in enumerate(options.items()):
@@ -267,13 +315,30 @@ def _budgets(
             budget = option.nnz_budget
             if option.sparsity is not None:
                 budget = nnz_budget(n_out * n_in, option.sparsity)
+            if budget is None and sparsity is None:
+                budget = counts.get(name)
             if option.dense:
                 dense.append(i)
             elif budget is not None:
                 fixed[i] = check_integer(budget, "nnz_budget", least=1, most=n_out * n_in)
+            elif sparsity is None:
+                raise SriglError("sparsity is missing; only layers with a given mask need none")
     share = erk if distribution == "erk" else uniform
-    layers = share(shapes, sparsity, dense=dense, fixed=fixed)
+    layers = share(shapes, 0.0 if sparsity is None else sparsity, dense=dense, fixed=fixed)
+    for budget, name in zip(layers, shapes, strict=True):
+        if counts.get(name, 0) > budget.nnz_budget:
+            raise SriglError(
+                f"layer {name!r}: the given mask has {counts[name]} weights, but the budget is "
+                f"{budget.nnz_budget}; lower the sparsity, or leave it out to keep the masks' sizes"
+            )
     return dict(zip(shapes, layers, strict=True))
+
+
+def check_names(what: str, names: Iterable[str], layers: Iterable[str]) -> None:
+    """Check that an argument names only layers."""
+    unknown = [name for name in names if name not in layers]
+    if unknown:
+        raise SriglError(f"{what} names {unknown[0]!r}; there are {', '.join(layers)}")
 
 
 def entry_of(what: str, arguments: Mapping[str, Any], layer: str) -> Any:

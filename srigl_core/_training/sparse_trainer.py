@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._arrays.checks import as_float_array, as_mask, check_integer
+from srigl_core._arrays.immutable import immutable
 from srigl_core._arrays.operations import HOST_ARRAYS, ArrayOps
 from srigl_core._registry import get_backend
 from srigl_core._training.config import TrainingConfig
 from srigl_core._training.methods import LayerState
-from srigl_core._training.skeleton import TrainerSkeleton, entry_of, error_context
+from srigl_core._training.skeleton import (
+    TrainerSkeleton,
+    check_names,
+    entry_of,
+    error_context,
+)
 from srigl_core._update import MaskUpdate
 from srigl_core.contract import Backend
 from srigl_core.errors import SriglError, ValueTypeError
@@ -35,17 +42,20 @@ class SparseTrainer(TrainerSkeleton):
     ----------
     shapes : mapping of str to tuple of int
         Shape of each layer's weight, in network order.
-    sparsity : float
-        Of the whole network, in [0, 1).
+    sparsity : float or None
+        Of the whole network, in [0, 1). None, if every layer has a given mask or a budget of its
+        own: the given masks keep their sizes.
     schedule : UpdateSchedule or int
-        When to update. An int is the number of training steps, of which the first 75% update
-        every 100 steps.
+        When to update. An int is the number of training steps; `UpdateSchedule.for_training` makes
+        a schedule of it.
     config : TrainingConfig or None
         Method, distribution, update settings, options of single layers, seed.
     backend : str, Backend or None
         Computes the updates; see `get_backend`. With a GPU backend weights, gradients and masks
         stay on the device, and only counts and single numbers are copied to the host. Methods
         without kernels, such as "rigl", "set" and "static", update NumPy arrays only.
+    masks : mapping of str to ndarray of bool
+        First masks of layers, in their shapes. The masks of other layers are drawn.
 
     Attributes
     ----------
@@ -62,7 +72,13 @@ class SparseTrainer(TrainerSkeleton):
     Raises
     ------
     SriglError
-        If a setting is out of range, a name is unknown, or a layer's budget is too small.
+        If a setting is out of range, a name is unknown, a layer's budget is too small, or a given
+        mask does not suit the method.
+
+    Warns
+    -----
+    UserWarning
+        If the schedule has fewer than 10 updates and follows from an int, or has none.
 
     Notes
     -----
@@ -95,12 +111,19 @@ class SparseTrainer(TrainerSkeleton):
         self,
         shapes: Mapping[str, tuple[int, ...]],
         *,
-        sparsity: float,
+        sparsity: float | None = None,
         schedule: UpdateSchedule | int,
         config: TrainingConfig | None = None,
         backend: str | Backend | None = None,
+        masks: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        super().__init__(shapes, sparsity=sparsity, schedule=schedule, config=config)
+        check_names("masks", masks, shapes)
+        given = {}
+        for name, mask in masks.items():
+            with error_context(name):
+                given[name] = as_mask(mask, tuple(shapes[name]))
+        counts = {name: int(np.count_nonzero(mask)) for name, mask in given.items()}
+        super().__init__(shapes, sparsity=sparsity, schedule=schedule, config=config, counts=counts)
         self._backend: Backend | None = None
         self._arrays: ArrayOps = HOST_ARRAYS
         self.device = "cpu"
@@ -118,19 +141,26 @@ class SparseTrainer(TrainerSkeleton):
         self.masks: dict[str, Any] = {}
         for name, budget in self.budgets.items():
             with error_context(name):
-                mask = (
-                    np.ones(budget.shape, np.bool_)
-                    if self._options[name].dense
-                    else self._method.initial_mask(budget.shape, budget.nnz_budget, self._rng)
-                )
+                if self._options[name].dense:
+                    mask = np.ones(budget.shape, np.bool_)
+                elif name in given:
+                    mask = given[name]
+                    self._check_fan_in(mask, "the given mask")
+                else:
+                    mask = self._method.initial_mask(budget.shape, budget.nnz_budget, self._rng)
             self.masks[name] = _frozen(self._arrays.from_host(mask))
         self._backward_masks: dict[str, Any] = {}
         self._ever_active = {name: self.masks[name] for name in self.sparse_layers}
-        self._window: dict[str, tuple[Any, int]] = {}
+        self._window: dict[str, tuple[Any | None, int]] = {}
 
     def backward_mask(self, name: str) -> Any:
         """Return the mask of a layer's gradient: the mask itself, unless the method has two."""
+        self._check_name(name)
         return self._backward_masks.get(name, self.masks[name])
+
+    def _check_name(self, name: object) -> None:
+        if not isinstance(name, str) or name not in self.masks:
+            raise SriglError(f"no layer is called {name!r}; there are {', '.join(self.masks)}")
 
     def itop_rates(self) -> dict[str, float]:
         """Return, for each sparse layer, the share of its positions that was ever active.
@@ -150,8 +180,9 @@ class SparseTrainer(TrainerSkeleton):
         Parameters
         ----------
         name : str
-        grad : array, the layer's shape
+        grad : array, the layer's shape, or None
             Of the mean loss, as the optimiser sees it: unscale AMP-scaled gradients first. Copied.
+            None says that the layer took no part in this step.
 
         Raises
         ------
@@ -160,9 +191,12 @@ class SparseTrainer(TrainerSkeleton):
         ValueTypeError
             If it is not an array of a value type on the trainer's device.
         """
-        if name not in self.masks:
-            raise SriglError(f"no layer is called {name!r}; there are {', '.join(self.masks)}")
+        self._check_name(name)
         arrays, shape = self._arrays, self.budgets[name].shape
+        if grad is None:
+            if self.needs_grad and not self._options[name].dense:
+                self._window.setdefault(name, (None, 0))
+            return
         with error_context(name), arrays.execution_context(grad):
             grad = arrays.as_float_array(grad, "grad")
             if tuple(grad.shape) != shape:
@@ -186,22 +220,38 @@ class SparseTrainer(TrainerSkeleton):
         Returns
         -------
         dict of str to MaskUpdate
-            Empty if no update is due. Otherwise one for each sparse layer, with arrays of the
-            weight's library. `weight` replaces the layer's, and optimiser state must be remapped by
-            the old and the new mask (`srigl_core.reference.remap_state`).
+            Empty if no update is due. Otherwise one for each sparse layer that had a gradient, with
+            arrays of the weight's library. `weight` replaces the layer's, and optimiser state must
+            be remapped by the old and the new mask (`srigl_core.reference.remap_state`).
 
         Raises
         ------
         SriglError
             If a weight or a gradient is missing or not finite, or an update is not possible. The
             message names the layer. Nothing is changed, and the step is not counted.
+
+        Warns
+        -----
+        UserWarning
+            If layers took no part in the window. They keep their masks.
         """
         if self.is_due and not isinstance(weights, Mapping):
             raise ValueTypeError(f"weights must be a dict, got {type(weights).__name__}")
+        layers = self.sparse_layers
+        if self.is_due and self._method.uses_gradients:
+            if not self._window and layers:
+                raise SriglError(
+                    f"no gradient was accumulated for the update at step {self.step_count + 1}; "
+                    f"call accumulate before step whenever needs_grad is True"
+                )
+            layers = self._with_gradients(
+                [name for name in layers if self._window.get(name, (None, 0))[0] is not None]
+            )
+        was_due = self.is_due
         updates: dict[str, MaskUpdate] = self._advance(
-            lambda name: self._update(name, weights), self._take
+            layers, lambda name: self._update(name, weights), self._take
         )
-        if updates:
+        if was_due:
             self._window.clear()
         return {
             name: replace(
@@ -216,12 +266,6 @@ class SparseTrainer(TrainerSkeleton):
         weight, grad, arrays = entry_of("weights", weights, name), None, self._arrays
         with arrays.execution_context(weight):
             if self._method.uses_gradients:
-                if name not in self._window:
-                    raise SriglError(
-                        f"no gradient was accumulated for the update at step "
-                        f"{self.step_count + 1}; call accumulate before step whenever needs_grad "
-                        f"is True"
-                    )
                 grad = arrays.divide(*self._window[name])
             weight = arrays.as_float_array(weight, "weight")
             settings = self._update_settings(name)
@@ -243,7 +287,10 @@ class SparseTrainer(TrainerSkeleton):
         state = {
             "masks": {name: to_host(mask) for name, mask in self.masks.items()},
             "ever_active": {name: to_host(seen) for name, seen in self._ever_active.items()},
-            "window": {name: (to_host(total), n) for name, (total, n) in self._window.items()},
+            "window": {
+                name: (None if total is None else to_host(total), n)
+                for name, (total, n) in self._window.items()
+            },
         }
         if self._backward_masks:
             state["backward_masks"] = {n: to_host(m) for n, m in self._backward_masks.items()}
@@ -251,11 +298,8 @@ class SparseTrainer(TrainerSkeleton):
 
     def _masks_from(self, state: Mapping[str, Any]) -> Callable[[], None]:
         masks = self._checked_masks(state["masks"], list(self.masks))
-        if self._method.constant_fan_in:
-            for name in self.sparse_layers:
-                counts = HOST_ARRAYS.row_counts(masks[name])
-                if len(set(counts.tolist()) - {0}) != 1:
-                    raise SriglError(f"mask of layer {name!r} in state is not constant fan-in")
+        for name in self.sparse_layers:
+            self._check_fan_in(masks[name], f"mask of layer {name!r} in state")
         ever_active = self._checked_masks(state["ever_active"], self.sparse_layers)
         backward = state.get("backward_masks", {})
         backward = self._checked_masks(backward, list(backward))
@@ -266,14 +310,30 @@ class SparseTrainer(TrainerSkeleton):
             self.masks = {name: _frozen(on_device(mask)) for name, mask in masks.items()}
             self._ever_active = {name: on_device(seen) for name, seen in ever_active.items()}
             self._backward_masks = {n: _frozen(on_device(m)) for n, m in backward.items()}
-            self._window = {name: (on_device(total), n) for name, (total, n) in window.items()}
+            self._window = {
+                name: (None if total is None else on_device(total), n)
+                for name, (total, n) in window.items()
+            }
 
         return set_masks
+
+    def _check_fan_in(self, mask: NDArray[np.bool_], what: str) -> None:
+        """Check that a mask has the same number of weights in each active row, if it must."""
+        counts = set(HOST_ARRAYS.row_counts(mask).tolist()) - {0}
+        if not counts:
+            raise SriglError(f"{what} has no active weight")
+        if self._method.constant_fan_in and len(counts) > 1:
+            raise SriglError(
+                f"{what} is not constant fan-in: active rows have {min(counts)} to {max(counts)} "
+                f"weights, but must all have the same number"
+            )
 
     def _checked_masks(
         self, masks: Mapping[str, Any], names: list[str]
     ) -> dict[str, NDArray[np.bool_]]:
         """Check that a state has masks of these layers, and return them."""
+        if not isinstance(masks, Mapping):
+            raise ValueTypeError(f"masks in state must be a dict, got {type(masks).__name__}")
         if list(masks) != names and masks.keys() != set(names):
             raise SriglError(f"state has masks of {list(masks)}, but the layers are {names}")
         checked = {}
@@ -284,11 +344,16 @@ class SparseTrainer(TrainerSkeleton):
                     raise SriglError("mask in state has inactive weights, but the layer is dense")
         return checked
 
-    def _checked_window(self, window: Mapping[str, Any]) -> dict[str, tuple[NDArray[Any], int]]:
+    def _checked_window(
+        self, window: Mapping[str, Any]
+    ) -> dict[str, tuple[NDArray[Any] | None, int]]:
         """Check and return a state's sums of gradients, each with its number of calls."""
-        checked = {}
+        checked: dict[str, tuple[NDArray[Any] | None, int]] = {}
         for name, (total, calls) in window.items():
             with error_context(name):
+                if total is None:
+                    checked[name] = None, 0
+                    continue
                 total = as_float_array(total, "gradient in state")
                 if total.shape != self.budgets[name].shape:
                     raise SriglError(f"gradient in state has shape {total.shape}")
@@ -297,6 +362,4 @@ class SparseTrainer(TrainerSkeleton):
 
 
 def _frozen(mask: Any) -> Any:
-    if isinstance(mask, np.ndarray):
-        mask.setflags(write=False)
-    return mask
+    return immutable(mask) if isinstance(mask, np.ndarray) else mask

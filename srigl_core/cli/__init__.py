@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from srigl_core._install import install_command
+
 __all__ = ["main"]
 
 
@@ -15,7 +17,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         print(
             f"the command srigl needs the package {error.name!r}, which is not installed; "
-            f'install it with: pip install "srigl-core[cli]"',
+            f"install it with: {install_command('cli')}",
             file=sys.stderr,
         )
         sys.exit(1)

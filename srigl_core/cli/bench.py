@@ -35,9 +35,21 @@ bench = typer.Typer(
 )
 
 _Quick = Annotated[bool, typer.Option("--quick", help="A few cases, in a minute.")]
+_Out = Annotated[Path, typer.Option(help="Folder for the JSON, the page and, for a CPU, the plot.")]
+_Threads = Annotated[
+    str, typer.Option(help="Numbers of threads, such as 1,2; at most the number of cores.")
+]
+_Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Only cases with one of these words, such as forward, 3072-768, 90%, batch=8, "
+        "threads=1, cold, learned, avx2, and ablated on a GPU; comma means or, a second --only "
+        "means and."
+    ),
+]
+_Seconds = Annotated[float, typer.Option(min=0.0, help="For each case, about.")]
 _Results = Annotated[Path, typer.Argument(help="JSON that srigl bench wrote.")]
 _Runs = Annotated[Path, typer.Argument(help="JSON that srigl bench wrote, or a folder of them.")]
-_Seconds = Annotated[float, typer.Option(min=0.0, help="For each case, about.")]
 _OUT = Path("srigl-bench")
 
 
@@ -45,17 +57,9 @@ _OUT = Path("srigl-bench")
 @one_line_errors
 def cpu(
     quick: _Quick = False,
-    out: Annotated[Path, typer.Option(help="Folder for cpu.json, cpu.md and cpu.png.")] = _OUT,
-    threads: Annotated[
-        str, typer.Option(help="Numbers of threads, such as 1,2; at most the number of cores.")
-    ] = "",
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Only cases with one of these words, such as forward, 3072-768, 90%, batch=8, "
-            "threads=1, cold, learned, avx2; comma means or, a second --only means and."
-        ),
-    ] = None,
+    out: _Out = _OUT,
+    threads: _Threads = "",
+    only: _Only = None,
     masks: Annotated[
         Path | None,
         typer.Option(help="Folder with .safetensors of save_condensed: measure these layers, too."),
@@ -93,9 +97,9 @@ def kernel(
         typer.Argument(metavar="KERNEL", help="A registered backend, or module:attribute."),
     ],
     quick: _Quick = False,
-    out: Annotated[Path, typer.Option(help="Folder for the JSON, the page, the plot.")] = _OUT,
-    threads: Annotated[str, typer.Option(help="Numbers of threads, such as 1,2.")] = "1",
-    only: Annotated[list[str] | None, typer.Option(help="As in srigl bench cpu.")] = None,
+    out: _Out = _OUT,
+    threads: _Threads = "1",
+    only: _Only = None,
     seconds: _Seconds = 0.6,
 ) -> None:
     """Time a kernel beside ours, dense, CSR and gathers; the same as srigl bench KERNEL."""
@@ -124,19 +128,12 @@ def kernel(
 
 @bench.command()
 @one_line_errors
-def gpu(
-    quick: _Quick = False,
-    out: Annotated[Path, typer.Option(help="Folder for gpu.json and gpu.md.")] = _OUT,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Only cases with one of these words, such as forward, 3072-768, 90%, batch=8, "
-            "cold, ablated; comma means or, a second --only means and."
-        ),
-    ] = None,
-) -> None:
+def gpu(quick: _Quick = False, out: _Out = _OUT, only: _Only = None) -> None:
     """Time the CUDA kernels against dense in all precisions, CSR and gathers."""
-    _exit_code(_measured(out, device="gpu", quick=quick, only=tuple(only or ())))
+    from srigl_core.benchmarks.gpu import main
+
+    words = [argument for word in only or () for argument in ("--only", word)]
+    raise typer.Exit(main(["--out", str(out), *words, *(["--quick"] if quick else [])]))
 
 
 @bench.command()

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from srigl_core import SriglError, get_backend
+from srigl_core._workers import END_WITH_STDIN, worker_stdin
 
 __all__ = ["measure_first_use", "show_first_use"]
 
@@ -105,13 +106,15 @@ def measure_first_use(batch: int) -> dict[str, float]:
 
 def _times(batch: int, cache: str) -> list[float]:
     """Return clock times of a fresh process: at its start, after both imports and two products."""
-    process = subprocess.run(
-        [sys.executable, "-P", "-c", _PROCESS, str(batch)],
-        env={**os.environ, "SRIGL_CACHE_DIR": cache},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with worker_stdin() as stdin:
+        process = subprocess.run(
+            [sys.executable, "-P", "-c", END_WITH_STDIN + _PROCESS, str(batch)],
+            stdin=stdin,
+            env={**os.environ, "SRIGL_CACHE_DIR": cache},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if process.returncode:
         output = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
         raise SriglError(f"a fresh process gave no first result: {output[-1]}")

@@ -6,6 +6,7 @@ update unless neurons are ablated or the fan-in changes. The JAX page of the doc
 the cost of a call. For GPUs call a plan of the backend 'cupy' with JAX arrays, outside of ``jit``.
 """
 
+from srigl_core._install import install_command
 from srigl_core.errors import BackendUnavailableError
 
 try:
@@ -13,7 +14,7 @@ try:
 except ModuleNotFoundError as error:
     raise BackendUnavailableError(
         f"srigl_core.jax needs the package {error.name!r}, which is not installed: "
-        f"pip install 'srigl-core[jax]'"
+        f"{install_command('jax')}"
     ) from error
 
 from srigl_core.jax.condensed_matmul import condensed_linear

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +13,7 @@ import numpy as np
 
 from srigl_core._arrays.libraries import library_of
 from srigl_core._format import connections as host
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, check_condensed
 from srigl_core.errors import SriglError, ValueTypeError
 
 __all__ = ["Connections", "from_condensed", "to_condensed"]
@@ -65,7 +68,7 @@ class Connections:
         """
         for name, array in (("indices", indices), ("active", active)):
             library_of(array).check(array, name)
-        return _on_device(host.Connections(np.asarray(indices), np.asarray(active), shape))
+        return _on_device(host.Connections(indices, active, shape))
 
     @classmethod
     def from_mask(cls, mask: Any) -> Connections:
@@ -129,16 +132,50 @@ class Connections:
         """
         return dense.reshape(self.shape)[self.active[:, None], self.indices]
 
+    def check_arrays(self) -> None:
+        """Raise ValueTypeError if `jax.tree.map` has put something else in place of the arrays."""
+        for name, leaf in self._leaves().items():
+            if not isinstance(leaf, jax.Array | np.ndarray):
+                raise ValueTypeError(
+                    f"connections.{name} must be an array, got {type(leaf).__name__}; pass the "
+                    f"connections that from_condensed, from_mask or of returned"
+                )
+
+    def _leaves(self) -> dict[str, Any]:
+        return {"indices": self.indices, "active": self.active, "key": self.key}
+
+    def __eq__(self, other: object) -> bool:
+        """Whether `shape` and what is in place of the arrays are the same."""
+        if not isinstance(other, Connections):
+            return NotImplemented
+        pairs = zip(self._leaves().values(), other._leaves().values(), strict=True)
+        return self.shape == other.shape and all(_same(*pair) for pair in pairs)
+
+    def __hash__(self) -> int:
+        return hash((Connections, self.shape))
+
     def __repr__(self) -> str:
-        if not hasattr(self.indices, "ndim"):  # jax.tree.map may replace arrays by any objects
-            leaves = f"indices={self.indices}, active={self.active}, key={self.key}"
-            return f"Connections({self.shape}, {leaves})"
-        return f"Connections({self.shape}, n_active={self.n_active}, fan_in={self.fan_in})"
+        # jax.tree.map may replace the arrays by any objects. A dtype has a shape, too.
+        shapes = [getattr(leaf, "shape", None) for leaf in self._leaves().values()]
+        n_axes = [len(shape) if isinstance(shape, tuple) else 0 for shape in shapes]
+        if n_axes[0] >= 2 and n_axes[0] == n_axes[1] + 1:
+            return f"Connections({self.shape}, n_active={self.n_active}, fan_in={self.fan_in})"
+        leaves = ", ".join(f"{name}={leaf!r}" for name, leaf in self._leaves().items())
+        return f"Connections({self.shape}, {leaves})"
 
 
 jax.tree_util.register_dataclass(
     Connections, data_fields=["indices", "active", "key"], meta_fields=["shape"]
 )
+with contextlib.suppress(ImportError):  # raised by versions that need a package for it
+    from jax import export
+
+    export.register_pytree_node_serialization(
+        Connections,
+        serialized_name="srigl_core.jax.Connections",
+        serialize_auxdata=lambda meta: json.dumps(meta).encode(),
+        deserialize_auxdata=lambda data: (tuple(json.loads(data)[0]),),
+    )
 
 
 def from_condensed(weight: CondensedWeight) -> tuple[Any, Connections]:
@@ -157,8 +194,9 @@ def from_condensed(weight: CondensedWeight) -> tuple[Any, Connections]:
     Raises
     ------
     ValueTypeError
-        If the weight is float64 and jax_enable_x64 is off.
+        If `weight` is not a condensed weight, or it is float64 and jax_enable_x64 is off.
     """
+    check_condensed(weight)
     values = jax.numpy.array(weight.values)
     if values.dtype != weight.dtype:
         raise ValueTypeError(
@@ -180,17 +218,51 @@ def to_condensed(values: Any, connections: Connections) -> CondensedWeight:
     -------
     CondensedWeight
     """
-    library_of(values).check(values, "values")
-    indices, active = np.asarray(connections.indices), np.asarray(connections.active)
-    return CondensedWeight(np.asarray(values), indices, active, connections.shape)
+    if not isinstance(connections, Connections):
+        raise ValueTypeError(
+            f"connections must be srigl_core.jax.Connections, got {type(connections).__name__}"
+        )
+    return CondensedWeight(values, connections.indices, connections.active, connections.shape)
 
 
 def _on_device(connections: host.Connections) -> Connections:
     if connections.shape[1] > _MOST_INPUTS:
         raise SriglError(f"n_in={connections.shape[1]} exceeds the int32 indices used with JAX")
+    _register_with_flax()
     return Connections(
         jax.numpy.array(connections.indices.astype(np.int32)),
         jax.numpy.array(connections.active.astype(np.int32)),
         jax.numpy.array(np.frombuffer(connections.digest(), np.uint32)),
         connections.shape,
     )
+
+
+def _same(leaf: Any, other: Any) -> bool:
+    """Compare what is in place of two arrays; tracers are equal to themselves only."""
+    if leaf is other:
+        return True
+    if any(isinstance(each, jax.core.Tracer) for each in (leaf, other)):
+        return False
+    if all(isinstance(each, jax.Array | np.ndarray) for each in (leaf, other)):
+        return bool(leaf.dtype == other.dtype and np.array_equal(leaf, other))
+    return type(leaf) is type(other) and bool(leaf == other)
+
+
+def _register_with_flax() -> None:
+    """Let ``flax.serialization`` write and read connections, if it is imported."""
+    flax = sys.modules.get("flax.serialization")
+    if flax is not None:
+        flax.register_serialization_state(
+            Connections, Connections._leaves, _from_state_dict, override=True
+        )
+
+
+def _from_state_dict(target: Connections, state: dict[str, Any]) -> Connections:
+    """Return the connections that flax has read; they may have another fan-in than `target`."""
+    connections = Connections.of(state["indices"], state["active"], target.shape)
+    if not np.array_equal(connections.key, state["key"]):
+        raise SriglError(
+            f"the state does not hold connections of shape {target.shape}, or was changed; "
+            f"restore it into connections of the layer that was saved"
+        )
+    return connections

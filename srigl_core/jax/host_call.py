@@ -20,9 +20,9 @@ __all__ = ["check_on_cpu", "host_call"]
 
 
 def check_on_cpu(*arrays: Any) -> None:
-    """Raise BackendUnavailableError if an array, not a tracer, is on another device."""
+    """Raise BackendUnavailableError if a JAX array, not a tracer, is on another device."""
     for array in arrays:
-        if not isinstance(array, jax.core.Tracer):
+        if not isinstance(array, jax.core.Tracer | np.ndarray):
             _check_platform(next(iter(array.devices())).platform)
 
 
@@ -38,8 +38,7 @@ def host_call(
     ----------
     function : callable
         Called as ``function(out, *operands)`` with NumPy arrays; it must write `out`. It must be
-        hashable, and equal to functions that may share compiled code. Each ``vmap`` adds a leading
-        axis to all arrays, of length 1 for operands that are not mapped.
+        hashable, and equal to functions that may share compiled code.
     shape : tuple of int
         Shape of `out`.
     dtype : numpy.dtype
@@ -53,10 +52,9 @@ def host_call(
     """
     result = jax.ShapeDtypeStruct(shape, dtype)
     if buffer_callback is not None:
-        return buffer_callback(_OnBuffers(function), result, vmap_method="expand_dims")(*operands)
+        return buffer_callback(_OnBuffers(function), result)(*operands)
     _check_platform(jax.default_backend())
-    returning = _OnArrays(function, shape, dtype, operands[0].ndim)
-    return jax.pure_callback(returning, result, *operands, vmap_method="expand_dims")
+    return jax.pure_callback(_OnArrays(function, shape, dtype), result, *operands)
 
 
 @dataclass(frozen=True)
@@ -81,14 +79,10 @@ class _OnArrays:
     function: Callable[..., None]
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    rank: int
 
     def __call__(self, *operands: Any) -> Any:
-        arrays = [np.asarray(operand) for operand in operands]
-        n_mapped = arrays[0].ndim - self.rank
-        mapped = np.broadcast_shapes(*(array.shape[:n_mapped] for array in arrays))
-        out = np.empty((*mapped, *self.shape), self.dtype)
-        self.function(out, *arrays)
+        out = np.empty(self.shape, self.dtype)
+        self.function(out, *(np.asarray(operand) for operand in operands))
         return out
 
 

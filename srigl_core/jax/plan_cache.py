@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._plan import Plan, prepare
 
-__all__ = ["evict", "plan_for"]
+__all__ = ["any_plan_for", "evict", "plan_for"]
 
 _MOST = 256
 """The number of cached plans, more than a network has layers."""
@@ -62,6 +62,20 @@ def plan_for(
         _cache[name] = plan, plan.weight.values.view(bits.dtype)
         while len(_cache) > _MOST:
             del _cache[next(iter(_cache))]
+    return plan
+
+
+def any_plan_for(
+    shape: tuple[int, int],
+    dtype: np.dtype[Any],
+    indices: NDArray[Any],
+    active: NDArray[Any],
+    key: NDArray[np.uint32],
+) -> Plan:
+    """Return a plan of these connections whose values may be any of `dtype`."""
+    plan, _ = _cache.get((key.tobytes(), dtype.char), (None, None))
+    if plan is None:
+        plan = plan_for(shape, np.zeros(indices.shape, dtype), indices, active, key)
     return plan
 
 

@@ -16,7 +16,12 @@ from srigl_core.testing.function_backend import FunctionBackend, declare
 from srigl_core.testing.kernel_capabilities import KernelCapabilities
 from srigl_core.testing.law import Law, LawViolation, NotApplicable
 from srigl_core.testing.laws import LAWS
-from srigl_core.testing.problems import MatmulProblem, UpdateProblem, array_of
+from srigl_core.testing.problems import (
+    CondensedUpdateProblem,
+    MatmulProblem,
+    UpdateProblem,
+    array_of,
+)
 from srigl_core.testing.report import ConformanceError, Failure, LawResult, Report
 from srigl_core.testing.targets import as_backend
 from srigl_core.testing.update_trace import UpdateTrace, check_trace
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LAWS",
     "BackendConformance",
+    "CondensedUpdateProblem",
     "CondensedWeight",
     "ConformanceError",
     "Failure",

@@ -16,21 +16,11 @@ __all__ = ["FloatLimits", "Outcome", "first_violation", "float_limits"]
 
 @dataclass(frozen=True)
 class FloatLimits:
-    """The limits of a float type.
+    """The limits of a float type."""
 
-    Parameters
-    ----------
-    roundoff : float
-        Unit roundoff, u.
-    smallest : float
-        Smallest positive subnormal, eta.
-    largest : float
-        Largest finite number.
-    """
-
-    roundoff: float
-    smallest: float
-    largest: float
+    roundoff: float  # unit roundoff, u
+    smallest: float  # positive subnormal, eta
+    largest: float  # finite number
 
     @property
     def overflow(self) -> float:
@@ -53,23 +43,11 @@ def float_limits(dtype: np.dtype[Any]) -> FloatLimits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The expected value of a sum of products, and what bounds the error of a result.
+    """The expected value of a sum of products, and what bounds the error of a result."""
 
-    Parameters
-    ----------
-    z : ndarray of longdouble
-        The sum, bias included, before the activation.
-    scale : ndarray of longdouble
-        The sum of the finite terms' magnitudes, s.
-    terms : ndarray of int, broadcastable to `z`
-        Number of products in each sum, n.
-    accumulator : numpy.dtype
-    activation : str
-    """
-
-    z: NDArray[np.longdouble]
-    scale: NDArray[np.longdouble]
-    terms: NDArray[np.int64]
+    z: NDArray[np.longdouble]  # the sum, bias included, before the activation
+    scale: NDArray[np.longdouble]  # the sum of the finite terms' magnitudes, s
+    terms: NDArray[np.int64]  # the number of products in each sum, n; broadcastable to z
     accumulator: np.dtype[Any]
     activation: str = "none"
 
@@ -90,32 +68,17 @@ class Outcome:
         z, y = np.abs(self.z), np.abs(self.y)
         with np.errstate(all="ignore"):
             n = self.terms + 2.0
-            before = 2 * n * acc.roundoff * self.scale + n * acc.smallest
-            if self.activation == "none":
-                bound = before + out.roundoff * z + out.smallest
-            else:
-                inside = ACTIVATIONS[self.activation].lipschitz * before + 8 * acc.roundoff * (
-                    z + y
-                )
-                bound = inside + out.roundoff * y + out.smallest
+            inside = 2 * n * acc.roundoff * self.scale + n * acc.smallest
+            if self.activation != "none":
+                inside *= ACTIVATIONS[self.activation].lipschitz
+                inside += 8 * acc.roundoff * (z + y)
+            bound = inside + out.roundoff * y + out.smallest
             return np.where(self.unchecked, np.inf, bound).astype(np.float64)
 
 
 def first_violation(result: NDArray[Any], outcome: Outcome) -> tuple[tuple[int, ...], str] | None:
-    """Return the first element of `result` that SPEC 2 does not allow, and why.
+    """Return index and message of the first element of `result` that SPEC 2 does not allow.
 
-    Parameters
-    ----------
-    result : ndarray of a value type, shape of ``outcome.z``
-    outcome : Outcome
-
-    Returns
-    -------
-    tuple or None
-        Index and message; None if all is well.
-
-    Notes
-    -----
     Where the sum of magnitudes exceeds half the accumulator's largest number nothing is checked.
     Where the result may overflow its dtype, infinity of the right sign is allowed. Where the
     expected value is infinity or NaN, so must be the result.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._update import CondensedUpdate, MaskUpdate
 from srigl_core.testing.bounds import Outcome, first_violation
 from srigl_core.testing.law import LawViolation
 from srigl_core.testing.problems import BETWEEN, MatmulProblem, laid_out
@@ -16,12 +19,14 @@ __all__ = [
     "assert_near",
     "assert_neighbours_untouched",
     "assert_same_bits",
+    "assert_same_update",
     "assert_unwritten",
     "assert_within",
     "out_array",
 ]
 
 Result = TypeVar("Result")
+Update = TypeVar("Update", MaskUpdate, CondensedUpdate)
 
 
 def assert_within(result: NDArray[Any], outcome: Outcome, what: str) -> None:
@@ -67,6 +72,28 @@ def _bits(array: NDArray[Any]) -> NDArray[Any]:
     if array.dtype.kind in "bi":
         return array
     return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+
+
+def assert_same_update(update: Update, expected: Update) -> None:
+    """Raise `LawViolation` if two updates differ; inactive zeros may have any sign."""
+    for part in fields(expected):
+        got, wanted = getattr(update, part.name), getattr(expected, part.name)
+        what = f"{part.name} of the update"
+        if isinstance(wanted, CondensedWeight):
+            for name in ("values", "indices", "active"):
+                assert_same_bits(getattr(got, name), getattr(wanted, name), f"{name} of the {what}")
+        elif isinstance(wanted, np.ndarray):
+            if (
+                isinstance(expected, MaskUpdate)
+                and part.name == "weight"
+                and got.shape == wanted.shape
+            ):
+                got, wanted = (
+                    np.where(expected.mask, array, abs(array)) for array in (got, wanted)
+                )
+            assert_same_bits(got, wanted, what)
+        elif got != wanted:
+            raise LawViolation(f"{what} is {got}, expected {wanted}")
 
 
 def assert_unwritten(arrays: Sequence[NDArray[Any] | None], call: Callable[[], Result]) -> Result:

@@ -48,8 +48,9 @@ class BackendConformance:
         if self.op not in (None, law.operation):
             pytest.skip(f"only {self.op} is under test")
         options: dict[str, Any] = {"max_examples": self.max_examples, "xfails": self.xfails}
-        report = verify(self._kernel(), op=self.op, laws=[law], seed=self.seed, **options)
-        (result,) = report.results
+        (result,) = verify(
+            self._kernel(), laws=[law], seed=self.seed, op=self.op, **options
+        ).results
         if result.status == "not applicable":
             pytest.skip(result.detail)
         if result.status == "expected failure":

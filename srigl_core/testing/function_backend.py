@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from srigl_core._arrays.dtypes import result_dtype, round_to
 from srigl_core._arrays.operations import HOST_ARRAYS
 from srigl_core._format.weight import CondensedWeight
-from srigl_core._update import MaskUpdate, UpdateSettings
+from srigl_core._update import CondensedUpdate, GradientRows, MaskUpdate, UpdateSettings
 from srigl_core.contract import OPERATIONS, Capabilities, MatmulGradients
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.mask_update import make_update, srigl_update
@@ -26,11 +26,12 @@ __all__ = ["FunctionBackend", "declare"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _WEIGHT = ("weight", "values", "indices", "active", "n_out", "n_in")
-_SETTINGS = tuple(part.name for part in fields(UpdateSettings))
+_SETTINGS = ("settings", *(part.name for part in fields(UpdateSettings)))
 PARAMETERS = {
     "condensed_matmul": ("x", *_WEIGHT, "bias", "activation", "compact", "out", "threads"),
     "condensed_matmul_backward": ("grad", "x", *_WEIGHT, "threads"),
-    "update_mask": ("weight", "grad", "mask", *_SETTINGS, "settings", "threads"),
+    "update_mask": ("weight", "grad", "mask", *_SETTINGS, "threads"),
+    "update_condensed": (*_WEIGHT, "gradient_rows", "block_rows", *_SETTINGS, "threads"),
 }
 """The parameters that a function for an operation may have."""
 
@@ -41,18 +42,22 @@ class FunctionBackend:
     The function is called with the arguments that its parameters name; ``**kwargs`` takes all of
     them. Parameters with a default may have other names. The arguments are
 
-    - for all products and gradients: `weight`, the `CondensedWeight`, and its parts `values` and
-      `indices`, (n_active, k), `active`, (n_active,), `n_out` and `n_in`; `threads`, an int or
-      None;
+    - for all operations but ``update_mask``: `weight`, the `CondensedWeight`, and its parts
+      `values` and `indices`, (n_active, k), `active`, (n_active,), `n_out` and `n_in`;
+    - for all operations: `threads`, an int or None;
     - for ``condensed_matmul``: `x`, (batch, n_in); `bias`, (n_out,) or None; `activation`;
       `compact`; `out`, an array to write to. The function returns (batch, n_out), or
       (batch, n_active) if `compact`, in dtype ``np.result_type(x, values)``, or it writes to
       `out`;
     - for ``condensed_matmul_backward``: `grad`, (batch, n_out), and `x`. It returns dx,
       (batch, n_in), dvalues, (n_active, k), and dbias, (n_out,), each of any value type;
-    - for ``update_mask``: `weight`, `grad` and `mask`, (n_out, n_in), `threads`, and the settings,
-      by name or as `settings`. It returns the new mask, or mask and weight, or a `MaskUpdate`. It
-      raises ValueError if the budget is too small (SPEC 4.5).
+    - for ``update_mask``: `weight`, `grad` and `mask`, (n_out, n_in), and the settings, by name or
+      as `settings`. It returns the new mask, or mask and weight, or a `MaskUpdate`;
+    - for ``update_condensed``: `gradient_rows` and `block_rows`, as
+      `srigl_core.contract.CondensedUpdater` describes them, and the settings. It returns a
+      `CondensedUpdate`.
+
+    Updates raise ValueError if the budget is too small (SPEC 4.5).
 
     An empty batch is answered without a call. Without `asarray`, the arrays of a weight are
     read-only.
@@ -148,10 +153,7 @@ class FunctionBackend:
     ) -> MaskUpdate:
         """Return the function's update, with the correct values for what it does not return."""
         arrays = {"weight": weight, "grad": grad, "mask": mask}
-        try:
-            result = self.call(**arrays, **asdict(settings), settings=settings, threads=threads)
-        except ValueError as error:
-            raise SriglError(str(error)) from error
+        result = self._update(settings, **arrays, threads=threads)
         if isinstance(result, MaskUpdate):
             return result
         parts = result if isinstance(result, tuple) else (result,)
@@ -174,7 +176,33 @@ class FunctionBackend:
         )
         if len(parts) == 1:
             return update
-        return replace(update, weight=_as_numpy(parts[1], "the new weight"))
+        return replace(update, weight=_as_numpy(parts[1], "the new weight", mask.shape))
+
+    def update_condensed(
+        self,
+        weight: CondensedWeight,
+        gradient_rows: GradientRows,
+        settings: UpdateSettings,
+        *,
+        block_rows: int,
+        threads: int | None,
+    ) -> CondensedUpdate:
+        """Return the function's update."""
+
+        def rows(start: int, stop: int) -> Any:
+            return self._converted("grad", gradient_rows(start, stop))
+
+        options = {"gradient_rows": rows, "block_rows": block_rows, "threads": threads}
+        result = self._update(settings, **_parts(weight), **options)
+        if not isinstance(result, CondensedUpdate):
+            raise LawViolation(f"expected a CondensedUpdate, got {type(result).__name__}")
+        return result
+
+    def _update(self, settings: UpdateSettings, **arguments: Any) -> Any:
+        try:
+            return self.call(**arguments, **asdict(settings), settings=settings)
+        except ValueError as error:
+            raise SriglError(str(error)) from error
 
     def _converted(self, name: str, argument: Any) -> Any:
         if not isinstance(argument, np.ndarray):
@@ -186,19 +214,17 @@ class FunctionBackend:
         return self._asarray(np.array(argument, order="C"))  # a copy, that the function may write
 
 
+def _parts(weight: CondensedWeight) -> dict[str, Any]:
+    n_out, n_in = weight.shape
+    parts = {name: getattr(weight, name) for name in ("values", "indices", "active")}
+    return {"weight": weight, **parts, "n_out": n_out, "n_in": n_in}
+
+
 class _FunctionWeight:
     """A weight, multiplied by a function."""
 
     def __init__(self, backend: FunctionBackend, weight: CondensedWeight) -> None:
-        self._backend, self._weight = backend, weight
-        self._parts = {
-            "weight": weight,
-            "values": weight.values,
-            "indices": weight.indices,
-            "active": weight.active,
-            "n_out": weight.shape[0],
-            "n_in": weight.shape[1],
-        }
+        self._backend, self._weight, self._parts = backend, weight, _parts(weight)
 
     def describe(self) -> Mapping[str, object]:
         """Describe the layout."""
@@ -229,13 +255,10 @@ class _FunctionWeight:
         options = {"activation": activation, "compact": compact, "threads": threads}
         result = self._backend.call(x=x, bias=bias, out=product, **options, **self._parts)
         if "out" not in parameters or (result is not None and result is not product):
-            product = _as_numpy(result, "the product")
+            product = _as_numpy(result, "the product", shape)
             dtype = result_dtype(x.dtype, self._weight.dtype)
-            if product.shape != shape or product.dtype != dtype:
-                raise LawViolation(
-                    f"the product has dtype {product.dtype} and shape {product.shape}, expected "
-                    f"{dtype} and {shape}"
-                )
+            if product.dtype != dtype:
+                raise LawViolation(f"the product has dtype {product.dtype}, expected {dtype}")
         if product is not out:
             if shape != out.shape:
                 product = product[:, self._weight.active]
@@ -259,15 +282,9 @@ class _FunctionWeight:
             raise LawViolation(f"expected dx, dvalues and dbias, got {type(result).__name__}")
         for part, gradient in zip(fields(out), result, strict=True):
             target = getattr(out, part.name)
-            if target is None:
-                continue
-            gradient = _as_numpy(gradient, f"the gradient of {part.name}")
-            if gradient.shape != target.shape:
-                raise LawViolation(
-                    f"the gradient of {part.name} has shape {gradient.shape}, expected "
-                    f"{target.shape}"
-                )
-            target[...] = round_to(gradient, target.dtype)
+            if target is not None:
+                gradient = _as_numpy(gradient, f"the gradient of {part.name}", target.shape)
+                target[...] = round_to(gradient, target.dtype)
 
 
 def declare(
@@ -369,11 +386,10 @@ def _narrowed(
 ) -> KernelCapabilities:
     """Return the declared capabilities without those that the parameters rule out."""
     capabilities = replace(capabilities, operations=frozenset({op}))
+    if op.startswith("update") and "settings" not in parameters:
+        capabilities = replace(capabilities, settings=capabilities.settings & parameters)
     if op == "update_mask":
-        settings = capabilities.settings
-        if "settings" not in parameters:
-            settings &= parameters
-        return replace(capabilities, settings=settings, out=False)
+        return replace(capabilities, out=False)
     if op == "condensed_matmul":
         if "activation" not in parameters:
             capabilities = replace(capabilities, activations=frozenset({"none"}))
@@ -388,9 +404,12 @@ def _narrowed(
     )
 
 
-def _as_numpy(result: Any, what: str) -> NDArray[Any]:
+def _as_numpy(result: Any, what: str, shape: tuple[int, ...]) -> NDArray[Any]:
     """Return a result, an array of any library, as a NumPy array."""
     try:
-        return HOST_ARRAYS.as_float_array(result, what)
+        array = HOST_ARRAYS.as_float_array(result, what)
     except SriglError as error:
         raise LawViolation(str(error)) from error
+    if array.shape != shape:
+        raise LawViolation(f"{what} has shape {array.shape}, expected {shape}")
+    return array

@@ -32,7 +32,7 @@ from srigl_core.testing.problems import (
     special_numbers,
     subnormal_problem,
 )
-from srigl_core.testing.thread_calls import assert_same_in_threads
+from srigl_core.testing.thread_calls import assert_repeatable, assert_same_in_threads
 
 __all__ = ["GRADIENT_LAWS"]
 
@@ -128,12 +128,8 @@ def non_finite_gradients_propagate(backend: Backend, problem: MatmulProblem) -> 
 def same_inputs_give_the_same_gradients(backend: Backend, problem: MatmulProblem) -> None:
     """Repeated gradients have the same bits, on any number of threads and in a flushing thread."""
     plan = prepare(problem.weight, backend=backend)
-    first = _backward(plan, problem)
-    repeats = [_backward(plan, problem, threads=threads) for threads in (1, 2, 3, 8)]
-    with flushing_subnormals():
-        repeats.append(_backward(plan, problem))
-    for again in repeats:
-        _assert_same_gradients(again, first, "again, ")
+    assert_same = partial(_assert_same_gradients, what="again, ")
+    assert_repeatable(partial(_backward, plan, problem), assert_same)
 
 
 @_law("extended precision", "within the error bound of SPEC 2", build=subnormal_problem)
@@ -188,10 +184,7 @@ def with_values_has_its_own_gradients(backend: Backend, problem: MatmulProblem) 
     _assert_same_gradients(_backward(plan, problem), first, "of the old plan, ")
 
 
-@_law(
-    "extended precision, and itself",
-    "within the error bound of SPEC 2, and bit for bit",
-)
+@_law("extended precision, and itself", "within the error bound of SPEC 2, and bit for bit")
 def earlier_calls_leave_gradients_alone(backend: Backend, problem: MatmulProblem) -> None:
     """Gradients are those of what grad and x hold now, and later calls do not change them."""
     plan = prepare(problem.weight, backend=backend)

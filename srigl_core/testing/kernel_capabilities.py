@@ -41,7 +41,7 @@ class KernelCapabilities(Capabilities):
     out : bool
         Whether it writes results in place, in any value type. If False, it returns them.
     settings : frozenset of str
-        The settings that its mask update takes, from `OPTIONAL_SETTINGS`.
+        The settings that its mask updates take, from `OPTIONAL_SETTINGS`.
 
     Raises
     ------
@@ -98,17 +98,18 @@ def completed(capabilities: Capabilities) -> KernelCapabilities:
 
 def left_out(capabilities: KernelCapabilities) -> list[str]:
     """Return what the problems for such a kernel leave out, in words."""
+    updates = {"update_mask", "update_condensed"}
     missing = _missing(VALUE_TYPES, capabilities.value_dtypes)
     if capabilities.operations - {"update_mask"}:
-        indices = _missing(INDEX_TYPES, capabilities.index_dtypes)
-        missing += [f"{name} indices" for name in indices]
+        missing += [f"{name} indices" for name in _missing(INDEX_TYPES, capabilities.index_dtypes)]
         missing += ["ablated neurons"] * (not capabilities.ablation)
+    if capabilities.operations - updates:
         missing += ["strides"] * (not capabilities.strides)
         missing += ["out="] * (not capabilities.out)
     if "condensed_matmul" in capabilities.operations:
         missing += ["bias"] * (not capabilities.bias)
         missing += [f"activation {n}" for n in _missing(ACTIVATIONS, capabilities.activations)]
-    if "update_mask" in capabilities.operations:
+    if capabilities.operations & updates:
         missing += _missing(sorted(OPTIONAL_SETTINGS), capabilities.settings)
     return missing
 

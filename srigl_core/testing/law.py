@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from srigl_core._format.weight import CondensedWeight
 from srigl_core.contract import Backend
 from srigl_core.testing.kernel_capabilities import KernelCapabilities, capabilities_of
 from srigl_core.testing.problems import DataSource, MatmulProblem
@@ -76,25 +77,17 @@ def law_decorator(
 
 
 def check(backend: Backend, law: Law, problem: Any) -> None:
-    """Check one law on one problem.
-
-    Raises
-    ------
-    LawViolation
-        If it does not hold.
-    NotApplicable
-        If the backend does not offer the operation or the dtypes, or the problem has nothing to
-        check.
-    """
+    """Raise `LawViolation` if a law does not hold for a problem, or `NotApplicable`."""
     capabilities = capabilities_of(backend)
     if law.operation not in capabilities.operations:
         raise NotApplicable(f"{backend.name!r} does not offer {law.operation}")
     dtypes = {"values": problem.weight.dtype}
     if isinstance(problem, MatmulProblem):
-        dtypes |= {"inputs": problem.x.dtype, "indices": problem.weight.indices.dtype}
+        dtypes["inputs"] = problem.x.dtype
+    if isinstance(problem.weight, CondensedWeight):
+        dtypes["indices"] = problem.weight.indices.dtype
     for what, dtype in dtypes.items():
-        is_index = what == "indices"
-        taken = capabilities.index_dtypes if is_index else capabilities.value_dtypes
+        taken = capabilities.value_dtypes | capabilities.index_dtypes
         if dtype.name not in taken:
             raise NotApplicable(f"{backend.name!r} does not take {what} of {dtype}")
     law.holds(backend, problem)

@@ -10,7 +10,7 @@ from srigl_core.testing.update_laws import UPDATE_LAWS
 __all__ = ["LAWS", "laws_page"]
 
 LAWS: tuple[Law, ...] = (*PRODUCT_LAWS, *GRADIENT_LAWS, *UPDATE_LAWS)
-"""The laws of the product, of its gradients and of the mask update; each name is unique."""
+"""The laws of the product, of its gradients and of the mask updates; each name is unique."""
 
 
 def laws_page() -> str:

@@ -17,16 +17,7 @@ __all__ = ["expected_gradients", "expected_product"]
 def expected_product(
     weight: CondensedWeight, x: NDArray[Any], bias: NDArray[Any] | None, activation: str
 ) -> Outcome:
-    """Return the product in extended precision, (..., n_out).
-
-    Parameters
-    ----------
-    weight : CondensedWeight, (n_out, n_in)
-    x : ndarray, (..., n_in)
-    bias : ndarray, (n_out,), or None
-        In the product's dtype.
-    activation : str
-    """
+    """Return the product in extended precision, (..., n_out); `bias` has the product's dtype."""
     with np.errstate(all="ignore"):
         z = np.zeros((*x.shape[:-1], weight.shape[0]), np.longdouble)
         scale = np.zeros_like(z)
@@ -52,14 +43,7 @@ def _magnitudes(products: NDArray[np.longdouble]) -> NDArray[np.longdouble]:
 def expected_gradients(
     weight: CondensedWeight, grad: NDArray[Any], x: NDArray[Any]
 ) -> dict[str, Outcome]:
-    """Return dx, dvalues and dbias in extended precision, as "x", "values" and "bias".
-
-    Parameters
-    ----------
-    weight : CondensedWeight, (n_out, n_in)
-    grad : ndarray, (..., n_out)
-    x : ndarray, (..., n_in)
-    """
+    """Return dx, dvalues and dbias in extended precision, as "x", "values" and "bias"."""
     g = grad.reshape(-1, grad.shape[-1]).astype(np.longdouble)
     rows = x.reshape(-1, x.shape[-1]).astype(np.longdouble)
     dx, dx_scale = np.zeros(rows.shape, np.longdouble), np.zeros(rows.shape, np.longdouble)

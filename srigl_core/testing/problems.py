@@ -8,8 +8,7 @@ of every list is the simplest. A problem stays within a kernel's capabilities.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import result_dtype, value_dtype
+from srigl_core._format.connections import Connections
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._update import UpdateSettings
 from srigl_core.contract import ACTIVATIONS
@@ -32,6 +32,7 @@ __all__ = [
     "LAYOUTS",
     "MAGNITUDES",
     "UPDATE_MAGNITUDES",
+    "CondensedUpdateProblem",
     "DataSource",
     "MatmulProblem",
     "RecordedSource",
@@ -40,6 +41,7 @@ __all__ = [
     "any_mask",
     "array_of",
     "combinable_dtypes",
+    "condensed_update_problem",
     "laid_out",
     "matmul_problem",
     "random_inputs",
@@ -77,21 +79,18 @@ LARGE_PRODUCT = (130, 131, 200)  # n_out, n_in, batch: enough work for threads t
 LARGE_LAYERS = ((401, 399), (3, 70_000), (1_100, 5))
 
 
-class DataSource(ABC):
-    """A source of integers.
+class DataSource:
+    """A source of integers; `drawn` are those drawn so far, for a `RecordedSource`.
 
-    Attributes
+    Parameters
     ----------
-    drawn : list of int
-        The integers drawn so far; `RecordedSource` draws them again.
+    draw : callable of two ints
+        ``draw(least, most)`` returns an integer within ``least..most``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, draw: Callable[[int, int], int]) -> None:
+        self._draw = draw
         self.drawn: list[int] = []
-
-    @abstractmethod
-    def _draw(self, least: int, most: int) -> int:
-        """Return an integer within ``least..most``."""
 
     def integer(self, least: int, most: int) -> int:
         """Draw an integer within ``least..most``."""
@@ -108,42 +107,29 @@ class DataSource(ABC):
 
 
 class SeededSource(DataSource):
-    """Integers of a seeded generator, the same on every machine.
-
-    Parameters
-    ----------
-    *seed : int
-    """
+    """Integers of a seeded generator, the same on every machine."""
 
     def __init__(self, *seed: int) -> None:
-        super().__init__()
-        self._rng = np.random.default_rng(seed)
-
-    def _draw(self, least: int, most: int) -> int:
-        return int(self._rng.integers(least, most, endpoint=True))
+        rng = np.random.default_rng(seed)
+        super().__init__(lambda least, most: int(rng.integers(least, most, endpoint=True)))
 
 
 class RecordedSource(DataSource):
-    """The integers that an earlier problem was built from.
-
-    Parameters
-    ----------
-    integers : sequence of int
-        The `drawn` of another source.
-    """
+    """The integers that an earlier problem was built from, the `drawn` of its source."""
 
     def __init__(self, integers: Sequence[int]) -> None:
-        super().__init__()
-        self._remaining = iter(integers)
+        remaining = iter(integers)
 
-    def _draw(self, least: int, most: int) -> int:
-        recorded = next(self._remaining, None)
-        if recorded is None:
-            raise SriglError(
-                "the integers end before the problem is complete; they were drawn for a kernel of "
-                "other capabilities, or by another version"
-            )
-        return min(max(recorded, least), most)
+        def draw(least: int, most: int) -> int:
+            recorded = next(remaining, None)
+            if recorded is None:
+                raise SriglError(
+                    "the integers end before the problem is complete; they were drawn for a "
+                    "kernel of other capabilities, or by another version"
+                )
+            return min(max(recorded, least), most)
+
+        super().__init__(draw)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +181,25 @@ class UpdateProblem:
     grad: NDArray[Any]
     mask: NDArray[np.bool_]
     settings: UpdateSettings
+
+
+@dataclass(frozen=True, eq=False)
+class CondensedUpdateProblem:
+    """A mask update of a condensed layer.
+
+    Parameters
+    ----------
+    weight : CondensedWeight, (n_out, n_in)
+    grad : ndarray, (n_out, n_in)
+        The dense gradient, of which an update asks for rows.
+    settings : UpdateSettings
+    block_rows : int
+    """
+
+    weight: CondensedWeight
+    grad: NDArray[Any]
+    settings: UpdateSettings
+    block_rows: int
 
 
 def matmul_problem(
@@ -327,20 +332,18 @@ def update_problem(
     density = source.sampled_from((None, None, None, "any", "any", "any", "none", "all"))
     nnz_budget = source.integer(source.sampled_from((n_out, n_out, n_out, 1)), n_out * n_in)
     drop_fraction = source.sampled_from((0.3, 0.0, 0.0, 1.0, 0.05, 0.5, 0.9, None))
-    optional = capabilities.settings
-    gamma_sal = min_salient = None
-    if "gamma_sal" in optional:
-        gamma_sal = source.sampled_from((0.3, None, 1.0, 0.9, 0.01, 0.6))
+
+    def setting(name: str, options: Sequence[Any], otherwise: Any = None) -> Any:
+        return source.sampled_from(options) if name in capabilities.settings else otherwise
+
+    gamma_sal, min_salient = setting("gamma_sal", (0.3, None, 1.0, 0.9, 0.01, 0.6)), None
     is_just_below = source.sampled_from((False, False, False, True))
-    is_counted = gamma_sal is None and "min_salient" in optional and source.integer(0, 1)
+    is_counted = gamma_sal is None and setting("min_salient", (False, True), False)
     counts = (source.integer(0, n_in), source.sampled_from((n_in + 1, 2**40)))
     if is_counted:
         min_salient = source.sampled_from((*3 * counts[:1], counts[1]))
-    scope, grown_init = "inactive", 0.0
-    if "saliency_scope" in optional:
-        scope = source.sampled_from(("inactive", "all"))
-    if "grown_init" in optional:
-        grown_init = source.sampled_from((0.0, 0.5, -0.1, 1e-8))
+    scope = setting("saliency_scope", ("inactive", "all"), "inactive")
+    grown_init = setting("grown_init", (0.0, 0.5, -0.1, 1e-8), 0.0)
     unseen = source.sampled_from((0.0, 0.0, np.nan))
     rng = source.rng()
     weight = random_numbers(rng, (n_out, n_in), dtype, magnitude)
@@ -361,20 +364,38 @@ def update_problem(
         saliency_scope=scope,
         grown_init=grown_init,
     )
-    if nnz_budget < n_out and not _is_enough(weight, grad, mask, settings):
-        settings = replace(settings, nnz_budget=n_out)
-    return UpdateProblem(weight, grad, mask, settings)
+    return _affordable(UpdateProblem(weight, grad, mask, settings))
 
 
-def _is_enough(
-    weight: NDArray[Any], grad: NDArray[Any], mask: NDArray[np.bool_], settings: UpdateSettings
-) -> bool:
-    """Whether the budget gives every surviving neuron a weight."""
-    try:
-        srigl_update(weight, grad, mask, settings)
-    except SriglError:
-        return False
-    return True
+def condensed_update_problem(
+    source: DataSource, capabilities: KernelCapabilities = EVERYTHING
+) -> CondensedUpdateProblem:
+    """Build a mask update of a condensed layer: that of a dense layer, with another mask."""
+    dense = update_problem(source, capabilities)
+    n_out, n_in = dense.mask.shape
+    fan_in = source.sampled_from((1, n_in, max(1, n_in // 2), min(n_in, 7)))
+    n_active = source.integer(1, n_out) if capabilities.ablation else n_out
+    block_rows = source.sampled_from((1, 2, 7, n_out, n_out + 1))
+    connections = Connections.random(
+        (n_out, n_in), fan_in=fan_in, n_active=n_active, rng=source.rng()
+    )
+    mask = connections.to_mask()
+    # A weight that was not active may be NaN, and is now.
+    weight = np.where(np.isnan(dense.weight), dense.weight.dtype.type(0), dense.weight)
+    settings = _affordable(replace(dense, weight=weight, mask=mask)).settings
+    condensed = CondensedWeight.from_dense(weight, mask)
+    return CondensedUpdateProblem(condensed, dense.grad, settings, block_rows)
+
+
+def _affordable(problem: UpdateProblem) -> UpdateProblem:
+    """Return a problem whose budget gives every surviving neuron a weight."""
+    n_out = len(problem.mask)
+    if problem.settings.nnz_budget < n_out:
+        try:
+            srigl_update(problem.weight, problem.grad, problem.mask, problem.settings)
+        except SriglError:
+            return replace(problem, settings=replace(problem.settings, nnz_budget=n_out))
+    return problem
 
 
 def _just_below_a_count(rng: np.random.Generator, total: int) -> float:

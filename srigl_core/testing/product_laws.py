@@ -236,10 +236,7 @@ def with_values_is_a_fresh_plan(backend: Backend, problem: MatmulProblem) -> Non
     assert_same_bits(_call(plan, problem), first, "the old plan's product")
 
 
-@_law(
-    "extended precision, and itself",
-    "within the error bound of SPEC 2, and bit for bit",
-)
+@_law("extended precision, and itself", "within the error bound of SPEC 2, and bit for bit")
 def earlier_calls_leave_no_trace(backend: Backend, problem: MatmulProblem) -> None:
     """A product is that of what x and the bias hold now, and later calls do not change it."""
     plan = prepare(problem.weight, backend=backend)

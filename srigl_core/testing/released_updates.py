@@ -20,21 +20,11 @@ __all__ = ["ReleasedUpdate", "released_updates"]
 
 @dataclass(frozen=True, eq=False)
 class ReleasedUpdate(UpdateProblem):
-    """An update and its recorded result.
-
-    Parameters
-    ----------
-    weight, grad, mask, settings
-        As in `UpdateProblem`.
-    new_mask : ndarray of bool, (n_out, n_in)
-    new_weight : ndarray, (n_out, n_in)
-    recorded : mapping
-        The rest of the record, such as the step, the schedule and the ablated rows.
-    """
+    """An update and its recorded result."""
 
     new_mask: NDArray[np.bool_]
     new_weight: NDArray[Any]
-    recorded: Mapping[str, Any]
+    recorded: Mapping[str, Any]  # the rest, such as the step, the schedule and the ablated rows
 
 
 @functools.cache
@@ -52,21 +42,12 @@ def _unpacked(arrays: Mapping[str, NDArray[Any]], case: dict[str, Any]) -> Relea
         bits = np.unpackbits(arrays[f"{name}{number}"], count=shape[0] * shape[1])
         return bits.astype(bool).reshape(shape)
 
+    gamma_sal = case["gamma_sal"]
     settings = UpdateSettings(
-        case["nnz_budget"],
-        case["drop_fraction"],
-        gamma_sal=case["gamma_sal"],
-        saliency_scope="all",
+        case["nnz_budget"], case["drop_fraction"], gamma_sal=gamma_sal, saliency_scope="all"
     )
-    unpacked = ReleasedUpdate(
-        arrays[f"w{number}"],
-        arrays[f"g{number}"],
-        mask("m"),
-        settings,
-        mask("mask"),
-        arrays[f"wn{number}"],
-        case,
-    )
-    for array in (unpacked.weight, unpacked.grad, unpacked.mask):
+    weight, grad, new_weight = (arrays[f"{name}{number}"] for name in ("w", "g", "wn"))
+    old_mask, new_mask = mask("m"), mask("mask")
+    for array in (weight, grad, old_mask):
         array.flags.writeable = False
-    return unpacked
+    return ReleasedUpdate(weight, grad, old_mask, settings, new_mask, new_weight, case)

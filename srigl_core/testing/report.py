@@ -166,15 +166,9 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON types."""
-        return {
-            "kernel": self.kernel,
-            "ok": self.ok,
-            "max_examples": self.max_examples,
-            "seed": self.seed,
-            "counts": self.counts,
-            "left_out": self.left_out,
-            "laws": [_as_json(result) for result in self.results],
-        }
+        names = ("kernel", "ok", "max_examples", "seed", "counts", "left_out")
+        laws = [_as_json(result) for result in self.results]
+        return {**{name: getattr(self, name) for name in names}, "laws": laws}
 
 
 def _as_json(result: LawResult) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -15,7 +16,7 @@ from srigl_core.contract import Backend
 from srigl_core.testing.function_backend import FunctionBackend
 from srigl_core.testing.kernel_capabilities import completed
 from srigl_core.testing.law import Law
-from srigl_core.testing.problems import MatmulProblem, UpdateProblem
+from srigl_core.testing.problems import CondensedUpdateProblem, MatmulProblem, UpdateProblem
 
 __all__ = ["kernel_code", "reproduction"]
 
@@ -23,9 +24,10 @@ _MOST_NUMBERS = 16
 """The largest array that is written out; larger problems are given by the integers drawn."""
 
 _IMPORTED = (
-    *("CondensedWeight", "FunctionBackend", "KernelCapabilities", "MatmulProblem"),
-    *("UpdateProblem", "UpdateSettings", "array_of", "value_dtype", "check_law"),
+    *("CondensedUpdateProblem", "CondensedWeight", "FunctionBackend", "KernelCapabilities"),
+    *("MatmulProblem", "UpdateProblem", "UpdateSettings", "array_of", "value_dtype", "check_law"),
 )
+_WRITTEN = (MatmulProblem, UpdateProblem, CondensedUpdateProblem)
 _LAYOUTS = {"x": "layout", "grad": "grad_layout", "bias": "bias_layout"}
 
 
@@ -38,18 +40,18 @@ def reproduction(law: Law, problem: Any, drawn: Sequence[int], kernel: str) -> s
     *imports, kernel = kernel.splitlines()
     arrays = {name: part for name, part in vars(problem).items() if hasattr(part, "dtype")}
     sizes = [a.nnz if isinstance(a, CondensedWeight) else a.size for a in arrays.values()]
-    if type(problem) in (MatmulProblem, UpdateProblem) and max(sizes) <= _MOST_NUMBERS:
+    if type(problem) in _WRITTEN and max(sizes) <= _MOST_NUMBERS:
         lines = [f"problem = {type(problem).__name__}(", *_arguments(problem), ")"]
     else:
         outline = ", ".join(f"{name} {part.shape} {part.dtype}" for name, part in arrays.items())
         lines = [f"# Built from these integers: {outline}.", f"problem = {list(drawn)}"]
     code = "\n".join([*lines, f'check_law({kernel}, "{law.name}", problem)'])
-    names = ", ".join(name for name in _IMPORTED if f"{name}(" in code)
+    names = ", ".join(name for name in _IMPORTED if re.search(rf"\b{name}\(", code))
     head = ["from numpy import inf, nan", f"from srigl_core.testing import {names}", *imports]
     return "\n".join([*head, "", code])
 
 
-def _arguments(problem: MatmulProblem | UpdateProblem) -> Iterator[str]:
+def _arguments(problem: Any) -> Iterator[str]:
     for part in fields(problem):
         value = getattr(problem, part.name)
         if value is not part.default:

@@ -60,11 +60,7 @@ class HypothesisSource(DataSource):
     """
 
     def __init__(self, draw: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self._draw_from = draw
-
-    def _draw(self, least: int, most: int) -> int:
-        return int(self._draw_from(st.integers(least, most)))
+        super().__init__(lambda least, most: int(draw(st.integers(least, most))))
 
 
 @st.composite
@@ -91,9 +87,7 @@ def update_problems(
     return problems(update_problem, capabilities)
 
 
-def value_dtypes(
-    capabilities: KernelCapabilities = EVERYTHING,
-) -> st.SearchStrategy[np.dtype[Any]]:
+def value_dtypes(capabilities: KernelCapabilities = EVERYTHING) -> st.SearchStrategy[np.dtype[Any]]:
     """Return a strategy for the value types, float32 first."""
     return st.sampled_from(combinable_dtypes(capabilities))
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from srigl_core._arrays.checks import check_choice
 from srigl_core._registry import get_backend, is_backend
 from srigl_core.contract import OPERATIONS, Backend
 from srigl_core.errors import SriglError, ValueTypeError
@@ -37,8 +38,8 @@ def as_backend(kernel: Any, op: str | None = None) -> Backend:
         If `kernel` cannot be found, imported or made, it is no kernel, or there is no operation
         `op`.
     """
-    if op is not None and op not in OPERATIONS:
-        raise SriglError(f"op={op!r} is unknown; use one of {', '.join(OPERATIONS)}")
+    if op is not None:
+        check_choice(op, "op", OPERATIONS)
     resolved = kernel
     if isinstance(kernel, str):
         if ":" not in kernel:

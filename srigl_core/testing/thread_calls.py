@@ -1,4 +1,4 @@
-"""Call from several threads at once, to test that the calls share no memory."""
+"""Repeat calls, and call from several threads at once, to test that the results are the same."""
 
 from __future__ import annotations
 
@@ -11,13 +11,27 @@ from functools import partial
 from threading import Barrier
 from typing import TypeVar
 
-__all__ = ["assert_same_in_threads"]
+from srigl_core.testing.flush_mode import flushing_subnormals
+
+__all__ = ["assert_repeatable", "assert_same_in_threads"]
 
 Result = TypeVar("Result")
 
 _ROUNDS = 3
 _SWITCH_SECONDS = 1e-5
 """How long a thread runs Python code: short enough to interrupt calls."""
+
+
+def assert_repeatable(
+    call: Callable[..., Result], assert_same: Callable[[Result, Result], None]
+) -> None:
+    """Compare a result with repeats: on any number of threads, and in a flushing thread."""
+    first = call()
+    repeats = [call(threads=threads) for threads in (1, 2, 3, 8)]
+    with flushing_subnormals():
+        repeats.append(call())
+    for again in repeats:
+        assert_same(again, first)
 
 
 def assert_same_in_threads(

@@ -1,28 +1,40 @@
-"""The laws of the mask update (SPEC 4)."""
+"""The laws of the mask updates (SPEC 4)."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from srigl_core._api import update_mask
-from srigl_core._update import MaskUpdate
+from srigl_core._api import update_condensed, update_mask
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._update import CondensedUpdate, MaskUpdate
 from srigl_core.contract import Backend
 from srigl_core.errors import SriglError
-from srigl_core.reference import mask_update as reference
-from srigl_core.testing.comparisons import assert_same_bits, assert_unwritten
-from srigl_core.testing.flush_mode import flushing_subnormals
+from srigl_core.reference.condensed_update import srigl_condensed_update
+from srigl_core.reference.mask_update import srigl_update
+from srigl_core.testing.comparisons import assert_same_bits, assert_same_update, assert_unwritten
 from srigl_core.testing.kernel_capabilities import KernelCapabilities, capabilities_of
 from srigl_core.testing.law import Law, LawViolation, NotApplicable, law_decorator
-from srigl_core.testing.problems import DataSource, UpdateProblem, update_problem
+from srigl_core.testing.problems import (
+    CondensedUpdateProblem,
+    DataSource,
+    UpdateProblem,
+    condensed_update_problem,
+    update_problem,
+)
 from srigl_core.testing.released_updates import ReleasedUpdate, released_updates
-from srigl_core.testing.thread_calls import assert_same_in_threads
+from srigl_core.testing.thread_calls import assert_repeatable, assert_same_in_threads
 
 __all__ = ["UPDATE_LAWS"]
+
+Condensed = CondensedUpdateProblem
+Updated = TypeVar("Updated", UpdateProblem, Condensed)
 
 UPDATE_LAWS: list[Law] = []
 _law = law_decorator(UPDATE_LAWS, "update_mask", update_problem)
@@ -36,8 +48,8 @@ def _update(backend: Backend, problem: UpdateProblem, **options: Any) -> MaskUpd
 @_law("the reference", "bit for bit")
 def update_is_that_of_the_reference(backend: Backend, problem: UpdateProblem) -> None:
     """Every field of the update is the definition's, bit for bit: ties go to the lowest index."""
-    expected = reference.srigl_update(problem.weight, problem.grad, problem.mask, problem.settings)
-    _assert_same_update(_update(backend, problem), expected)
+    expected = srigl_update(problem.weight, problem.grad, problem.mask, problem.settings)
+    assert_same_update(_update(backend, problem), expected)
 
 
 @_law("the invariants of SPEC 4", "exactly")
@@ -74,12 +86,7 @@ def update_does_not_write_its_inputs(backend: Backend, problem: UpdateProblem) -
 @_law("itself", "bit for bit")
 def same_inputs_give_the_same_update(backend: Backend, problem: UpdateProblem) -> None:
     """An update is the same when repeated, on any number of threads, also in a flushing thread."""
-    first = _update(backend, problem)
-    repeats = [_update(backend, problem, threads=threads) for threads in (1, 2, 3, 8)]
-    with flushing_subnormals():
-        repeats.append(_update(backend, problem))
-    for again in repeats:
-        _assert_same_update(again, first)
+    assert_repeatable(partial(_update, backend, problem), assert_same_update)
 
 
 def _both_ways(problem: UpdateProblem) -> tuple[UpdateProblem, UpdateProblem]:
@@ -89,9 +96,9 @@ def _both_ways(problem: UpdateProblem) -> tuple[UpdateProblem, UpdateProblem]:
     return one, replace(one, weight=weight, grad=grad, mask=mask)
 
 
-def _with_enough_budget(problem: UpdateProblem) -> UpdateProblem:
+def _with_enough_budget(problem: Updated) -> Updated:
     """Return a problem whose budget is at least one weight for each neuron."""
-    budget = max(problem.settings.nnz_budget, problem.mask.shape[0])
+    budget = max(problem.settings.nnz_budget, len(problem.grad))
     return replace(problem, settings=replace(problem.settings, nnz_budget=budget))
 
 
@@ -99,28 +106,21 @@ def _with_enough_budget(problem: UpdateProblem) -> UpdateProblem:
 def earlier_updates_stay(backend: Backend, problem: UpdateProblem) -> None:
     """Later updates do not change an earlier one."""
     one, other = _both_ways(problem)
-    first = _update(backend, one)
+    _assert_stays(partial(_update, backend, one), partial(_update, backend, other))
+
+
+def _assert_stays(update: Callable[[], Any], other: Callable[[], Any]) -> None:
+    first = update()
     kept = copy.deepcopy(first)
-    _update(backend, other)
-    _assert_same_update(first, kept)
+    other()
+    assert_same_update(first, kept)
 
 
 @_law("itself", "bit for bit")
 def threads_may_update_at_once(backend: Backend, problem: UpdateProblem) -> None:
     """Called from several threads at once, each update is the same as alone."""
     calls = [partial(_update, backend, case) for case in _both_ways(problem)]
-    assert_same_in_threads(calls, _assert_same_update)
-
-
-def _assert_same_update(update: MaskUpdate, expected: MaskUpdate) -> None:
-    for part in fields(MaskUpdate):
-        got, wanted = getattr(update, part.name), getattr(expected, part.name)
-        if part.name == "weight" and got.shape == wanted.shape:  # inactive zeros have any sign
-            got, wanted = (np.where(expected.mask, array, abs(array)) for array in (got, wanted))
-        if isinstance(wanted, np.ndarray):
-            assert_same_bits(got, wanted, f"{part.name} of the update")
-        elif got != wanted:
-            raise LawViolation(f"{part.name} of the update is {got}, expected {wanted}")
+    assert_same_in_threads(calls, assert_same_update)
 
 
 def _tied_problem(source: DataSource, capabilities: KernelCapabilities) -> UpdateProblem:
@@ -137,8 +137,8 @@ def _tied_problem(source: DataSource, capabilities: KernelCapabilities) -> Updat
 @_law("the reference", "bit for bit", build=_tied_problem)
 def ties_go_to_the_lowest_index(backend: Backend, problem: UpdateProblem) -> None:
     """Where all magnitudes are equal, the lowest flat indices win at every step."""
-    expected = reference.srigl_update(problem.weight, problem.grad, problem.mask, problem.settings)
-    _assert_same_update(_update(backend, problem), expected)
+    expected = srigl_update(problem.weight, problem.grad, problem.mask, problem.settings)
+    assert_same_update(_update(backend, problem), expected)
 
 
 @_law("itself", "bit for bit")
@@ -168,27 +168,37 @@ def scale_does_not_matter(backend: Backend, problem: UpdateProblem) -> None:
     assert_same_bits(_update(backend, scaled).mask, mask, "the mask for numbers of another scale")
 
 
-def _unaffordable_problem(source: DataSource, capabilities: KernelCapabilities) -> UpdateProblem:
+def _unaffordable(
+    build: Callable[[DataSource, KernelCapabilities], Updated],
+    source: DataSource,
+    capabilities: KernelCapabilities,
+) -> Updated:
     """Build an update that ablates no neuron and has less than one weight for each."""
-    problem = update_problem(source, capabilities)
-    budget = source.integer(1, max(1, problem.mask.shape[0] - 1))
+    problem = build(source, capabilities)
+    budget = source.integer(1, max(1, len(problem.grad) - 1))
     settings = replace(problem.settings, nnz_budget=budget, gamma_sal=None, min_salient=None)
     return replace(problem, settings=settings)
 
 
-@_law("SPEC 4.5", "exactly", build=_unaffordable_problem)
-def a_fan_in_of_zero_is_an_error(backend: Backend, problem: UpdateProblem) -> None:
-    """Where the budget is less than one weight for each active neuron, SriglError is raised."""
-    if problem.mask.shape[0] < 2:
+def _assert_refused(update: Callable[[Updated], Any], problem: Updated) -> None:
+    """Raise `LawViolation` if an update of `_unaffordable` is not an error."""
+    n_out = len(problem.grad)
+    if n_out < 2:
         raise NotApplicable("a budget of 1 is enough for one neuron")
     try:
-        update = _update(backend, problem)
+        result = update(problem)
     except SriglError:
         return
     raise LawViolation(
-        f"a budget of {problem.settings.nnz_budget} for {problem.mask.shape[0]} neurons gave a "
-        f"fan-in of {update.fan_in}, expected SriglError"
+        f"a budget of {problem.settings.nnz_budget} for {n_out} neurons gave a fan-in of "
+        f"{result.fan_in}, expected SriglError"
     )
+
+
+@_law("SPEC 4.5", "exactly", build=partial(_unaffordable, update_problem))
+def a_fan_in_of_zero_is_an_error(backend: Backend, problem: UpdateProblem) -> None:
+    """Where the budget is less than one weight for each active neuron, SriglError is raised."""
+    _assert_refused(partial(_update, backend), problem)
 
 
 def _released_update(source: DataSource, capabilities: KernelCapabilities) -> ReleasedUpdate:
@@ -204,3 +214,89 @@ def released_updates_are_reproduced(backend: Backend, problem: ReleasedUpdate) -
     assert_same_bits(update.mask, problem.new_mask, "the mask of a recorded update")
     if not np.array_equal(update.weight, problem.new_weight):  # its zeros have signs
         raise LawViolation("the weight of a recorded update differs")
+
+
+# The update of a condensed layer (SPEC 2, Condensed update).
+
+_condensed_law = law_decorator(UPDATE_LAWS, "update_condensed", condensed_update_problem)
+
+
+def _rows(problem: Condensed, start: int, stop: int) -> NDArray[Any]:
+    return problem.grad[start:stop]
+
+
+def _condensed_update(backend: Backend, problem: Condensed, **options: Any) -> CondensedUpdate:
+    rows = options.pop("rows", partial(_rows, problem))
+    options |= {"backend": backend, "block_rows": problem.block_rows}
+    return update_condensed(problem.weight, rows, problem.settings, **options)
+
+
+@_condensed_law("the reference's updates of the dense and of the condensed layer", "bit for bit")
+def condensed_update_is_that_of_the_dense_layer(backend: Backend, problem: Condensed) -> None:
+    """Connections, values and report are those of the mask update, however large the blocks."""
+    update = _condensed_update(backend, problem)
+    weight, mask, settings = problem.weight, problem.weight.to_mask(), problem.settings
+    dense = srigl_update(weight.to_dense(), problem.grad, mask, settings)
+    assert_same_update(update, _as_condensed(dense, mask))
+    rows = partial(_rows, problem)
+    whole = srigl_condensed_update(weight, rows, settings, block_rows=len(mask))
+    assert_same_update(update, whole)
+
+
+def _as_condensed(update: MaskUpdate, mask: NDArray[np.bool_]) -> CondensedUpdate:
+    """Return the update of a dense layer as that of a condensed one; `mask` is the old mask."""
+    weight = CondensedWeight.from_dense(update.weight, update.mask)
+    was_at = np.where(mask, np.cumsum(mask).reshape(mask.shape) - 1, -1)
+    report = {name: part for name, part in vars(update).items() if "mask" not in name}
+    report |= {"weight": weight, "source": was_at[weight.active[:, None], weight.indices]}
+    return CondensedUpdate(**report)
+
+
+@_condensed_law("the contract", "exactly")
+def gradient_rows_are_asked_for_in_blocks(backend: Backend, problem: Condensed) -> None:
+    """Blocks of gradient rows lie within the layer, are no larger than allowed, and consecutive."""
+    n_out, end = len(problem.grad), 0
+
+    def rows(start: int, stop: int) -> NDArray[Any]:
+        nonlocal end
+        if start not in (0, end) or not start < stop <= min(n_out, start + problem.block_rows):
+            raise LawViolation(
+                f"rows {start} to {stop} of {n_out} were asked for after row {end}, where a block "
+                f"has at most {problem.block_rows} rows"
+            )
+        end = stop
+        return _rows(problem, start, stop)
+
+    _condensed_update(backend, problem, rows=rows)
+
+
+@_condensed_law("itself", "bit for bit")
+def condensed_update_does_not_write_its_inputs(backend: Backend, problem: Condensed) -> None:
+    """Neither the weight nor rows of the gradient change, and the new values are a new array."""
+    weight = problem.weight
+    arrays = (weight.values, weight.indices, weight.active, problem.grad)
+    update = assert_unwritten(arrays, lambda: _condensed_update(backend, problem))
+    if any(np.shares_memory(update.weight.values, old) for old in arrays):
+        raise LawViolation("the new values share memory with an input")
+
+
+@_condensed_law("itself", "bit for bit")
+def same_inputs_give_the_same_condensed_update(backend: Backend, problem: Condensed) -> None:
+    """An update is the same when repeated, on any number of threads, also in a flushing thread."""
+    assert_repeatable(partial(_condensed_update, backend, problem), assert_same_update)
+
+
+@_condensed_law("itself", "bit for bit")
+def condensed_updates_leave_others_alone(backend: Backend, problem: Condensed) -> None:
+    """Neither later updates nor those of other threads change an update."""
+    one = _with_enough_budget(problem)
+    other = replace(one, grad=one.grad[::-1, ::-1].copy())
+    calls = [partial(_condensed_update, backend, case) for case in (one, other)]
+    _assert_stays(*calls)
+    assert_same_in_threads(calls, assert_same_update)
+
+
+@_condensed_law("SPEC 4.5", "exactly", build=partial(_unaffordable, condensed_update_problem))
+def a_condensed_fan_in_of_zero_is_an_error(backend: Backend, problem: Condensed) -> None:
+    """Where the budget is less than one weight for each active neuron, SriglError is raised."""
+    _assert_refused(partial(_condensed_update, backend), problem)

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._arrays.operations import HOST_ARRAYS
-from srigl_core._format.file import write_whole
+from srigl_core._files import check_archive, file_errors, parse_json, regular_file, write_whole
 from srigl_core._update import UpdateSettings
-from srigl_core.errors import FileFormatError, SriglError
+from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
 from srigl_core.reference.explain import UpdateExplanation, explain_update
 
 __all__ = ["TraceVerdict", "UpdateTrace", "check_trace"]
 
 _ARRAYS = ("weight", "grad", "mask_before", "mask_after")
 _SETTINGS = tuple(part.name for part in fields(UpdateSettings))
+_REQUIRED = ("nnz_budget", "drop_fraction")
+_READ_HEADER = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 class UpdateTrace:
@@ -68,8 +72,10 @@ class UpdateTrace:
         SriglError
             If an array or a setting is missing or does not fit; nothing is recorded.
         """
+        if not isinstance(layer, str):
+            raise ValueTypeError(f"layer must be a name, got {type(layer).__name__}")
         unknown = set(settings) - set(_SETTINGS)
-        missing = {"nnz_budget", "drop_fraction"} - set(settings)
+        missing = set(_REQUIRED) - set(settings)
         if unknown or missing:
             raise SriglError(
                 f"settings {', '.join(sorted(unknown | missing))} are unknown or missing; give "
@@ -88,7 +94,8 @@ class UpdateTrace:
         numbers = [part.astype(np.float32) if part.itemsize == 2 else part for part in numbers]
         parts: dict[str, Any] = dict(zip(_ARRAYS, (*numbers, *masks), strict=True))
         parts["settings"] = json.dumps(
-            {"layer": layer, **{name: checked[name] for name in settings}}, default=_as_json
+            {"layer": layer, **{name: checked[name] for name in settings}},
+            default=lambda number: number.item(),  # of NumPy or another library
         )
         number = self._n_updates
         self._arrays |= {f"{number}.{name}": np.array(part) for name, part in parts.items()}
@@ -104,33 +111,17 @@ class UpdateTrace:
         """
         content = io.BytesIO()
         np.savez_compressed(content, **self._arrays)  # type: ignore[arg-type] # an option's
-        write_whole(Path(path), content.getvalue())
-
-
-def _as_json(number: Any) -> Any:
-    """Convert a number of NumPy or another library to Python's."""
-    return number.item()
+        write_whole(path, content.getvalue())
 
 
 @dataclass(frozen=True)
 class TraceVerdict:
-    """The comparison of one recorded update with the definition; true if the masks are equal.
+    """The comparison of one recorded update with the definition; true if the masks are equal."""
 
-    Parameters
-    ----------
-    number : int
-        The update's number in the trace.
-    layer : str
-    explanation : UpdateExplanation or None
-        None if the update could not be computed.
-    error : str
-        Why it could not.
-    """
-
-    number: int
+    number: int  # of the update, in the trace
     layer: str
-    explanation: UpdateExplanation | None
-    error: str = ""
+    explanation: UpdateExplanation | None  # None if the update could not be computed
+    error: str = ""  # why it could not
 
     def __bool__(self) -> bool:
         return bool(self.explanation)
@@ -160,39 +151,71 @@ def check_trace(path: str | os.PathLike[str]) -> list[TraceVerdict]:
     OSError
         If it cannot be read.
     """
-    try:
-        with Path(path).open("rb") as file, np.load(file) as arrays:
-            verdicts = list(_verdicts(dict(arrays)))
-    except (
-        *(ValueError, EOFError, KeyError, TypeError, AttributeError),
-        *(zipfile.BadZipFile, zlib.error),
-    ) as error:
-        if isinstance(error, FileFormatError):
-            raise
-        raise FileFormatError(
-            f"{os.fspath(path)!r} is no trace ({error}); record one with "
-            f"srigl_core.testing.UpdateTrace"
-        ) from error
-    if not verdicts:
+    path = regular_file(path)
+    hint = "record one with srigl_core.testing.UpdateTrace"
+    with path.open("rb") as file, file_errors(path, "no trace", hint):
+        updates = list(_updates(_arrays(file)))
+    if not updates:
         raise FileFormatError(f"{os.fspath(path)!r} holds no update")
-    return verdicts
+    return [_verdict(*update) for update in updates]
 
 
-def _verdicts(arrays: dict[str, NDArray[Any]]) -> Iterator[TraceVerdict]:
+def _arrays(file: Any) -> dict[str, NDArray[Any]]:
+    """Return the arrays of an ``.npz`` by their names."""
+    with zipfile.ZipFile(file) as archive:
+        check_archive(archive, os.fstat(file.fileno()).st_size)
+        return {
+            name.removesuffix(".npy"): _array(archive.read(name), name)
+            for name in archive.namelist()
+        }
+
+
+def _array(content: bytes, name: str) -> NDArray[Any]:
+    """Return the array of an ``.npy``, whose size is checked before memory is asked for."""
+    if not name.endswith(".npy"):
+        raise ValueError(f"entry {name!r} is no array")
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    if version not in _READ_HEADER:
+        raise ValueError(f"array {name!r} has format version {version}")
+    shape, _, dtype = _READ_HEADER[version](stream)
+    if dtype.kind not in "fbU" or not dtype.itemsize:
+        raise ValueError(f"array {name!r} has dtype {dtype}")
+    claimed = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or claimed != len(content) - stream.tell():
+        raise ValueError(f"array {name!r} claims shape {shape} of {dtype}, which it does not hold")
+    stream.seek(0)
+    array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+    return array
+
+
+def _updates(
+    arrays: dict[str, NDArray[Any]],
+) -> Iterator[tuple[int, str, list[NDArray[Any]], dict[str, Any]]]:
+    """Yield number, layer, arrays and settings of each update."""
     numbers = sorted({int(name.partition(".")[0]) for name in arrays})
     for number in numbers:
         missing = [n for n in (*_ARRAYS, "settings") if f"{number}.{n}" not in arrays]
         if missing:
-            raise FileFormatError(f"update {number} lacks {', '.join(missing)}")
-        settings = json.loads(str(arrays[f"{number}.settings"]))
+            raise ValueError(f"update {number} lacks {', '.join(missing)}")
+        settings = parse_json(str(arrays[f"{number}.settings"][()]))
+        if not isinstance(settings, dict):
+            raise ValueError(f"the settings of update {number} are no mapping")
         layer = settings.pop("layer", str(number))
-        weight, grad, before, after = (arrays[f"{number}.{name}"] for name in _ARRAYS)
         unknown = set(settings) - set(_SETTINGS)
-        if unknown:
-            raise FileFormatError(f"update {number} has settings {', '.join(sorted(unknown))}")
-        try:
-            explanation = explain_update(weight, grad, before, after, UpdateSettings(**settings))
-        except SriglError as error:
-            yield TraceVerdict(number, layer, None, str(error))
-        else:
-            yield TraceVerdict(number, layer, explanation)
+        missing = [name for name in _REQUIRED if name not in settings]
+        if unknown or missing:
+            named = ", ".join(map(repr, sorted(unknown) + missing))
+            raise ValueError(f"update {number} has unknown settings, or lacks some: {named}")
+        yield number, str(layer), [arrays[f"{number}.{name}"] for name in _ARRAYS], settings
+
+
+def _verdict(
+    number: int, layer: str, arrays: list[NDArray[Any]], settings: dict[str, Any]
+) -> TraceVerdict:
+    try:
+        weight, grad, before, after = arrays
+        explanation = explain_update(weight, grad, before, after, UpdateSettings(**settings))
+    except SriglError as error:
+        return TraceVerdict(number, layer, None, str(error))
+    return TraceVerdict(number, layer, explanation)

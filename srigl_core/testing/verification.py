@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from srigl_core._install import install_command
 from srigl_core.contract import Backend, Capabilities
 from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
 from srigl_core.testing import laws as all_laws
@@ -139,20 +140,12 @@ def verify(
     reasons = {**getattr(backend, "xfails", {}), **(xfails or {})}
     for name in reasons:
         law_named(name)
+    options: dict[str, Any] = {"max_examples": max_examples, "seed": seed, "shrink": shrink}
+    options["code"] = kernel_code(kernel, backend)
     results = []
     for law in laws or [law for law in all_laws.LAWS if op in (None, law.operation)]:
         progress(law)
-        results.append(
-            try_law(
-                backend,
-                law,
-                max_examples=max_examples,
-                seed=seed,
-                xfail=reasons.get(law.name),
-                shrink=shrink,
-                code=kernel_code(kernel, backend),
-            )
-        )
+        results.append(try_law(backend, law, xfail=reasons.get(law.name), **options))
     untested = tuple(left_out(capabilities_of(backend)))
     return Report(backend.name, tuple(results), max_examples, seed, untested)
 
@@ -168,45 +161,33 @@ def try_law(
     code: str | None = None,
     database: ExampleDatabase | None = None,
 ) -> LawResult:
-    """Try one law on a backend.
+    """Try one law on a backend; the arguments that it shares with `verify` are explained there.
 
-    Parameters
-    ----------
-    backend : Backend
-    law : Law
-    max_examples, shrink
-        As in `verify`.
-    seed : int or None
-        None draws other problems each time.
-    xfail : str or None
-        Why the law is expected to fail; None if it is not.
-    code : str or None
-        Python that makes the backend, as from `kernel_code`; None is the backend's name.
-    database : ExampleDatabase or None
-        A database of Hypothesis; it keeps failures, which are tried first the next time.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If Hypothesis is missing.
+    A `seed` of None draws other problems each time. `xfail` is why the law is expected to fail,
+    `code` Python that makes the backend. `database`, of Hypothesis, keeps failures, which are tried
+    first the next time.
     """
     capabilities = capabilities_of(backend)
     if law.operation not in capabilities.operations:
         return LawResult(law, "not applicable", 0, f"it does not offer {law.operation}")
-    is_update = law.operation == "update_mask"
-    for name in ("value_dtypes", *(() if is_update else ("index_dtypes", "activations"))):
+    needed = ["value_dtypes"]
+    if law.operation != "update_mask":
+        needed.append("index_dtypes")
+    if law.operation.startswith("condensed_matmul"):
+        needed.append("activations")
+    for name in needed:
         if not getattr(capabilities, name):
             return LawResult(law, "not applicable", 0, f"it declares no {name}")
     attempts = _Attempts(backend, law)
     _search(attempts, max_examples, seed, shrink, database)
-    if attempts.error is None:
-        if not attempts.examples:
-            return LawResult(law, "not applicable", 0, attempts.reason)
-        status = "passed" if xfail is None else "unexpected pass"
-        return LawResult(law, status, attempts.examples, xfail or "")
-    failure = attempts.failure(code or repr(backend.name))
-    status = "failed" if xfail is None else "expected failure"
-    return LawResult(law, status, failure.examples, xfail or "", failure)
+    if attempts.error is not None:
+        failure = attempts.failure(code or repr(backend.name))
+        status = "failed" if xfail is None else "expected failure"
+        return LawResult(law, status, failure.examples, xfail or "", failure)
+    if not attempts.examples:
+        return LawResult(law, "not applicable", 0, attempts.reason)
+    status = "passed" if xfail is None else "unexpected pass"
+    return LawResult(law, status, attempts.examples, xfail or "")
 
 
 def check_law(kernel: Any, law: str | Law, problem: Any) -> None:
@@ -217,7 +198,7 @@ def check_law(kernel: Any, law: str | Law, problem: Any) -> None:
     kernel : str, Backend, class or function
         As in `as_backend`.
     law : str or Law
-    problem : MatmulProblem, UpdateProblem or sequence of int
+    problem : MatmulProblem, UpdateProblem, CondensedUpdateProblem or sequence of int
         The problem, or the integers that it is built from, as a report shows them.
 
     Raises
@@ -237,13 +218,7 @@ def check_law(kernel: Any, law: str | Law, problem: Any) -> None:
 
 
 def law_named(name: str) -> Law:
-    """Return a law by its name.
-
-    Raises
-    ------
-    SriglError
-        If there is none; the message has the nearest names.
-    """
+    """Return a law by its name."""
     by_name = {law.name: law for law in all_laws.LAWS}
     if name not in by_name:
         near = difflib.get_close_matches(name, by_name, n=3) or list(by_name)
@@ -279,12 +254,11 @@ class _Attempts:
             self.reason = str(nothing)
         except (KeyboardInterrupt, GeneratorExit):
             raise
-        except BaseException as raised:  # SystemExit, a panic of Rust, pytest's skip
-            error = (
-                raised
-                if isinstance(raised, Exception)
-                else RuntimeError(f"the kernel would have ended Python: {raised!r}")
-            )
+        except BaseException as raised:
+            if isinstance(raised, Exception):
+                error: Exception = raised
+            else:  # SystemExit, a panic of Rust, pytest's skip
+                error = RuntimeError(f"the kernel would have ended Python: {raised!r}")
             self.first_failure = self.first_failure or self.examples + 1
             self.error, self.problem, self.drawn = error, problem, list(source.drawn)
             raise error from raised.__cause__
@@ -314,8 +288,7 @@ def _search(
         from srigl_core.testing.shrinking import replay_and_shrink
     except ImportError as error:
         raise BackendUnavailableError(
-            "the laws are tried with Hypothesis, which is not installed; "
-            "pip install 'srigl-core[test]'"
+            f"the laws are tried with Hypothesis, which is not installed; {install_command('test')}"
         ) from error
 
     if database is not None:

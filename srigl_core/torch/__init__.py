@@ -1,14 +1,16 @@
 """SRigL for PyTorch: condensed layers, sparse training and conversion of models."""
 
+from srigl_core._install import install_command
 from srigl_core.errors import BackendUnavailableError
 
 try:
     import torch as _torch  # noqa: F401
 except ImportError as error:
     raise BackendUnavailableError(
-        f'srigl_core.torch needs PyTorch ({error}); install it: pip install "srigl-core[torch]"'
+        f"srigl_core.torch needs PyTorch ({error}); install it: {install_command('torch')}"
     ) from error
 
+import srigl_core.torch.transforms  # noqa: F401 # registers them
 from srigl_core.torch.arrays import TorchArrays
 from srigl_core.torch.attention import CondensedMultiheadAttention
 from srigl_core.torch.conv import CondensedConv1d, CondensedConv2d
@@ -19,6 +21,7 @@ from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.model_file import load_model, save_model
 from srigl_core.torch.model_report import LayerReport, ModelReport, report
 from srigl_core.torch.onnx import export_onnx
+from srigl_core.torch.optimizers import OptimizerRule, register_optimizer
 from srigl_core.torch.released_checkpoint import load_released_checkpoint
 from srigl_core.torch.training import SRigL
 
@@ -30,6 +33,7 @@ __all__ = [
     "Folding",
     "LayerReport",
     "ModelReport",
+    "OptimizerRule",
     "SRigL",
     "TorchArrays",
     "condense",
@@ -38,6 +42,7 @@ __all__ = [
     "freeze",
     "load_model",
     "load_released_checkpoint",
+    "register_optimizer",
     "report",
     "save_model",
     "to_csr",

@@ -7,8 +7,8 @@ arrays, a block of rows at a time. Only backward passes that reach the optimiser
 
 from __future__ import annotations
 
-import copy
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,10 +35,8 @@ class Captured(list[tuple[Any, Any]]):
             torch.autograd.graph.get_gradient_edge(values).node if values.requires_grad else None
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
-        captured = start(copy.deepcopy(self._indices, memo), copy.deepcopy(self._values, memo))
-        captured.extend(copy.deepcopy(list(self), memo))
-        return captured
+    def __reduce__(self) -> tuple[Any, ...]:
+        return start, (self._indices, self._values, list(self))
 
     def add(self, x: Any, grad: Any) -> None:
         """Add a product if its backward pass accumulates the gradient of the values."""
@@ -66,15 +64,18 @@ _capturing: weakref.WeakValueDictionary[int, Captured] = weakref.WeakValueDictio
 """Recorded products by the address of a layer's indices, while their list is alive."""
 
 
-def start(indices: Any, values: Any) -> Captured:
+def start(indices: Any, values: Any, products: Iterable[tuple[Any, Any]] = ()) -> Captured:
     """Record the products of a layer while the returned list is alive.
 
     Parameters
     ----------
     indices, values : torch.Tensor
         Tensors of the layer. The list keeps them alive.
+    products : iterable of tuple
+        Inputs and output gradients that are recorded already.
     """
     captured = _capturing[indices.data_ptr()] = Captured(indices, values)
+    captured.extend(products)
     return captured
 
 

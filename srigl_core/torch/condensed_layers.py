@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,12 @@ from srigl_core._update import CondensedUpdate
 from srigl_core.errors import SriglError
 from srigl_core.reference.init import sparse_init
 from srigl_core.torch import capture
+from srigl_core.torch.averages import Averages
 from srigl_core.torch.layer_types import WeightLayout
 from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.model_sparsity import sparsity_of_model
-from srigl_core.torch.optimizer_state import remap_state, replace_parameter
-from srigl_core.torch.ranks import mean_of_ranks
+from srigl_core.torch.optimizers import remap_states, replace_parameters
+from srigl_core.torch.ranks import mean_of_ranks, true_on_a_rank
 from srigl_core.torch.replacement import (
     condensed_layer,
     condensed_name,
@@ -64,6 +65,8 @@ class CondensedLayers:
         self._layers: dict[str, CondensedLinear] = {}
         self._capturing: dict[str, capture.Captured] = {}
         self._window: list[tuple[dict[str, _Pairs], float]] = []
+        self._seen: dict[str, list[tuple[int, int]]] = {}
+        self._averages = Averages()
 
     def attach(self, init: str | None, rng: np.random.Generator) -> None:
         """Replace the dense layers by condensed ones, in the model and in the optimiser."""
@@ -72,12 +75,13 @@ class CondensedLayers:
             weight = _initial_weight(target, self.trainer.connections[name], init, rng)
             modules[name] = condensed_layer(target, weight, self.trainer.budgets[name].nnz_budget)
         replace_modules(self._model, {self._places[name]: m for name, m in modules.items()})
+        replaced = []
         for name, module in modules.items():
-            layer, old = linear_of(module), self._targets[name].parameter
-            self._layers[name] = layer
+            layer = self._layers[name] = linear_of(module)
             places, layout = _places(self.trainer.connections[name]), self._layouts[name]
             remap = partial(_gathered, places, layout, layer.values)
-            replace_parameter(self._optimizer, old, layer.values, remap)
+            replaced.append((self._targets[name].parameter, layer.values, remap))
+        replace_parameters(self._optimizer, replaced)
         self._targets.clear()  # so that the dense weights are freed
         self._capture_if_needed()
 
@@ -88,6 +92,16 @@ class CondensedLayers:
             return layout.from_rows(torch.ones(shape, dtype=torch.bool))
         return layout.from_rows(self._layers[name].mask.reshape(shape))
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The values of the layers."""
+        return {name: layer.values for name, layer in self._layers.items()}
+
+    def track(self, average: Any) -> None:
+        """Move the numbers of an average with the connections."""
+        values = {f"{self._path(name)}.values": p for name, p in self.parameters.items()}
+        self._averages.add(average, values, self._buffers(self._layers))
+
     def digests(self) -> dict[str, str]:
         """Return a hash of each mask."""
         return {name: mask.digest().hex() for name, mask in self.trainer.connections.items()}
@@ -96,42 +110,57 @@ class CondensedLayers:
         """Return the sparsity of all matrices of the model."""
         return sparsity_of_model(self._model, {})
 
-    def after_backward(self, loss_scale: float) -> None:
+    def after_backward(self, loss_scale: float, gradient_scale: float) -> bool:
         """End a step of the window, after any number of captured backward passes.
 
-        The captured gradients still have the scale of the loss.
+        The captured gradients still have the scale of the loss. Returns False if one of them is not
+        finite, and discards them. It may have reached no active weight.
         """
         self._check_in_place()
         if self._capturing:
-            for name, pairs in self._capturing.items():
-                if not pairs or self._layers[name].values.grad is None:
-                    raise SriglError(
-                        f"layer {name!r} has no gradient; call after_backward after "
-                        f"loss.backward() and before zero_grad(), and exclude frozen or unused "
-                        f"layers"
-                    )
-            step = {name: list(pairs) for name, pairs in self._capturing.items()}
+            step = {
+                name: [] if self._layers[name].values.grad is None else list(pairs)
+                for name, pairs in self._capturing.items()
+            }
+            if not any(step.values()):
+                raise SriglError(
+                    "no sparse layer has a gradient; call after_backward after loss.backward() and "
+                    "before zero_grad()"
+                )
             self.discard_step()
+            numbers = (part for pairs in step.values() for pair in pairs for part in pair)
+            is_finite = all(torch.isfinite(part).all().item() for part in numbers)
+            if true_on_a_rank({"not finite": not is_finite}, self._group)["not finite"]:
+                return False
             self._window.append((step, loss_scale))
+        return True
 
     def step(self) -> Mapping[str, CondensedUpdate]:
         """Update connections, values and optimiser state if an update is due."""
         self._check_in_place()
         weights, gradients = {}, {}
-        if self.trainer.is_due and self._layers:
+        was_due = self.trainer.is_due and bool(self._layers)
+        if was_due:
             if not self._window:
                 raise SriglError(
                     "no gradient was recorded for this step's update; call after_backward after "
                     "each loss.backward() and before the optimizer's step"
                 )
             weights = {name: layer.to_condensed() for name, layer in self._layers.items()}
-            gradients = {name: self._gradient_rows(name) for name in self._layers}
+            took_part = true_on_a_rank({n: self._took_part(n) for n in self._layers}, self._group)
+            gradients = {n: self._gradient_rows(n) if took_part[n] else None for n in self._layers}
         updates = self.trainer.step(weights, gradients)
+        changed = []
         for name, update in updates.items():
             layer = self._layers[name]
             layer.load_condensed_(update.weight)
-            remap_state(self._optimizer, layer.values, partial(_remapped, update))
-        if updates:
+            changed.append((layer.values, partial(_remapped, update)))
+        if was_due:
+            grown = self.trainer.config.grown_init
+            remap_states(self._optimizer, changed, grown)
+            paths = (f"{self._path(name)}.values" for name in updates)
+            remaps = dict(zip(paths, (remap for _, remap in changed), strict=True))
+            self._averages.remap(remaps, grown, self._buffers(updates))
             self._window.clear()
         self._capture_if_needed()
         return updates
@@ -140,6 +169,9 @@ class CondensedLayers:
         """Discard the inputs and gradients of the window."""
         self._window.clear()
         self.discard_step()
+
+    def skip_step(self) -> None:
+        """Do nothing: condensed layers need no masking."""
 
     def discard_step(self) -> None:
         """Discard the inputs and gradients captured since the last step."""
@@ -174,11 +206,25 @@ class CondensedLayers:
         self._capture_if_needed()
 
     def detach(self) -> None:
-        """Stop capturing inputs and gradients."""
+        """Stop capturing inputs and gradients, and tracking averages."""
         self._capturing = {}
+        self._averages.clear()
+
+    def _path(self, name: str) -> str:
+        """Return the name of the linear layer in the model."""
+        place = self._places[name]
+        is_linear = submodule(self._model, place) is self._layers[name]
+        return place if is_linear else f"{place}.linear"
+
+    def _buffers(self, names: Iterable[str]) -> dict[str, Any]:
+        return {
+            f"{self._path(name)}.{buffer}": tensor
+            for name in names
+            for buffer, tensor in self._layers[name].named_buffers()
+        }
 
     def _capture_if_needed(self) -> None:
-        self.detach()
+        self._capturing = {}
         if self.trainer.needs_grad:
             layers = self._layers.items()
             self._capturing = {name: capture.start(x.indices, x.values) for name, x in layers}
@@ -194,19 +240,35 @@ class CondensedLayers:
                     f"layer {name!r} has been replaced since SRigL was attached; change the model "
                     f"first, then attach SRigL"
                 )
+            state = [(t.data_ptr(), t._version) for t in layer.buffers()]
+            if self._seen.get(name) == state:
+                continue
+            if self.trainer.connections[name] != layer.to_condensed().connections:
+                raise SriglError(
+                    f"layer {name!r} has other connections than SRigL gave it, so a state was "
+                    f"loaded since the last step; to resume, call srigl.load_state_dict(...) with "
+                    f"the state of the same step as the model's"
+                )
+            self._seen[name] = state
+
+    def _took_part(self, name: str) -> bool:
+        """Return whether a gradient reached the layer in the window."""
+        return any(bool(grad.any()) for step, _ in self._window for _, grad in step[name])
 
     def _gradient_rows(self, name: str) -> Callable[[int, int], NDArray[Any]]:
         """Return a function of rows of the mean dense gradient of all ranks."""
         steps = [(step[name], 1 / (scale * len(self._window))) for step, scale in self._window]
 
+        layer = self._layers[name]
+
         def rows(start: int, stop: int) -> NDArray[Any]:
-            total = None
+            values = layer.values.detach()
+            total = values.new_zeros(stop - start, layer.in_features, dtype=_sum_dtype(values))
             for pairs, factor in steps:
                 for x, grad in pairs:
                     dtype = _sum_dtype(x, grad)
                     # Converted here, so that there is no second copy of the window.
-                    part = (grad[:, start:stop].t().to(dtype) @ x.to(dtype)) * factor
-                    total = part if total is None else total.add_(part)
+                    total = total + (grad[:, start:stop].t().to(dtype) @ x.to(dtype)) * factor
             return as_numpy(mean_of_ranks(total, self._group))
 
         return rows
@@ -230,19 +292,23 @@ def _places(connections: Connections) -> tuple[Any, Any]:
     return rows[:, None], torch.from_numpy(columns)
 
 
-def _gathered(places: tuple[Any, Any], layout: WeightLayout, values: Any, state: Any) -> Any:
+def _gathered(
+    places: tuple[Any, Any], layout: WeightLayout, values: Any, state: Any, start: float
+) -> Any:
     """Return a dense layer's optimiser state at the connections, in the shape of `values`."""
     gathered = layout.to_rows(state).flatten(1)[places].reshape(-1)
-    flat = torch.zeros_like(values, dtype=state.dtype, requires_grad=False)
+    flat = torch.full_like(values, start, dtype=state.dtype, requires_grad=False)
     flat[: gathered.numel()] = gathered
     return flat
 
 
-def _remapped(update: CondensedUpdate, state: Any) -> Any:
+def _remapped(update: CondensedUpdate, state: Any, start: float) -> Any:
     """Return optimiser state after an update, in the shape of the old state."""
     source = torch.from_numpy(update.source.reshape(-1)).to(state.device)
-    flat = torch.zeros_like(state)
-    flat[: source.numel()] = torch.where(source < 0, 0, state[source.clamp(min=0)])
+    flat = torch.full_like(state, start)
+    flat[: source.numel()] = torch.where(
+        source < 0, flat[: source.numel()], state[source.clamp(min=0)]
+    )
     return flat
 
 

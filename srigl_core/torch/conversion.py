@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from srigl_core._format.weight import CondensedWeight
-from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.errors import SriglError
 from srigl_core.torch.attention import CondensedMultiheadAttention
 from srigl_core.torch.conv import GEOMETRY, CondensedConv, CondensedConv1d
+from srigl_core.torch.given_masks import NONZERO, ZEROS, given_masks, masks_by_layer
 from srigl_core.torch.replacement import (
     condensed_layer,
     condensed_modules,
@@ -86,29 +86,26 @@ def condense(
     >>> condense(model, {"0": mask})[0].fan_in
     2
     """
-    hint = ""
-    if isinstance(masks, str):
-        if masks != "nonzero":
-            raise SriglError(f"masks={masks!r} is unknown; give masks by name, or 'nonzero'")
-        names, by_layer = None, {}
-        hint = "; newly grown weights are active although they are 0.0: give masks, not 'nonzero'"
+    names = None
+    if isinstance(masks, SRigL):
+        # These were not named by the caller, so they need not all be condensed.
+        given: Any = {name: masks.mask(name) for name in masks.trainer.budgets}
+    elif isinstance(masks, str):
+        given = masks
     else:
-        by_layer = {_layer_name(name): mask for name, mask in _by_name(masks).items()}
-        for name in by_layer.keys() & condensed_modules(model).keys():
+        given = masks_by_layer(masks)
+        names = list(given)
+        for name in given.keys() & condensed_modules(model).keys():
             raise SriglError(f"layer {name!r} is condensed already")
-        # Those of an SRigL were not named by the caller, so they need not all be condensed.
-        names = None if isinstance(masks, SRigL) else list(by_layer)
     selection = find_targets(model, names, exclude, unsupported=why_not_condensed)
+    targets = selection.targets
+    if not isinstance(given, str):
+        given = {name: mask for name, mask in given.items() if name not in selection.left}
     layers = {}
-    for name, target in selection.targets.items():
-        if isinstance(masks, str):
-            mask = as_numpy(target.parameter) != 0
-        elif name in by_layer:
-            mask = _checked_mask(target, by_layer[name])
-        else:
-            continue
+    for name, mask in given_masks(targets, given).items():
         if not mask.all():
-            layers[condensed_name(target)] = _condensed(target, mask, hint)
+            hint = ZEROS if given == NONZERO else ""
+            layers[condensed_name(targets[name])] = _condensed(targets[name], mask, hint)
     if not layers:
         raise SriglError("all masks are True everywhere; there is nothing to condense")
     replace_modules(model, layers)
@@ -173,42 +170,9 @@ def to_csr(model: Any) -> dict[str, scipy.sparse.csr_array]:
     return {name: linear_of(layer).to_condensed().to_csr() for name, layer in layers.items()}
 
 
-def _by_name(masks: Mapping[str, Any] | SRigL) -> dict[str, Any]:
-    if isinstance(masks, SRigL):
-        return {name: masks.mask(name) for name in masks.trainer.budgets}
-    if not isinstance(masks, Mapping):
-        raise ValueTypeError(
-            f"masks must be a mapping of layer names to masks, an SRigL or 'nonzero', got "
-            f"{type(masks).__name__}"
-        )
-    return dict(masks)
-
-
-def _layer_name(name: str) -> str:
-    """Return the name of a layer, given its own or that of its parameter ``weight``."""
-    return "" if name == "weight" else name.removesuffix(".weight")
-
-
-def _checked_mask(target: Target, mask: Any) -> NDArray[np.bool_]:
-    array = as_numpy(mask) if isinstance(mask, torch.Tensor) else mask
-    if not isinstance(array, np.ndarray) or array.dtype != np.bool_:
-        dtype = getattr(array, "dtype", type(mask).__name__)
-        raise ValueTypeError(
-            f"the mask of layer {target.name!r} must be a tensor or array of bool, got {dtype}; "
-            f"convert with .bool()"
-        )
-    if array.shape != tuple(target.parameter.shape):
-        raise SriglError(
-            f"the mask of layer {target.name!r} has shape {array.shape}, but its weight has "
-            f"{tuple(target.parameter.shape)}; give the mask of that layer"
-        )
-    return array
-
-
 def _condensed(target: Target, mask: NDArray[np.bool_], hint: str) -> Any:
     """Return the condensed layer that replaces a dense one."""
     dense = as_numpy(target.layout.to_rows(target.parameter.detach()))
-    mask = as_numpy(target.layout.to_rows(torch.from_numpy(mask)))
     try:
         weight = CondensedWeight.from_dense(dense, mask)
     except SriglError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,13 @@ import torch
 from torch import nn
 
 from srigl_core._activations import activation_named
-from srigl_core._arrays.checks import check_generator, check_integer
+from srigl_core._arrays.checks import as_float_array, check_flag, check_generator, check_integer
 from srigl_core._format.connections import Connections
 from srigl_core._format.weight import CondensedWeight, check_condensed
-from srigl_core.contract import ACTIVATIONS
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.distributions import nnz_budget as budget_of
 from srigl_core.reference.init import sparse_init
+from srigl_core.torch.activations import ACTIVATION_FUNCTIONS
 from srigl_core.torch.capture import is_capturing
 from srigl_core.torch.ops import condensed_inference, condensed_linear
 from srigl_core.torch.packing import condensed_weight
@@ -27,18 +26,6 @@ __all__ = ["ACTIVATION_FUNCTIONS", "CondensedLinear", "dense_like", "set_like", 
 
 _MOST = 2**31 - 1
 """The indices are int32, because PyTorch cannot index with unsigned integers."""
-
-_FUSED = {
-    "relu": nn.functional.relu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda z: nn.functional.gelu(z, approximate="tanh"),
-    "silu": nn.functional.silu,
-}
-ACTIVATION_FUNCTIONS = {
-    name: _FUSED.get(name, partial(activation.formula, xp=torch))
-    for name, activation in ACTIVATIONS.items()
-}
-"""PyTorch's own functions where it has them, otherwise the formulas of the table."""
 
 
 class CondensedLinear(HasDenseWeight, nn.Module):  # type: ignore[misc] # torch is untyped here
@@ -119,6 +106,7 @@ class CondensedLinear(HasDenseWeight, nn.Module):  # type: ignore[misc] # torch 
         rng: np.random.Generator | int | None = None,
     ) -> None:
         budget = _checked_budget(in_features, out_features, nnz_budget, sparsity, fan_in)
+        bias = check_flag(bias, "bias")
         self._allocate((out_features, in_features), budget, bias, activation, device, dtype)
         if not self.values.is_meta:
             self.reset_parameters(rng)
@@ -206,7 +194,9 @@ class CondensedLinear(HasDenseWeight, nn.Module):  # type: ignore[misc] # torch 
         layer._allocate(weight.shape, budget, False, activation, device, dtype)
         layer.load_condensed_(weight)
         if bias is not None:
-            numbers = bias.detach() if isinstance(bias, torch.Tensor) else from_numpy(bias)
+            # Read by NumPy, which refuses tensors that are sparse or without numbers.
+            is_tensor = isinstance(bias, torch.Tensor)
+            numbers = from_numpy(as_float_array(as_numpy(bias) if is_tensor else bias, "bias"))
             if numbers.shape != (n_out,):
                 raise SriglError(f"bias has shape {tuple(numbers.shape)}, but must have {(n_out,)}")
             layer.bias = nn.Parameter(numbers.to(device=layer.values.device, copy=True))
@@ -361,6 +351,11 @@ class CondensedLinear(HasDenseWeight, nn.Module):  # type: ignore[misc] # torch 
 
     def _check_state(self, state: Any, prefix: str) -> None:
         """Raise SriglError if the layer would have no valid mask after loading `state`."""
+        if prefix + "weight" in state and prefix + "values" not in state:
+            raise SriglError(
+                f"{prefix}weight of the state is a dense weight, but the layer is condensed; load "
+                f"it into the dense model first, then condense that"
+            )
         tensors: dict[str, Any] = {}
         for name, own in {**self._parameters, **self._buffers}.items():
             new = tensors[name] = state.get(prefix + name, own)

@@ -18,8 +18,9 @@ from srigl_core._update import MaskUpdate
 from srigl_core.contract import Backend
 from srigl_core.errors import BackendUnavailableError, SriglError
 from srigl_core.reference.init import sparse_init
+from srigl_core.torch.averages import Averages
 from srigl_core.torch.model_sparsity import sparsity_of_model
-from srigl_core.torch.optimizer_state import remap_state
+from srigl_core.torch.optimizers import remap_states
 from srigl_core.torch.targets import Target
 from srigl_core.torch.tensors import as_numpy, from_numpy, on_device_of
 
@@ -60,6 +61,8 @@ class MaskedLayers:
         self._inactive: dict[str, Any] = {}
         self._no_gradient: dict[str, Any] = {}
         self._hidden: dict[str, Any] = {}
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._averages = Averages()
 
     def attach(self, init: str | None, rng: np.random.Generator) -> None:
         """Mask the weights; draw new ones first if `init` is not None."""
@@ -70,10 +73,29 @@ class MaskedLayers:
                     target.parameter.copy_(target.layout.from_rows(torch.from_numpy(drawn)))
         self._copy_masks()
         self._mask_weights()
+        # Momentum of inactive weights would reach the others in an optimiser of matrices.
+        changed = [
+            (target.parameter, partial(_reset, self._inactive[name]))
+            for name, target in self._targets.items()
+        ]
+        remap_states(self._optimizer, changed)
 
     def mask(self, name: str) -> Any:
         """Return a layer's mask, a new tensor of bool of the weight's shape."""
         return ~self._inactive[name]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The layers' weights."""
+        return {name: target.parameter for name, target in self._targets.items()}
+
+    def track(self, average: Any) -> None:
+        """Move the numbers of an average with the masks, and mask it now."""
+        weights = {_path(target): target.parameter for target in self._targets.values()}
+        found = self._averages.add(average, weights, {})
+        with torch.no_grad():
+            for name, tensor in zip(self._targets, found.values(), strict=True):
+                tensor.masked_fill_(self._inactive[name].to(tensor.device), 0)
 
     def digests(self) -> dict[str, str]:
         """Return a hash of each mask."""
@@ -88,29 +110,39 @@ class MaskedLayers:
         masked = {id(target.parameter): nnz[name] for name, target in self._targets.items()}
         return sparsity_of_model(self._model, masked)
 
-    def after_backward(self, loss_scale: float) -> None:
-        """Pass the dense gradients to the trainer if it needs them, then mask them."""
+    def after_backward(self, loss_scale: float, gradient_scale: float) -> bool:
+        """Pass the dense gradients to the trainer if it needs them, then mask them.
+
+        `gradient_scale` is the scale that the gradients still have. Returns True.
+        """
+        self._check_masked()
         sparse = [self._targets[name] for name in self.trainer.sparse_layers]
         for target in sparse:
             target.check_in_place(self._model)
-            if target.parameter.grad is None and self.trainer.needs_grad:
-                raise SriglError(
-                    f"layer {target.name!r} has no gradient; call after_backward after "
-                    f"loss.backward() and before zero_grad(), and exclude frozen layers"
-                )
+        has_gradient = any(target.parameter.grad is not None for target in sparse)
+        if self.trainer.needs_grad and sparse and not has_gradient:
+            raise SriglError(
+                "no sparse layer has a gradient; call after_backward after loss.backward() and "
+                "before zero_grad()"
+            )
         for target in sparse:
             gradient = target.parameter.grad
-            if gradient is None:
-                continue
             if self.trainer.needs_grad:
-                with on_device_of(gradient):
-                    self.trainer.accumulate(target.name, self._for_trainer(target, gradient))
-            gradient.masked_fill_(self._no_gradient[target.name], 0)
+                # A layer that took no part has no gradient, or one that was zeroed in place.
+                unscaled = None
+                if gradient is not None and gradient.any():
+                    unscaled = gradient if gradient_scale == 1 else gradient / gradient_scale
+                    unscaled = self._for_trainer(target, unscaled)
+                with on_device_of(target.parameter):
+                    self.trainer.accumulate(target.name, unscaled)
+            if gradient is not None:
+                gradient.masked_fill_(self._no_gradient[target.name], 0)
         # The optimiser's step sees all trained weights, so that weight decay reaches them.
         with torch.no_grad():
             for name, hidden in self._hidden.items():
                 self._targets[name].parameter.add_(hidden)
         self._hidden.clear()
+        return True
 
     def step(self) -> Mapping[str, MaskUpdate]:
         """Mask the weights. If an update is due, update masks, weights and optimiser state."""
@@ -130,6 +162,7 @@ class MaskedLayers:
         if updates:
             before = dict(self._no_gradient)
             self._copy_masks()
+            changed = []
             for name, update in updates.items():
                 target, weight = self._targets[name], update.weight
                 parameter = target.parameter
@@ -137,7 +170,12 @@ class MaskedLayers:
                 with torch.no_grad():
                     parameter.copy_(target.layout.from_rows(weight))
                 reset = before[name] | self._no_gradient[name]
-                remap_state(self._optimizer, parameter, partial(_zeroed, reset))
+                changed.append((parameter, partial(_reset, reset)))
+            grown = self.trainer.config.grown_init
+            remap_states(self._optimizer, changed, grown)
+            remaps = [remap for _, remap in changed]
+            paths = (_path(self._targets[name]) for name in updates)
+            self._averages.remap(dict(zip(paths, remaps, strict=True)), grown, {})
             self._hidden.clear()
             self._hide_weights()
             self._mask_weights()
@@ -146,8 +184,13 @@ class MaskedLayers:
     def discard_step(self) -> None:
         """Do nothing: a skipped step leaves no gradients here."""
 
+    def skip_step(self) -> None:
+        """Mask the weights, in case that the optimiser did not skip the step."""
+        self._mask_weights()
+
     def detach(self) -> None:
-        """Do nothing: the model holds no reference to this object."""
+        """Track no more averages; the model holds no reference to this object."""
+        self._averages.clear()
 
     def discard_gradients(self) -> None:
         """Discard the gradients of the window."""
@@ -161,14 +204,13 @@ class MaskedLayers:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the trainer's state, and mask the weights."""
+        """Load the trainer's state. The model's weights must be those of the same step."""
         self.trainer.load_state_dict(state)
         self._hidden = {
             name: from_numpy(part).to(self._targets[name].parameter)
             for name, part in state.get("hidden", {}).items()
         }
         self._copy_masks()
-        self._mask_weights()
 
     def _for_trainer(self, target: Target, tensor: Any) -> Any:
         """Return a tensor by rows, as a NumPy array if the trainer computes on another device."""
@@ -196,6 +238,26 @@ class MaskedLayers:
         with torch.no_grad():
             for name, target in self._targets.items():
                 target.parameter.masked_fill_(self._inactive[name], 0)
+                self._seen[name] = _state(target.parameter)
+
+    def _check_masked(self) -> None:
+        """Check that weights are zero outside their masks, as `step` left them.
+
+        On another device than the CPU this is only looked at if PyTorch has counted a write.
+        """
+        for name, target in self._targets.items():
+            parameter = target.parameter
+            if not parameter.is_cpu and self._seen.get(name) == _state(parameter):
+                continue
+            outside = (parameter.detach() != 0).logical_and_(self._inactive[name])
+            if outside.any():
+                raise SriglError(
+                    f"layer {name!r} has {int(outside.sum())} weights that are not zero outside "
+                    f"its mask, so its weights were written since the last step. To resume, call "
+                    f"srigl.load_state_dict(...) with the state of the same step as the model's; "
+                    f"to train other weights, load them before SRigL is attached (masks='nonzero' "
+                    f"keeps their zeros)"
+                )
 
     def _hide_weights(self) -> None:
         """Move weights that only the backward pass uses from the parameters to `_hidden`."""
@@ -209,5 +271,14 @@ def _as_tensor(mask: Any, like: Any) -> Any:
     return library_of(like).to_caller(mask, like).to(like.device)
 
 
-def _zeroed(where: Any, state: Any) -> Any:
-    return state.masked_fill(where, 0)
+def _state(parameter: Any) -> tuple[int, int]:
+    """Return the address of a parameter, and how many writes PyTorch has counted."""
+    return parameter.data_ptr(), parameter._version
+
+
+def _path(target: Target) -> str:
+    return f"{target.owner}.{target.attribute}".removeprefix(".")
+
+
+def _reset(where: Any, state: Any, start: float) -> Any:
+    return state.masked_fill(where.to(state.device), start)

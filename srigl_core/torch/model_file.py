@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from srigl_core._files import parse_json, write_whole
 from srigl_core._format.file import (
     array_names,
     layer_metadata,
@@ -23,7 +23,6 @@ from srigl_core._format.file import (
     read_whole,
     take_weight,
     weight_arrays,
-    write_whole,
 )
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.contract import ACTIVATIONS
@@ -75,7 +74,7 @@ def save_model(model: Any, path: str | os.PathLike[str]) -> None:
     stored = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = layer_metadata(weights)
     metadata[_MODULES_KEY] = json.dumps({name: _description(m) for name, m in layers.items()})
-    write_whole(Path(path), save(stored, metadata=metadata))
+    write_whole(path, save(stored, metadata=metadata))
 
 
 def load_model(path: str | os.PathLike[str], model: Any) -> Any:
@@ -111,6 +110,8 @@ def load_model(path: str | os.PathLike[str], model: Any) -> Any:
     made: dict[str, Any] = {}
     first_names: dict[tuple[int, str], str] = {}
     for name, description in modules.items():
+        # Before the layer is made, whose size is what the file claims.
+        _check_dense_shape(name, model, weights[name], "convolution" in description)
         try:
             layer = _module(description, weights[name], tensors.pop(f"{name}.bias", None))
         except (SriglError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -171,26 +172,46 @@ def _as_tuple(setting: Any) -> Any:
     return tuple(setting) if isinstance(setting, list) else setting
 
 
-def _in_place_of(name: str, model: Any, layer: Any) -> Any:
-    """Return `layer` with the device, dtype and modes of the model's layer of that name.
-
-    Raises
-    ------
-    SriglError
-        If the model has no such layer, or one of another shape or type.
-    """
+def _check_dense_shape(name: str, model: Any, weight: CondensedWeight, is_conv: bool) -> None:
     present = present_layer(model, name)
     if present is None:
         raise SriglError(
             f"the file has a condensed layer {name!r}, but the model has none; make the model as "
             f"the one that was saved"
         )
+    shape: tuple[int, ...]
+    if isinstance(present, CondensedLinear | CondensedConv):
+        shape = (linear_of(present).out_features, linear_of(present).in_features)
+    elif isinstance(present, nn.Linear | nn.Conv1d | nn.Conv2d):
+        shape = tuple(present.weight.flatten(1).shape)
+    elif is_gpt_conv1d(present):
+        shape = tuple(reversed(present.weight.shape))
+    else:
+        shape = ()
+    if shape != weight.shape:
+        what = f"a {'convolution' if is_conv else 'linear'} of {weight.shape}"
+        raise _differs(name, what, present)
+
+
+def _differs(name: str, what: str, present: Any) -> SriglError:
+    return SriglError(
+        f"layer {name!r} of the file is {what}, but the model's is {_shape(present)}; make the "
+        f"model as the one that was saved"
+    )
+
+
+def _in_place_of(name: str, model: Any, layer: Any) -> Any:
+    """Return `layer` with the device, dtype and modes of the model's layer of that name.
+
+    Raises
+    ------
+    SriglError
+        If the model has one of another shape or type.
+    """
+    present = present_layer(model, name)
     linear = linear_of(layer)
     if _shape(present) != _shape(layer):
-        raise SriglError(
-            f"layer {name!r} of the file is {_shape(layer)}, but the model's is {_shape(present)}; "
-            f"make the model as the one that was saved"
-        )
+        raise _differs(name, _shape(layer), present)
     old = linear_of(present)
     like = old.values if isinstance(old, CondensedLinear) else old.weight
     layer.to(device=like.device, dtype=like.dtype)
@@ -277,10 +298,13 @@ def _read_modules(metadata: Mapping[str, str], layers: Mapping[str, Any]) -> dic
     if _MODULES_KEY not in metadata:
         raise FileFormatError("no description of modules; the file was not written by save_model")
     try:
-        modules: dict[str, Any] = json.loads(metadata[_MODULES_KEY])
+        modules: dict[str, Any] = parse_json(metadata[_MODULES_KEY])
         if layers.keys() != modules.keys():
             raise KeyError(*(layers.keys() ^ modules.keys()))
-    except (KeyError, ValueError, AttributeError, RecursionError) as error:
+        for name, description in modules.items():
+            if not isinstance(description, dict):
+                raise ValueError(f"layer {name!r} has no description")
+    except (KeyError, ValueError, AttributeError) as error:
         raise FileFormatError(
             f"the metadata {_MODULES_KEY!r} does not describe layers ({error!r}); save it again"
         ) from error

@@ -15,7 +15,6 @@ import copy
 import importlib
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,8 @@ from torch import nn
 from torch.func import functional_call
 
 from srigl_core._arrays.checks import check_integer
-from srigl_core._format.file import write_whole
+from srigl_core._files import write_whole
+from srigl_core._install import install_command
 from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
 from srigl_core.torch.conv import CondensedConv, CondensedConv1d, CondensedConv2d
 from srigl_core.torch.conversion import dense_layer
@@ -125,7 +125,7 @@ def export_onnx(
             f"PyTorch's exporter has no valid translation of the model: {error}; change the layer "
             f"that this names, or try another opset than {opset}"
         ) from error
-    write_whole(Path(path), exported.SerializeToString())
+    write_whole(path, exported.SerializeToString())
 
 
 def _onnx() -> Any:
@@ -134,8 +134,8 @@ def _onnx() -> Any:
         return importlib.import_module("onnx")
     except ImportError as error:
         raise BackendUnavailableError(
-            f"export_onnx needs the packages onnx and onnxscript ({error}); install them: pip "
-            f'install "srigl-core[onnx]"'
+            f"export_onnx needs the packages onnx and onnxscript ({error}); install them: "
+            f"{install_command('onnx')}"
         ) from error
 
 

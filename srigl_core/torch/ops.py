@@ -23,7 +23,13 @@ from srigl_core.torch import capture
 from srigl_core.torch.packing import Packing, packing_of
 from srigl_core.torch.tensors import as_numpy, numpy_dtype, on_device_of, spec_of, torch_dtype
 
-__all__ = ["condensed_inference", "condensed_linear", "condensed_linear_backward"]
+__all__ = [
+    "condensed_inference",
+    "condensed_linear",
+    "condensed_linear_backward",
+    "double_gradients",
+    "gradients",
+]
 
 _WEIGHT = "Tensor values, Tensor indices, Tensor active, Tensor counts"
 _TAGS = (
@@ -148,11 +154,12 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(saved, values, indices, active, counts)
 
 
-def _backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
+def gradients(ctx: Any, grad: Any) -> tuple[Any, ...]:
+    """Return the gradients of ``condensed_linear`` by its arguments."""
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[5]
-    gradients = condensed_linear_backward(grad, *ctx.saved_tensors, ctx.in_features, *needs)
+    parts = condensed_linear_backward(grad, *ctx.saved_tensors, ctx.in_features, *needs)
     dx, dvalues, dbias = (
-        part if needed else None for part, needed in zip(gradients, needs, strict=True)
+        part if needed else None for part, needed in zip(parts, needs, strict=True)
     )
     return dx, dvalues, None, None, None, dbias, None  # autograd casts dbias to the bias's dtype
 
@@ -163,7 +170,7 @@ def _keep_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) ->
     ctx.set_materialize_grads(False)
 
 
-def _double_backward(ctx: Any, ddx: Any, ddvalues: Any, ddbias: Any) -> tuple[Any, ...]:
+def double_gradients(ctx: Any, ddx: Any, ddvalues: Any, ddbias: Any) -> tuple[Any, ...]:
     """Return the gradients of the gradients, which are again products and their gradients."""
     grad, x, values, *mask = ctx.saved_tensors
     needs_grad, needs_x, needs_values = ctx.needs_input_grad[:3]
@@ -242,11 +249,11 @@ for _name, _kernel, _fake in (
         _library.impl(_name, _kernel, _device)
     library.register_fake(f"srigl_core::{_name}", _fake, lib=_library)
 library.register_autograd(
-    "srigl_core::condensed_linear", _backward, setup_context=_keep_for_backward, lib=_library
+    "srigl_core::condensed_linear", gradients, setup_context=_keep_for_backward, lib=_library
 )
 library.register_autograd(
     "srigl_core::condensed_linear_backward",
-    _double_backward,
+    double_gradients,
     setup_context=_keep_for_double_backward,
     lib=_library,
 )

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from srigl_core.errors import SriglError
 
-__all__ = ["check_agreement", "mean_of_ranks", "n_ranks"]
+__all__ = ["check_agreement", "mean_of_ranks", "n_ranks", "true_on_a_rank"]
 
 
 def n_ranks(group: Any | None) -> int:
@@ -36,8 +36,7 @@ def check_agreement(digest: Callable[[], dict[str, str]], group: Any | None) -> 
         int.from_bytes(hashlib.sha256(d.encode()).digest()[:8], "little", signed=True)
         for d in digests.values()
     ]
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    own = torch.tensor(numbers, dtype=torch.int64, device=_device(group))
     by_rank = [torch.empty_like(own) for _ in range(n_ranks(group))]
     dist.all_gather(by_rank, own, group=group)
     wrong = [rank for rank, other in enumerate(by_rank) if not torch.equal(other, by_rank[0])]
@@ -57,3 +56,16 @@ def mean_of_ranks(block: Any, group: Any | None) -> Any:
         dist.all_reduce(block, group=group)
         block /= ranks
     return block
+
+
+def true_on_a_rank(conditions: dict[str, bool], group: Any | None) -> dict[str, bool]:
+    """Return which conditions are true on at least one rank."""
+    if n_ranks(group) == 1:
+        return conditions
+    flags = torch.tensor(list(conditions.values()), dtype=torch.int32, device=_device(group))
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+    return dict(zip(conditions, (bool(flag) for flag in flags), strict=True))
+
+
+def _device(group: Any | None) -> str:
+    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from srigl_core._files import check_archive, file_errors, regular_file
 from srigl_core.errors import FileFormatError, SriglError
 from srigl_core.torch.targets import check_module
 
@@ -27,6 +29,7 @@ _NOT_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.SyncBatchNorm)
 _WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that data-parallel training and compilation add to names."""
 
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _MOST_ROWS_SHOWN = 5
 _SAME_MODEL = "make the model with the architecture of the trained one"
 
@@ -53,7 +56,8 @@ def load_released_checkpoint(
     Raises
     ------
     FileFormatError
-        If the file cannot be read without running code in it, or lacks weights or masks.
+        If the file is damaged, cannot be read without running code in it, or lacks weights or
+        masks; or a weight or mask is not a dense tensor of numbers.
     SriglError
         If masks and layers do not match, or a mask is not constant fan-in. The message names the
         layer and the rows. The model is not changed.
@@ -79,22 +83,30 @@ def load_released_checkpoint(
 
 
 def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {os.fspath(path)!r}")
+    path = regular_file(path)
+    hint = "save it again with torch.save"
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        with (
+            path.open("rb") as file,
+            file_errors(path, "not a complete PyTorch checkpoint", hint),
+            zipfile.ZipFile(file) as archive,
+        ):
+            check_archive(archive, os.fstat(file.fileno()).st_size)
+            # Mapped: PyTorch would ask for the memory that a tensor claims, and read beyond its
+            # entry. Of a mapped file it takes no more than there is.
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            _check_storages(checkpoint, archive)
+    except FileFormatError as error:
+        if not isinstance(error.__cause__, pickle.UnpicklingError):
+            raise
+        reason = error.__cause__
         raise FileFormatError(
             f"{os.fspath(path)!r} holds more than tensors and plain containers, such as the "
             f"configuration in the released code's files. If you trust it, load it with "
             f"checkpoint = torch.load(path, weights_only=False) and pass {{'model': "
             f"checkpoint['model'], 'pruner': checkpoint['pruner']}} "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise FileFormatError(
-            f"{os.fspath(path)!r} is not a complete PyTorch checkpoint ({error})"
-        ) from error
+            f"({str(reason).splitlines()[0]})"
+        ) from reason
     if not isinstance(checkpoint, Mapping):
         raise FileFormatError(
             f"{os.fspath(path)!r} holds a {type(checkpoint).__name__}, not a mapping"
@@ -102,10 +114,52 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     return checkpoint
 
 
+def _check_storages(checkpoint: Any, archive: zipfile.ZipFile) -> None:
+    """Check that each tensor's memory is as long as an entry of the archive."""
+    entries = Counter(entry.file_size for entry in archive.infolist())
+    sizes = {
+        storage.data_ptr(): storage.nbytes()
+        for tensor in _dense_tensors(checkpoint)
+        if (storage := tensor.untyped_storage()).nbytes()
+    }
+    if Counter(sizes.values()) - entries:
+        raise ValueError("a tensor claims more or less memory than the file holds for it")
+
+
+def _dense_tensors(tree: Any) -> Iterator[Any]:
+    """Yield the tensors of nested containers that have a memory of their own."""
+    remaining, seen = [tree], set()
+    while remaining:
+        part = remaining.pop()
+        if isinstance(part, torch.Tensor):
+            if part.layout is torch.strided and not part.is_meta:
+                yield part
+        elif isinstance(part, Mapping | list | tuple | set) and id(part) not in seen:
+            seen.add(id(part))
+            remaining += part.values() if isinstance(part, Mapping) else part
+
+
+def _check_dense(name: str, tensor: Any, expected: str = "a tensor") -> None:
+    """Raise FileFormatError unless `tensor` is a dense tensor that holds real numbers."""
+    if not isinstance(tensor, torch.Tensor):
+        raise FileFormatError(f"{name} must be {expected}, got {type(tensor).__name__}")
+    is_number = tensor.dtype.is_floating_point or tensor.dtype in _INTEGERS
+    is_plain = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
+    if tensor.is_quantized or not is_plain or not is_number:
+        kind = "meta" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}"
+        raise FileFormatError(
+            f"{name} is a tensor of kind {kind}; it must be a dense tensor of real numbers"
+        )
+
+
 def _weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in ("model", "state_dict"):
         if isinstance(checkpoint.get(key), Mapping):
-            return checkpoint[key]  # type: ignore[no-any-return]
+            weights: Mapping[str, Any] = checkpoint[key]
+            for name in weights:
+                if not isinstance(name, str):
+                    raise FileFormatError(f"the state of the model has the name {name!r}")
+            return weights
     raise FileFormatError(
         f"the checkpoint has {', '.join(map(str, checkpoint))}, but no state of a model as 'model' "
         f"or 'state_dict'"
@@ -125,9 +179,13 @@ def _masks(checkpoint: Mapping[str, Any]) -> Sequence[Any]:
 
 
 def _unwrapped(weights: Mapping[str, Any]) -> Mapping[str, Any]:
-    for prefix in _WRAPPERS:
-        if weights and all(str(name).startswith(prefix) for name in weights):
-            return _unwrapped({name.removeprefix(prefix): t for name, t in weights.items()})
+    while weights:
+        for prefix in _WRAPPERS:
+            if all(name.startswith(prefix) for name in weights):
+                weights = {name.removeprefix(prefix): t for name, t in weights.items()}
+                break
+        else:
+            break
     return weights
 
 
@@ -153,10 +211,7 @@ def _matched(masks: Sequence[Any], model: Any) -> dict[str, Any]:
     for (name, layer), mask in zip(layers, masks, strict=True):
         if mask is None:
             continue
-        if not isinstance(mask, torch.Tensor):
-            raise FileFormatError(
-                f"the mask of layer {name!r} must be a tensor or None, got {type(mask).__name__}"
-            )
+        _check_dense(f"the mask of layer {name!r}", mask, "a tensor or None")
         if mask.shape != layer.weight.shape:
             raise SriglError(
                 f"the mask of layer {name!r} has shape {tuple(mask.shape)}, but its weight has "
@@ -176,11 +231,13 @@ def _check_state(weights: Mapping[str, Any], model: Any) -> None:
         if missing := others.keys() - names.keys():
             raise SriglError(f"the {owner} lacks {', '.join(sorted(missing))}; {_SAME_MODEL}")
     for name, tensor in own.items():
-        shape = getattr(weights[name], "shape", None)
-        if shape != tensor.shape:
+        if not isinstance(tensor, torch.Tensor):  # a module's extra state, which it checks
+            continue
+        _check_dense(f"{name!r} of the checkpoint", weights[name])
+        if weights[name].shape != tensor.shape:
             raise SriglError(
-                f"{name!r} of the checkpoint has shape {tuple(shape or ())}, but the model's has "
-                f"{tuple(tensor.shape)}; {_SAME_MODEL}"
+                f"{name!r} of the checkpoint has shape {tuple(weights[name].shape)}, but the "
+                f"model's has {tuple(tensor.shape)}; {_SAME_MODEL}"
             )
 
 

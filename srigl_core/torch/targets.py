@@ -25,7 +25,6 @@ __all__ = [
     "Selection",
     "Target",
     "check_module",
-    "check_optimizer",
     "dense_matrices",
     "find_targets",
     "submodule",
@@ -162,7 +161,7 @@ def find_targets(
     unsupported : callable or None
         Takes a target and returns why it cannot be used, or None.
     named : collection of str
-        Layers that have options of their own: they must be usable if they are selected.
+        Layers that have options or masks of their own: they must be selected.
     kept : collection of str
         Layers that stay dense, for which `unsupported` is not asked.
 
@@ -205,7 +204,7 @@ def find_targets(
             targets[weight.name] = weight.target
     for name in named:
         if name in left:
-            raise SriglError(f"config.layers names layer {name!r}, which {left[name]}")
+            raise SriglError(f"layer {name!r} {left[name]}, but it has options or a mask")
     if not targets:
         reasons = [f"layer {w.name!r} {left[w.name]}" for w in weights if w.is_usual]
         raise SriglError(
@@ -234,29 +233,6 @@ def dense_matrices(model: Any, unsupported: Callable[[Target], str | None]) -> d
                 reason = unsupported(weight.target) or "is dense"
             reasons[weight.name] = reason or _why_not_chosen(weight, None)
     return reasons
-
-
-def check_optimizer(targets: dict[str, Target], optimizer: Any) -> None:
-    """Check that the optimiser updates every weight.
-
-    Raises
-    ------
-    SriglError
-        If it lacks a weight; the message names the layer.
-    ValueTypeError
-        If it is not an optimiser.
-    """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueTypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
-    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for target in targets.values():
-        if id(target.parameter) not in parameters:
-            raise SriglError(
-                f"layer {target.name!r}: the optimizer does not hold its weight; make it from "
-                f"model.parameters() after the model is on its device, or exclude the layer"
-            )
 
 
 # ---------------------------------------------------------------- the weights of a model
@@ -323,7 +299,9 @@ def _obstacle(target: Target, other_names: list[str]) -> str | None:
     try:
         numpy_dtype(parameter.dtype)
     except ValueTypeError:
-        return f"has a weight of dtype {parameter.dtype}, which no sparse layer can have; exclude it"
+        return (
+            f"has a weight of dtype {parameter.dtype}, which no sparse layer can have; exclude it"
+        )
     return why_no_neurons(target.module, target.attribute, tuple(parameter.shape))
 
 

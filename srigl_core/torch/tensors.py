@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import value_dtype
 from srigl_core._product_spec import ArraySpec
+from srigl_core.errors import ValueTypeError
 
 __all__ = ["as_numpy", "from_numpy", "numpy_dtype", "on_device_of", "spec_of", "torch_dtype"]
 
@@ -52,16 +53,27 @@ def as_numpy(tensor: Any) -> NDArray[Any]:
     ----------
     tensor : torch.Tensor
         A bfloat16 tensor becomes an array of ``ml_dtypes.bfloat16``.
+
+    Raises
+    ------
+    ValueTypeError
+        If it is sparse, quantised, or has no numbers, as on the device meta.
     """
     if tensor.requires_grad:
         tensor = tensor.detach()
-    if not tensor.is_cpu:
-        tensor = tensor.cpu()
     array: NDArray[Any]
-    if tensor.dtype is torch.bfloat16:
-        array = tensor.view(torch.int16).numpy().view(value_dtype("bfloat16"))
-    else:
-        array = tensor.numpy()
+    try:
+        if not tensor.is_cpu:
+            tensor = tensor.cpu()
+        if tensor.dtype is torch.bfloat16:
+            array = tensor.view(torch.int16).numpy().view(value_dtype("bfloat16"))
+        else:
+            array = tensor.numpy()
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise ValueTypeError(
+            f"a tensor of {tensor.dtype} and {tensor.layout} on device {tensor.device} cannot be "
+            f"read as an array ({str(error).splitlines()[0]}); pass a dense one"
+        ) from error
     return array
 
 

@@ -4,31 +4,52 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from srigl_core._format.connections import Connections
 from srigl_core._training.condensed_trainer import CondensedTrainer
-from srigl_core._training.config import TrainingConfig
+from srigl_core._training.config import AUTO, LayerOptions, TrainingConfig
+from srigl_core._training.skeleton import error_context
 from srigl_core._training.sparse_trainer import SparseTrainer
 from srigl_core._update import CondensedUpdate, MaskUpdate
 from srigl_core.contract import Backend
-from srigl_core.errors import SriglError
+from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.init import INITS
 from srigl_core.reference.schedule import UpdateSchedule
 from srigl_core.torch.condensed_layers import CondensedLayers
+from srigl_core.torch.given_masks import check_not_sparse, given_masks, masks_by_layer
 from srigl_core.torch.layer_selection import select_layers
 from srigl_core.torch.masked_layers import MaskedLayers, update_backend
 from srigl_core.torch.model_sparsity import dense_table
+from srigl_core.torch.movement import MovementCheck
+from srigl_core.torch.optimizers import check_optimizer, find_optimizers, groups_of
 from srigl_core.torch.ranks import check_agreement
 from srigl_core.torch.selection import Entry
-from srigl_core.torch.targets import check_optimizer
 from srigl_core.torch.tensors import as_numpy
 
 __all__ = ["MODES", "SRigL"]
 
 MODES = ("masked", "condensed")
+_MOST_MISSED = 2
+"""Calls in a row that may be missed: one may be a step that a training loop leaves out."""
+
+_MOST_SKIPPED = 200
+"""Steps in a row without finite gradients; a GradScaler has reached any sensible scale earlier."""
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 _attached: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[str, SRigL]] = (
     weakref.WeakKeyDictionary()
@@ -55,9 +76,10 @@ class SRigL:
         A model that is on its device and not yet wrapped for data-parallel training. Connections
         are drawn at random. Weights at the connections are kept, and the others become zero.
     optimizer : torch.optim.Optimizer
-        Updates the model's parameters.
-    sparsity : float
-        Sparsity of all sparse layers together, in [0, 1).
+        Updates the model's parameters. May be a wrapper of an optimiser, or a list of optimisers.
+    sparsity : float or None
+        Sparsity of all sparse layers together, in [0, 1). None, if all have given masks, which then
+        keep their sizes.
     schedule : UpdateSchedule or int
         The training steps with a mask update; an int is the total number of training steps.
     mode : {"masked", "condensed"}
@@ -71,6 +93,12 @@ class SRigL:
         that cannot be made sparse are left dense, unless one is named.
     exclude : iterable of str or type
         Layers to leave dense, in the same way.
+    masks : mapping of str to tensor or ndarray of bool, "nonzero", or None
+        First masks by layer name, in the shapes of the weights. "nonzero" keeps the weights that
+        are not zero, in all layers. A layer whose mask is all True stays dense. Other masks are
+        drawn.
+    gamma_sal, grad_window, seed
+        As in `TrainingConfig`; they replace those of `config`.
     config : TrainingConfig or None
         Method, distribution, update settings, options of single layers, seed. Condensed layers need
         the method "srigl". They keep the inputs and output gradients of all steps of the gradient
@@ -92,8 +120,9 @@ class SRigL:
     Raises
     ------
     SriglError
-        If a setting is out of range, a layer cannot be made sparse, the optimiser lacks a weight,
-        or a layer has an SRigL already. The message names the layer, and the model is not changed.
+        If a setting is out of range, a layer cannot be made sparse or is sparse already (without
+        `masks` and `init`), the optimiser lacks a weight, or a layer has an SRigL already. The
+        message names the layer, and the model is not changed.
 
     Notes
     -----
@@ -105,11 +134,15 @@ class SRigL:
         model: Any,
         optimizer: Any,
         *,
-        sparsity: float,
+        sparsity: float | None = None,
         schedule: UpdateSchedule | int,
         mode: str = "masked",
         include: Iterable[Entry] | Entry | None = None,
         exclude: Iterable[Entry] | Entry = (),
+        masks: Mapping[str, Any] | str | None = None,
+        gamma_sal: float | str | None = AUTO,
+        grad_window: int | None = None,
+        seed: int | None = None,
         config: TrainingConfig | None = None,
         init: str | None = None,
         backend: str | Backend | None = None,
@@ -124,34 +157,65 @@ class SRigL:
                 "model is wrapped in DistributedDataParallel; attach SRigL to the model itself "
                 "first, then wrap it"
             )
-        selection = select_layers(model, include, exclude, config, condensed=mode == "condensed")
+        named = () if masks is None or isinstance(masks, str) else masks_by_layer(masks)
+        selection = select_layers(
+            model, include, exclude, config, named, condensed=mode == "condensed"
+        )
         targets, self._left = selection.targets, selection.left
         for name, target in targets.items():
             if target.attribute in _attached.get(target.module, ()):
                 raise SriglError(f"layer {name!r} has an SRigL already; call its detach() first")
-        check_optimizer(targets, optimizer)
+        check_optimizer(targets, optimizer, mode)
         shapes = {name: target.shape for name, target in targets.items()}
+        given: dict[str, Any] = {} if masks is None else given_masks(targets, masks)
+        if masks is None and init is None:
+            check_not_sparse(targets)
+        config = _with_settings(config, gamma_sal=gamma_sal, grad_window=grad_window, seed=seed)
+        dense = {name: LayerOptions(dense=True) for name, mask in given.items() if mask.all()}
+        config = replace(config, layers={**dense, **config.layers})
+        given = {name: mask for name, mask in given.items() if name not in dense}
         settings: dict[str, Any] = {"sparsity": sparsity, "schedule": schedule, "config": config}
         self.mode, self._group = mode, process_group
         self._layers: MaskedLayers | CondensedLayers
         if mode == "masked":
             if backend is None:
-                backend = update_backend(targets, getattr(config, "method", TrainingConfig.method))
-            trainer = SparseTrainer(shapes, backend=backend, **settings)
+                backend = update_backend(targets, config.method)
+            trainer = SparseTrainer(shapes, backend=backend, masks=given, **settings)
             self._layers = MaskedLayers(model, targets, optimizer, trainer)
         else:
-            condensed = CondensedTrainer(shapes, backend=backend, **settings)
+            connections = {}
+            for name, mask in given.items():
+                with error_context(name):
+                    connections[name] = Connections.from_mask(mask)
+            condensed = CondensedTrainer(
+                shapes, backend=backend, connections=connections, **settings
+            )
             self._layers = CondensedLayers(model, targets, optimizer, condensed, process_group)
         self._optimizer = optimizer
-        self._was_skipped = False
+        self._was_skipped, self._n_skipped = False, 0
+        self._movement = MovementCheck(self.trainer.sparse_layers, optimizer)
         check_agreement(self._layers.digests, process_group)
         self._layers.attach(init, np.random.default_rng([self.trainer.config.seed, 1]))
-        # Weak references, so that replaced dense modules are freed.
-        self._weights = [(weakref.ref(t.module), t.attribute) for t in targets.values()]
-        for target in targets.values():
-            _attached.setdefault(target.module, weakref.WeakValueDictionary())[target.attribute] = (
-                self
-            )
+        self._recorded_at: int | None = None
+        self._n_missed = self._n_alone = 0
+        self._register([(target.module, target.attribute) for target in targets.values()])
+
+    def _register(self, weights: Iterable[tuple[Any, str]]) -> None:
+        """Note that these weights, modules with the names of parameters, have this SRigL."""
+        self._weights = []
+        for module, attribute in weights:
+            # Weak references, so that replaced dense modules are freed.
+            self._weights.append((weakref.ref(module), attribute))
+            _attached.setdefault(module, weakref.WeakValueDictionary())[attribute] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        alive = ((reference(), attribute) for reference, attribute in self._weights)
+        weights = [(module, attribute) for module, attribute in alive if module is not None]
+        return {**self.__dict__, "_weights": weights if self.mode == "masked" else []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register(state["_weights"])
 
     @property
     def trainer(self) -> SparseTrainer | CondensedTrainer:
@@ -179,14 +243,36 @@ class SRigL:
         ------
         SriglError
             If a layer has no gradient, or has been replaced.
+
+        Notes
+        -----
+        Without `scaler` only steps whose gradients an update needs are looked at. If their
+        gradients are not finite they are not counted either.
         """
+        if self._recorded_at is not None and self._recorded_at != _optimizer_steps:
+            self._n_missed += 1
+            if self._n_missed == _MOST_MISSED:
+                raise SriglError(
+                    f"srigl.step() was not called after the last {_MOST_MISSED} steps of an "
+                    f"optimizer; call it after optimizer.step() in each training step"
+                )
         if scaler is not None and not scaler.is_enabled():
             scaler = None  # a disabled scaler skips no step
-        self._was_skipped = scaler is not None and not self._gradients_are_finite()
+        optimizers = find_optimizers(self._optimizer)
+        found = {} if scaler is None else _infinities(scaler, [self._optimizer, *optimizers])
+        is_looked_at = scaler is not None or self.trainer.needs_grad
+        self._was_skipped = is_looked_at and (
+            any(flag.item() for flag in found.values()) or not _gradients_are_finite(optimizers)
+        )
         if self._was_skipped:
             self._layers.discard_step()
             return
-        self._layers.after_backward(1.0 if scaler is None else float(scaler.get_scale()))
+        loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
+        # The scaler unscales gradients in unscale_, or in its step.
+        gradient_scale = 1.0 if found else loss_scale
+        self._was_skipped = not self._layers.after_backward(loss_scale, gradient_scale)
+        self._movement.before_step(self._layers.parameters)
+        self._recorded_at = _optimizer_steps
 
     def step(self) -> Mapping[str, MaskUpdate] | Mapping[str, CondensedUpdate]:
         """Count a training step after the optimiser's, and update the masks if an update is due.
@@ -199,12 +285,25 @@ class SRigL:
         Raises
         ------
         SriglError
-            If a number is not finite, a gradient is missing, or ranks disagree. The message names
-            the layer. Unless ranks disagree nothing is changed, and the step is not counted.
+            If a number is not finite, a gradient is missing, the optimiser does not change a
+            weight, or ranks disagree. The message names the layer. Unless ranks disagree nothing is
+            changed, and the step is not counted.
         """
+        self._movement.after_step(self._layers.parameters)
+        recorded_at, self._recorded_at = self._recorded_at, None
+        self._n_missed = 0
         if self._was_skipped:
             self._was_skipped = False
+            self._skip_step()
             return {}
+        self._n_alone = self._n_alone + 1 if recorded_at is None else 0
+        if self._n_alone >= _MOST_MISSED and self.mode == "masked":
+            self._layers.skip_step()
+            raise SriglError(
+                f"after_backward() was not called before the last {_MOST_MISSED} calls of step; "
+                f"call it after loss.backward() and before optimizer.step() in each training step"
+            )
+        self._n_skipped = 0
         updates = self._layers.step()
         if updates:
             check_agreement(self._layers.digests, self._group)
@@ -223,6 +322,28 @@ class SRigL:
     def total_sparsity(self) -> float:
         """Sparsity of all matrices of the model: of its parameters with more than one axis."""
         return self._layers.total_sparsity()
+
+    def track(self, average: Any) -> None:
+        """Let an average of the model's weights (EMA, SWA) follow the mask updates.
+
+        At a mask update the numbers of the average are treated as optimiser state is: a new weight
+        starts anew, and an inactive one is zero. In condensed layers a place in `values` may belong
+        to another connection after an update, so an average that is not tracked mixes connections.
+
+        Parameters
+        ----------
+        average : torch.nn.Module or mapping of str to torch.Tensor
+            A copy of the model, an ``AveragedModel``, or tensors by the names of the model's
+            ``state_dict``. It is kept until `detach`.
+
+        Raises
+        ------
+        SriglError
+            If it lacks a weight, or was made before the last mask update.
+        ValueTypeError
+            If it is neither a module nor a mapping.
+        """
+        self._layers.track(average)
 
     def report(self) -> str:
         """Return a table of the layers: budgets, active weights, fan-in and active neurons.
@@ -273,12 +394,45 @@ class SRigL:
         arrays = _converted(arrays, torch.Tensor, as_numpy)
         self._layers.load_state_dict({**state, **arrays})
 
-    def _gradients_are_finite(self) -> bool:
-        """Return whether the scaler will let the optimiser step."""
-        groups = self._optimizer.param_groups
-        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        finite = [torch.isfinite(gradient).all() for gradient in gradients]
-        return all(flag.item() for flag in finite)  # all are queued before the first is awaited
+    def _skip_step(self) -> None:
+        """Check that a step whose gradients were not finite did no harm."""
+        self._layers.skip_step()
+        for name, parameter in self._layers.parameters.items():
+            if not torch.isfinite(parameter).all():
+                raise SriglError(
+                    f"layer {name!r}: weight is not finite after a step whose gradients were not "
+                    f"finite; skip such steps, as torch.amp.GradScaler does"
+                )
+        self._n_skipped += 1
+        if self._n_skipped > _MOST_SKIPPED:
+            raise SriglError(
+                f"no step was counted, because the gradients of {self._n_skipped} steps in a row "
+                f"were not finite; look for infinities in the inputs or the loss"
+            )
+
+
+def _gradients_are_finite(optimizers: list[Any]) -> bool:
+    """Return whether all gradients of the optimisers' parameters are finite."""
+    parameters = [p for group in groups_of(optimizers) for p in group["params"]]
+    finite = [torch.isfinite(p.grad).all() for p in parameters if p.grad is not None]
+    return all(flag.item() for flag in finite)  # all are queued before the first is awaited
+
+
+def _infinities(scaler: Any, optimizers: list[Any]) -> dict[Any, Any]:
+    """Return what `unscale_` of a scaler found, by device; empty if it was not called."""
+    states = getattr(scaler, "_per_optimizer_states", {})
+    known = [states[id(part)] for part in optimizers if id(part) in states]
+    return {k: flag for state in known for k, flag in state["found_inf_per_device"].items()}
+
+
+def _with_settings(config: TrainingConfig | None, **settings: Any) -> TrainingConfig:
+    """Return a config with the settings that differ from their defaults."""
+    config = TrainingConfig() if config is None else config
+    if not isinstance(config, TrainingConfig):
+        raise ValueTypeError(f"config must be a TrainingConfig, got {type(config).__name__}")
+    defaults = {"gamma_sal": AUTO}
+    given = {name: value for name, value in settings.items() if value != defaults.get(name)}
+    return replace(config, **given)
 
 
 def _converted(state: Any, cls: type, convert: Callable[[Any], Any]) -> Any:

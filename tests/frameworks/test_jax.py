@@ -40,7 +40,7 @@ def test_without_jax_it_says_what_to_install():
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
     )
-    assert "pip install 'srigl-core[jax]'" in done.stdout
+    assert "pip install jax" in done.stdout
 
 
 jax = pytest.importorskip("jax")
@@ -321,15 +321,6 @@ def test_unused_gradients_are_not_computed(monkeypatch):
     loss = lambda v, x: condensed_linear(x, v, connections, bias).sum()  # noqa: E731
     jax.jit(jax.grad(loss))(values, x).block_until_ready()
     assert computed == ["values"]
-
-
-def test_derivatives_that_are_not_supported_are_errors():
-    _, values, connections, x, _ = layer_of()
-    layer = lambda x: condensed_linear(x, values, connections)  # noqa: E731
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(layer, (x,), (x,))
-    with pytest.raises((TypeError, ValueError)):
-        jax.hessian(lambda x: layer(x).sum())(x)
 
 
 # ---------------------------------------------------------------- packing

@@ -50,6 +50,8 @@ def test_hidden_weights_train_like_those_of_a_dense_parameter():
         if step == 5:  # resume in the middle of a window
             state = srigl.state_dict()
             srigl.detach()
+            with torch.no_grad():
+                model.weight.fill_(1)
             srigl = SRigL(model, optimizer, sparsity=0.75, schedule=schedule, config=config)
             with torch.no_grad():
                 model.weight.copy_(theta * state["masks"][name])

@@ -1217,7 +1217,7 @@ def test_without_pytorch_the_error_says_what_to_install():
     )
     message = run_python(program)
     assert message.startswith("True srigl_core.torch needs PyTorch")
-    assert 'pip install "srigl-core[torch]"' in message
+    assert "pip install torch" in message
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])

@@ -17,12 +17,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import multiprocessing
 import random
-import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +29,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 from srigl_core import Backend, SriglError
 from srigl_core._machine import machine_facts, package_versions
+from srigl_core._workers import worker_pool
 from srigl_core.testing import LAWS, Law, LawResult
 from srigl_core.testing.targets import as_backend
 from srigl_core.testing.verification import law_named, try_law
@@ -42,25 +40,13 @@ TURN = 500  # examples
 
 @dataclass
 class Tally:
-    """What became of a law on a backend so far.
+    """What became of a law on a backend so far."""
 
-    Parameters
-    ----------
-    target : str
-        As in `as_backend`.
-    backend : Backend
-    law : Law
-    tried, examples : int
-        Problems that it was tried on, and those of them that left it something to check.
-    seconds : float
-    failure : LawResult or None
-    """
-
-    target: str
+    target: str  # as in `as_backend`
     backend: Backend
     law: Law
-    tried: int = 0
-    examples: int = 0
+    tried: int = 0  # problems
+    examples: int = 0  # problems that left it something to check
     seconds: float = 0.0
     failure: LawResult | None = None
 
@@ -84,19 +70,10 @@ class Tally:
 
 @dataclass(frozen=True)
 class Turns:
-    """What processes of their own do: have a law tried on a backend, until the time is over.
+    """What processes of their own do: have a law tried on a backend, until the time is over."""
 
-    Parameters
-    ----------
-    examples : int
-        Of a turn.
-    end : float
-        By `time.time`.
-    keep : Path
-    """
-
-    examples: int
-    end: float
+    examples: int  # of a turn
+    end: float  # by `time.time`
     keep: Path
 
     def __call__(
@@ -117,7 +94,6 @@ _backend = functools.cache(as_backend)
 
 
 def _start_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the run
     # Where CI is set Hypothesis would try the same problems each time, and keep no failure.
     settings.register_profile("fuzz", settings.get_profile("default"), derandomize=False)
     settings.load_profile("fuzz")
@@ -135,8 +111,7 @@ def fuzz(
     """Give every law its turns, until the time is over or all have had their examples."""
     seeds = random.Random(seed)
     turns = Turns(min(TURN, examples), time.time() + 60 * minutes, keep)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, _start_process) as pool:
+    with worker_pool(processes, _start_process) as pool:
         while time.time() < turns.end:
             remaining = [tally for tally in tallies if tally.is_open(examples)]
             if not remaining:

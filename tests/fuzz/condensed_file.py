@@ -34,7 +34,8 @@ with atheris.instrument_imports(include=["srigl_core"]) if atheris else nullcont
 
 ALLOWED_BYTES = 4 << 20  # of Python's and NumPy's memory, on top of 64 times the file
 MOST_MEMORY_MB = 1500
-NUMBERS = (0, 1, 2, 3, 4, 8, 255, 65535, 65536, 2**31, 2**32, 2**53, 2**63 - 1, 2**64 - 1, 2**80)
+NUMBERS = (0, 1, 2, 3, 4, 8, 255, 65535, 65536, 2**31, 2**32, 2**40, 2**53, 10**18, 2**63 - 1)
+NUMBERS += (2**64 - 1, 2**80, -1, -(2**40))
 DTYPES = ("F16", "BF16", "F32", "F64", "U8", "U16", "U32", "I16", "I64", "BOOL", "F8_E4M3", "C64")
 ODD = (None, True, -1, 0.5, float("nan"), float("inf"), "", "34", "\ud800", [], [[]], {}, "float32")
 
@@ -110,7 +111,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
     try:
         (length,) = struct.unpack("<Q", content[:8])
         header = json.loads(content[8 : 8 + length])
-        change = rng.choice((_other_entry, _other_layers, _other_text, _other_numbers))
+        change = rng.choice((_other_entry, _other_layers, _other_text, _other_numbers, _twice))
         text, body = change(header, bytearray(content[8 + length :]), rng)
     except (
         ValueError,
@@ -122,7 +123,8 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
         struct.error,
     ):
         return _other_bytes(bytearray(content), rng)
-    length = rng.choice((0, 1, 2**40, 2**63, len(text) + 1)) if rng.random() < 0.02 else len(text)
+    lengths = (0, 1, 2**40, 10**18, 2**63, len(text) + 1)
+    length = rng.choice(lengths) if rng.random() < 0.02 else len(text)
     return struct.pack("<Q", length) + text + bytes(body)
 
 
@@ -187,6 +189,20 @@ def _other_layers(header: dict, body: bytearray, rng: random.Random) -> tuple[by
     else:
         layers[name]["more"] = rng.choice(ODD)
     metadata["srigl_core.layers"] = json.dumps(layers)
+    return _dumped(header), body
+
+
+def _twice(header: dict, body: bytearray, rng: random.Random) -> tuple[bytes, bytearray]:
+    """Name a tensor, a layer or a setting twice."""
+    metadata = header["__metadata__"]
+    if rng.random() < 0.5:
+        name = rng.choice(list(header))
+        text = _dumped(header)[:-1] + b", " + _dumped({name: header[name]})[1:]
+        return text, body
+    layers = json.loads(metadata["srigl_core.layers"])
+    name = rng.choice(list(layers))
+    again = {name: {"shape": [rng.choice(NUMBERS), rng.choice(NUMBERS)], "dtype": "float32"}}
+    metadata["srigl_core.layers"] = f"{json.dumps(layers)[:-1]}, {json.dumps(again)[1:]}"
     return _dumped(header), body
 
 

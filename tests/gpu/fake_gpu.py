@@ -2,6 +2,8 @@
 
 from contextlib import nullcontext
 
+import pytest
+
 from srigl_core.benchmarks.arrays import TorchArrays
 from srigl_core.benchmarks.event_timing import EventRun
 from srigl_core.benchmarks.roofline import GpuPeaks
@@ -25,6 +27,14 @@ class HostTensors(TorchArrays):
 
             return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return array.numpy()
+
+
+def gpu_contenders():
+    """The contenders of a GPU, ours with the reference; 2:4 needs a GPU."""
+    pytest.importorskip("torch", reason="the GPU benchmark needs PyTorch")
+    from srigl_core.benchmarks.contenders import ours, pytorch
+
+    return [*ours.gpu_contenders("reference"), *pytorch.contenders("gpu")]
 
 
 class FakeGpu:

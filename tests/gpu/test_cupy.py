@@ -3,6 +3,8 @@
 `tests/frameworks/test_cuda_arrays.py` has the arrays of PyTorch and JAX on a device.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -77,6 +79,40 @@ def test_what_is_compiled_is_read_again(monkeypatch, tmp_path):
         cupy_device._cache.cache_clear()
     assert loaded[0] == loaded[1]
     assert loaded[0].startswith(str(tmp_path))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def of_all(path):
+    path.chmod(0o666)
+
+
+@pytest.mark.parametrize("spoil", [cut, of_all, lambda path: path.write_bytes(b""), Path.unlink])
+@pytest.mark.parametrize("ending", ["cubin", "kernel"])
+def test_a_damaged_kernel_is_compiled_anew(monkeypatch, tmp_path, spoil, ending):
+    """The compiler is made up, and so are its kernels."""
+    if (spoil, ending) == (of_all, "cubin"):
+        pytest.skip("its hash is in the other file")
+    loaded, compiled = [], []
+
+    def compile_it(*arguments):
+        compiled.append(arguments)
+        return b"\x7fELF of a kernel", "convert"
+
+    monkeypatch.setattr(cupy.cuda, "Device", FakeDevice)
+    monkeypatch.setattr(cupy, "RawModule", lambda path: FakeModule(path, loaded))
+    monkeypatch.setattr(cupy_device, "compiled", compile_it)
+    monkeypatch.setattr(cupy_device, "_cache", lambda: (tmp_path, ""))
+    for expected in (1, 1, 2, 2):
+        assert cupy_device._kernel.__wrapped__(0, CONVERT) == "convert"
+        assert len(compiled) == expected
+        if len(loaded) == 2:
+            (file,) = tmp_path.rglob(f"*.{ending}")
+            spoil(file)
+    if spoil is not of_all:
+        assert len(set(loaded)) == 1
 
 
 @needs_compiler

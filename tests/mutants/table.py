@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -19,6 +17,7 @@ from typing import Any
 
 from mutant_corpus import MUTANTS, Mutant
 
+from srigl_core._workers import worker_pool
 from srigl_core.testing import LAWS, verify
 
 MAX_EXAMPLES = 100
@@ -121,8 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     results = {result["mutant"]: result for result in json.loads(RESULTS.read_text())["mutants"]}
     mutants = [mutant for mutant in MUTANTS if options.only in str(mutant)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+    with worker_pool(options.processes) as pool:
         results |= {result["mutant"]: result for result in pool.map(measured, mutants)}
     rows = [json.dumps(results[str(mutant)]) for mutant in MUTANTS if str(mutant) in results]
     date, lines = f"{datetime.now(UTC):%Y-%m-%d}", ",\n".join(rows)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -115,9 +116,9 @@ def run(tmp_path):
     (kernels / "some_helper.py").write_text(HELPER)
     (kernels / "some_kernels.py").write_text(KERNELS)
 
-    def run(script, **environment):
+    def run(script, before="", **environment):
         return fresh_process(
-            PREAMBLE + textwrap.dedent(script),
+            before + PREAMBLE + textwrap.dedent(script),
             **{
                 "PYTHONPATH": str(tmp_path / "package"),
                 "PYTHONDONTWRITEBYTECODE": "1",  # an edit within a second would not be seen
@@ -126,7 +127,7 @@ def run(tmp_path):
             },
         )
 
-    run.kernels = kernels
+    run.kernels, run.folder = kernels, tmp_path
     run.kept = lambda: sorted((tmp_path / "cache").rglob("*.kernel"))
     return run
 
@@ -223,6 +224,65 @@ def test_a_damaged_file_is_compiled_anew_and_replaced(run, damage):
         file.write_bytes(damage(file.read_bytes()))
     assert printed(run(SHIFTED)) == [41, [1, 0]]
     assert printed(run(SHIFTED)) == [41, [0, 1]]
+
+
+def test_a_file_with_the_right_hash_and_other_content_is_compiled_anew(run):
+    assert printed(run(SHIFTED)) == [41, [1, 0]]
+    files = run.kept()
+    kept = [cache_folder.kept_kernel(file) for file in files]
+    contents = [b"", b"hello", pickle.dumps(None), pickle.dumps(("a", "b"))]
+    for content in [*contents, pickle.dumps(({},) * 12), kept[0][:-100]]:
+        for file in files:
+            assert cache_folder.keep_kernel(file, content)
+        assert printed(run(SHIFTED)) == [41, [1, 0]]
+    for file, content in zip(files, reversed(kept), strict=True):
+        assert cache_folder.keep_kernel(file, content)
+    assert printed(run(SHIFTED))[0] == 41
+
+
+def test_a_kernel_under_the_name_of_another_is_not_loaded(run):
+    script = "print(ours.multiplier(2)(7)); tell(ours.multiplier(2), ours.multiplier(3))"
+    assert printed(run(script + "; print(ours.multiplier(3)(7))"))[::2] == [14, 21]
+    files = run.kept()
+    contents = [file.read_bytes() for file in files]
+    for file, content in zip(files, reversed(contents), strict=True):
+        file.write_bytes(content)
+    assert printed(run(script + "; print(ours.multiplier(3)(7))"))[::2] == [14, 21]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this platform has no user numbers")
+@pytest.mark.parametrize("fault", ["all may write", "its group may write", "another's"])
+def test_a_file_that_others_could_have_written_is_not_loaded(run, fault):
+    if fault == "another's" and os.geteuid():
+        pytest.skip("only root gives files away")
+    assert printed(run(SHIFTED)) == [41, [1, 0]]
+    for file in run.kept():
+        if fault == "another's":
+            os.chown(file, 12345, 12345)
+        else:
+            file.chmod(0o666 if fault == "all may write" else 0o660)
+    assert printed(run(SHIFTED)) == [41, [1, 0]]
+    assert printed(run(SHIFTED)) == [41, [0, 1]]
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
+def test_what_is_kept_can_be_loaded_whatever_the_umask(run, umask):
+    script = f"import os; os.umask({umask}); {SHIFTED}"
+    environment = {"SRIGL_CACHE_DIR": str(run.folder / "a" / "b")}
+    assert printed(run(script, **environment)) == [41, [1, 0]]
+    assert printed(run(script, **environment)) == [41, [0, 1]]
+
+
+@pytest.mark.parametrize("variable", ["SRIGL_CACHE_DIR", "NUMBA_CACHE_DIR"])
+def test_in_a_folder_that_was_deleted_kernels_compile(run, tmp_path, variable):
+    (tmp_path / "gone").mkdir()
+    process = run(
+        "print(ours.shifted(20), cache_directory())",
+        **{"SRIGL_CACHE_DIR": "", variable: "kernels", "XDG_CACHE_HOME": str(tmp_path / "home")},
+        before=f"import os; os.chdir({str(tmp_path / 'gone')!r}); os.rmdir(os.getcwd())",
+    )
+    assert process.stdout.startswith("41 ")
+    assert process.stderr.count("RuntimeWarning") == (variable == "SRIGL_CACHE_DIR")
 
 
 @pytest.mark.parametrize("instead", ["None", "open(folder, 'w').close()"])
@@ -397,6 +457,160 @@ def test_a_folder_that_others_can_write_to_is_never_used(places, monkeypatch, pl
         folder.chmod(0o777 if fault == "all may write" else 0o770)
     assert places.root() is None
     assert places.rules.describe_cache().startswith("none that can be written")
+
+
+NAMED = {"SRIGL_CACHE_DIR": "asked", "NUMBA_CACHE_DIR": "numba"}
+
+
+@pytest.fixture(params=NAMED)
+def named(request, places, monkeypatch):
+    """The root below a folder that the user names, and the name of the variable."""
+    import numba
+
+    folder = getattr(places, NAMED[request.param])
+    if request.param == "NUMBA_CACHE_DIR":
+        monkeypatch.setattr(numba.config, "CACHE_DIR", str(folder))
+        return folder / "srigl-core", request.param
+    monkeypatch.setenv(request.param, str(folder))
+    return folder, request.param
+
+
+def make_unsafe(folder, fault, monkeypatch):
+    if fault == "all may write":
+        folder.chmod(0o777)
+    elif fault == "all may write, though not delete":
+        folder.chmod(0o1777)
+    elif fault == "its group may write":
+        folder.chmod(0o770)
+    elif os.geteuid() == 0:
+        os.chown(folder, 12345, 12345)
+    else:
+        mine = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
+
+
+FAULTS = (
+    "all may write",
+    "all may write, though not delete",
+    "its group may write",
+    "another's",
+)
+needs_users = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no user numbers here")
+
+
+@needs_users
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("which", ["root", "version"])
+def test_a_named_folder_that_others_can_write_to_is_not_used_and_said(
+    places, named, monkeypatch, which, fault
+):
+    root, variable = named
+    assert places.root() == root
+    version = type(root)(places.rules.cache_directory())
+    make_unsafe(root if which == "root" else version, fault, monkeypatch)
+    with pytest.warns(RuntimeWarning, match=f"{variable}=.* is not used.* SRIGL_CACHE_DIR=off"):
+        assert places.root() is None
+    assert places.rules.describe_cache().startswith(f"none: {variable}=")
+
+
+@needs_users
+@pytest.mark.parametrize("fault", ["all may write", "another's"])
+def test_a_named_folder_that_others_could_exchange_is_not_used(places, named, monkeypatch, fault):
+    root, variable = named
+    assert places.root() == root
+    above = root.parent if variable == "NUMBA_CACHE_DIR" else root / "more"
+    if variable == "SRIGL_CACHE_DIR":
+        monkeypatch.setenv(variable, str(root / "more" / "kernels"))
+        assert places.root() == root / "more" / "kernels"
+    make_unsafe(above, fault, monkeypatch)
+    with pytest.warns(RuntimeWarning, match=f"{variable}=.* is not used"):
+        assert places.root() is None
+
+
+@needs_users
+def test_a_folder_below_one_that_all_may_write_to_but_not_delete_is_used(places, named):
+    """As the system's temporary folder is."""
+    root, _ = named
+    root.parent.mkdir(exist_ok=True)
+    mode = root.parent.stat().st_mode
+    root.parent.chmod(0o1777)
+    try:
+        assert places.root() == root
+    finally:
+        root.parent.chmod(mode)
+
+
+@needs_users
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="only root gives links away")
+@pytest.mark.parametrize("whose", ["the link is", "its target is"])
+def test_a_link_of_another_user_or_to_a_folder_of_another_is_not_followed(
+    places, named, tmp_path, whose
+):
+    root, variable = named
+    target = tmp_path / "target"
+    target.mkdir(mode=0o755)
+    root.parent.mkdir(exist_ok=True)
+    root.symlink_to(target)
+    assert places.root() == root
+    if whose == "the link is":
+        os.chown(root, 12345, 12345, follow_symlinks=False)
+    else:
+        os.chown(target, 12345, 12345)
+    with pytest.warns(RuntimeWarning, match=f"{variable}=.* is not used.* belongs to another user"):
+        assert places.root() is None
+
+
+@needs_users
+def test_a_link_to_a_folder_that_others_can_write_to_is_not_followed(places, named, tmp_path):
+    root, _ = named
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "open" / "target").mkdir()
+    root.parent.mkdir(exist_ok=True)
+    root.symlink_to(tmp_path / "open" / "target")
+    with pytest.warns(RuntimeWarning, match="other users can write to .*open"):
+        assert places.root() is None
+    (tmp_path / "open").chmod(0o755)
+    assert places.root() == root
+
+
+@needs_users
+def test_a_version_that_is_a_link_is_not_used(places, named, tmp_path):
+    root, _ = named
+    assert places.root() == root
+    version = type(root)(places.rules.cache_directory())
+    version.rename(tmp_path / "elsewhere")
+    version.symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(RuntimeWarning, match="is not a folder"):
+        assert places.root() is None
+
+
+@needs_users
+def test_a_folder_of_root_that_can_only_be_read_is_read(places, monkeypatch):
+    """As in a container image."""
+    monkeypatch.setenv("SRIGL_CACHE_DIR", str(places.asked))
+    assert places.root() == places.asked
+    if os.geteuid():
+        pytest.skip("only root owns folders of root")
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.warns(RuntimeWarning, match="belongs to another user"):
+        assert places.root() is None
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert places.root() == places.asked
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077])
+def test_folders_that_are_made_are_used_again_whatever_the_umask(places, monkeypatch, umask):
+    monkeypatch.setenv("SRIGL_CACHE_DIR", str(places.asked / "new" / "kernels"))
+    old = os.umask(umask)
+    try:
+        for _ in range(2):
+            assert places.root() == places.asked / "new" / "kernels"
+            monkeypatch.delenv("SRIGL_CACHE_DIR", raising=False)
+            assert places.root() == places.user / "srigl-core"
+            monkeypatch.setenv("SRIGL_CACHE_DIR", str(places.asked / "new" / "kernels"))
+    finally:
+        os.umask(old)
 
 
 def test_a_folder_asked_for_is_read_where_it_cannot_be_written(places, monkeypatch):

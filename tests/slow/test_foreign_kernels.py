@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from scripts import run_script
 
-from srigl_core.testing import ConformanceError, check_kernel, verify
-
 KERNELS = Path(__file__).resolve().parents[2] / "examples" / "kernels"
 C_SCRIPT = KERNELS / "c_kernel" / "c_kernel.py"
 
@@ -26,30 +24,6 @@ def c_kernel():
         pytest.skip(str(error))
     yield module
     del sys.modules["c_kernel"]
-
-
-def test_the_c_kernel_obeys_the_laws_as_a_function(c_kernel):
-    report = check_kernel(c_kernel.c_matmul, max_examples=30)
-    assert report.ok
-    assert report.n_run >= 14
-
-
-def test_the_c_kernel_obeys_the_laws_as_a_backend(c_kernel):
-    report = verify("c_kernel:CBackend", max_examples=30)
-    assert report.ok, report
-    operations = {result.law.operation for result in report.results if result.examples}
-    assert operations == {"condensed_matmul", "condensed_matmul_backward"}
-
-
-def test_the_bug_in_c_is_reported_with_the_law_and_a_small_example(c_kernel):
-    with pytest.raises(ConformanceError, match="product_is_within_the_error_bound"):
-        check_kernel(c_kernel.c_matmul_with_a_bug, max_examples=30)
-    report = verify("c_kernel:c_matmul_with_a_bug", max_examples=30)
-    failed = {result.law.name: result for result in report.failures}
-    assert "product_is_within_the_error_bound" in failed
-    assert "same_inputs_give_the_same_bits" not in failed
-    assert all(max(result.failure.shape) <= 3 for result in failed.values())
-    assert "expected" in failed["product_is_within_the_error_bound"].failure.message
 
 
 def test_the_page_of_the_c_kernel_shows_what_its_script_prints(c_kernel, tmp_path):
@@ -71,7 +45,7 @@ def test_the_page_of_the_c_kernel_shows_what_its_script_prints(c_kernel, tmp_pat
 def test_the_script_of_the_c_kernel_runs(c_kernel, tmp_path):
     printed = run_script(C_SCRIPT, "--quick", folder=tmp_path)
     assert "c_matmul: 18 checks run" in printed
-    assert re.search(r"^c: \d+ checks run", printed, re.MULTILINE)
+    assert "\nc: 33 checks run" in printed  # all laws of products and gradients
     assert {path.name for path in tmp_path.iterdir()} <= {".hypothesis"}
 
 

@@ -808,7 +808,7 @@ def check_laws(*value_dtypes):  # each type of value, and more so each number of
     narrowed = replace(able, value_dtypes=value_dtypes)
     checked = 0
     for law in LAWS:
-        if law.operation == "update_mask":
+        if law.operation.startswith("update"):
             continue
         for seed in range(10):
             problem = law.build(SeededSource(seed, len(law.name)), narrowed)

@@ -39,13 +39,25 @@ class ArrayLibrary:
         return f"a{'n' * (cls.__name__[0] in 'AEIOU')} {cls.__name__}"
 
     def device(self, array: Any) -> str:
-        """Return "cpu", "cuda", or another device's name; the numbers are not read."""
+        """Return "cpu", "cuda", or another device's name; the numbers are not read.
+
+        Raises
+        ------
+        ValueTypeError
+            If the object has a device, and cannot say which.
+        """
         if type(array) is np.ndarray:
             return "cpu"
         if hasattr(type(array), "__cuda_array_interface__"):
             return "cuda"
         if hasattr(array, "__dlpack_device__"):
-            return "cuda" if array.__dlpack_device__()[0] in _DLPACK_CUDA else "cpu"
+            try:
+                kind = array.__dlpack_device__()[0]
+            except Exception as error:  # an object's own code is run, which may raise anything
+                raise ValueTypeError(
+                    f"an array of type {type(array).__name__} does not say its device ({error!r})"
+                ) from error
+            return "cuda" if kind in _DLPACK_CUDA else "cpu"
         return "cuda" if hasattr(array, "__cuda_array_interface__") else "cpu"
 
     def check(self, array: Any, what: str) -> None:

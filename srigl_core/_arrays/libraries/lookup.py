@@ -62,9 +62,13 @@ def common_library(arrays: Mapping[str, object]) -> ArrayLibrary:
     Raises
     ------
     ValueTypeError
-        If two are of different libraries or on different types of devices; names both.
+        If all are None, or two are of different libraries or on different types of devices; names
+        both.
     """
-    (first, one), *others = ((name, a) for name, a in arrays.items() if a is not None)
+    given = {name: array for name, array in arrays.items() if array is not None}
+    if not given:
+        raise ValueTypeError(f"{next(iter(arrays))} must be an array, got None")
+    (first, one), *others = given.items()
     library = library_of(one)
     for name, other in others:
         its_library = library_of(other)
@@ -114,7 +118,7 @@ def as_array(array: object, what: str, read: Callable[[Any], Any], hint: str) ->
     try:
         exported, dtype = library.export(array)
         result = read(exported)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # an object's own code is run, which may raise anything
         raise ValueTypeError(
             f"{what} of type {type(array).__name__} cannot be read without a copy ({error}); pass "
             f"{library.hint or hint}"

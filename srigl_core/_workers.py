@@ -1,0 +1,80 @@
+"""Processes that end with the process that started them, however it ends.
+
+A worker has a thread that waits for the other end of a pipe to be closed. The process that started
+the worker holds that end. It closes it when the work is no longer wanted, and the system closes it
+if that process is killed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+
+__all__ = ["END_WITH_STDIN", "worker_pool", "worker_stdin"]
+
+END_WITH_STDIN = """
+import os, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+"""
+"""Begins the code of a ``python -c`` whose standard input is that of `worker_stdin`."""
+
+
+@contextmanager
+def worker_pool(
+    processes: int, initializer: Callable[[], object] | None = None
+) -> Iterator[ProcessPoolExecutor]:
+    """Start a pool of spawned processes.
+
+    If the block ends with an exception, such as that of Ctrl-C, the workers end at once, and what
+    they compute is lost.
+
+    Parameters
+    ----------
+    processes : int
+    initializer : callable or None
+        Called in each worker when it starts.
+    """
+    # A forked process would lack the threads that BLAS or Numba have started in this one.
+    context = multiprocessing.get_context("spawn")
+    waiting, held = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(processes, context, _start, (waiting, initializer))
+    try:
+        yield pool
+    except BaseException:
+        held.close()
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        pool.shutdown()
+        held.close()
+        waiting.close()
+
+
+def _start(pipe: Connection, initializer: Callable[[], object] | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
+    threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
+    if initializer is not None:
+        initializer()
+
+
+def _end_with(pipe: Connection) -> None:
+    with suppress(OSError):
+        pipe.poll(None)
+    os._exit(1)
+
+
+@contextmanager
+def worker_stdin() -> Iterator[int]:
+    """Return the standard input of a process that begins with the code `END_WITH_STDIN`."""
+    waiting, held = os.pipe()
+    try:
+        yield waiting
+    finally:
+        os.close(held)
+        os.close(waiting)
