@@ -138,7 +138,8 @@ class CondensedLayers:
     def step(self) -> Mapping[str, CondensedUpdate]:
         """Update connections, values and optimiser state if an update is due."""
         self._check_in_place()
-        weights, gradients, was_due = {}, {}, self.trainer.is_due and bool(self._layers)
+        weights, gradients = {}, {}
+        was_due = self.trainer.is_due and bool(self._layers)
         if was_due:
             if not self._window:
                 raise SriglError(

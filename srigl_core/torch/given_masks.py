@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.torch.targets import Target
-from srigl_core.torch.tensors import as_numpy
+from srigl_core.torch.tensors import as_numpy, from_numpy
 
 __all__ = ["NONZERO", "ZEROS", "check_not_sparse", "given_masks", "masks_by_layer"]
 
@@ -34,14 +34,12 @@ def masks_by_layer(masks: Any) -> dict[str, Any]:
             f"masks must be a mapping of layer names to masks, an SRigL or 'nonzero', got "
             f"{type(masks).__name__}"
         )
-    return {
-        "" if name == "weight" else name.removesuffix(".weight"): mask
-        for name, mask in masks.items()
-    }
+    layers = {name: "" if name == "weight" else name.removesuffix(".weight") for name in masks}
+    return {layers[name]: mask for name, mask in masks.items()}
 
 
 def given_masks(targets: Mapping[str, Target], masks: Any) -> dict[str, NDArray[np.bool_]]:
-    """Return the masks of layers as NumPy arrays.
+    """Return the masks of layers as NumPy arrays, with the neurons on the first axis.
 
     Parameters
     ----------
@@ -59,7 +57,10 @@ def given_masks(targets: Mapping[str, Target], masks: Any) -> dict[str, NDArray[
     if isinstance(masks, str):
         if masks != NONZERO:
             raise SriglError(f"masks={masks!r} is unknown; give masks by name, or 'nonzero'")
-        return {name: as_numpy(target.parameter) != 0 for name, target in targets.items()}
+        return {
+            name: as_numpy(target.layout.to_rows(target.parameter.detach())) != 0
+            for name, target in targets.items()
+        }
     by_layer = masks_by_layer(masks)
     for name in by_layer:
         if name not in targets:
@@ -97,4 +98,4 @@ def _checked_mask(target: Target, mask: Any) -> NDArray[np.bool_]:
             f"the mask of layer {target.name!r} has shape {array.shape}, but its weight has "
             f"{shape}; give the mask of that layer"
         )
-    return array
+    return as_numpy(target.layout.to_rows(from_numpy(array)))

@@ -18,6 +18,7 @@ def select_layers(
     include: Iterable[Entry] | Entry | None,
     exclude: Iterable[Entry] | Entry,
     config: TrainingConfig | None,
+    named: Iterable[str] = (),
     *,
     condensed: bool,
 ) -> Selection:
@@ -27,6 +28,8 @@ def select_layers(
     ----------
     model, include, exclude, config
         As in `SRigL`. The layers for which `config` has options must be trainable.
+    named : iterable of str
+        Other layers that must be trainable: those with given masks.
     condensed : bool
         Whether they are replaced by condensed ones.
 
@@ -47,6 +50,6 @@ def select_layers(
         include,
         exclude,
         unsupported=unsupported,
-        named=options,
+        named=[*options, *named],
         kept=[name for name, option in options.items() if option.dense],
     )

@@ -119,7 +119,8 @@ class MaskedLayers:
         sparse = [self._targets[name] for name in self.trainer.sparse_layers]
         for target in sparse:
             target.check_in_place(self._model)
-        if self.trainer.needs_grad and all(target.parameter.grad is None for target in sparse):
+        has_gradient = any(target.parameter.grad is not None for target in sparse)
+        if self.trainer.needs_grad and sparse and not has_gradient:
             raise SriglError(
                 "no sparse layer has a gradient; call after_backward after loss.backward() and "
                 "before zero_grad()"

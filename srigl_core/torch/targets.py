@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from srigl_core.errors import SriglError, ValueTypeError
-from srigl_core.torch.layer_types import ROWS, WeightLayout, layout_of, weight_names, why_no_neurons
+from srigl_core.torch.layer_types import (
+    ROWS,
+    WeightLayout,
+    is_lazy,
+    layout_of,
+    weight_names,
+    why_no_neurons,
+)
 from srigl_core.torch.selection import Entry, entries_of, matches
 from srigl_core.torch.tensors import numpy_dtype
 
@@ -99,7 +106,9 @@ class _Weight:
     @property
     def is_matrix(self) -> bool:
         parameter = self.target.parameter
-        return self.is_usual or parameter is None or parameter.ndim > 1
+        if self.is_usual or parameter is None:
+            return True
+        return not is_lazy(parameter) and bool(parameter.ndim > 1)
 
     @property
     def name(self) -> str:
@@ -152,7 +161,7 @@ def find_targets(
     unsupported : callable or None
         Takes a target and returns why it cannot be used, or None.
     named : collection of str
-        Layers that have options of their own: they must be usable if they are selected.
+        Layers that have options or masks of their own: they must be selected.
     kept : collection of str
         Layers that stay dense, for which `unsupported` is not asked.
 
@@ -195,7 +204,7 @@ def find_targets(
             targets[weight.name] = weight.target
     for name in named:
         if name in left:
-            raise SriglError(f"config.layers names layer {name!r}, which {left[name]}")
+            raise SriglError(f"layer {name!r} {left[name]}, but it has options or a mask")
     if not targets:
         reasons = [f"layer {w.name!r} {left[w.name]}" for w in weights if w.is_usual]
         raise SriglError(
@@ -282,7 +291,7 @@ def _is_part_of_computed(owner: str) -> bool:
 def _obstacle(target: Target, other_names: list[str]) -> str | None:
     """Return why a parameter cannot be made sparse, or None."""
     parameter = target.parameter
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
+    if is_lazy(parameter):
         return "has no weight yet; pass a batch through the model first"
     if other_names:
         others = ", ".join(map(repr, other_names))
@@ -290,7 +299,9 @@ def _obstacle(target: Target, other_names: list[str]) -> str | None:
     try:
         numpy_dtype(parameter.dtype)
     except ValueTypeError:
-        return f"has a weight of dtype {parameter.dtype}, which cannot be trained; exclude it"
+        return (
+            f"has a weight of dtype {parameter.dtype}, which no sparse layer can have; exclude it"
+        )
     return why_no_neurons(target.module, target.attribute, tuple(parameter.shape))
 
 

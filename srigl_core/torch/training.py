@@ -22,7 +22,7 @@ from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.init import INITS
 from srigl_core.reference.schedule import UpdateSchedule
 from srigl_core.torch.condensed_layers import CondensedLayers
-from srigl_core.torch.given_masks import check_not_sparse, given_masks
+from srigl_core.torch.given_masks import check_not_sparse, given_masks, masks_by_layer
 from srigl_core.torch.layer_selection import select_layers
 from srigl_core.torch.masked_layers import MaskedLayers, update_backend
 from srigl_core.torch.model_sparsity import dense_table
@@ -157,8 +157,10 @@ class SRigL:
                 "model is wrapped in DistributedDataParallel; attach SRigL to the model itself "
                 "first, then wrap it"
             )
-        config = _with_settings(config, gamma_sal=gamma_sal, grad_window=grad_window, seed=seed)
-        selection = select_layers(model, include, exclude, config, condensed=mode == "condensed")
+        named = () if masks is None or isinstance(masks, str) else masks_by_layer(masks)
+        selection = select_layers(
+            model, include, exclude, config, named, condensed=mode == "condensed"
+        )
         targets, self._left = selection.targets, selection.left
         for name, target in targets.items():
             if target.attribute in _attached.get(target.module, ()):
@@ -168,13 +170,10 @@ class SRigL:
         given: dict[str, Any] = {} if masks is None else given_masks(targets, masks)
         if masks is None and init is None:
             check_not_sparse(targets)
+        config = _with_settings(config, gamma_sal=gamma_sal, grad_window=grad_window, seed=seed)
         dense = {name: LayerOptions(dense=True) for name, mask in given.items() if mask.all()}
         config = replace(config, layers={**dense, **config.layers})
-        given = {
-            name: as_numpy(targets[name].layout.to_rows(torch.from_numpy(mask)))
-            for name, mask in given.items()
-            if name not in dense
-        }
+        given = {name: mask for name, mask in given.items() if name not in dense}
         settings: dict[str, Any] = {"sparsity": sparsity, "schedule": schedule, "config": config}
         self.mode, self._group = mode, process_group
         self._layers: MaskedLayers | CondensedLayers
@@ -314,6 +313,16 @@ class SRigL:
         """Discard the gradients of the window."""
         self._layers.discard_gradients()
 
+    @property
+    def left_dense(self) -> dict[str, str]:
+        """Why each other matrix of the model is not sparse, by layer name."""
+        return dict(self._left)
+
+    @property
+    def total_sparsity(self) -> float:
+        """Sparsity of all matrices of the model: of its parameters with more than one axis."""
+        return self._layers.total_sparsity()
+
     def track(self, average: Any) -> None:
         """Let an average of the model's weights (EMA, SWA) follow the mask updates.
 
@@ -335,16 +344,6 @@ class SRigL:
             If it is neither a module nor a mapping.
         """
         self._layers.track(average)
-
-    @property
-    def left_dense(self) -> dict[str, str]:
-        """Why each other matrix of the model is not sparse, by layer name."""
-        return dict(self._left)
-
-    @property
-    def total_sparsity(self) -> float:
-        """Sparsity of all matrices of the model: of its parameters with more than one axis."""
-        return self._layers.total_sparsity()
 
     def report(self) -> str:
         """Return a table of the layers: budgets, active weights, fan-in and active neurons.
