@@ -72,6 +72,11 @@ class CondensedLayers:
         """Replace the dense layers by condensed ones, in the model and in the optimiser."""
         modules = {}
         for name, target in self._targets.items():
+            if target.is_condensed:
+                self._layers[name] = target.module
+                if init is not None:
+                    _draw(target.module, init, rng)
+                continue
             weight = _initial_weight(target, self.trainer.connections[name], init, rng)
             modules[name] = condensed_layer(target, weight, self.trainer.budgets[name].nnz_budget)
         replace_modules(self._model, {self._places[name]: m for name, m in modules.items()})
@@ -82,6 +87,7 @@ class CondensedLayers:
             remap = partial(_gathered, places, layout, layer.values)
             replaced.append((self._targets[name].parameter, layer.values, remap))
         replace_parameters(self._optimizer, replaced)
+        self._layers = {name: self._layers[name] for name in self._targets}
         self._targets.clear()  # so that the dense weights are freed
         self._capture_if_needed()
 
@@ -96,6 +102,10 @@ class CondensedLayers:
     def parameters(self) -> dict[str, Any]:
         """The values of the layers."""
         return {name: layer.values for name, layer in self._layers.items()}
+
+    def attached(self) -> list[tuple[Any, str]]:
+        """Return the modules and the names of the parameters that were added to the model."""
+        return [(layer, "values") for layer in self._layers.values()]
 
     def track(self, average: Any) -> None:
         """Move the numbers of an average with the connections."""
@@ -284,6 +294,14 @@ def _initial_weight(
         dense = torch.from_numpy(sparse_init(mask, init, rng=rng, dtype=np.float64)).to(dense)
     values = as_numpy(dense.reshape(connections.shape)[_places(connections)])
     return CondensedWeight.from_connections(values, connections)
+
+
+def _draw(layer: CondensedLinear, init: str, rng: np.random.Generator) -> None:
+    """Draw new values for a condensed layer."""
+    weight = layer.to_condensed()
+    packed = np.ones(weight.values.shape, np.bool_)
+    drawn = sparse_init(packed, init, rng=rng, dtype=weight.dtype)
+    layer.load_condensed_(weight.with_values(drawn))
 
 
 def _places(connections: Connections) -> tuple[Any, Any]:

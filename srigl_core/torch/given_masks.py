@@ -73,6 +73,8 @@ def given_masks(targets: Mapping[str, Target], masks: Any) -> dict[str, NDArray[
 def check_not_sparse(targets: Mapping[str, Target]) -> None:
     """Raise SriglError for a layer with more zeros than other weights, unless all are zero."""
     for name, target in targets.items():
+        if target.is_condensed:
+            continue
         n_weights = target.parameter.numel()
         n_nonzero = int(torch.count_nonzero(target.parameter.detach()))
         if 0 < 2 * n_nonzero < n_weights:
@@ -85,6 +87,10 @@ def check_not_sparse(targets: Mapping[str, Target]) -> None:
 
 
 def _checked_mask(target: Target, mask: Any) -> NDArray[np.bool_]:
+    if target.is_condensed:
+        raise SriglError(
+            f"layer {target.name!r} is condensed, and keeps its connections; leave out its mask"
+        )
     array = as_numpy(mask) if isinstance(mask, torch.Tensor) else mask
     if not isinstance(array, np.ndarray) or array.dtype != np.bool_:
         dtype = getattr(array, "dtype", type(mask).__name__)

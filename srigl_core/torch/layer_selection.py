@@ -43,7 +43,11 @@ def select_layers(
     def unsupported(target: Target) -> str | None:
         if not target.parameter.requires_grad:
             return "is frozen (requires_grad=False); it cannot be trained"
-        return why_not_condensed(target) if condensed else None
+        if not condensed and target.is_condensed:
+            return (
+                "is condensed; train it with mode='condensed', or call to_masked_dense(model) first"
+            )
+        return why_not_condensed(target) if condensed and not target.is_condensed else None
 
     return find_targets(
         model,

@@ -89,6 +89,10 @@ class MaskedLayers:
         """The layers' weights."""
         return {name: target.parameter for name, target in self._targets.items()}
 
+    def attached(self) -> list[tuple[Any, str]]:
+        """Return modules and parameters that were added to the model: none."""
+        return []
+
     def track(self, average: Any) -> None:
         """Move the numbers of an average with the masks, and mask it now."""
         weights = {_path(target): target.parameter for target in self._targets.values()}

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.torch.attention import WEIGHT_NAMES, CondensedMultiheadAttention
+from srigl_core.torch.conv import CondensedConv
 from srigl_core.torch.layer_types import (
     ROWS,
     WeightLayout,
@@ -18,6 +20,7 @@ from srigl_core.torch.layer_types import (
     weight_names,
     why_no_neurons,
 )
+from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.selection import Entry, entries_of, matches
 from srigl_core.torch.tensors import numpy_dtype
 
@@ -42,7 +45,7 @@ class Target:
     ----------
     name : str
         Name of the layer: of the module if the parameter is called ``weight``, else of the
-        parameter.
+        parameter. A condensed layer has the name of the dense one.
     owner : str
         Name of the module.
     module : torch.nn.Module
@@ -64,8 +67,16 @@ class Target:
     parent: Any | None = None
 
     @property
+    def is_condensed(self) -> bool:
+        """Whether the layer is condensed already."""
+        return isinstance(self.module, CondensedLinear)
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight with the neurons on the first axis."""
+        """Shape of the dense weight with the neurons on the first axis."""
+        if self.is_condensed:
+            layer = self.parent if isinstance(self.parent, CondensedConv) else self.module
+            return tuple(layer.weight.shape)
         shape = tuple(self.parameter.shape)
         return tuple(self.layout.to_rows(torch.empty(shape, device="meta")).shape)
 
@@ -227,7 +238,7 @@ def dense_matrices(model: Any, unsupported: Callable[[Target], str | None]) -> d
     """
     reasons = {}
     for weight in _weights(model):
-        if weight.is_matrix:
+        if weight.is_matrix and not weight.target.is_condensed:
             reason = weight.reason
             if reason is None and weight.is_usual:
                 reason = unsupported(weight.target) or "is dense"
@@ -248,6 +259,11 @@ def _weights(model: Any) -> Iterator[_Weight]:
                 names.setdefault(id(parameter), []).append(_name(owner, attribute))
     for owner, module in modules.items():
         parent = modules.get(owner.rpartition(".")[0]) if owner else None
+        if isinstance(module, CondensedLinear):
+            name = _condensed_name(owner, parent)
+            target = Target(name, owner, module, "values", module.values, ROWS, parent)
+            yield _Weight(target, True, None)
+            continue
         usual = weight_names(module)
         computed = [name for name in usual if _is_computed(module, name)]
         for attribute in computed:
@@ -262,6 +278,16 @@ def _weights(model: Any) -> Iterator[_Weight]:
             reason = _obstacle(target, others)
             if attribute in usual or not (computed or _is_part_of_computed(owner)):
                 yield _Weight(target, attribute in usual, reason)
+
+
+def _condensed_name(owner: str, parent: Any) -> str:
+    """Return the name that the dense layer has in place of a condensed one."""
+    outer, _, attribute = owner.rpartition(".")
+    if isinstance(parent, CondensedConv):
+        return outer
+    if isinstance(parent, CondensedMultiheadAttention):
+        return _name(outer, WEIGHT_NAMES.get(attribute, attribute))
+    return owner
 
 
 def _name(owner: str, attribute: str) -> str:

@@ -157,6 +157,7 @@ class SRigL:
                 "model is wrapped in DistributedDataParallel; attach SRigL to the model itself "
                 "first, then wrap it"
             )
+        config = _with_settings(config, gamma_sal=gamma_sal, grad_window=grad_window, seed=seed)
         named = () if masks is None or isinstance(masks, str) else masks_by_layer(masks)
         selection = select_layers(
             model, include, exclude, config, named, condensed=mode == "condensed"
@@ -170,10 +171,20 @@ class SRigL:
         given: dict[str, Any] = {} if masks is None else given_masks(targets, masks)
         if masks is None and init is None:
             check_not_sparse(targets)
-        config = _with_settings(config, gamma_sal=gamma_sal, grad_window=grad_window, seed=seed)
         dense = {name: LayerOptions(dense=True) for name, mask in given.items() if mask.all()}
-        config = replace(config, layers={**dense, **config.layers})
-        given = {name: mask for name, mask in given.items() if name not in dense}
+        fixed = {
+            name: replace(
+                config.layers.get(name, LayerOptions()), nnz_budget=target.module.nnz_budget
+            )
+            for name, target in targets.items()
+            if target.is_condensed
+        }
+        config = replace(config, layers={**dense, **config.layers, **fixed})
+        given = {
+            name: as_numpy(targets[name].layout.to_rows(torch.from_numpy(mask)))
+            for name, mask in given.items()
+            if name not in dense
+        }
         settings: dict[str, Any] = {"sparsity": sparsity, "schedule": schedule, "config": config}
         self.mode, self._group = mode, process_group
         self._layers: MaskedLayers | CondensedLayers
@@ -183,7 +194,11 @@ class SRigL:
             trainer = SparseTrainer(shapes, backend=backend, masks=given, **settings)
             self._layers = MaskedLayers(model, targets, optimizer, trainer)
         else:
-            connections = {}
+            connections = {
+                name: target.module.to_condensed().connections
+                for name, target in targets.items()
+                if target.is_condensed
+            }
             for name, mask in given.items():
                 with error_context(name):
                     connections[name] = Connections.from_mask(mask)
@@ -198,7 +213,10 @@ class SRigL:
         self._layers.attach(init, np.random.default_rng([self.trainer.config.seed, 1]))
         self._recorded_at: int | None = None
         self._n_missed = self._n_alone = 0
-        self._register([(target.module, target.attribute) for target in targets.values()])
+        self._register(
+            [(target.module, target.attribute) for target in targets.values()]
+            + self._layers.attached()
+        )
 
     def _register(self, weights: Iterable[tuple[Any, str]]) -> None:
         """Note that these weights, modules with the names of parameters, have this SRigL."""
@@ -211,7 +229,8 @@ class SRigL:
     def __getstate__(self) -> dict[str, Any]:
         alive = ((reference(), attribute) for reference, attribute in self._weights)
         weights = [(module, attribute) for module, attribute in alive if module is not None]
-        return {**self.__dict__, "_weights": weights if self.mode == "masked" else []}
+        weights = weights if self.mode == "masked" else self._layers.attached()
+        return {**self.__dict__, "_weights": weights}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -323,6 +342,46 @@ class SRigL:
         """Sparsity of all matrices of the model: of its parameters with more than one axis."""
         return self._layers.total_sparsity()
 
+    def log_dict(self, prefix: str = "srigl/") -> dict[str, float]:
+        """Return numbers to log, as TensorBoard, CSV files and Weights & Biases take them.
+
+        Parameters
+        ----------
+        prefix : str
+            Begins each name.
+
+        Returns
+        -------
+        dict of str to float
+            ``sparsity`` of the sparse layers together and ``total_sparsity`` of all matrices,
+            ``active_neurons`` as a share of the sparse layers' neurons, ``updates`` so far,
+            ``planned_updates`` of the whole schedule, and ``itop_rate``, the share of the sparse
+            layers' positions that was ever active.
+        """
+        trainer = self.trainer
+        sizes = {name: trainer.budgets[name].n_weights for name in trainer.sparse_layers}
+        neurons = {name: trainer.budgets[name].shape[0] for name in sizes}
+        n_weights, n_neurons = max(1, sum(sizes.values())), max(1, sum(neurons.values()))
+        n_active, rates = trainer.n_active, trainer.itop_rates()
+        numbers = {
+            "sparsity": trainer.sparsity,
+            "total_sparsity": self.total_sparsity,
+            "active_neurons": sum(n_active[name] for name in neurons) / n_neurons,
+            "updates": trainer.n_updates,
+            "planned_updates": trainer.schedule.n_updates,
+            "itop_rate": sum(rates[name] * n for name, n in sizes.items()) / n_weights,
+        }
+        return {f"{prefix}{name}": float(number) for name, number in numbers.items()}
+
+    def __repr__(self) -> str:
+        trainer = self.trainer
+        return (
+            f"SRigL(mode={self.mode!r}, method={trainer.config.method!r}, "
+            f"{len(trainer.sparse_layers)} sparse layers, sparsity={trainer.sparsity:.4f} (of all "
+            f"matrices {self.total_sparsity:.4f}), step {trainer.step_count}, "
+            f"{trainer.n_updates} of {trainer.schedule.n_updates} updates)"
+        )
+
     def track(self, average: Any) -> None:
         """Let an average of the model's weights (EMA, SWA) follow the mask updates.
 
@@ -348,10 +407,12 @@ class SRigL:
     def report(self) -> str:
         """Return a table of the layers: budgets, active weights, fan-in and active neurons.
 
-        Below are the sparsity of these layers together, the sparsity of all matrices of the model,
-        and the layers that were left dense, with the reason.
+        Below are the number of mask updates, the sparsity of these layers together, that of all
+        matrices of the model, and the layers that were left dense, with the reason.
         """
+        trainer = self.trainer
         totals = (
+            f"mask updates: {trainer.n_updates} of {trainer.schedule.n_updates} planned",
             f"sparsity of these layers: {self.trainer.sparsity:.2%}",
             f"sparsity of all matrices of the model: {self.total_sparsity:.2%}",
         )
