@@ -215,7 +215,7 @@ def find_targets(
             targets[weight.name] = weight.target
     for name in named:
         if name in left:
-            raise SriglError(f"layer {name!r} {left[name]}, but it has options or a mask")
+            raise SriglError(f"layer {name!r} {left[name]} (it has options or a mask)")
     if not targets:
         reasons = [f"layer {w.name!r} {left[w.name]}" for w in weights if w.is_usual]
         raise SriglError(
