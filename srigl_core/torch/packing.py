@@ -162,6 +162,12 @@ def condensed_weight(
     """
     n_out, room = len(active), min(len(values), len(indices))
     n_active, fan_in = (int(count) for count in _on_host(counts))
+    if n_active == fan_in == 0:
+        raise SriglError(
+            "counts holds zeros: the layer was made without memory (on the meta device) and has no "
+            "connections yet; call load_state_dict with a condensed layer's state, or "
+            "reset_parameters()"
+        )
     if not (1 <= n_active <= n_out and 1 <= fan_in <= n_in and n_active * fan_in <= room):
         raise SriglError(
             f"counts holds n_active={n_active} and fan_in={fan_in}, which a layer of n_out={n_out} "
