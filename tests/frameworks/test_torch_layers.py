@@ -403,6 +403,8 @@ def test_the_weight_is_described_without_its_numbers(monkeypatch):
     weight = layer.weight
     assert weight.dtype is torch.float32
     assert weight.device.type == "cpu"
+    with torch.inference_mode():
+        assert layer.weight.dtype is torch.float32
     assert weight.shape == weight.size() == (3072, 768)
     assert (weight.ndim, weight.numel(), weight.is_floating_point()) == (2, 3072 * 768, True)
 
@@ -543,6 +545,32 @@ def test_a_layer_that_is_named_and_cannot_be_sparse_is_an_error(name):
 
 def network():
     return nn.Sequential(transformer(), nn.Flatten(), nn.Linear(80, 8), nn.Conv1d(8, 8, 1))
+
+
+ODD = {
+    "lazy norm": (nn.LazyBatchNorm1d, None),
+    "lazy transposed": (lambda: nn.LazyConvTranspose2d(4, 3), "has no weight yet"),
+    "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "torch.complex64"),
+    "eight bits": (lambda: nn.Linear(4, 4).to(torch.float8_e5m2), "torch.float8_e5m2"),
+    "empty": (lambda: nn.Conv1d(4, 0, 1), "is empty"),
+    "old weight norm": (lambda: nn.utils.weight_norm(nn.Linear(4, 4)), "computes its weight"),
+    "quantised": (
+        lambda: torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 8)))[0],
+        "is quantised",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # what PyTorch says of old, empty and quantised layers
+@pytest.mark.parametrize("mode", ["masked", "condensed"])
+@pytest.mark.parametrize("what", ODD)
+def test_an_odd_layer_does_not_stop_the_others(what, mode):
+    make, reason = ODD[what]
+    model = nn.Sequential(make(), nn.Linear(8, 8))
+    srigl, _ = attach(model, mode)
+    assert list(srigl.trainer.budgets) == ["1"]
+    assert reason is None or reason in srigl.left_dense["0"]
+    assert srigl.report()
 
 
 SELECTIONS = {
