@@ -180,11 +180,7 @@ class SRigL:
             if target.is_condensed
         }
         config = replace(config, layers={**dense, **config.layers, **fixed})
-        given = {
-            name: as_numpy(targets[name].layout.to_rows(torch.from_numpy(mask)))
-            for name, mask in given.items()
-            if name not in dense
-        }
+        given = {name: mask for name, mask in given.items() if name not in dense}
         settings: dict[str, Any] = {"sparsity": sparsity, "schedule": schedule, "config": config}
         self.mode, self._group = mode, process_group
         self._layers: MaskedLayers | CondensedLayers
