@@ -60,6 +60,7 @@ def given_masks(targets: Mapping[str, Target], masks: Any) -> dict[str, NDArray[
         return {
             name: as_numpy(target.layout.to_rows(target.parameter.detach())) != 0
             for name, target in targets.items()
+            if not target.is_condensed
         }
     by_layer = masks_by_layer(masks)
     for name in by_layer:
