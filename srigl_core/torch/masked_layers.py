@@ -292,22 +292,21 @@ class MaskedLayers:
             is_counted = not (parameter.is_cpu or is_sharded(parameter))
             if is_counted and self._seen.get(name) == _state(parameter):
                 continue
-            found[name] = bool(self._outside(name).any())
+            found[name] = bool(local(self._outside(name)).any())
         for name, is_found in agreed(found, self.parameters.values(), self._group).items():
             if is_found:
-                where = " on this rank" if is_sharded(self._targets[name].parameter) else ""
+                n_outside = int(whole(self._outside(name).sum()))
                 raise SriglError(
-                    f"layer {name!r} has {int(self._outside(name).sum())} weights{where} that are "
-                    f"not zero outside its mask, so its weights were written since the last step. "
-                    f"To resume, call srigl.load_state_dict(...) with the state of the same step "
-                    f"as the model's; to train other weights, load them before SRigL is attached "
-                    f"(masks='nonzero' keeps their zeros)"
+                    f"layer {name!r} has {n_outside} weights that are not zero outside its mask, "
+                    f"so its weights were written since the last step. To resume, call "
+                    f"srigl.load_state_dict(...) with the state of the same step as the model's; "
+                    f"to train other weights, load them before SRigL is attached (masks='nonzero' "
+                    f"keeps their zeros)"
                 )
 
     def _outside(self, name: str) -> Any:
-        """Return where a weight is not zero outside its mask, in the part on this rank."""
-        weight, inactive = local(self._targets[name].parameter), local(self._inactive[name])
-        return (weight != 0).logical_and_(inactive)
+        """Return where a weight is not zero outside its mask."""
+        return (self._targets[name].parameter.detach() != 0).logical_and_(self._inactive[name])
 
     def _hide_weights(self) -> None:
         """Move weights that only the backward pass uses from the parameters to `_hidden`."""
