@@ -27,6 +27,7 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from srigl_core.benchmarks.huggingface import page as huggingface_page
 from srigl_core.benchmarks.readme import block
 from srigl_core.benchmarks.report import page as measured_page
 from srigl_core.benchmarks.results import load_results
@@ -48,6 +49,7 @@ PLACES = {
     f"{RESULTS}/gpu.md": "measured/gpu.md",
     f"{RESULTS}/frameworks.md": "measured/frameworks.md",
     f"{RESULTS}/gpu_kernels.json": "gpu_kernels.md",
+    f"{RESULTS}/huggingface.json": "huggingface.md",
     f"{RESULTS}/mutants.json": "mutants.md",
     "srigl_core/testing/laws.py": "laws.md",
 }
@@ -115,6 +117,8 @@ def _measured() -> dict[str, str]:
     calls = f"| call | µs |\n|-|-:|\n{rows}"
     if calls not in (ROOT / RESULTS / "frameworks.md").read_text(encoding="utf-8"):
         _log.warning("%s/frameworks.md: the times of calls are not overhead.json's", RESULTS)
+    families = json.loads((ROOT / RESULTS / "huggingface.json").read_text(encoding="utf-8"))
+    made[f"{RESULTS}/huggingface.json"] = huggingface_page(families)
     made[f"{RESULTS}/README.md"] = f"""\
 # Measured
 

@@ -123,8 +123,8 @@ class CondensedTrainer(TrainerSkeleton):
                 self.connections[name] = Connections.random(shape, fan_in=fan_in, rng=self._rng)
         self._ever_active: dict[str, NDArray[np.uint8]] = {}
         if check_flag(track_itop, "track_itop"):
-            for name, connections in self.connections.items():
-                n_out, n_in = connections.shape
+            for name, part in self.connections.items():
+                n_out, n_in = part.shape
                 self._ever_active[name] = np.zeros(-(-n_out * n_in // 8), np.uint8)
                 self._mark_active(name)
 

@@ -56,9 +56,10 @@ class TrainerSkeleton(ABC):
         if not isinstance(config, TrainingConfig):
             raise ValueTypeError(f"config must be a TrainingConfig, got {type(config).__name__}")
         self.config = config
-        self.schedule, least = schedule, 1
+        least = 1 if isinstance(schedule, UpdateSchedule) else _FEW_UPDATES
         if not isinstance(schedule, UpdateSchedule):
-            self.schedule, least = UpdateSchedule.for_training(schedule), _FEW_UPDATES
+            schedule = UpdateSchedule.for_training(schedule)
+        self.schedule = schedule
         check_integer(config.grad_window, "grad_window", least=1, most=self.schedule.delta_t)
         options = _layer_options(shapes, config)
         self.budgets = _budgets(shapes, sparsity, config.distribution, options, counts)
@@ -325,11 +326,11 @@ def _budgets(
                 raise SriglError("sparsity is missing; only layers with a given mask need none")
     share = erk if distribution == "erk" else uniform
     layers = share(shapes, 0.0 if sparsity is None else sparsity, dense=dense, fixed=fixed)
-    for budget, name in zip(layers, shapes, strict=True):
-        if counts.get(name, 0) > budget.nnz_budget:
+    for layer, name in zip(layers, shapes, strict=True):
+        if counts.get(name, 0) > layer.nnz_budget:
             raise SriglError(
                 f"layer {name!r}: the given mask has {counts[name]} weights, but the budget is "
-                f"{budget.nnz_budget}; lower the sparsity, or leave it out to keep the masks' sizes"
+                f"{layer.nnz_budget}; lower the sparsity, or leave it out to keep the masks' sizes"
             )
     return dict(zip(shapes, layers, strict=True))
 

@@ -247,7 +247,7 @@ def _transpose_term(
     place = 0 if ad.is_undefined_primal(a) else 1
     wanted = (a, b)[place].aval
     n_mapped = connections[2].ndim - 1
-    name, other = _OPERANDS[of][place], _OPERANDS[of][1 - place]
+    name, other = str(_OPERANDS[of][place]), _OPERANDS[of][1 - place]
     params = {"of": name, "shape": shape, "dtype": wanted.dtype}
     if other is None:
         operands = [grad, b]
@@ -255,7 +255,7 @@ def _transpose_term(
             params |= {"of": "offset", "batch": wanted.shape[n_mapped:-1]}
     else:
         arrays = {of: grad, other: (b, a)[place]}
-        operands = [arrays[operand] for operand in _OPERANDS[name]]
+        operands = [arrays[str(operand)] for operand in _OPERANDS[name]]
     result = _bind(term_p, *operands, *connections, **params)
     lengths = zip(result.shape[:n_mapped], wanted.shape[:n_mapped], strict=True)
     shared = tuple(i for i, (each, one) in enumerate(lengths) if each != one)

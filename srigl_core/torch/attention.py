@@ -11,10 +11,13 @@ from torch import nn
 from srigl_core.errors import SriglError
 from srigl_core.torch.layer_types import ATTENTION_PROJECTIONS
 
-__all__ = ["PROJECTION_LAYERS", "CondensedMultiheadAttention"]
+__all__ = ["PROJECTION_LAYERS", "WEIGHT_NAMES", "CondensedMultiheadAttention"]
 
 PROJECTION_LAYERS = {name: name.removesuffix("_weight") for name in ATTENTION_PROJECTIONS}
 """The name of the condensed layer in place of each projection's weight."""
+
+WEIGHT_NAMES = {layer: name for name, layer in PROJECTION_LAYERS.items()}
+"""The name of the projection's weight in place of each condensed layer."""
 
 _SETTINGS = (
     *("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout"),
@@ -66,6 +69,8 @@ class CondensedMultiheadAttention(nn.Module):  # type: ignore[misc] # torch is u
         """Set ``out_proj``, or a layer in place of a projection's weight."""
         self._parameters.pop(f"{name}_weight", None)
         setattr(self, name, layer)
+        if "out_proj" in self._modules:  # the last of the layers, as in nn.MultiheadAttention
+            self._modules["out_proj"] = self._modules.pop("out_proj")
 
     def to_dense(self) -> Any:
         """Return an ``nn.MultiheadAttention`` with the masked dense weights."""

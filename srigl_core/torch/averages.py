@@ -101,8 +101,8 @@ class Averages:
         self._tracked.clear()
 
 
-def _tensor(average: Any, name: str) -> Any | None:
-    """Return a tensor of an average by the name that it has in the model."""
+def _tensor(average: Any, name: str) -> Any:
+    """Return a tensor of an average by the name that it has in the model, or None."""
     for full_name in (name, f"module.{name}"):
         if isinstance(average, Mapping):
             tensor = average.get(full_name)

@@ -73,8 +73,15 @@ class CondensedLayers:
     def attach(self, init: str | None, rng: np.random.Generator) -> None:
         """Replace the dense layers by condensed ones, in the model and in the optimiser."""
         modules = {}
-        stale = wrappers_of(target.parameter for target in self._targets.values())
+        stale = wrappers_of(
+            target.parameter for target in self._targets.values() if not target.is_condensed
+        )
         for name, target in self._targets.items():
+            if target.is_condensed:
+                self._layers[name] = target.module
+                if init is not None:
+                    _draw(target.module, init, rng)
+                continue
             weight = _initial_weight(target, self.trainer.connections[name], init, rng)
             modules[name] = condensed_layer(target, weight, self.trainer.budgets[name].nnz_budget)
         replace_modules(self._model, {self._places[name]: m for name, m in modules.items()})
@@ -86,6 +93,7 @@ class CondensedLayers:
             replaced.append((self._targets[name].parameter, layer.values, remap))
         replace_parameters(self.optimizer, replaced)
         refuse_calls(stale)
+        self._layers = {name: self._layers[name] for name in self._targets}
         self._targets.clear()  # so that the dense weights are freed
         self._capture_if_needed()
 
@@ -162,7 +170,8 @@ class CondensedLayers:
     def step(self) -> Mapping[str, CondensedUpdate]:
         """Update connections, values and optimiser state if an update is due."""
         self._check_in_place()
-        weights, gradients, was_due = {}, {}, self.trainer.is_due and bool(self._layers)
+        weights, gradients = {}, {}
+        was_due = self.trainer.is_due and bool(self._layers)
         if was_due:
             if not self._window:
                 raise SriglError(
@@ -307,6 +316,14 @@ def _initial_weight(
         dense = torch.from_numpy(sparse_init(mask, init, rng=rng, dtype=np.float64)).to(dense)
     values = as_numpy(dense.reshape(connections.shape)[_places(connections)])
     return CondensedWeight.from_connections(values, connections)
+
+
+def _draw(layer: CondensedLinear, init: str, rng: np.random.Generator) -> None:
+    """Draw new values for a condensed layer."""
+    weight = layer.to_condensed()
+    packed = np.ones(weight.values.shape, np.bool_)
+    drawn = sparse_init(packed, init, rng=rng, dtype=weight.dtype)
+    layer.load_condensed_(weight.with_values(drawn))
 
 
 def _places(connections: Connections) -> tuple[Any, Any]:

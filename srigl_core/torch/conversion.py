@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -89,23 +88,25 @@ def condense(
     2
     """
     check_not_sharded(model)
-    # Layers of an SRigL were not named by the caller, so they need not all be condensed.
     names = None
     if isinstance(masks, SRigL):
-        masks = {name: masks.mask(name) for name in masks.trainer.budgets}
-    elif not isinstance(masks, str):
-        masks = masks_by_layer(masks)
-        names = list(masks)
-    if not isinstance(masks, str):
-        for name in masks.keys() & condensed_modules(model).keys():
+        # These were not named by the caller, so they need not all be condensed.
+        given: Any = {name: masks.mask(name) for name in masks.trainer.budgets}
+    elif isinstance(masks, str):
+        given = masks
+    else:
+        given = masks_by_layer(masks)
+        names = list(given)
+        for name in given.keys() & condensed_modules(model).keys():
             raise SriglError(f"layer {name!r} is condensed already")
-    targets = find_targets(model, names, exclude, unsupported=why_not_condensed).targets
-    if not isinstance(masks, str):
-        masks = {name: mask for name, mask in masks.items() if name in targets}
+    selection = find_targets(model, names, exclude, unsupported=why_not_condensed)
+    targets = selection.targets
+    if not isinstance(given, str):
+        given = {name: mask for name, mask in given.items() if name not in selection.left}
     layers = {}
-    for name, mask in given_masks(targets, masks).items():
+    for name, mask in given_masks(targets, given).items():
         if not mask.all():
-            hint = ZEROS if masks == NONZERO else ""
+            hint = ZEROS if given == NONZERO else ""
             layers[condensed_name(targets[name])] = _condensed(targets[name], mask, hint)
     if not layers:
         raise SriglError("all masks are True everywhere; there is nothing to condense")
@@ -176,7 +177,6 @@ def to_csr(model: Any) -> dict[str, scipy.sparse.csr_array]:
 def _condensed(target: Target, mask: NDArray[np.bool_], hint: str) -> Any:
     """Return the condensed layer that replaces a dense one."""
     dense = as_numpy(target.layout.to_rows(target.parameter.detach()))
-    mask = as_numpy(target.layout.to_rows(torch.from_numpy(mask)))
     try:
         weight = CondensedWeight.from_dense(dense, mask)
     except SriglError as error:

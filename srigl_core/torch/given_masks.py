@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.torch.sharded_tensors import whole
 from srigl_core.torch.targets import Target
-from srigl_core.torch.tensors import as_numpy
+from srigl_core.torch.tensors import as_numpy, from_numpy
 
 __all__ = ["NONZERO", "ZEROS", "check_not_sparse", "given_masks", "masks_by_layer"]
 
@@ -35,14 +35,12 @@ def masks_by_layer(masks: Any) -> dict[str, Any]:
             f"masks must be a mapping of layer names to masks, an SRigL or 'nonzero', got "
             f"{type(masks).__name__}"
         )
-    return {
-        "" if name == "weight" else name.removesuffix(".weight"): mask
-        for name, mask in masks.items()
-    }
+    layers = {name: "" if name == "weight" else name.removesuffix(".weight") for name in masks}
+    return {layers[name]: mask for name, mask in masks.items()}
 
 
 def given_masks(targets: Mapping[str, Target], masks: Any) -> dict[str, NDArray[np.bool_]]:
-    """Return the masks of layers as NumPy arrays.
+    """Return the masks of layers as NumPy arrays, with the neurons on the first axis.
 
     Parameters
     ----------
@@ -60,7 +58,10 @@ def given_masks(targets: Mapping[str, Target], masks: Any) -> dict[str, NDArray[
     if isinstance(masks, str):
         if masks != NONZERO:
             raise SriglError(f"masks={masks!r} is unknown; give masks by name, or 'nonzero'")
-        return {name: as_numpy(whole(target.parameter)) != 0 for name, target in targets.items()}
+        return {
+            name: as_numpy(target.layout.to_rows(whole(target.parameter.detach()))) != 0
+            for name, target in targets.items()
+        }
     by_layer = masks_by_layer(masks)
     for name in by_layer:
         if name not in targets:
@@ -73,6 +74,8 @@ def given_masks(targets: Mapping[str, Target], masks: Any) -> dict[str, NDArray[
 def check_not_sparse(targets: Mapping[str, Target]) -> None:
     """Raise SriglError for a layer with more zeros than other weights, unless all are zero."""
     for name, target in targets.items():
+        if target.is_condensed:
+            continue
         n_weights = target.parameter.numel()
         n_nonzero = int(torch.count_nonzero(whole(target.parameter)))
         if 0 < 2 * n_nonzero < n_weights:
@@ -85,6 +88,10 @@ def check_not_sparse(targets: Mapping[str, Target]) -> None:
 
 
 def _checked_mask(target: Target, mask: Any) -> NDArray[np.bool_]:
+    if target.is_condensed:
+        raise SriglError(
+            f"layer {target.name!r} is condensed, and keeps its connections; leave out its mask"
+        )
     array = as_numpy(mask) if isinstance(mask, torch.Tensor) else mask
     if not isinstance(array, np.ndarray) or array.dtype != np.bool_:
         dtype = getattr(array, "dtype", type(mask).__name__)
@@ -98,4 +105,4 @@ def _checked_mask(target: Target, mask: Any) -> NDArray[np.bool_]:
             f"the mask of layer {target.name!r} has shape {array.shape}, but its weight has "
             f"{shape}; give the mask of that layer"
         )
-    return array
+    return as_numpy(target.layout.to_rows(from_numpy(array)))

@@ -13,6 +13,7 @@ __all__ = [
     "ROWS",
     "WeightLayout",
     "is_gpt_conv1d",
+    "is_lazy",
     "is_transposed",
     "layout_of",
     "weight_names",
@@ -77,9 +78,15 @@ def is_gpt_conv1d(module: Any) -> bool:
     utilities = sys.modules.get("transformers.pytorch_utils")
     if utilities is not None and isinstance(module, getattr(utilities, "Conv1D", ())):
         return True
+    if not any(cls.__name__ == "Conv1D" for cls in type(module).__mro__):
+        return False
     weight = module._parameters.get("weight")
-    is_matrix = weight is not None and getattr(weight, "ndim", 0) == 2
-    return is_matrix and any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+    return weight is not None and not is_lazy(weight) and weight.ndim == 2
+
+
+def is_lazy(parameter: Any) -> bool:
+    """Return whether a parameter has no shape yet."""
+    return isinstance(parameter, nn.parameter.UninitializedParameter)
 
 
 def weight_names(module: Any) -> tuple[str, ...]:

@@ -144,7 +144,11 @@ class MaskedLayers:
     def total_sparsity(self) -> float:
         """Return the sparsity of all matrices of the model."""
         nnz = self.trainer.nnz
-        masked = {id(target.parameter): nnz[name] for name, target in self._targets.items()}
+        # Not the targets' parameters, which fully_shard replaces.
+        masked = {
+            id(part._parameters.get(attribute)): nnz[name]
+            for name, (part, attribute) in self.weights.items()
+        }
         return sparsity_of_model(self._model, masked)
 
     def after_backward(self, loss_scale: float, gradient_scale: float) -> bool:
@@ -156,7 +160,8 @@ class MaskedLayers:
         sparse = [self._targets[name] for name in self.trainer.sparse_layers]
         for target in sparse:
             target.check_in_place(self._model)
-        if self.trainer.needs_grad and all(target.parameter.grad is None for target in sparse):
+        has_gradient = any(target.parameter.grad is not None for target in sparse)
+        if self.trainer.needs_grad and sparse and not has_gradient:
             raise SriglError(
                 "no sparse layer has a gradient; call after_backward after loss.backward() and "
                 "before zero_grad()"

@@ -28,7 +28,7 @@ from srigl_core._format.weight import CondensedWeight
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
 from srigl_core.torch.conv import GEOMETRY, CondensedConv, CondensedConv1d, CondensedConv2d
-from srigl_core.torch.layer_types import is_gpt_conv1d, layout_of
+from srigl_core.torch.layer_types import is_gpt_conv1d
 from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.replacement import (
     condensed_modules,
@@ -175,24 +175,22 @@ def _as_tuple(setting: Any) -> Any:
     return tuple(setting) if isinstance(setting, list) else setting
 
 
-def _present(name: str, model: Any) -> Any:
+def _check_dense_shape(name: str, model: Any, weight: CondensedWeight, is_conv: bool) -> None:
     present = present_layer(model, name)
     if present is None:
         raise SriglError(
             f"the file has a condensed layer {name!r}, but the model has none; make the model as "
             f"the one that was saved"
         )
-    return present
-
-
-def _check_dense_shape(name: str, model: Any, weight: CondensedWeight, is_conv: bool) -> None:
-    present = _present(name, model)
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...]
     if isinstance(present, CondensedLinear | CondensedConv):
         shape = (linear_of(present).out_features, linear_of(present).in_features)
-    elif isinstance(getattr(present, "weight", None), torch.Tensor):
-        rows = layout_of(present, "weight").to_rows(present.weight.detach())
-        shape = tuple(rows.flatten(1).shape) if rows.ndim > 1 else ()
+    elif isinstance(present, nn.Linear | nn.Conv1d | nn.Conv2d):
+        shape = tuple(present.weight.flatten(1).shape)
+    elif is_gpt_conv1d(present):
+        shape = tuple(reversed(present.weight.shape))
+    else:
+        shape = ()
     if shape != weight.shape:
         what = f"a {'convolution' if is_conv else 'linear'} of {weight.shape}"
         raise _differs(name, what, present)
@@ -211,9 +209,9 @@ def _in_place_of(name: str, model: Any, layer: Any) -> Any:
     Raises
     ------
     SriglError
-        If the model has no such layer, or one of another shape or type.
+        If the model has one of another shape or type.
     """
-    present = _present(name, model)
+    present = present_layer(model, name)
     linear = linear_of(layer)
     if _shape(present) != _shape(layer):
         raise _differs(name, _shape(layer), present)

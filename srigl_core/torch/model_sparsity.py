@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
+from srigl_core.torch.layer_types import is_lazy
 from srigl_core.torch.replacement import condensed_modules, linear_of
 
 __all__ = ["dense_table", "sparsity_of_model"]
@@ -24,7 +23,7 @@ def sparsity_of_model(model: Any, nnz: Mapping[int, int]) -> float:
     """
     total = active = 0
     for parameter in model.parameters():
-        if not isinstance(parameter, nn.parameter.UninitializedParameter) and parameter.ndim > 1:
+        if not is_lazy(parameter) and parameter.ndim > 1:
             total += parameter.numel()
             active += nnz.get(id(parameter), parameter.numel())
     for linear in {linear_of(layer) for layer in condensed_modules(model).values()}:

@@ -11,16 +11,21 @@ whole rows and adds along the first axis.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
+import inspect
 import os
 import re
+from collections.abc import Iterator
+from types import NoneType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from srigl_core._arrays.checks import check_integer
 from srigl_core._files import write_whole
@@ -57,16 +62,18 @@ def export_onnx(
     model : torch.nn.Module
         Any that `torch.onnx.export` takes, with or without condensed layers. It is not changed.
     path : path-like
-    example_input : torch.Tensor or tuple of torch.Tensor
-        The arguments of ``model.forward``. The file's inputs have their shapes and dtypes, and the
-        names of the arguments; a tensor that is not in a tuple is called ``input``. A result that
-        is one tensor is called ``output``.
+    example_input : torch.Tensor, tuple or dict
+        The argument of ``model.forward``, a tuple of its arguments, or a dict of them by name. An
+        argument may be a tuple, list or dict of tensors, or None or a number, which becomes a
+        constant. The file's inputs have the names of the arguments; a tensor that is not in a
+        tuple or dict is called ``input``. A result that is one tensor is called ``output``.
     form : {"condensed", "masked-dense"}
         What condensed layers become: a product of the connected inputs, or one with a dense weight.
     opset : int
         At least 18.
     dynamic_batch : bool
-        Leave the length of each input's first axis open.
+        Leave the length of each input's first axis open, and those of other axes unless the model
+        needs the example's length, or it is 1.
 
     Raises
     ------
@@ -91,13 +98,9 @@ def export_onnx(
     if not isinstance(model, nn.Module):
         raise ValueTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_not_sharded(model)
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    for x in inputs:
-        if not isinstance(x, torch.Tensor):
-            raise ValueTypeError(
-                f"example_input must be a torch.Tensor or a tuple of them, got {type(x).__name__}"
-            )
-        if dynamic_batch and x.ndim < 2:
+    args, kwargs = _arguments(model, example_input)
+    for x in pytree.tree_leaves((args, kwargs)):
+        if dynamic_batch and isinstance(x, torch.Tensor) and x.ndim < 2:
             raise SriglError(
                 f"example_input has shape {tuple(x.shape)}, without an axis for the batch; add "
                 f"one, or pass dynamic_batch=False"
@@ -109,24 +112,18 @@ def export_onnx(
     opset = check_integer(opset, "opset", least=_LEAST_OPSET, most=newest)
 
     model = copy.deepcopy(model).eval()
-    result = _result(model, inputs)
-    # PyTorch finds out which lengths are the same, and warns if they have been named twice.
-    lengths = ["batch", *[torch.export.Dim.DYNAMIC] * (len(inputs) - 1)]
-    exported = _exported(
-        _with_standard_layers(model, form),
-        inputs,
-        input_names=None if isinstance(example_input, tuple) else ["input"],
-        output_names=["output"] if isinstance(result, torch.Tensor) else None,
-        dynamic_shapes=tuple({0: length} for length in lengths) if dynamic_batch else None,
-        opset_version=opset,
-    )
-    try:
-        onnx.checker.check_model(exported, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise SriglError(
-            f"PyTorch's exporter has no valid translation of the model: {error}; change the layer "
-            f"that this names, or try another opset than {opset}"
-        ) from error
+    with _without_fast_paths():
+        result = _result(model, args, kwargs)
+        exported = _checked(
+            onnx,
+            _with_standard_layers(model, form),
+            args,
+            kwargs,
+            dynamic_batch=dynamic_batch,
+            input_names=["input"] if isinstance(example_input, torch.Tensor) else None,
+            output_names=["output"] if isinstance(result, torch.Tensor) else None,
+            opset_version=opset,
+        )
     write_whole(path, exported.SerializeToString())
 
 
@@ -141,19 +138,149 @@ def _onnx() -> Any:
         ) from error
 
 
+# ---------------------------------------------------------------- arguments
+
+
+def _arguments(model: Any, example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and the keyword arguments of ``model.forward``."""
+    leaves = pytree.tree_leaves(example_input)
+    odd = [x for x in leaves if not isinstance(x, torch.Tensor | int | float | str | NoneType)]
+    if odd or not any(isinstance(x, torch.Tensor) for x in leaves):
+        raise ValueTypeError(
+            f"example_input must be a torch.Tensor, or a tuple or dict of them, got "
+            f"{type((odd or [example_input])[0]).__name__}"
+        )
+    if isinstance(example_input, tuple):
+        return example_input, {}
+    if isinstance(example_input, dict) and _binds(model, example_input):
+        bound = inspect.signature(model.forward).bind(**example_input)
+        return bound.args, bound.kwargs
+    return (example_input,), {}
+
+
+def _binds(model: Any, names: Any) -> bool:
+    try:
+        inspect.signature(model.forward).bind(**names)
+    except TypeError:  # the dict is an argument itself
+        return False
+    return True
+
+
+def _open_axes(
+    model: Any, args: Any, kwargs: Any, is_open: Any, *, batch: Any = "batch"
+) -> dict[str, Any]:
+    """Return the axes whose length stays open, by argument, in the structure of the arguments.
+
+    Parameters
+    ----------
+    is_open : iterable
+        For each leaf of the arguments, a shape in which the lengths that stay open are no integers.
+        The first axis of each stays open anyway.
+    batch : str or dim
+        The first axis of the first argument.
+    """
+    shapes, lengths = iter(is_open), iter([batch])
+    auto, dynamic = torch.export.Dim.AUTO, torch.export.Dim.DYNAMIC
+
+    def axes_of(x: Any) -> dict[int, Any] | None:
+        shape = next(shapes)
+        if not isinstance(x, torch.Tensor):
+            return None
+        # PyTorch finds out which lengths are the same, and warns if they have been named twice.
+        return {0: next(lengths, dynamic)} | {
+            axis: auto for axis in range(1, x.ndim) if not isinstance(shape[axis], int)
+        }
+
+    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    return {name: pytree.tree_map(axes_of, value) for name, value in arguments.items()}
+
+
+def _traced_shapes(model: Any, args: Any, kwargs: Any) -> list[Any] | None:
+    """Return the arguments' shapes, symbolic where the model takes any length; None if it fails.
+
+    PyTorch's ONNX exporter leaves lengths open that the model does not take.
+    """
+    leaves = pytree.tree_leaves((args, kwargs))
+    anything = [(None,) * x.ndim if isinstance(x, torch.Tensor) else None for x in leaves]
+    axes = _open_axes(model, args, kwargs, anything, batch=torch.export.Dim.DYNAMIC)
+    try:
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=axes, strict=False)
+    except (RuntimeError, ValueError, TypeError):  # torch.onnx.export will say why
+        return None
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    inputs = [values.get(name) for name in program.graph_signature.user_inputs]
+    return [
+        [_length(length) for length in value.shape] if isinstance(value, torch.Tensor) else None
+        for value in inputs
+    ]
+
+
+def _length(length: Any) -> int | None:
+    """Return a length of a trace, or None if it is open."""
+    if isinstance(length, int):
+        return length
+    known: int | None = length.node.maybe_as_int()
+    return known
+
+
 # ---------------------------------------------------------------- PyTorch's exporter
 
 
-def _result(model: Any, inputs: tuple[Any, ...]) -> Any:
+@contextlib.contextmanager
+def _without_fast_paths() -> Iterator[None]:
+    """Keep PyTorch's attention layers from kernels that have no translation."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _result(model: Any, args: Any, kwargs: Any) -> Any:
     """Call the model: its own errors are clearer than those of a trace."""
+    # A model may write to its inputs.
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     try:
         with torch.no_grad():
-            return model(*(x.clone() for x in inputs))  # a model may write to its inputs
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            return model(*args, **kwargs)
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise SriglError(f"the model does not take example_input: {error}") from error
 
 
-def _exported(model: Any, inputs: tuple[Any, ...], *, opset_version: int, **options: Any) -> Any:
+def _checked(
+    onnx: Any, model: Any, args: Any, kwargs: Any, *, dynamic_batch: bool, **options: Any
+) -> Any:
+    """Return a model as a valid ``ModelProto``, with as many open lengths as it allows."""
+
+    def exported(dynamic_shapes: Any) -> Any:
+        return _valid(
+            onnx, _exported(model, args, kwargs, dynamic_shapes=dynamic_shapes, **options)
+        )
+
+    if not dynamic_batch:
+        return exported(None)
+    leaves = pytree.tree_leaves((args, kwargs))
+    fixed = [getattr(x, "shape", None) for x in leaves]
+    shapes = _traced_shapes(model, args, kwargs)
+    if shapes is not None and len(shapes) == len(leaves):
+        with contextlib.suppress(SriglError):
+            return exported(_open_axes(model, args, kwargs, shapes))
+    return exported(_open_axes(model, args, kwargs, fixed))
+
+
+def _valid(onnx: Any, exported: Any) -> Any:
+    try:
+        onnx.checker.check_model(exported, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise SriglError(
+            f"PyTorch's exporter has no valid translation of the model: {error}; change the layer "
+            f"that this names, or try another opset than {exported.opset_import[0].version}"
+        ) from error
+    return exported
+
+
+def _exported(model: Any, args: Any, kwargs: Any, *, opset_version: int, **options: Any) -> Any:
     """Return a model as ONNX's ``ModelProto``.
 
     Raises
@@ -162,8 +289,15 @@ def _exported(model: Any, inputs: tuple[Any, ...], *, opset_version: int, **opti
         If PyTorch cannot export it, or not for this opset.
     """
     try:
+        # PyTorch takes a dict at the end of `args` for keyword arguments.
+        end: tuple[Any, ...] = ({},) if args and isinstance(args[-1], dict) else ()
         program = torch.onnx.export(
-            model, inputs, opset_version=opset_version, verbose=False, **options
+            model,
+            (*args, *end),
+            kwargs=kwargs,
+            opset_version=opset_version,
+            verbose=False,
+            **options,
         )
     except torch.onnx.OnnxExporterError as error:
         cause: BaseException = error
@@ -176,8 +310,9 @@ def _exported(model: Any, inputs: tuple[Any, ...], *, opset_version: int, **opti
                 f"PyTorch cannot export the model: {reason}; the model must not decide by a "
                 f"tensor's numbers, and by the batch's length only with dynamic_batch=False"
             ) from error
+        layer = _layer_with(operator[1], model, args, kwargs)
         raise SriglError(
-            f"PyTorch's exporter has no translation of {_layer_with(operator[1], model, inputs)}: "
+            f"PyTorch's exporter has no translation of {layer}: "
             f"{reason}; export the model without it, or put a layer in its place that "
             f"torch.onnx.export takes"
         ) from error
@@ -191,9 +326,9 @@ def _exported(model: Any, inputs: tuple[Any, ...], *, opset_version: int, **opti
     return program.model_proto
 
 
-def _layer_with(operator: str, model: Any, inputs: tuple[Any, ...]) -> str:
+def _layer_with(operator: str, model: Any, args: Any, kwargs: Any) -> str:
     """Return the name of the first layer that calls one of PyTorch's operators."""
-    program = torch.export.export(model, inputs).run_decompositions()
+    program = torch.export.export(model, args, kwargs).run_decompositions()
     for node in program.graph.nodes:
         if str(node.target) == operator:
             name, cls = list(node.meta["nn_module_stack"].values())[-1]
@@ -251,13 +386,15 @@ class _GatheredProduct(nn.Module):  # type: ignore[misc] # torch is untyped here
     def __init__(self, layer: CondensedLinear) -> None:
         super().__init__()
         weight, device = layer.to_condensed(), layer.values.device
-        self.out_features, self.bias = layer.out_features, layer.bias
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bias = layer.bias
         self.values = nn.Parameter(from_numpy(weight.values.T).to(device))
         indices = from_numpy(weight.indices.T.astype(np.int32).reshape(-1))
         self.register_buffer("indices", indices.to(device))
         self.register_buffer("active", from_numpy(weight.active).to(device))
 
     def forward(self, x: Any) -> Any:
+        torch._check(x.shape[-1] == self.in_features)  # so that this length is not open
         k, n_active = self.values.shape
         gathered = x.movedim(-1, 0).index_select(0, self.indices).unflatten(0, (k, n_active))
         z = (gathered * self.values.reshape(k, n_active, *[1] * (x.ndim - 1))).sum(0)

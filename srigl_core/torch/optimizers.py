@@ -146,7 +146,7 @@ def check_optimizer(targets: dict[str, Target], optimizer: Any, mode: str) -> No
             )
     # A wrapper's own groups do not tell which parameters are updated; those inside it do. But an
     # optimiser of something else, as of a schedule's dummy parameter, makes no wrapper.
-    shapes = {target.shape for target in targets.values()}
+    shapes = {tuple(target.parameter.shape) for target in targets.values()}
     wrapped = [part for part in optimizers if shapes & _shapes(_inner(part))]
     updating = [part for part in optimizers if _shards(part) or part not in wrapped]
     held = {id(p) for group in groups_of(updating) for p in group["params"]}
@@ -312,7 +312,8 @@ def _check_copies(target: Target, optimizer: Any) -> None:
         if name == "param_groups":
             continue
         for _, tensor in _tensors(value):
-            if tensor.shape == target.shape and not isinstance(tensor, nn.Parameter):
+            is_alike = tensor.shape == target.parameter.shape
+            if is_alike and not isinstance(tensor, nn.Parameter):
                 raise SriglError(
                     f"layer {target.name!r}: {_name(optimizer)}.{name} holds a tensor of its "
                     f"weight's shape, which SRigL cannot keep up to date; pass an optimizer that "

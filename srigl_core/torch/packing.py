@@ -128,7 +128,7 @@ def packing_of(
         numbers = as_numpy(source)[: weight.nnz].reshape(weight.values.shape)
         plan = kept.plan.with_weight(weight.with_values(numbers))
     else:
-        copies = tuple(map(_copy, mask))
+        copies = _copy(indices), _copy(active), _copy(counts)
         backend = get_backend(operation="condensed_matmul_backward", device=values.device.type)
         plan = prepare(condensed_weight(source, *copies, n_in), backend=backend)
         evict = weakref.ref(indices.untyped_storage(), lambda _: _packings.pop(key, None))
@@ -192,7 +192,7 @@ def _holds(tensor: Any, kept: Any) -> bool:
         if tensor.device != kept.device or tensor.dtype != kept.dtype:
             return False
         tensor = tensor.detach()[: len(kept)].contiguous()
-        return torch.equal(tensor.view(torch.uint8), kept.view(torch.uint8))
+        return bool(torch.equal(tensor.view(torch.uint8), kept.view(torch.uint8)))
     if not tensor.is_cpu:
         return False
     array = np.ascontiguousarray(as_numpy(tensor)[: len(kept)])

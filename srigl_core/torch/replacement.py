@@ -37,6 +37,8 @@ def why_not_condensed(target: Target) -> str | None:
     The reason continues a sentence that begins with the layer.
     """
     module, parent = target.module, target.parent
+    if target.is_condensed:
+        return "is condensed already"
     is_projection = type(module) is nn.MultiheadAttention and target.attribute in PROJECTION_LAYERS
     is_weight = target.attribute == "weight" and not isinstance(module, nn.MultiheadAttention)
     is_type = type(module) in _TYPES or (is_gpt_conv1d(module) and hasattr(module, "nf"))
@@ -67,7 +69,10 @@ def why_not_condensed(target: Target) -> str | None:
 
 
 def condensed_name(target: Target) -> str:
-    """Return the name of the condensed layer that replaces a dense one."""
+    """Return the name of the condensed layer that replaces a dense one, or is there already."""
+    if target.is_condensed:
+        is_conv = isinstance(target.parent, CondensedConv)
+        return target.owner.removesuffix(".linear") if is_conv else target.owner
     layer = PROJECTION_LAYERS.get(target.attribute)
     return target.owner if layer is None else f"{target.owner}.{layer}"
 

@@ -11,7 +11,17 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from srigl_core.errors import SriglError, ValueTypeError
-from srigl_core.torch.layer_types import ROWS, WeightLayout, layout_of, weight_names, why_no_neurons
+from srigl_core.torch.attention import WEIGHT_NAMES, CondensedMultiheadAttention
+from srigl_core.torch.conv import CondensedConv
+from srigl_core.torch.layer_types import (
+    ROWS,
+    WeightLayout,
+    is_lazy,
+    layout_of,
+    weight_names,
+    why_no_neurons,
+)
+from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.selection import Entry, entries_of, matches
 from srigl_core.torch.sharded_tensors import is_sharded
 from srigl_core.torch.tensors import numpy_dtype
@@ -37,7 +47,7 @@ class Target:
     ----------
     name : str
         Name of the layer: of the module if the parameter is called ``weight``, else of the
-        parameter.
+        parameter. A condensed layer has the name of the dense one.
     owner : str
         Name of the module.
     module : torch.nn.Module
@@ -59,8 +69,16 @@ class Target:
     parent: Any | None = None
 
     @property
+    def is_condensed(self) -> bool:
+        """Whether the layer is condensed already."""
+        return isinstance(self.module, CondensedLinear)
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight with the neurons on the first axis."""
+        """Shape of the dense weight with the neurons on the first axis."""
+        if self.is_condensed:
+            layer = self.parent if isinstance(self.parent, CondensedConv) else self.module
+            return tuple(layer.weight.shape)
         shape = tuple(self.parameter.shape)
         return tuple(self.layout.to_rows(torch.empty(shape, device="meta")).shape)
 
@@ -101,7 +119,9 @@ class _Weight:
     @property
     def is_matrix(self) -> bool:
         parameter = self.target.parameter
-        return self.is_usual or parameter is None or parameter.ndim > 1
+        if self.is_usual or parameter is None:
+            return True
+        return not is_lazy(parameter) and bool(parameter.ndim > 1)
 
     @property
     def name(self) -> str:
@@ -154,7 +174,7 @@ def find_targets(
     unsupported : callable or None
         Takes a target and returns why it cannot be used, or None.
     named : collection of str
-        Layers that have options of their own: they must be usable if they are selected.
+        Layers that have options or masks of their own: they must be selected.
     kept : collection of str
         Layers that stay dense, for which `unsupported` is not asked.
 
@@ -197,7 +217,7 @@ def find_targets(
             targets[weight.name] = weight.target
     for name in named:
         if name in left:
-            raise SriglError(f"config.layers names layer {name!r}, which {left[name]}")
+            raise SriglError(f"layer {name!r} {left[name]} (it has options or a mask)")
     if not targets:
         reasons = [f"layer {w.name!r} {left[w.name]}" for w in weights if w.is_usual]
         raise SriglError(
@@ -220,7 +240,7 @@ def dense_matrices(model: Any, unsupported: Callable[[Target], str | None]) -> d
     """
     reasons = {}
     for weight in _weights(model):
-        if weight.is_matrix:
+        if weight.is_matrix and not weight.target.is_condensed:
             reason = weight.reason
             if reason is None and weight.is_usual:
                 reason = unsupported(weight.target) or "is dense"
@@ -241,6 +261,11 @@ def _weights(model: Any) -> Iterator[_Weight]:
                 names.setdefault(id(parameter), []).append(_name(owner, attribute))
     for owner, module in modules.items():
         parent = modules.get(owner.rpartition(".")[0]) if owner else None
+        if isinstance(module, CondensedLinear):
+            name = _condensed_name(owner, parent)
+            target = Target(name, owner, module, "values", module.values, ROWS, parent)
+            yield _Weight(target, True, None)
+            continue
         usual = weight_names(module)
         computed = [name for name in usual if _is_computed(module, name)]
         for attribute in computed:
@@ -255,6 +280,16 @@ def _weights(model: Any) -> Iterator[_Weight]:
             reason = _obstacle(target, others)
             if attribute in usual or not (computed or _is_part_of_computed(owner)):
                 yield _Weight(target, attribute in usual, reason)
+
+
+def _condensed_name(owner: str, parent: Any) -> str:
+    """Return the name that the dense layer has in place of a condensed one."""
+    outer, _, attribute = owner.rpartition(".")
+    if isinstance(parent, CondensedConv):
+        return outer
+    if isinstance(parent, CondensedMultiheadAttention):
+        return _name(outer, WEIGHT_NAMES.get(attribute, attribute))
+    return owner
 
 
 def _name(owner: str, attribute: str) -> str:
@@ -284,7 +319,7 @@ def _is_part_of_computed(owner: str) -> bool:
 def _obstacle(target: Target, other_names: list[str]) -> str | None:
     """Return why a parameter cannot be made sparse, or None."""
     parameter = target.parameter
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
+    if is_lazy(parameter):
         return "has no weight yet; pass a batch through the model first"
     if other_names:
         others = ", ".join(map(repr, other_names))
@@ -297,7 +332,9 @@ def _obstacle(target: Target, other_names: list[str]) -> str | None:
     try:
         numpy_dtype(parameter.dtype)
     except ValueTypeError:
-        return f"has a weight of dtype {parameter.dtype}, which cannot be trained; exclude it"
+        return (
+            f"has a weight of dtype {parameter.dtype}, which no sparse layer can have; exclude it"
+        )
     return why_no_neurons(target.module, target.attribute, tuple(parameter.shape))
 
 

@@ -23,7 +23,7 @@ from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.init import INITS
 from srigl_core.reference.schedule import UpdateSchedule
 from srigl_core.torch.condensed_layers import CondensedLayers
-from srigl_core.torch.given_masks import check_not_sparse, given_masks
+from srigl_core.torch.given_masks import check_not_sparse, given_masks, masks_by_layer
 from srigl_core.torch.layer_selection import select_layers
 from srigl_core.torch.masked_layers import MaskedLayers, update_backend
 from srigl_core.torch.model_sparsity import dense_table
@@ -167,9 +167,12 @@ class SRigL:
         if init is not None and init not in INITS:
             raise SriglError(f"init={init!r} is unknown; use one of {', '.join(INITS)}")
         check_module(model)
-        check_wrappers(model, condensed=mode == "condensed")
+        check_wrappers(model)
         config = _with_settings(config, gamma_sal=gamma_sal, grad_window=grad_window, seed=seed)
-        selection = select_layers(model, include, exclude, config, condensed=mode == "condensed")
+        named = () if masks is None or isinstance(masks, str) else masks_by_layer(masks)
+        selection = select_layers(
+            model, include, exclude, config, named, condensed=mode == "condensed"
+        )
         targets, self._left = selection.targets, selection.left
         for name, target in targets.items():
             if target.attribute in _attached.get(target.module, ()):
@@ -181,7 +184,14 @@ class SRigL:
         if masks is None and init is None:
             check_not_sparse(targets)
         dense = {name: LayerOptions(dense=True) for name, mask in given.items() if mask.all()}
-        config = replace(config, layers={**dense, **config.layers})
+        fixed = {
+            name: replace(
+                config.layers.get(name, LayerOptions()), nnz_budget=target.module.nnz_budget
+            )
+            for name, target in targets.items()
+            if target.is_condensed
+        }
+        config = replace(config, layers={**dense, **config.layers, **fixed})
         given = {
             name: as_numpy(targets[name].layout.to_rows(torch.from_numpy(mask)))
             for name, mask in given.items()
@@ -196,7 +206,11 @@ class SRigL:
             trainer = SparseTrainer(shapes, backend=backend, masks=given, **settings)
             self._layers = MaskedLayers(model, targets, optimizer, trainer, process_group)
         else:
-            connections = {}
+            connections = {
+                name: target.module.to_condensed().connections
+                for name, target in targets.items()
+                if target.is_condensed
+            }
             for name, mask in given.items():
                 with error_context(name):
                     connections[name] = Connections.from_mask(mask)
@@ -213,7 +227,8 @@ class SRigL:
         self._n_missed = self._n_alone = 0
         self._watch = ParameterWatch(model, self._layers.weights)
         self._has_followed, self._steps_before = False, 0
-        self._register([(target.module, target.attribute) for target in targets.values()])
+        replaced = [(target.module, target.attribute) for target in targets.values()]
+        self._register(dict.fromkeys([*replaced, *self._layers.weights.values()]))
 
     def _register(self, weights: Iterable[tuple[Any, str]]) -> None:
         """Note that these weights, modules with the names of parameters, have this SRigL."""
@@ -226,7 +241,8 @@ class SRigL:
     def __getstate__(self) -> dict[str, Any]:
         alive = ((reference(), attribute) for reference, attribute in self._weights)
         weights = [(module, attribute) for module, attribute in alive if module is not None]
-        return {**self.__dict__, "_weights": weights if self.mode == "masked" else []}
+        weights = weights if self.mode == "masked" else list(self._layers.weights.values())
+        return {**self.__dict__, "_weights": weights}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -337,6 +353,56 @@ class SRigL:
         """Discard the gradients of the window."""
         self._layers.discard_gradients()
 
+    @property
+    def left_dense(self) -> dict[str, str]:
+        """Why each other matrix of the model is not sparse, by layer name."""
+        return dict(self._left)
+
+    @property
+    def total_sparsity(self) -> float:
+        """Sparsity of all matrices of the model: of its parameters with more than one axis."""
+        return self._layers.total_sparsity()
+
+    def log_dict(self, prefix: str = "srigl/") -> dict[str, float]:
+        """Return numbers to log, as TensorBoard, CSV files and Weights & Biases take them.
+
+        Parameters
+        ----------
+        prefix : str
+            Begins each name.
+
+        Returns
+        -------
+        dict of str to float
+            ``sparsity`` of the sparse layers together and ``total_sparsity`` of all matrices,
+            ``active_neurons`` as a share of the sparse layers' neurons, ``updates`` so far,
+            ``planned_updates`` of the whole schedule, and ``itop_rate``, the share of the sparse
+            layers' positions that was ever active.
+        """
+        trainer = self.trainer
+        sizes = {name: trainer.budgets[name].n_weights for name in trainer.sparse_layers}
+        neurons = {name: trainer.budgets[name].shape[0] for name in sizes}
+        n_weights, n_neurons = max(1, sum(sizes.values())), max(1, sum(neurons.values()))
+        n_active, rates = trainer.n_active, trainer.itop_rates()
+        numbers = {
+            "sparsity": trainer.sparsity,
+            "total_sparsity": self.total_sparsity,
+            "active_neurons": sum(n_active[name] for name in neurons) / n_neurons,
+            "updates": trainer.n_updates,
+            "planned_updates": trainer.schedule.n_updates,
+            "itop_rate": sum(rates[name] * n for name, n in sizes.items()) / n_weights,
+        }
+        return {f"{prefix}{name}": float(number) for name, number in numbers.items()}
+
+    def __repr__(self) -> str:
+        trainer = self.trainer
+        return (
+            f"SRigL(mode={self.mode!r}, method={trainer.config.method!r}, "
+            f"{len(trainer.sparse_layers)} sparse layers, sparsity={trainer.sparsity:.4f} (of all "
+            f"matrices {self.total_sparsity:.4f}), step {trainer.step_count}, "
+            f"{trainer.n_updates} of {trainer.schedule.n_updates} updates)"
+        )
+
     def track(self, average: Any) -> None:
         """Let an average of the model's weights (EMA, SWA) follow the mask updates.
 
@@ -407,24 +473,15 @@ class SRigL:
                 "srigl.set_optimizer(...)"
             )
 
-    @property
-    def left_dense(self) -> dict[str, str]:
-        """Why each other matrix of the model is not sparse, by layer name."""
-        return dict(self._left)
-
-    @property
-    def total_sparsity(self) -> float:
-        """Sparsity of all matrices of the model: of its parameters with more than one axis."""
-        self._follow()
-        return self._layers.total_sparsity()
-
     def report(self) -> str:
         """Return a table of the layers: budgets, active weights, fan-in and active neurons.
 
-        Below are the sparsity of these layers together, the sparsity of all matrices of the model,
-        and the layers that were left dense, with the reason.
+        Below are the number of mask updates, the sparsity of these layers together, that of all
+        matrices of the model, and the layers that were left dense, with the reason.
         """
+        trainer = self.trainer
         totals = (
+            f"mask updates: {trainer.n_updates} of {trainer.schedule.n_updates} planned",
             f"sparsity of these layers: {self.trainer.sparsity:.2%}",
             f"sparsity of all matrices of the model: {self.total_sparsity:.2%}",
         )

@@ -31,10 +31,9 @@ _FSDP1 = (
 )
 
 
-def check_wrappers(model: Any, *, condensed: bool) -> None:
-    """Raise SriglError if a wrapper in or around a model keeps SRigL from being attached to it."""
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
+def check_wrappers(model: Any) -> None:
+    """Raise SriglError if a wrapper keeps SRigL from being attached to a model."""
+    for name, module in model.named_modules():
         what = f"submodule {name!r}" if name else "model"
         if isinstance(module, DistributedDataParallel):
             raise SriglError(
@@ -44,13 +43,6 @@ def check_wrappers(model: Any, *, condensed: bool) -> None:
         if _is_fsdp1(module):
             raise SriglError(f"{what} {_FSDP1}")
     _reshard(model)
-    for name, parameter in model.named_parameters() if condensed else ():
-        if is_sharded(parameter):
-            raise SriglError(
-                f"parameter {name!r} is a DTensor (of fully_shard, or of tensor parallelism), and "
-                f"its layer cannot be replaced by a condensed one; attach SRigL first, then call "
-                f"fully_shard, or use mode='masked'"
-            )
 
 
 def refuse_without_numbers(targets: Mapping[str, Target]) -> None:

@@ -160,6 +160,16 @@ def sharded_in_training(mode, **options):
     return twice(lambda run: run.attach().go(0, 4).shard().go(4, 12), mode, **options)
 
 
+def condensed_before(mode):
+    """A condensed model is sharded, and then goes on training."""
+
+    def train(run):
+        run.attach().srigl.detach()
+        return run.shard().attach(sparsity=None).go(0, 12)
+
+    return twice(train, mode)
+
+
 def a_new_optimizer(mode):
     def train(run):
         run.attach().go(0, 4).shard()
@@ -501,6 +511,7 @@ for mode in MODES:
     RUNS[f"convolutions {mode}"] = partial(sharded_after, mode, make=convolutional)
     RUNS[f"freeze {mode}"] = partial(converted, mode, freeze)
 RUNS |= {
+    "condensed_before": partial(condensed_before, "condensed"),
     "written_on_one_rank": partial(written_on_one_rank, "masked"),
     "an_infinity_on_one_rank": partial(an_infinity_on_one_rank, "masked"),
     "idle": partial(not_moved, "masked", Idle),

@@ -51,7 +51,7 @@ def assert_close(got, wanted):
 
 BY_ALL = (0, 1, 2)
 DERIVATIVES = {
-    "jvp": lambda f, *at: jax.jvp(f, at, [array + 1 for array in at]),
+    "jvp": lambda f, *at: jax.jvp(f, at, jax.tree.map(jnp.sin, at)),
     "jacfwd": lambda f, *at: jax.jacfwd(f, BY_ALL)(*at),
     "hessian": lambda f, *at: jax.hessian(f, BY_ALL)(*at),
     "reverse over reverse": lambda f, *at: jax.jacrev(jax.grad(f, BY_ALL), BY_ALL)(*at),

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn  # noqa: E402
 
-from srigl_core.torch import SRigL, condense  # noqa: E402
+from srigl_core.torch import SRigL, condense, load_model, save_model  # noqa: E402
 
 MODES = ("masked", "condensed")
 SCHEDULE = UpdateSchedule(t_end=200, delta_t=4)
@@ -216,6 +216,79 @@ def test_masks_that_do_not_fit_are_refused_and_nothing_is_changed(mode):
         assert torch.equal(tensor, before[name])
 
 
+def continued(model, mode="condensed", **options):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    options = {"schedule": SCHEDULE, "mode": mode} | options
+    return model, optimizer, SRigL(model, optimizer, **options)
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.6])
+@pytest.mark.parametrize("how", ["condensed", "loaded", "attached before"])
+def test_condensed_layers_go_on_training(how, sparsity, tmp_path):
+    masked, _, srigl = train(make("masked", gamma_sal=0.9), range(6))
+    masks = {name: srigl.mask(name) for name in ("0", "2")}
+    oracle = continued(copy.deepcopy(masked), "masked", masks=masks, sparsity=sparsity)
+    model = condense(copy.deepcopy(masked), srigl)
+    if how == "loaded":
+        save_model(model, tmp_path / "m.safetensors")
+        model = load_model(tmp_path / "m.safetensors", network(5))
+    run = continued(model, sparsity=sparsity)
+    if how == "attached before":
+        run[2].detach()
+        run = continued(model, sparsity=sparsity)
+    for name, mask in masks.items():
+        assert torch.equal(run[2].mask(name), mask)
+    with pytest.raises(SriglError, match="layer '0' has an SRigL already"):
+        continued(model)
+    for i in range(20):
+        for each in (run, oracle):
+            step(*each, i)
+        assert torch.equal(run[2].mask("0"), oracle[2].mask("0"))
+    torch.testing.assert_close(dense(run[0], run[2]), dense(oracle[0], oracle[2]))
+    assert run[2].trainer.n_updates == 5
+
+
+def test_convolutions_and_attention_keep_their_names_when_they_go_on():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    model = nn.Sequential(nn.Conv1d(8, 16, 1), nn.Flatten(1), nn.Unflatten(1, (-1, 16)), layer)
+    options = {"sparsity": 0.5, "seed": 3}
+    first = continued(model, **options)[2]
+    names, state = list(first.trainer.budgets), first.state_dict()
+    assert {"0", "3.self_attn.in_proj_weight", "3.self_attn.out_proj"} <= set(names)
+    first.detach()
+    again = continued(model, **options)[2]
+    assert list(again.trainer.budgets) == names
+    assert {n: b.shape for n, b in again.trainer.budgets.items()} == {
+        n: b.shape for n, b in first.trainer.budgets.items()
+    }
+    for name in names:
+        assert torch.equal(again.mask(name), first.mask(name))
+    assert state["connections"].keys() == again.state_dict()["connections"].keys()
+
+
+def test_condensed_layers_beside_dense_ones():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    options = {"sparsity": 0.5, "schedule": SCHEDULE, "mode": "condensed"}
+    SRigL(model, optimizer, include=["0"], **options).detach()
+    before = model[0].to_condensed().connections
+    srigl = SRigL(model, optimizer, **options)
+    assert srigl.trainer.connections["0"] == before
+    assert srigl.trainer.sparse_layers == ["0", "2"]
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    SRigL(model, optimizer, include=["0"], **options).detach()
+    masked = SRigL(model, optimizer, sparsity=0.5, schedule=SCHEDULE)
+    assert masked.trainer.sparse_layers == ["2"]
+    assert masked.left_dense["0"].startswith("is condensed; train it with mode='condensed'")
+    masked.detach()
+    with pytest.raises(SriglError, match="layer '0' is condensed, and keeps its connections"):
+        SRigL(model, optimizer, **options, masks={"0": torch.ones(32, 16, dtype=torch.bool)})
+    with pytest.raises(SriglError, match=r"layer '0' is condensed; train it with mode='condensed'"):
+        SRigL(model, optimizer, sparsity=0.5, schedule=SCHEDULE, include=["0"])
+
+
 def test_zeros_that_are_no_mask_are_no_obstacle():
     model = network()
     nn.init.zeros_(model[2].weight)  # as some output layers start
@@ -224,9 +297,6 @@ def test_zeros_that_are_no_mask_are_no_obstacle():
     with torch.no_grad():
         model[0].weight[:, :4] = 0
     SRigL(model, torch.optim.SGD(model.parameters(), 0.1), sparsity=0.5, schedule=SCHEDULE)
-    model = condense(train(make("masked"), range(3))[0], "nonzero")
-    with pytest.raises(SriglError):
-        SRigL(model, torch.optim.SGD(model.parameters(), 0.1), sparsity=0.5, schedule=SCHEDULE)
 
 
 # ---------------------------------------------------------------- the calls of a loop
@@ -406,6 +476,32 @@ def test_an_average_that_does_not_fit_is_refused(mode):
     if mode == "condensed":
         with pytest.raises(SriglError, match="was made before the last mask update"):
             srigl.track(early)
+
+
+# ---------------------------------------------------------------- what can be read
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_numbers_to_log(mode):
+    run = make(mode, gamma_sal=0.9)
+    _, _, srigl = train(run, range(9))
+    numbers = srigl.log_dict()
+    nnz = sum(int(srigl.mask(name).sum()) for name in ("0", "2"))
+    rows = sum(int(srigl.mask(name).any(1).sum()) for name in ("0", "2"))
+    names = {"sparsity", "total_sparsity", "active_neurons", "updates", "planned_updates"}
+    assert numbers.keys() == {f"srigl/{name}" for name in names | {"itop_rate"}}
+    assert numbers["srigl/sparsity"] == pytest.approx(1 - nnz / 768)
+    assert numbers["srigl/total_sparsity"] == numbers["srigl/sparsity"]
+    assert numbers["srigl/active_neurons"] == rows / 40
+    assert 0 < numbers["srigl/itop_rate"] < 1
+    assert (numbers["srigl/updates"], numbers["srigl/planned_updates"]) == (2, 49)
+    assert all(type(number) is float for number in numbers.values())
+    assert srigl.log_dict(prefix="")["updates"] == 2
+    assert repr(srigl).startswith(
+        f"SRigL(mode='{mode}', method='srigl', 2 sparse layers, sparsity="
+    )
+    assert repr(srigl).endswith("step 9, 2 of 49 updates)")
+    assert "mask updates: 2 of 49 planned" in srigl.report()
 
 
 # ---------------------------------------------------------------- settings

@@ -47,9 +47,9 @@ def trained(make, mode, shape, steps=5, **options):
         optimizer.zero_grad()
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(4, *shape, generator=generator, dtype=torch.float64)
-        y = model(x)
-        target = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-        (y - target).square().mean().backward()
+        result = model(x)
+        target = torch.randn(result.shape, generator=generator, dtype=torch.float64)
+        (result - target).square().mean().backward()
         srigl.after_backward()
         optimizer.step()
         srigl.step()
@@ -116,6 +116,19 @@ def test_the_neurons_of_a_transposed_convolution_are_its_output_channels(cls, gr
     assert mask.shape == model[0].weight.shape
     assert fan_ins(mask, groups) == {srigl.trainer.fan_in["0"]}
     assert not model[0].weight[~mask].any()
+
+
+@pytest.mark.parametrize("mode", ["masked", "condensed"])
+def test_a_given_mask_has_the_shape_of_the_weight(mode):
+    torch.manual_seed(0)
+    model = gpt_block()
+    _, srigl = trained(gpt_block, "masked", (8,))
+    masks = {name: srigl.mask(name) for name in srigl.trainer.budgets}
+    weight = model[0].weight.detach().clone()
+    given, _ = attach(model, mode, None, masks=masks)
+    assert all(torch.equal(given.mask(name), mask) for name, mask in masks.items())
+    new = model[0].weight if mode == "masked" else model[0].weight.t()
+    assert torch.equal(new, torch.where(masks["0"], weight, 0))
 
 
 def test_gpts_conv1d_is_trained_in_both_modes_condensed_saved_and_loaded(tmp_path):
@@ -268,7 +281,7 @@ def transformer(**options):
 
 
 def test_attention_is_trained_alike_in_both_modes_saved_and_loaded(tmp_path):
-    # The gradient of a query whose key is ablated is zero but for rounding, so none is ablated.
+    # Where one of a query's and a key's neuron is ablated, the other's gradient is rounding only.
     masked, condensed, srigl = both(transformer, (5, 16), gamma_sal=None)
     assert "layers.0.self_attn.in_proj_weight" in srigl.trainer.budgets
     x = torch.randn(2, 5, 16, dtype=torch.float64)
@@ -281,7 +294,7 @@ def test_attention_is_trained_alike_in_both_modes_saved_and_loaded(tmp_path):
         assert isinstance(model.layers[0].self_attn, CondensedMultiheadAttention)
         torch.testing.assert_close(model(x), expected)
     fresh = transformer().double()
-    attach(fresh, "condensed")
+    attach(fresh, "condensed", gamma_sal=None)
     fresh.load_state_dict(condensed.state_dict())
     torch.testing.assert_close(fresh.eval()(x), expected)
 
@@ -390,6 +403,8 @@ def test_the_weight_is_described_without_its_numbers(monkeypatch):
     weight = layer.weight
     assert weight.dtype is torch.float32
     assert weight.device.type == "cpu"
+    with torch.inference_mode():
+        assert layer.weight.dtype is torch.float32
     assert weight.shape == weight.size() == (3072, 768)
     assert (weight.ndim, weight.numel(), weight.is_floating_point()) == (2, 3072 * 768, True)
 
@@ -523,12 +538,39 @@ def test_a_layer_that_is_named_and_cannot_be_sparse_is_an_error(name):
         with pytest.raises(SriglError, match=f"layer '{name}' "):
             condense(Zoo(), {name: mask})
         config = TrainingConfig(layers={name: LayerOptions(sparsity=0.3)})
-        with pytest.raises(SriglError, match=f"layer '{name}', which "):
-            attach(Zoo(), "condensed", config=config)
+        for options in ({"config": config}, {"masks": {name: mask}}):
+            with pytest.raises(SriglError, match=f"layer '{name}' .* options or a mask"):
+                attach(Zoo(), "condensed", **options)
 
 
 def network():
     return nn.Sequential(transformer(), nn.Flatten(), nn.Linear(80, 8), nn.Conv1d(8, 8, 1))
+
+
+ODD = {
+    "lazy norm": (nn.LazyBatchNorm1d, None),
+    "lazy transposed": (lambda: nn.LazyConvTranspose2d(4, 3), "has no weight yet"),
+    "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "torch.complex64"),
+    "eight bits": (lambda: nn.Linear(4, 4).to(torch.float8_e5m2), "torch.float8_e5m2"),
+    "empty": (lambda: nn.Conv1d(4, 0, 1), "is empty"),
+    "old weight norm": (lambda: nn.utils.weight_norm(nn.Linear(4, 4)), "computes its weight"),
+    "quantised": (
+        lambda: torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 8)))[0],
+        "is quantised",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # what PyTorch says of old, empty and quantised layers
+@pytest.mark.parametrize("mode", ["masked", "condensed"])
+@pytest.mark.parametrize("what", ODD)
+def test_an_odd_layer_does_not_stop_the_others(what, mode):
+    make, reason = ODD[what]
+    model = nn.Sequential(make(), nn.Linear(8, 8))
+    srigl, _ = attach(model, mode)
+    assert list(srigl.trainer.budgets) == ["1"]
+    assert reason is None or reason in srigl.left_dense["0"]
+    assert srigl.report()
 
 
 SELECTIONS = {
