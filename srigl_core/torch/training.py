@@ -87,7 +87,7 @@ class SRigL:
     Parameters
     ----------
     model : torch.nn.Module
-        A model that is on its device and not yet wrapped for data-parallel training. Connections
+        A model that is on its device and not yet wrapped in DistributedDataParallel. Connections
         are drawn at random. Weights at the connections are kept, and the others become zero.
     optimizer : torch.optim.Optimizer
         Updates the model's parameters. May be a wrapper of an optimiser, or a list of optimisers.

@@ -148,7 +148,7 @@ def _parameter(module: Any, attribute: str) -> Any | None:
 
 def _reshard(model: Any) -> None:
     """Let FSDP2 show a model's sharded parameters, as it does except around forward passes."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fsdp = _imported_fsdp()
     for module in model.modules() if fsdp is not None else ():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
@@ -156,12 +156,17 @@ def _reshard(model: Any) -> None:
 
 def _is_fsdp1(module: Any) -> bool:
     """Return whether FSDP1 wraps a module, or has flattened its parameters."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fsdp = _imported_fsdp()
     return (
         (fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel))
         or "_flat_param" in module._parameters
         or any(getattr(p, "_fsdp_flattened", False) for p in module._parameters.values())
     )
+
+
+def _imported_fsdp() -> Any:
+    """Return PyTorch's module of FSDP if it has been imported, which takes long."""
+    return sys.modules.get("torch.distributed.fsdp")
 
 
 # ---------------------------------------------------------------- which optimisers step

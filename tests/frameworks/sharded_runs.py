@@ -90,12 +90,12 @@ class Run:
         return self
 
     def shard(self, **options):
-        """Shard the layers one by one, and then the rest, if this is not a process alone."""
+        """Shard layers one by one, and the last together with the rest, by all ranks."""
         if self.solo:
             return self
-        for module in list(self.model.modules()):
-            if type(module) in LAYERS:
-                fully_shard(module, **options)
+        *layers, _ = [part for part in self.model.modules() if type(part) in LAYERS]
+        for layer in layers:
+            fully_shard(layer, **options)
         fully_shard(self.model, **options)
         self.is_split = True
         return self
@@ -183,7 +183,7 @@ def a_new_optimizer(mode):
 def a_forgotten_optimizer(mode):
     run = Run(mode).attach().go(0, 4).shard()
     run.optimizer = run.new_optimizer(run.model.parameters())
-    return run.go(4, 12)
+    run.go(4, 12)
 
 
 def hybrid(mode):
