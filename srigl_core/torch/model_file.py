@@ -37,6 +37,7 @@ from srigl_core.torch.replacement import (
     present_layer,
     replace_modules,
 )
+from srigl_core.torch.sharded_tensors import check_not_sharded
 from srigl_core.torch.targets import submodule
 from srigl_core.torch.tensors import as_numpy, from_numpy
 
@@ -65,6 +66,7 @@ def save_model(model: Any, path: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save
 
+    check_not_sharded(model)
     layers = condensed_modules(model)
     for name, module in layers.items():
         _check_nothing_else(name, module)
@@ -111,6 +113,7 @@ def load_model(path: str | os.PathLike[str], model: Any) -> Any:
     -----
     The condensed layers are new modules with new parameters. Make the optimiser after this call.
     """
+    check_not_sharded(model)
     tensors, weights, modules = _read(path)
     made: dict[str, Any] = {}
     first_names: dict[tuple[int, str], str] = {}

@@ -23,6 +23,7 @@ from srigl_core._format.weight import CondensedWeight
 from srigl_core._plan import Plan, prepare
 from srigl_core._registry import get_backend
 from srigl_core.errors import SriglError
+from srigl_core.torch.sharded_tensors import may_be_viewed
 from srigl_core.torch.tensors import as_numpy, numpy_dtype
 
 __all__ = ["Packing", "condensed_weight", "freeze_packing", "packing_of", "unfreeze_packing"]
@@ -108,6 +109,7 @@ def packing_of(
     kept = _packings.get(key)
     if kept is not None and not compare and kept.seen[0] == state:
         return kept
+    values = may_be_viewed(values)
     same_mask = kept is not None and kept.has_mask(mask, n_in)
     # A count that has changed is enough to know that the values have: optimisers write them all.
     if (
@@ -175,7 +177,7 @@ def condensed_weight(
         )
     used, shape = n_active * fan_in, (n_active, fan_in)
     return CondensedWeight(
-        _on_host(values)[:used].reshape(shape),
+        _on_host(may_be_viewed(values))[:used].reshape(shape),
         _on_host(indices)[:used].reshape(shape),
         _on_host(active)[:n_active],
         (n_out, n_in),

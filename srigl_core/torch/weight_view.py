@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from srigl_core.errors import SriglError
+from srigl_core.torch.sharded_tensors import whole
 
 __all__ = ["HasDenseWeight", "dense_weight", "is_marker"]
 
@@ -72,7 +73,7 @@ class _LazyWeight(_ReadOnly):
         layer = object.__getattribute__(self, "_layer")
         buffers = layer.indices, layer.active, layer.counts
         with torch.no_grad():
-            dense = dense_weight(layer.values, *buffers, layer.in_features)
+            dense = dense_weight(whole(layer.values), *buffers, layer.in_features)
         with torch._C.DisableTorchFunctionSubclass():
             return dense.view(self.shape)
 
