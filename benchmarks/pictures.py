@@ -19,8 +19,8 @@ __all__ = ["Bar", "bar_chart", "calls", "speedup"]
 # The first of each family is drawn in the palette of Okabe and Ito, as in the plots.
 _COLOURS = {"srigl": "#0072B2", "CSR": "#E69F00", "dense": "#8C8C8C"}
 _BATCHES = (1, 8, 64, 256, 2048)
-_WIDTH, _LABELS = 760, 90
-_BAR, _GAP, _TOP = 18, 12, 66
+_WIDTH, _LABELS = 520, 84  # narrow, so that a phone shows letters that can be read
+_BAR, _GAP, _LINE = 18, 10, 16
 _LETTER = 8  # at most the mean width of a letter
 
 
@@ -56,8 +56,10 @@ def speedup(results: Results) -> str:
     machine = results.content["machine"]
     return bar_chart(
         "How long a sparse layer takes, by batch size",
-        f"{n_in} inputs, {n_out} neurons, 90% sparse, float32, {plural(threads, 'thread')} of an "
-        f"{machine['cpu']}; shorter is better, srigl is 1",
+        (
+            f"{n_in} inputs, {n_out} neurons, 90% sparse, float32",
+            f"{machine['cpu']}, {plural(threads, 'thread')}; shorter is better, srigl is 1",
+        ),
         groups,
     )
 
@@ -73,13 +75,13 @@ def calls(content: Mapping[str, Any]) -> str:
         groups.setdefault(library, []).append(Bar(family, time, f"{time:.1f} µs, {name}"))
     return bar_chart(
         "What a call costs, before any work is done",
-        f"{content['layer']}; grey: not srigl",
+        (content["layer"], f"{content['machine']['cpu']}; blue: srigl, grey: the library's own"),
         groups.items(),
     )
 
 
-def bar_chart(title: str, subtitle: str, groups: Iterable[tuple[str, Sequence[Bar]]]) -> str:
-    """Return an SVG of horizontal bars in labelled groups."""
+def bar_chart(title: str, notes: Sequence[str], groups: Iterable[tuple[str, Sequence[Bar]]]) -> str:
+    """Return an SVG of horizontal bars in labelled groups, below a title and lines of notes."""
     groups = list(groups)
     scale = min(
         (
@@ -89,7 +91,12 @@ def bar_chart(title: str, subtitle: str, groups: Iterable[tuple[str, Sequence[Ba
         ),
         default=1.0,
     )
-    parts, y = [], _TOP
+    y = 34
+    parts = [_text(16, 28, title, 'font-size="17" font-weight="600"')]
+    for note in notes:
+        y += _LINE
+        parts.append(_text(16, y, note, 'font-size="12" fill="#555555"'))
+    y += _LINE
     for label, bars in groups:
         middle = y + _BAR * len(bars) / 2 + 5
         parts.append(_text(_LABELS - 10, middle, label, 'text-anchor="end"'))
@@ -109,8 +116,6 @@ def bar_chart(title: str, subtitle: str, groups: Iterable[tuple[str, Sequence[Ba
         'role="img">',
         f"<title>{escape(title)}</title>",
         f'<rect width="{_WIDTH}" height="{y}" rx="8" fill="#FFFFFF"/>',
-        _text(16, 28, title, 'font-size="17" font-weight="600"'),
-        _text(16, 48, subtitle, 'font-size="12" fill="#555555"'),
         *parts,
         "</svg>",
     ]

@@ -81,6 +81,10 @@ _TERMS = {
 """Terms that are linked where a page uses them first: as the glossary spells them, and patterns."""
 
 _TEXT = r"<(?P<whole>a|autoref|code|h\d|pre)\b.*?</(?P=whole)>|<[^>]*>|\b(?P<term>%s)\b"
+_UNWANTED = re.compile(
+    r"<p>::</p>\n"  # numpydoc's mark, which Markdown does not know
+    r'|\u2013\s*<div class="doc-md-description">\s*</div>'  # of a parameter without a description
+)
 _log = logging.getLogger("mkdocs.site")
 _tree = tempfile.TemporaryDirectory()
 
@@ -211,8 +215,7 @@ def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Fi
             return match[0]
         return _reference(target, match[0])
 
-    literal_block = "<p>::</p>\n"  # numpydoc's mark, which Markdown does not know
-    content = _REFERENCE.sub(linked, content.replace(literal_block, ""))
+    content = _REFERENCE.sub(linked, _UNWANTED.sub("", content))
     if page.file.src_uri == _GLOSSARY:
         return _with_anchors(content)
     is_prose = page.file.src_uri not in _ORIGINS and not module
