@@ -28,7 +28,7 @@ help:
 	@echo "make test    run the fast tests: every law with 50 problems, in about two minutes"
 	@echo "make test-all   install PyTorch, JAX and ONNX for the CPU; run all tests, with 200 problems"
 	@echo "make thorough   run all mutants and fuzz laws and files, for about three hours"
-	@echo "make docs    build the documentation site, build/site/index.html"
+	@echo "make docs    build the documentation site, and say how to serve it"
 	@echo "make check   run what CI runs"
 	@echo "make gpu     check and measure the GPU kernels on a CUDA device"
 	@echo "make gpu-compile   compile the GPU kernels for all architectures, without a GPU"
@@ -55,6 +55,7 @@ thorough: $(thorough-ready)
 
 docs: $(docs-ready)
 	$(python) -m mkdocs build --strict
+	@echo "Built. Search needs a server: $(python) -m http.server --directory build/site, and open http://localhost:8000"
 
 check:
 	.ci/run

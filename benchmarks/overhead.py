@@ -21,12 +21,14 @@ import numpy as np
 import srigl_core
 from srigl_core._machine import cpu_name, n_cores, package_versions
 from srigl_core._registry import get_backend
+from srigl_core.benchmarks.pictures import calls as calls_picture
 from srigl_core.benchmarks.timing import median_times
 
-__all__ = ["calls", "main"]
+__all__ = ["PICTURE", "calls", "main"]
 
 Calls = dict[str, Callable[[], object]]
 
+PICTURE = "calls.svg"
 SIZE = 16
 SECONDS = 5.0
 WIDE, WIDE_FAN_IN = (3072, 768), 307
@@ -98,7 +100,7 @@ def _jax_calls(weight: srigl_core.CondensedWeight, plan: srigl_core.Plan, x: Any
 
 
 def main(out: Path) -> None:
-    """Measure, print a line for each call, and write the JSON."""
+    """Measure, print a line for each call, and write the JSON and the picture beside it."""
     medians = median_times(calls(), SECONDS)
     for name, median in medians.items():
         print(f"{name:<45}{median:8.2f} us")
@@ -111,6 +113,7 @@ def main(out: Path) -> None:
         "median_us": medians,
     }
     out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    out.with_name(PICTURE).write_text(calls_picture(content), encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,63 @@
-"""``srigl bench readme``: the README's table, made from the JSON."""
+"""``srigl bench readme``: the README's table and picture, made from the JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from srigl_core.benchmarks.cases import HEADLINE
+from srigl_core.benchmarks.pictures import speedup
 from srigl_core.benchmarks.results import Results, Row, load_results
 from srigl_core.errors import FileFormatError
 
-__all__ = ["BEGIN", "END", "block", "replaced", "write_readme"]
+__all__ = ["BEGIN", "END", "PICTURE", "block", "long_table", "replaced", "write_readme"]
 
 BEGIN, END = "<!-- cpu-table:begin -->", "<!-- cpu-table:end -->"
+
+PICTURE = "speedup.svg"
+"""The name of the picture, beside the JSON."""
 
 _HEADLINE_ROWS = (
     *((0.9, batch) for batch in (1, 8, 64, 256, 2048)),
     *((sparsity, batch) for sparsity in (0.8, 0.95, 0.99) for batch in (1, 256)),
 )
 _OTHER_LAYERS = ((768, 3072, 0.9), (4096, 4096, 0.9), (1024, 1024, 0.9), (768, 100_000, 0.96))
+_README_ROWS = frozenset(
+    {
+        ("3072→768", 0.9, 1),
+        ("3072→768", 0.9, 256),
+        ("3072→768", 0.8, 1),
+        ("3072→768", 0.99, 1),
+        ("4096→4096", 0.9, 1),
+        ("768→100000", 0.96, 1),
+        ("3072→768, weights cold", 0.9, 1),
+        ("3072→768, backward", 0.9, 256),
+    }
+)
+"""The rows of the long table that the README has too, on one thread."""
 _THREADS = (1, 2)
 
 
 def block(results: Results) -> str:
-    """Return the lines between the markers: a table, and the machine it was measured on."""
-    head = "| layer | sparsity | batch | µs | dense | CSR | µs, 2 threads | dense | CSR |"
-    lines = [head, "|-|-:|-:|-:|-:|-:|-:|-:|-:|", *_lines(results)]
-    return "\n".join([*lines, "", _caption(results)])
+    """Return the lines between the markers: a short table, and where it was measured."""
+    head = ["| layer | sparsity | batch | srigl, µs | dense | CSR |", "|-|-:|-:|-:|-:|-:|"]
+    lines = [
+        _line(label, row, [row])
+        for label, (row, *_) in _rows(results)
+        if row is not None and (label, row.sparsity, row.batch) in _README_ROWS
+    ]
+    return "\n".join([*head, *lines, "", _caption(results)])
+
+
+def long_table(results: Results) -> str:
+    """Return the table of the site, with two numbers of threads, and where it was measured."""
+    head = "| layer | sparsity | batch | srigl, µs | dense | CSR | 2 threads, µs | dense | CSR |"
+    lines = [
+        _line(label, next(row for row in rows if row is not None), rows)
+        for label, rows in _rows(results)
+    ]
+    return "\n".join([head, "|-|-:|-:|-:|-:|-:|-:|-:|-:|", *lines, "", _caption(results)])
 
 
 def replaced(page: str, results: Results) -> str:
@@ -39,7 +70,7 @@ def replaced(page: str, results: Results) -> str:
 
 
 def write_readme(results: Path, page: Path) -> None:
-    """Write the table of `results` into `page`."""
+    """Write the table of `results` into `page`, and the picture beside the results."""
     loaded = load_results(results)
     if loaded.benchmark != "cpu":
         raise FileFormatError(
@@ -47,10 +78,11 @@ def write_readme(results: Path, page: Path) -> None:
         )
     made = replaced(page.read_text(encoding="utf-8"), loaded)
     page.write_text(made, encoding="utf-8")
+    results.with_name(PICTURE).write_text(speedup(loaded), encoding="utf-8", newline="\n")
 
 
-def _lines(results: Results) -> Iterator[str]:
-    """Yield a line for each case that was measured with some number of threads."""
+def _rows(results: Results) -> Iterator[tuple[str, list[Row | None]]]:
+    """Yield the cases that were measured: a name, and a row for each number of threads."""
     layers = [(*HEADLINE, s, b) for s, b in _HEADLINE_ROWS]
     layers += [(*layer, b) for layer in _OTHER_LAYERS for b in (1, 256)]
     keys = ("n_in", "n_out", "sparsity", "batch")
@@ -65,10 +97,13 @@ def _lines(results: Results) -> Iterator[str]:
     ]
     for label, case in labelled:
         rows = [next(results.find(threads=n, **case), None) for n in _THREADS]
-        row = next((row for row in rows if row is not None), None)
-        if row is not None:
-            cells = [f"{row.layer}{label}", f"{row.sparsity:.0%}", str(row.batch)]
-            yield f"| {' | '.join([*cells, *(cell for each in rows for cell in _cells(each))])} |"
+        if any(rows):
+            yield f"{case['n_in']}→{case['n_out']}{label}", rows
+
+
+def _line(label: str, case: Row, rows: Sequence[Row | None]) -> str:
+    cells = [label, f"{case.sparsity:.0%}", str(case.batch)]
+    return f"| {' | '.join([*cells, *(cell for row in rows for cell in _cells(row))])} |"
 
 
 def _learned(results: Results) -> list[dict[str, Any]]:
@@ -104,6 +139,6 @@ def _caption(results: Results) -> str:
         f"Times are medians through the public plan, with bias, in float32. The columns dense and "
         f"CSR say how many times as long the best dense and the best CSR contender of a row take. "
         f"Measured on {machine['cpu']}, {machine['cores']} cores, "
-        f"{results.content['started'][:10]}. Of all {len(rows)} forward rows, ours is slower than "
+        f"{results.content['started'][:10]}. Of all {len(rows)} forward rows, srigl is slower than "
         f"the best dense in {lost['dense']} and slower than the best CSR in {lost['csr']}."
     )

@@ -11,6 +11,7 @@ from srigl_core.benchmarks.cases import HEADLINE
 from srigl_core.benchmarks.plot import save_plot
 from srigl_core.benchmarks.results import OURS, Results, Row
 from srigl_core.benchmarks.tables import number, plural, table
+from srigl_core.benchmarks.verdict import verdict
 
 __all__ = ["page", "write_report"]
 
@@ -136,10 +137,12 @@ def page(results: Results, picture: str = "") -> str:
     }
     parts = [
         f"# {device.upper()} kernels, measured",
-        f"Written by `srigl bench {device}` from the JSON beside it; so does `srigl bench report`.",
-        "**Incomplete**: the run ended early." if results.content.get("incomplete") else "",
-        _machine(results),
         f"![Times and ratios of the layer 3072→768]({picture})" if picture else "",
+        "**Incomplete**: the run ended early." if results.content.get("incomplete") else "",
+        verdict(results),
+        "## Where it was measured",
+        f"`srigl bench {device}` and `srigl bench report` write this page from the JSON beside it.",
+        _machine(results),
         *([] if is_cpu else ["## The batch from which dense is faster", _crossovers(results)]),
         "## How it was measured",
         _METHOD.format(**details).strip(),

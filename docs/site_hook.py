@@ -4,7 +4,7 @@ mkdocs calls the functions here. They
 
 - add pages from other folders, and pages that are generated from the laws and from JSON;
 - convert links, which are written as a git host needs them, to links within the site;
-- turn names of the API, "SPEC n" and "decision On" into links;
+- turn names of the API, "SPEC n" and "decision On" into links, and the first use of a term too;
 - show mkdocstrings the package as one tree, since its modules are in four folders.
 
 Problems are warnings, and errors in strict mode.
@@ -28,9 +28,10 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from srigl_core.benchmarks.huggingface import page as huggingface_page
-from srigl_core.benchmarks.readme import block
+from srigl_core.benchmarks.readme import long_table
 from srigl_core.benchmarks.report import page as measured_page
 from srigl_core.benchmarks.results import load_results
+from srigl_core.benchmarks.verdict import verdict
 from srigl_core.testing.laws import laws_page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ RESULTS = "benchmarks/results"
 FOLDERS = ("reference", "backends", "benchmarks")
 
 PLACES = {
-    "README.md": "first_steps.md",
+    "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
@@ -69,6 +70,21 @@ _DECISIONS = {
     "S": "s-sparsimony",
     "D": "d-our-own-where-the-sources-are-silent",
 }
+_GLOSSARY = "names.md"
+_TERMS = {
+    "Ablation": "ablat(?:ed|es|ion)",
+    "budget": "budgets?",
+    "Window": "windows?",
+    "ERK": "ERK",
+    "ITOP": "ITOP",
+}
+"""Terms that are linked where a page uses them first: as the glossary spells them, and patterns."""
+
+_TEXT = r"<(?P<whole>a|autoref|code|h\d|pre)\b.*?</(?P=whole)>|<[^>]*>|\b(?P<term>%s)\b"
+_UNWANTED = re.compile(
+    r"<p>::</p>\n"  # numpydoc's mark, which Markdown does not know
+    r'|\u2013\s*<div class="doc-md-description">\s*</div>'  # of a parameter without a description
+)
 _log = logging.getLogger("mkdocs.site")
 _tree = tempfile.TemporaryDirectory()
 
@@ -83,7 +99,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             (package / source.name).symlink_to(source)
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [_tree.name]
     if (ROOT / RESULTS / "gpu.json").exists():
-        measured = next(entry["Measured"] for entry in config.nav if "Measured" in entry)
+        measured = next(entry["Benchmarks"] for entry in config.nav if "Benchmarks" in entry)
         measured.append({"GPU kernels": PLACES[f"{RESULTS}/gpu.md"]})
     return config
 
@@ -108,10 +124,10 @@ def _measured() -> dict[str, str]:
     """Return the pages that are generated from JSON."""
     cpu = load_results(ROOT / RESULTS / "cpu.json")
     made = {f"{RESULTS}/cpu.md": measured_page(cpu, "cpu.png")}
-    on_gpu = "There are no measurements yet."
+    on_gpu = "Nothing has been measured on a GPU yet."
     if (ROOT / RESULTS / "gpu.json").exists():
         made[f"{RESULTS}/gpu.md"] = measured_page(load_results(ROOT / RESULTS / "gpu.json"))
-        on_gpu = "[GPU kernels](gpu.md) has all cases and contenders."
+        on_gpu = "[GPU kernels](gpu.md) has a page of its own."
     overhead = json.loads((ROOT / RESULTS / "overhead.json").read_text(encoding="utf-8"))
     rows = "".join(f"| {call} | {time:.2f} |\n" for call, time in overhead["median_us"].items())
     calls = f"| call | µs |\n|-|-:|\n{rows}"
@@ -122,25 +138,21 @@ def _measured() -> dict[str, str]:
     made[f"{RESULTS}/README.md"] = f"""\
 # Measured
 
-The numbers come from JSON files in the project; [Benchmarks](../README.md) describes the method.
+![How long a sparse layer takes, by batch size](speedup.svg)
 
-## CPU
+{verdict(cpu)}
 
-{block(cpu)}
+Layers in PyTorch and JAX add the cost of a call; [Frameworks](frameworks.md) says where that
+matters. {on_gpu}
+
+The numbers come from JSON files in the project; [How they are run](../README.md) describes the
+method.
+
+## Selected layers
+
+{long_table(cpu)}
 
 [CPU kernels](cpu.md) has all cases and contenders, and the roofline of the machine.
-
-## GPU
-
-{on_gpu}
-
-## A call
-
-{overhead["layer"]}; {overhead["machine"]["cpu"]}, {overhead["machine"]["cores"]} cores,
-{overhead["started"][:10]}.
-
-{calls}
-[Frameworks](frameworks.md) has networks, convolutions and training in PyTorch.
 """
     return made
 
@@ -203,8 +215,33 @@ def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Fi
             return match[0]
         return _reference(target, match[0])
 
-    literal_block = "<p>::</p>\n"  # numpydoc's mark, which Markdown does not know
-    return _REFERENCE.sub(linked, content.replace(literal_block, ""))
+    content = _REFERENCE.sub(linked, _UNWANTED.sub("", content))
+    if page.file.src_uri == _GLOSSARY:
+        return _with_anchors(content)
+    is_prose = page.file.src_uri not in _ORIGINS and not module
+    return _with_terms(content, page) if is_prose else content
+
+
+def _with_anchors(content: str) -> str:
+    """Make the terms of the glossary targets of links."""
+    for term in _TERMS:
+        anchor = rf'<\1 id="{term.lower()}">{term}</\1>'
+        content, found = re.subn(f"<(strong|em)>{term}</\\1>", anchor, content, count=1)
+        if not found:
+            _log.warning("%s does not explain %s", _GLOSSARY, term)
+    return content
+
+
+def _with_terms(content: str, page: Page) -> str:
+    """Link the first use of each term on a page to the glossary."""
+    home = posixpath.relpath("names.html", posixpath.dirname(page.url) or ".")
+    for term, pattern in _TERMS.items():
+        for match in re.finditer(_TEXT % pattern, content, re.DOTALL):
+            if match["term"]:
+                link = f'<a href="{home}#{term.lower()}">{match["term"]}</a>'
+                content = content[: match.start()] + link + content[match.end() :]
+                break
+    return content
 
 
 def _reference(target: str, text: str, attribute: str = "") -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from snippets import frameworks, run_samples, shown
 
 import srigl_core
 import srigl_core.backends
@@ -29,7 +30,7 @@ from srigl_core.reference.mask_update import (
 from srigl_core.reference.ranking import largest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
 KERNELS = [ROOT / "docs" / "write-a-kernel.md", *sorted(ROOT.glob("examples/kernels/**/*.py"))]
 README = (ROOT / "README.md").read_text()
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text()
@@ -60,10 +61,6 @@ def named(paths):
     return [pytest.param(path, id=path.relative_to(ROOT).as_posix()) for path in paths]
 
 
-def snippets(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-
-
 @pytest.mark.parametrize("name", WITH_DOCTESTS)
 def test_doctests_pass(name):
     outcome = doctest.testmod(importlib.import_module(name))
@@ -76,17 +73,22 @@ def test_doctests_are_found_under_every_folder():
     assert "srigl_core.backends.scipy_csr" in MODULES
 
 
-@pytest.mark.parametrize("page", named(page for page in PAGES if snippets(page)))
+@pytest.mark.parametrize("page", named(p for p in PAGES if shown(p) and not frameworks(p)))
 def test_snippets_run(page, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": page.stem}
-    for snippet in snippets(page):
-        exec(compile(snippet, str(page), "exec"), namespace)
+    run_samples(page, tmp_path, monkeypatch)
 
 
-def test_readme_starts_with_one_snippet_of_fifteen_lines():
-    first = [line for line in snippets(ROOT / "README.md")[0].splitlines() if line.strip()]
-    assert 10 <= len(first) <= 16
+@pytest.mark.parametrize("page", named(PAGES))
+def test_python_is_run_or_marked(page):
+    for words in re.findall(r"^```text\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        assert not re.search(r"^(?:import|from) \w+", words, re.MULTILINE), words
+    for title in re.findall(r"^```\w+ title=\"(.*)\"$", page.read_text(), re.MULTILINE):
+        assert title == "not run" or re.fullmatch(r"\w+\.\w+", title)
+
+
+def test_the_readme_shows_ten_lines_of_pytorch():
+    (sample,) = shown(ROOT / "README.md")
+    assert len([line for line in sample.splitlines() if line.strip()]) <= 10
 
 
 @pytest.mark.parametrize("path", named(KERNELS))

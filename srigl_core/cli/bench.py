@@ -170,7 +170,7 @@ def compare(old: _Runs, new: _Runs) -> None:
 @bench.command()
 @one_line_errors
 def readme(results: _Results, page: Annotated[Path, typer.Argument(help="README.md")]) -> None:
-    """Write the table between the README's markers."""
+    """Write the table between the README's markers, and the picture beside the JSON."""
     from srigl_core.benchmarks.readme import write_readme
 
     write_readme(results, page)

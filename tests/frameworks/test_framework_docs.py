@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scripts import run_script
+from snippets import frameworks, run_samples
 from typer.testing import CliRunner
 
 import srigl_core
@@ -17,6 +18,9 @@ from srigl_core.reference import random_mask, update_mask
 from srigl_core.testing import UpdateTrace
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    page for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")] if frameworks(page)
+)
 EXAMPLES = sorted(ROOT.glob("examples/frameworks/*.py"))
 WITH_DOCTESTS = sorted(
     f"srigl_core.{framework}.{file.stem}"
@@ -34,6 +38,13 @@ def test_doctests_of_frameworks_pass(name):
     assert outcome.failed == 0
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_samples_of_frameworks_run(page, tmp_path, monkeypatch, capsys):
+    for framework in frameworks(page):
+        pytest.importorskip(framework)
+    run_samples(page, tmp_path, monkeypatch)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
 def test_examples_of_frameworks_run(script, tmp_path):
@@ -47,7 +58,8 @@ def test_examples_of_frameworks_run(script, tmp_path):
 @pytest.mark.parametrize("framework", ["PyTorch", "JAX"])
 def test_a_trace_is_recorded_in_frameworks(framework, tmp_path, monkeypatch):
     page = (ROOT / "docs" / "write-a-kernel.md").read_text()
-    (recording,) = re.findall(rf"^```text\n([^`]*# {framework}\n[^`]*)```", page, re.MULTILINE)
+    name = f"in_{framework.lower()}.py"
+    (recording,) = re.findall(rf'^```python title="{name}"\n([^`]*)```', page, re.MULTILINE)
     rng = np.random.default_rng(0)
     before = random_mask((8, 16), fan_in=4, rng=rng)
     numbers, grad = rng.standard_normal((2, 8, 16), np.float32)

@@ -16,7 +16,7 @@ from fake_gpu import PEAKS, HostTensors, gpu_contenders
 from typer.testing import CliRunner
 
 import srigl_core
-from srigl_core.benchmarks import cliffs, measure, problems, readme, run
+from srigl_core.benchmarks import cliffs, measure, pictures, problems, readme, run
 from srigl_core.benchmarks.arrays import Arrays
 from srigl_core.benchmarks.cases import Case, Layer, cpu_cases, gpu_cases, matching
 from srigl_core.benchmarks.cliffs import BATCHES, confirmed_times, find_cliffs, measure_cliffs
@@ -25,11 +25,13 @@ from srigl_core.benchmarks.contenders import load_contenders
 from srigl_core.benchmarks.devices import cpu_peaks
 from srigl_core.benchmarks.devices.cpu import Flush, cache_sizes
 from srigl_core.benchmarks.devices.pools import environment
+from srigl_core.benchmarks.overhead import PICTURE
 from srigl_core.benchmarks.problems import RESULTS, TF32, Problem, WrongResultError
 from srigl_core.benchmarks.report import page, write_report
 from srigl_core.benchmarks.results import OURS, load_results, save_results
 from srigl_core.benchmarks.roofline import CpuPeaks, Work, least_time, work_of
 from srigl_core.benchmarks.timing import HostRun, TimeBudget, interleaved
+from srigl_core.benchmarks.verdict import verdict
 from srigl_core.cli.app import app
 from srigl_core.errors import FileFormatError, SriglError
 
@@ -538,8 +540,17 @@ def test_the_readme_gets_the_figures_between_its_markers_and_keeps_the_rest(save
     assert text.startswith(f"before\n{readme.BEGIN}\n| layer |")
     assert text.endswith(f"{readme.END}\nafter\n")
     assert "stale" not in text
-    assert "| 768→768, learned mask | 90% | 1 | 7.0 |" in text
+    assert "| 3072→768, weights cold | 90% | 1 | 70.0 |" in text
+    assert "| 768→768, learned mask | 90% | 1 | 7.0 |" in readme.long_table(made_up("cpu"))
     assert readme.replaced(text, made_up("cpu")) == text
+    picture = path.with_name(readme.PICTURE).read_text()
+    for words in (
+        "batch 256",
+        "srigl 20.0 µs",
+        "best CSR 90.0 µs, 4.5x",
+        "best dense 120 µs, 6.0x",
+    ):
+        assert words in picture
     refused = command("readme", saved(made_up("gpu")), target)
     assert (refused.exit_code, "was measured on a gpu" in refused.output) == (1, True)
 
@@ -553,7 +564,23 @@ def test_a_page_without_one_pair_of_markers_is_refused(page):
 def test_the_committed_pages_are_made_of_the_committed_result():
     results, text = load_results(COMMITTED), (ROOT / "README.md").read_text()
     assert readme.replaced(text, results) == text
+    assert text.count("\n| ", text.index(readme.BEGIN), text.index(readme.END)) <= 9
     assert COMMITTED.with_suffix(".md").read_text() == page(results, "cpu.png")
+    assert COMMITTED.with_name(readme.PICTURE).read_text() == pictures.speedup(results)
+    overhead = json.loads(COMMITTED.with_name("overhead.json").read_text())
+    assert COMMITTED.with_name(PICTURE).read_text() == pictures.calls(overhead)
+
+
+def test_a_page_says_in_words_what_is_good_and_what_is_bad():
+    results = made_up("cpu")
+    words = verdict(results)
+    assert "faster than the best dense product in 6 of 6 cases" in words
+    assert "faster than the best CSR product in 5 of 6 cases" in words
+    assert "| CSR | 3072→768 | 99% | hot | 1 | 1.1x |" in words
+    results.processes[0]["cases"][:] = results.processes[0]["cases"][1:5]
+    assert "no forward product was measured in which srigl is slower" in verdict(results)
+    results.processes[0]["cases"].clear()
+    assert verdict(results) == ""
 
 
 # Comparing two runs

@@ -1,0 +1,55 @@
+"""What is good and what is bad in a run, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import median
+
+from srigl_core.benchmarks.results import Results, Row
+from srigl_core.benchmarks.tables import table
+
+__all__ = ["verdict"]
+
+_FAMILIES = {"dense": "dense", "csr": "CSR"}
+
+
+def verdict(results: Results) -> str:
+    """Return how often srigl is faster than dense and CSR products, and where it is slower."""
+    rows = [row for row in results.rows if row.operation == "forward" and not row.is_empty]
+    good, losses = [], []
+    for family, name in _FAMILIES.items():
+        ratios = [(row, ratio) for row in rows if (ratio := row.ratio(family)) is not None]
+        if not ratios:
+            continue
+        lost = [(row, ratio) for row, ratio in ratios if ratio < 1]
+        typical = median(ratio for _, ratio in ratios)
+        good.append(
+            f"It is faster than the best {name} product in {len(ratios) - len(lost)} of "
+            f"{len(ratios)} cases; in the median, {name} takes {typical:.1f} times as long."
+        )
+        losses += _losses(name, lost)
+    if not good:
+        return ""
+    text = f"**Good**: srigl's forward product. {' '.join(good)}"
+    if not losses:
+        return f"{text}\n\n**Bad**: no forward product was measured in which srigl is slower."
+    head = ("faster than srigl", "layer", "sparsity", "weights", "batch", "srigl takes at worst")
+    return (
+        f"{text}\n\n**Bad**: srigl is slower in the cases of this table. The last column is its "
+        f"time, as a multiple of the other one's.\n\n{table(head, losses)}"
+    )
+
+
+def _losses(name: str, lost: Iterable[tuple[Row, float]]) -> list[tuple[str, ...]]:
+    """Return a line for each layer and state of its weights."""
+    groups: dict[tuple[str, str], list[tuple[Row, float]]] = {}
+    for row, ratio in lost:
+        groups.setdefault((row.layer, row.weights), []).append((row, ratio))
+    lines = []
+    for (layer, weights), members in groups.items():
+        sparsities = sorted({row.sparsity for row, _ in members})
+        batches = sorted({row.batch for row, _ in members})
+        worst = max(1 / ratio for _, ratio in members)
+        cells = (", ".join(f"{s:.0%}" for s in sparsities), weights, ", ".join(map(str, batches)))
+        lines.append((name, layer, *cells, f"{worst:.1f}x"))
+    return lines
