@@ -42,7 +42,6 @@ TRAINED = [
         for run in (
             "a_new_optimizer",
             "momentum",
-            "hybrid",
             "convolutions",
             "attention",
             "evaluated_within_steps",
@@ -74,7 +73,8 @@ for mode in MODES:
         f"freeze {mode}": WHOLE_STATE,
     }
     for kind in ("flat", "original"):
-        for order in ("before", "inside", "after"):
+        # Whether it is found before SRigL is attached does not depend on the mode.
+        for order in ("before", "inside", "after") if mode == "masked" else ("after",):
             REFUSED[f"fsdp1 {order} {kind} {mode}"] = NO_FSDP1
 
 OTHERS = {"half idle": 6}
@@ -89,6 +89,7 @@ OF_FOUR = [
     "sharded_before masked",
     "sharded_in_training masked",
     "sharded_in_training condensed",
+    "hybrid masked",
     "hybrid condensed",
     "tensor_parallel masked",
 ]
