@@ -45,7 +45,7 @@ def _losses(name: str, lost: Iterable[tuple[Row, float]]) -> list[tuple[str, ...
     groups: dict[tuple[str, str], list[tuple[Row, float]]] = {}
     for row, ratio in lost:
         groups.setdefault((row.layer, row.weights), []).append((row, ratio))
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for (layer, weights), members in groups.items():
         sparsities = sorted({row.sparsity for row, _ in members})
         batches = sorted({row.batch for row, _ in members})

@@ -85,6 +85,7 @@ _UNWANTED = re.compile(
     r"<p>::</p>\n"  # numpydoc's mark, which Markdown does not know
     r'|\u2013\s*<div class="doc-md-description">\s*</div>'  # of a parameter without a description
 )
+_SENTENCE = 50  # letters
 _log = logging.getLogger("mkdocs.site")
 _tree = tempfile.TemporaryDirectory()
 
@@ -216,10 +217,21 @@ def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Fi
         return _reference(target, match[0])
 
     content = _REFERENCE.sub(linked, _UNWANTED.sub("", content))
+    content = re.sub("<td(.*?)>(.*?)</td>", _cell, content, flags=re.DOTALL)
     if page.file.src_uri == _GLOSSARY:
         return _with_anchors(content)
     is_prose = page.file.src_uri not in _ORIGINS and not module
     return _with_terms(content, page) if is_prose else content
+
+
+def _cell(match: re.Match[str]) -> str:
+    """Let long names in a cell break after a mark, and give sentences room; site.css says how."""
+    attributes, content = match.groups()
+    if len(re.sub("<.*?>", "", content)) > _SENTENCE:
+        attributes += ' class="sentence"'
+    names = re.compile("<code>.*?</code>")
+    content = names.sub(lambda name: re.sub(r"(?<!<)([_./])", r"\1<wbr>", name[0]), content)
+    return f"<td{attributes}>{content}</td>"
 
 
 def _with_anchors(content: str) -> str:
