@@ -1,8 +1,9 @@
 """The overhead of a call, by the library whose arrays it takes.
 
 ``python -m srigl_core.benchmarks.overhead OUT.json``. The layer has 16 inputs and 16 neurons with
-one connection each, at batch 1 on one thread, so that almost all of the time is overhead. Libraries
-that are not installed are left out.
+one connection each, at batch 1 on one thread, so that almost all of the time is overhead. A PyTorch
+layer compares its numbers at each call, which takes longer in a large layer; one is measured with
+and without. Libraries that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ Calls = dict[str, Callable[[], object]]
 PICTURE = "calls.svg"
 SIZE = 16
 SECONDS = 5.0
+WIDE, WIDE_FAN_IN = (3072, 768), 307
 
 
 def calls() -> Calls:
@@ -52,13 +54,16 @@ def calls() -> Calls:
 def _torch_calls(weight: srigl_core.CondensedWeight, plan: srigl_core.Plan, x: Any) -> Calls:
     import torch
 
-    from srigl_core.torch import CondensedLinear
+    from srigl_core.torch import CondensedLinear, freeze
 
     torch.set_num_threads(1)
     tensor, layer = torch.from_numpy(x), CondensedLinear.from_condensed(weight)
     dense = layer.to_linear()
+    wide = torch.ones(1, WIDE[0])
+    large, frozen = (CondensedLinear(*WIDE, fan_in=WIDE_FAN_IN, rng=0) for _ in range(2))
+    freeze(frozen)
 
-    def without_gradient(module: Any) -> Callable[[], object]:
+    def without_gradient(module: Any, tensor: Any = tensor) -> Callable[[], object]:
         def call() -> object:
             with torch.inference_mode():
                 return module(tensor)
@@ -71,6 +76,8 @@ def _torch_calls(weight: srigl_core.CondensedWeight, plan: srigl_core.Plan, x: A
         "PyTorch, CondensedLinear": lambda: layer(tensor),
         "PyTorch, nn.Linear in inference mode": without_gradient(dense),
         "PyTorch, nn.Linear": lambda: dense(tensor),
+        "PyTorch, 3072 to 768 at 90%": without_gradient(large, wide),
+        "PyTorch, 3072 to 768 at 90%, frozen": without_gradient(frozen, wide),
     }
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from srigl_core.torch.sharded_tensors import is_sharded
+
 __all__ = ["Captured", "is_capturing", "record", "start"]
 
 
@@ -29,6 +31,7 @@ class Captured(list[tuple[Any, Any]]):
     def __init__(self, indices: Any, values: Any) -> None:
         super().__init__()
         self._indices, self._values, self._last_pass = indices, values, -1
+        self._is_replaced = self._had_gradient = False
         self._dtype_and_device = values.dtype, values.device
         # Looked up here, because tensors inside the kernel of an op have no graph.
         self._accumulator = (
@@ -44,8 +47,11 @@ class Captured(list[tuple[Any, Any]]):
         if this_pass >= 0:  # negative outside of autograd, where an op is called directly
             if not self._accumulates():
                 return  # for example in torch.autograd.grad
-            if this_pass != self._last_pass and _is_zero(self._values.grad):
-                self.clear()  # the gradient of the earlier products has been zeroed
+            if this_pass != self._last_pass:
+                if self._is_zeroed():
+                    self.clear()  # the gradient of the earlier products has been zeroed
+                if is_sharded(self._values):
+                    torch.autograd.Variable._execution_engine.queue_callback(self._note_gradient)
             self._last_pass = this_pass
         self.append((_copied(x), _copied(grad)))
 
@@ -54,10 +60,41 @@ class Captured(list[tuple[Any, Any]]):
         node, values = self._accumulator, self._values
         if node is None or self._dtype_and_device != (values.dtype, values.device):
             return True  # assumed: a converted tensor has another node
-        try:
-            return bool(torch._C._will_engine_execute_node(node))
-        except RuntimeError:  # raised if torch.autograd.grad computes the gradient of the values
-            return False
+        if _will_be_executed(node):
+            return True
+        # fully_shard computes with a parameter of its own, and sums up its gradient afterwards.
+        other = _accumulator_of_current_product()
+        self._is_replaced = other is not None and other.variable is not values
+        return self._is_replaced and _will_be_executed(other)
+
+    def _is_zeroed(self) -> bool:
+        """Return whether the gradient of earlier products has been set to None, or to zero."""
+        grad = self._values.grad
+        if self._is_replaced:
+            # A rank's part may be zero by chance, but ranks must do the same. And there is no
+            # gradient yet after a pass without gradient synchronisation.
+            return self._had_gradient and grad is None
+        return grad is None or not grad.any()
+
+    def _note_gradient(self) -> None:
+        """After a backward pass, note whether the values have a gradient."""
+        self._had_gradient = self._values.grad is not None
+
+
+def _will_be_executed(node: Any) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # raised if torch.autograd.grad computes the gradient of the values
+        return False
+
+
+def _accumulator_of_current_product() -> Any | None:
+    """Return the node that accumulates the gradient of the values in the running product."""
+    node = torch._C._current_autograd_node()
+    if node is None or "condensed_linear" not in node.name():
+        return None  # for example in a compiled graph
+    accumulator = node.next_functions[1][0]
+    return accumulator if hasattr(accumulator, "variable") else None
 
 
 _capturing: weakref.WeakValueDictionary[int, Captured] = weakref.WeakValueDictionary()
@@ -94,7 +131,3 @@ def record(indices: Any, x: Any, grad: Any) -> None:
 def _copied(array: Any) -> Any:
     """Return a copy with two axes; a compiled graph reuses its buffers."""
     return array.detach().clone(memory_format=torch.contiguous_format).view(-1, array.shape[-1])
-
-
-def _is_zero(grad: Any | None) -> bool:
-    return grad is None or not grad.any()

@@ -29,8 +29,10 @@ from srigl_core.torch.replacement import (
     linear_of,
     replace_modules,
 )
+from srigl_core.torch.sharded_tensors import laid_out, local, whole
 from srigl_core.torch.targets import Target, submodule
 from srigl_core.torch.tensors import as_numpy, from_numpy
+from srigl_core.torch.wrappers import refuse_calls, wrappers_of
 
 __all__ = ["CondensedLayers"]
 
@@ -57,8 +59,8 @@ class CondensedLayers:
         trainer: CondensedTrainer,
         group: Any | None,
     ) -> None:
-        self.trainer = trainer
-        self._model, self._optimizer, self._group = model, optimizer, group
+        self.trainer, self.optimizer = trainer, optimizer
+        self._model, self._group = model, group
         self._targets = {name: targets[name] for name in trainer.connections}
         self._layouts = {name: target.layout for name, target in targets.items()}
         self._places = {name: condensed_name(target) for name, target in self._targets.items()}
@@ -71,6 +73,9 @@ class CondensedLayers:
     def attach(self, init: str | None, rng: np.random.Generator) -> None:
         """Replace the dense layers by condensed ones, in the model and in the optimiser."""
         modules = {}
+        stale = wrappers_of(
+            target.parameter for target in self._targets.values() if not target.is_condensed
+        )
         for name, target in self._targets.items():
             if target.is_condensed:
                 self._layers[name] = target.module
@@ -86,10 +91,31 @@ class CondensedLayers:
             places, layout = _places(self.trainer.connections[name]), self._layouts[name]
             remap = partial(_gathered, places, layout, layer.values)
             replaced.append((self._targets[name].parameter, layer.values, remap))
-        replace_parameters(self._optimizer, replaced)
+        replace_parameters(self.optimizer, replaced)
+        refuse_calls(stale)
         self._layers = {name: self._layers[name] for name in self._targets}
         self._targets.clear()  # so that the dense weights are freed
         self._capture_if_needed()
+
+    @property
+    def weights(self) -> dict[str, tuple[Any, str]]:
+        """The modules and the attributes of the values."""
+        return {name: (layer, "values") for name, layer in self._layers.items()}
+
+    @property
+    def targets(self) -> dict[str, Target]:
+        """The values as weights of the model."""
+        return {
+            name: Target(name, self._path(name), layer, "values", layer.values)
+            for name, layer in self._layers.items()
+        }
+
+    def follow(self, replaced: list[tuple[Any, Any]]) -> None:
+        """Take parameters that have replaced others, old and new ones."""
+        captured = self._capturing
+        self._capture_if_needed()
+        for name, pairs in captured.items():
+            self._capturing[name].extend(pairs)
 
     def mask(self, name: str) -> Any:
         """Return a layer's mask, a new tensor of bool of the dense weight's shape."""
@@ -102,10 +128,6 @@ class CondensedLayers:
     def parameters(self) -> dict[str, Any]:
         """The values of the layers."""
         return {name: layer.values for name, layer in self._layers.items()}
-
-    def attached(self) -> list[tuple[Any, str]]:
-        """Return the modules and the names of the parameters that were added to the model."""
-        return [(layer, "values") for layer in self._layers.values()]
 
     def track(self, average: Any) -> None:
         """Move the numbers of an average with the connections."""
@@ -167,7 +189,7 @@ class CondensedLayers:
             changed.append((layer.values, partial(_remapped, update)))
         if was_due:
             grown = self.trainer.config.grown_init
-            remap_states(self._optimizer, changed, grown)
+            remap_states(self.optimizer, changed, grown)
             paths = (f"{self._path(name)}.values" for name in updates)
             remaps = dict(zip(paths, (remap for _, remap in changed), strict=True))
             self._averages.remap(remaps, grown, self._buffers(updates))
@@ -206,7 +228,7 @@ class CondensedLayers:
         before = self.trainer.state_dict()
         self.trainer.load_state_dict(state)
         for name, layer in self._layers.items():
-            if self.trainer.connections[name] != layer.to_condensed().connections:
+            if self.trainer.connections[name] != layer._connections():
                 self.trainer.load_state_dict(before)
                 raise SriglError(
                     f"layer {name!r} has other connections than the state; load the model's "
@@ -253,7 +275,7 @@ class CondensedLayers:
             state = [(t.data_ptr(), t._version) for t in layer.buffers()]
             if self._seen.get(name) == state:
                 continue
-            if self.trainer.connections[name] != layer.to_condensed().connections:
+            if self.trainer.connections[name] != layer._connections():
                 raise SriglError(
                     f"layer {name!r} has other connections than SRigL gave it, so a state was "
                     f"loaded since the last step; to resume, call srigl.load_state_dict(...) with "
@@ -272,7 +294,7 @@ class CondensedLayers:
         layer = self._layers[name]
 
         def rows(start: int, stop: int) -> NDArray[Any]:
-            values = layer.values.detach()
+            values = local(layer.values)
             total = values.new_zeros(stop - start, layer.in_features, dtype=_sum_dtype(values))
             for pairs, factor in steps:
                 for x, grad in pairs:
@@ -322,12 +344,13 @@ def _gathered(
 
 def _remapped(update: CondensedUpdate, state: Any, start: float) -> Any:
     """Return optimiser state after an update, in the shape of the old state."""
-    source = torch.from_numpy(update.source.reshape(-1)).to(state.device)
-    flat = torch.full_like(state, start)
+    old = whole(state)
+    source = torch.from_numpy(update.source.reshape(-1)).to(old.device)
+    flat = torch.full_like(old, start)
     flat[: source.numel()] = torch.where(
-        source < 0, flat[: source.numel()], state[source.clamp(min=0)]
+        source < 0, flat[: source.numel()], old[source.clamp(min=0)]
     )
-    return flat
+    return laid_out(flat, state)
 
 
 def _sum_dtype(*parts: Any) -> Any:

@@ -23,6 +23,7 @@ from srigl_core.torch.replacement import (
     why_not_condensed,
 )
 from srigl_core.torch.selection import Entry
+from srigl_core.torch.sharded_tensors import check_not_sharded
 from srigl_core.torch.targets import Target, find_targets
 from srigl_core.torch.tensors import as_numpy
 from srigl_core.torch.training import SRigL
@@ -86,6 +87,7 @@ def condense(
     >>> condense(model, {"0": mask})[0].fan_in
     2
     """
+    check_not_sharded(model)
     names = None
     if isinstance(masks, SRigL):
         # These were not named by the caller, so they need not all be condensed.
@@ -132,6 +134,7 @@ def to_masked_dense(model: Any) -> Any:
         If a layer has an activation, or is the model itself. The message names the layer, and the
         model is not changed.
     """
+    check_not_sharded(model)
     layers = condensed_modules(model)
     for name, layer in layers.items():
         activation = linear_of(layer).activation
@@ -166,6 +169,7 @@ def to_csr(model: Any) -> dict[str, scipy.sparse.csr_array]:
         New arrays by layer name, (n_out, n_in); weights of convolutions are flattened. Active
         zeros are stored. 16-bit values become float32.
     """
+    check_not_sharded(model)
     layers = condensed_modules(model)
     return {name: linear_of(layer).to_condensed().to_csr() for name, layer in layers.items()}
 

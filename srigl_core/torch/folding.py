@@ -28,6 +28,7 @@ from srigl_core.torch.linear import (
     weight_of,
 )
 from srigl_core.torch.replacement import has_hooks
+from srigl_core.torch.sharded_tensors import check_not_sharded
 from srigl_core.torch.targets import check_module
 
 __all__ = ["Folding", "fold_ablated"]
@@ -114,6 +115,7 @@ def fold_ablated(model: Any, example_input: Any | None = None) -> Folding:
     >>> model[2].in_features
     2
     """
+    check_not_sharded(model)
     check_module(model)
     removed: dict[str, int] = {}
     left: dict[str, str] = {}

@@ -6,6 +6,7 @@ from typing import Any
 
 from srigl_core.torch.packing import freeze_packing, unfreeze_packing
 from srigl_core.torch.replacement import condensed_modules, linear_of
+from srigl_core.torch.sharded_tensors import check_not_sharded
 
 __all__ = ["freeze", "unfreeze"]
 
@@ -47,6 +48,7 @@ def freeze(model: Any) -> Any:
     >>> layer(torch.ones(2, 16)).shape
     torch.Size([2, 4])
     """
+    check_not_sharded(model)
     for module in condensed_modules(model).values():
         layer = linear_of(module)
         layer.values.requires_grad_(False)

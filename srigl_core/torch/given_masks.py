@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.torch.sharded_tensors import whole
 from srigl_core.torch.targets import Target
 from srigl_core.torch.tensors import as_numpy, from_numpy
 
@@ -58,8 +59,9 @@ def given_masks(targets: Mapping[str, Target], masks: Any) -> dict[str, NDArray[
         if masks != NONZERO:
             raise SriglError(f"masks={masks!r} is unknown; give masks by name, or 'nonzero'")
         return {
-            name: as_numpy(target.layout.to_rows(target.parameter.detach())) != 0
+            name: as_numpy(target.layout.to_rows(whole(target.parameter.detach()))) != 0
             for name, target in targets.items()
+            if not target.is_condensed
         }
     by_layer = masks_by_layer(masks)
     for name in by_layer:
@@ -76,7 +78,7 @@ def check_not_sparse(targets: Mapping[str, Target]) -> None:
         if target.is_condensed:
             continue
         n_weights = target.parameter.numel()
-        n_nonzero = int(torch.count_nonzero(target.parameter.detach()))
+        n_nonzero = int(torch.count_nonzero(whole(target.parameter)))
         if 0 < 2 * n_nonzero < n_weights:
             raise SriglError(
                 f"layer {name!r} is sparse already: {n_weights - n_nonzero} of its {n_weights} "

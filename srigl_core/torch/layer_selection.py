@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from srigl_core._training.config import TrainingConfig
+from srigl_core.errors import SriglError
 from srigl_core.torch.replacement import why_not_condensed
 from srigl_core.torch.selection import Entry
+from srigl_core.torch.sharded_tensors import is_sharded
 from srigl_core.torch.targets import Selection, Target, find_targets
 
 __all__ = ["select_layers"]
@@ -47,9 +49,10 @@ def select_layers(
             return (
                 "is condensed; train it with mode='condensed', or call to_masked_dense(model) first"
             )
-        return why_not_condensed(target) if condensed and not target.is_condensed else None
+        is_ready = not condensed or target.is_condensed or is_sharded(target.parameter)
+        return None if is_ready else why_not_condensed(target)
 
-    return find_targets(
+    selection = find_targets(
         model,
         include,
         exclude,
@@ -57,3 +60,11 @@ def select_layers(
         named=[*options, *named],
         kept=[name for name, option in options.items() if option.dense],
     )
+    for name, target in selection.targets.items() if condensed else ():
+        if is_sharded(target.parameter) and not target.is_condensed:
+            raise SriglError(
+                f"layer {name!r} is sharded (its weight is a DTensor of fully_shard, or of tensor "
+                f"parallelism), and cannot be replaced by a condensed layer; attach SRigL first, "
+                f"then call fully_shard, or use mode='masked'"
+            )
+    return selection

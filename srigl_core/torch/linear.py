@@ -19,6 +19,7 @@ from srigl_core.torch.activations import ACTIVATION_FUNCTIONS
 from srigl_core.torch.capture import is_capturing
 from srigl_core.torch.ops import condensed_inference, condensed_linear
 from srigl_core.torch.packing import condensed_weight
+from srigl_core.torch.sharded_tensors import is_sharded, laid_out, whole
 from srigl_core.torch.tensors import as_numpy, from_numpy, numpy_dtype, torch_dtype
 from srigl_core.torch.weight_view import HasDenseWeight
 
@@ -238,15 +239,25 @@ class CondensedLinear(HasDenseWeight, nn.Module):  # type: ignore[misc] # torch 
 
         Device, dtype, mode and `requires_grad` are kept; numbers are copied.
         """
-        dense = self.values.new_zeros((self.out_features, self.in_features))
+        values = whole(self.values.detach())
+        dense = values.new_zeros((self.out_features, self.in_features))
         rows, columns, n_used = self._places()
-        dense[rows, columns] = self.values.detach()[:n_used].view(columns.shape)
+        dense[rows, columns] = values[:n_used].view(columns.shape)
         return dense_like(self, dense, _copy(self.bias))
 
     def to_condensed(self) -> CondensedWeight:
-        """Return a copy of connections and values in the host's memory."""
+        """Return a copy of connections and values in the host's memory.
+
+        If ``fully_shard`` has sharded the values, every rank must call this.
+        """
         buffers = self.indices, self.active, self.counts
-        return condensed_weight(self.values, *buffers, self.in_features)
+        return condensed_weight(whole(self.values), *buffers, self.in_features)
+
+    def _connections(self) -> Connections:
+        """Return the connections, without the values, which may be sharded."""
+        values = torch.zeros(self.values.shape, dtype=self.values.dtype)
+        buffers = self.indices, self.active, self.counts
+        return condensed_weight(values, *buffers, self.in_features).connections
 
     def load_condensed_(self, weight: CondensedWeight) -> None:
         """Copy connections and values into the layer's tensors.
@@ -275,8 +286,8 @@ class CondensedLinear(HasDenseWeight, nn.Module):  # type: ignore[misc] # torch 
         )
         with torch.no_grad():
             for tensor, numbers, filler in parts:
-                tensor[: len(numbers)] = numbers.to(tensor)
-                tensor[len(numbers) :] = filler
+                numbers = nn.functional.pad(numbers, (0, len(tensor) - len(numbers)), value=filler)
+                tensor.copy_(laid_out(numbers.to(tensor.dtype), tensor))
 
     @property
     def nnz_budget(self) -> int:
@@ -367,6 +378,8 @@ class CondensedLinear(HasDenseWeight, nn.Module):  # type: ignore[misc] # torch 
         del tensors["bias"]
         if any(tensor.is_meta for tensor in tensors.values()):
             return
+        if is_sharded(tensors["values"]):  # any values are valid
+            tensors["values"] = torch.zeros(self.values.shape, dtype=self.values.dtype)
         try:
             condensed_weight(**tensors, n_in=self.in_features)
         except SriglError as error:

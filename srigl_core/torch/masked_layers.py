@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,8 @@ from srigl_core.reference.init import sparse_init
 from srigl_core.torch.averages import Averages
 from srigl_core.torch.model_sparsity import sparsity_of_model
 from srigl_core.torch.optimizers import remap_states
+from srigl_core.torch.ranks import agreed
+from srigl_core.torch.sharded_tensors import is_sharded, laid_out, local, whole
 from srigl_core.torch.targets import Target
 from srigl_core.torch.tensors import as_numpy, from_numpy, on_device_of
 
@@ -28,10 +31,14 @@ __all__ = ["MaskedLayers", "update_backend"]
 
 
 def update_backend(targets: dict[str, Target], method: str) -> Backend | None:
-    """Return a backend for a method's updates of weights that are all on one CUDA device."""
+    """Return a backend for a method's updates of weights that are all on one CUDA device.
+
+    Sharded weights are gathered on the host for an update, as there may be no room on the device.
+    """
     parameters = [target.parameter for target in targets.values()]
     on_one_device = all(
-        device_of(p) == "cuda" and p.device == parameters[0].device for p in parameters
+        not is_sharded(p) and device_of(p) == "cuda" and p.device == parameters[0].device
+        for p in parameters
     )
     if not (on_one_device and get_method(method).on_device):
         return None
@@ -50,13 +57,19 @@ class MaskedLayers:
     targets : dict of str to Target
     optimizer : torch.optim.Optimizer
     trainer : SparseTrainer
+    group : torch.distributed process group, or None
     """
 
     def __init__(
-        self, model: Any, targets: dict[str, Target], optimizer: Any, trainer: SparseTrainer
+        self,
+        model: Any,
+        targets: dict[str, Target],
+        optimizer: Any,
+        trainer: SparseTrainer,
+        group: Any | None,
     ) -> None:
-        self.trainer = trainer
-        self._model, self._optimizer = model, optimizer
+        self.trainer, self.optimizer = trainer, optimizer
+        self._model, self._group = model, group
         self._targets = targets
         self._inactive: dict[str, Any] = {}
         self._no_gradient: dict[str, Any] = {}
@@ -70,7 +83,9 @@ class MaskedLayers:
             for name, target in self._targets.items():
                 drawn = sparse_init(self._trainer_mask(name), init, rng=rng, dtype=np.float64)
                 with torch.no_grad():
-                    target.parameter.copy_(target.layout.from_rows(torch.from_numpy(drawn)))
+                    weight = target.layout.from_rows(torch.from_numpy(drawn))
+                    weight = weight.to(target.parameter.dtype)
+                    target.parameter.copy_(laid_out(weight, target.parameter))
         self._copy_masks()
         self._mask_weights()
         # Momentum of inactive weights would reach the others in an optimiser of matrices.
@@ -78,20 +93,38 @@ class MaskedLayers:
             (target.parameter, partial(_reset, self._inactive[name]))
             for name, target in self._targets.items()
         ]
-        remap_states(self._optimizer, changed)
+        remap_states(self.optimizer, changed)
+
+    @property
+    def weights(self) -> dict[str, tuple[Any, str]]:
+        """The modules and the attributes of the weights."""
+        return {name: (part.module, part.attribute) for name, part in self._targets.items()}
+
+    @property
+    def targets(self) -> dict[str, Target]:
+        """The weights."""
+        return self._targets
+
+    def follow(self, replaced: list[tuple[Any, Any]]) -> None:
+        """Take parameters that have replaced others, old and new ones."""
+        new_of = {id(old): new for old, new in replaced}
+        for name, target in list(self._targets.items()):
+            new = new_of.get(id(target.parameter), target.parameter)
+            self._targets[name] = replace(target, parameter=new)
+            if name in self._hidden:
+                self._hidden[name] = laid_out(self._hidden[name], new)
+        self._copy_masks()
 
     def mask(self, name: str) -> Any:
         """Return a layer's mask, a new tensor of bool of the weight's shape."""
-        return ~self._inactive[name]
+        target = self._targets[name]
+        mask = _as_tensor(self.trainer.masks[name], target.parameter)
+        return target.layout.from_rows(mask).clone()
 
     @property
     def parameters(self) -> dict[str, Any]:
         """The layers' weights."""
         return {name: target.parameter for name, target in self._targets.items()}
-
-    def attached(self) -> list[tuple[Any, str]]:
-        """Return modules and parameters that were added to the model: none."""
-        return []
 
     def track(self, average: Any) -> None:
         """Move the numbers of an average with the masks, and mask it now."""
@@ -99,7 +132,7 @@ class MaskedLayers:
         found = self._averages.add(average, weights, {})
         with torch.no_grad():
             for name, tensor in zip(self._targets, found.values(), strict=True):
-                tensor.masked_fill_(self._inactive[name].to(tensor.device), 0)
+                tensor.masked_fill_(laid_out(self._inactive[name], tensor), 0)
 
     def digests(self) -> dict[str, str]:
         """Return a hash of each mask."""
@@ -111,7 +144,11 @@ class MaskedLayers:
     def total_sparsity(self) -> float:
         """Return the sparsity of all matrices of the model."""
         nnz = self.trainer.nnz
-        masked = {id(target.parameter): nnz[name] for name, target in self._targets.items()}
+        # Not the targets' parameters, which fully_shard replaces.
+        masked = {
+            id(part._parameters.get(attribute)): nnz[name]
+            for name, (part, attribute) in self.weights.items()
+        }
         return sparsity_of_model(self._model, masked)
 
     def after_backward(self, loss_scale: float, gradient_scale: float) -> bool:
@@ -133,10 +170,12 @@ class MaskedLayers:
             gradient = target.parameter.grad
             if self.trainer.needs_grad:
                 # A layer that took no part has no gradient, or one that was zeroed in place.
-                unscaled = None
-                if gradient is not None and gradient.any():
-                    unscaled = gradient if gradient_scale == 1 else gradient / gradient_scale
+                unscaled = None if gradient is None else whole(gradient)
+                if unscaled is not None and unscaled.any():
+                    unscaled = unscaled if gradient_scale == 1 else unscaled / gradient_scale
                     unscaled = self._for_trainer(target, unscaled)
+                else:
+                    unscaled = None
                 with on_device_of(target.parameter):
                     self.trainer.accumulate(target.name, unscaled)
             if gradient is not None:
@@ -172,11 +211,11 @@ class MaskedLayers:
                 parameter = target.parameter
                 weight = from_numpy(weight) if isinstance(weight, np.ndarray) else weight
                 with torch.no_grad():
-                    parameter.copy_(target.layout.from_rows(weight))
+                    parameter.copy_(laid_out(target.layout.from_rows(weight), parameter))
                 reset = before[name] | self._no_gradient[name]
                 changed.append((parameter, partial(_reset, reset)))
             grown = self.trainer.config.grown_init
-            remap_states(self._optimizer, changed, grown)
+            remap_states(self.optimizer, changed, grown)
             remaps = [remap for _, remap in changed]
             paths = (_path(self._targets[name]) for name in updates)
             self._averages.remap(dict(zip(paths, remaps, strict=True)), grown, {})
@@ -204,21 +243,22 @@ class MaskedLayers:
         """Return the trainer's state and the hidden weights."""
         state = self.trainer.state_dict()
         if self._hidden:
-            state["hidden"] = {name: as_numpy(part) for name, part in self._hidden.items()}
+            state["hidden"] = {name: as_numpy(whole(p)) for name, p in self._hidden.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the trainer's state. The model's weights must be those of the same step."""
         self.trainer.load_state_dict(state)
+        parameters = self.parameters
         self._hidden = {
-            name: from_numpy(part).to(self._targets[name].parameter)
+            name: laid_out(from_numpy(part).to(parameters[name].dtype), parameters[name])
             for name, part in state.get("hidden", {}).items()
         }
         self._copy_masks()
 
     def _for_trainer(self, target: Target, tensor: Any) -> Any:
         """Return a tensor by rows, as a NumPy array if the trainer computes on another device."""
-        tensor = target.layout.to_rows(tensor)
+        tensor = target.layout.to_rows(whole(tensor))
         return tensor if self.trainer.device == device_of(tensor) else as_numpy(tensor)
 
     def _trainer_mask(self, name: str) -> Any:
@@ -233,10 +273,11 @@ class MaskedLayers:
             like = target.parameter
             mask, backward = self.trainer.masks[name], self.trainer.backward_mask(name)
             to_weight = target.layout.from_rows
-            inactive = self._inactive[name] = ~to_weight(_as_tensor(mask, like))
-            self._no_gradient[name] = (
-                inactive if backward is mask else ~to_weight(_as_tensor(backward, like))
-            )
+            inactive = laid_out(~to_weight(_as_tensor(mask, like)), like)
+            self._inactive[name] = self._no_gradient[name] = inactive
+            if backward is not mask:
+                inactive = laid_out(~to_weight(_as_tensor(backward, like)), like)
+                self._no_gradient[name] = inactive
 
     def _mask_weights(self) -> None:
         with torch.no_grad():
@@ -247,21 +288,30 @@ class MaskedLayers:
     def _check_masked(self) -> None:
         """Check that weights are zero outside their masks, as `step` left them.
 
-        On another device than the CPU this is only looked at if PyTorch has counted a write.
+        On another device than the CPU this is only looked at if PyTorch has counted a write, which
+        it does not do in the parts of a sharded weight.
         """
+        found = {}
         for name, target in self._targets.items():
             parameter = target.parameter
-            if not parameter.is_cpu and self._seen.get(name) == _state(parameter):
+            is_counted = not (parameter.is_cpu or is_sharded(parameter))
+            if is_counted and self._seen.get(name) == _state(parameter):
                 continue
-            outside = (parameter.detach() != 0).logical_and_(self._inactive[name])
-            if outside.any():
+            found[name] = bool(local(self._outside(name)).any())
+        for name, is_found in agreed(found, self.parameters.values(), self._group).items():
+            if is_found:
+                n_outside = int(whole(self._outside(name).sum()))
                 raise SriglError(
-                    f"layer {name!r} has {int(outside.sum())} weights that are not zero outside "
-                    f"its mask, so its weights were written since the last step. To resume, call "
+                    f"layer {name!r} has {n_outside} weights that are not zero outside its mask, "
+                    f"so its weights were written since the last step. To resume, call "
                     f"srigl.load_state_dict(...) with the state of the same step as the model's; "
                     f"to train other weights, load them before SRigL is attached (masks='nonzero' "
                     f"keeps their zeros)"
                 )
+
+    def _outside(self, name: str) -> Any:
+        """Return where a weight is not zero outside its mask."""
+        return (self._targets[name].parameter.detach() != 0).logical_and_(self._inactive[name])
 
     def _hide_weights(self) -> None:
         """Move weights that only the backward pass uses from the parameters to `_hidden`."""
@@ -272,6 +322,7 @@ class MaskedLayers:
 
 
 def _as_tensor(mask: Any, like: Any) -> Any:
+    like = local(like)
     return library_of(like).to_caller(mask, like).to(like.device)
 
 
@@ -285,4 +336,4 @@ def _path(target: Target) -> str:
 
 
 def _reset(where: Any, state: Any, start: float) -> Any:
-    return state.masked_fill(where.to(state.device), start)
+    return state.masked_fill(laid_out(where, state), start)

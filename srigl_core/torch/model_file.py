@@ -27,6 +27,7 @@ from srigl_core._format.file import (
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
+from srigl_core.torch.attention import CondensedMultiheadAttention
 from srigl_core.torch.conv import GEOMETRY, CondensedConv, CondensedConv1d, CondensedConv2d
 from srigl_core.torch.layer_types import is_gpt_conv1d
 from srigl_core.torch.linear import CondensedLinear
@@ -36,12 +37,14 @@ from srigl_core.torch.replacement import (
     present_layer,
     replace_modules,
 )
+from srigl_core.torch.sharded_tensors import check_not_sharded
 from srigl_core.torch.targets import submodule
 from srigl_core.torch.tensors import as_numpy, from_numpy
 
 __all__ = ["load_model", "save_model"]
 
 _MODULES_KEY = "srigl_core.modules"
+_LAYER_TENSORS = ("weight", "bias", "values", "indices", "active", "counts")
 
 
 def save_model(model: Any, path: str | os.PathLike[str]) -> None:
@@ -58,11 +61,15 @@ def save_model(model: Any, path: str | os.PathLike[str]) -> None:
     ValueTypeError
         If `model` is not a module, or its state holds something other than tensors.
     SriglError
-        If a condensed layer's tensors are not a valid weight.
+        If a condensed layer's tensors are not a valid weight, or something else is registered in
+        it, for which the file has no place.
     """
     from safetensors.torch import save
 
+    check_not_sharded(model)
     layers = condensed_modules(model)
+    for name, module in layers.items():
+        _check_nothing_else(name, module)
     tensors = _plain_state(model, layers)
     weights = {name: linear_of(module).to_condensed() for name, module in layers.items()}
     for name, module in layers.items():
@@ -97,8 +104,8 @@ def load_model(path: str | os.PathLike[str], model: Any) -> Any:
     FileFormatError
         If the file is truncated, has another format or version, or holds an invalid layer.
     SriglError
-        If the model has other layers than the file. The message names them; the model does not
-        change.
+        If the model has other layers than the file, or something else is registered in one of
+        them. The message names them; the model does not change.
     OSError
         If the file cannot be read.
 
@@ -106,6 +113,7 @@ def load_model(path: str | os.PathLike[str], model: Any) -> Any:
     -----
     The condensed layers are new modules with new parameters. Make the optimiser after this call.
     """
+    check_not_sharded(model)
     tensors, weights, modules = _read(path)
     made: dict[str, Any] = {}
     first_names: dict[tuple[int, str], str] = {}
@@ -212,6 +220,7 @@ def _in_place_of(name: str, model: Any, layer: Any) -> Any:
     linear = linear_of(layer)
     if _shape(present) != _shape(layer):
         raise _differs(name, _shape(layer), present)
+    _check_nothing_else(name, present)
     old = linear_of(present)
     like = old.values if isinstance(old, CondensedLinear) else old.weight
     layer.to(device=like.device, dtype=like.dtype)
@@ -221,6 +230,20 @@ def _in_place_of(name: str, model: Any, layer: Any) -> Any:
             like.requires_grad if old.bias is None else old.bias.requires_grad
         )
     return layer.train(present.training)
+
+
+def _check_nothing_else(name: str, module: Any) -> None:
+    """Raise SriglError if a layer has tensors that are no part of a layer in a file."""
+    known = {"weight", "bias"}
+    linear = linear_of(module)
+    if isinstance(linear, CondensedLinear):
+        prefix = "" if linear is module else "linear."
+        known |= {f"{prefix}{part}" for part in _LAYER_TENSORS}
+    if others := sorted(module.state_dict().keys() - known):
+        raise SriglError(
+            f"layer {name!r} also has {', '.join(map(repr, others))}, for which the file has no "
+            f"place; remove it, or save and load model.state_dict()"
+        )
 
 
 def _place(model: Any, name: str) -> tuple[int, str]:
@@ -258,8 +281,12 @@ def _shape(module: Any) -> str:
 def _plain_state(model: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tensors of a model's state that belong to no condensed layer."""
     prefixes = tuple(f"{name}." if name else "" for name in layers)
-    # In a dense model a projection of attention is a parameter and not yet a layer.
-    projections = {f"{name}_weight" for name in layers if submodule(model, name) is None}
+    # In a dense model a projection of attention is a parameter; in others there may be a marker.
+    projections = {
+        f"{name}_weight"
+        for name in layers
+        if submodule(model, name) is None or _is_projection(model, name)
+    }
     state = {}
     for name, tensor in model.state_dict().items():
         if (prefixes and name.startswith(prefixes)) or name in projections:
@@ -271,6 +298,10 @@ def _plain_state(model: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
             )
         state[name] = tensor.detach()
     return state
+
+
+def _is_projection(model: Any, name: str) -> bool:
+    return isinstance(submodule(model, name.rpartition(".")[0]), CondensedMultiheadAttention)
 
 
 # ---------------------------------------------------------------- the file

@@ -9,6 +9,8 @@ import torch
 
 from srigl_core.errors import SriglError
 from srigl_core.torch.optimizers import find_optimizers, groups_of
+from srigl_core.torch.ranks import agreed
+from srigl_core.torch.sharded_tensors import local
 
 __all__ = ["MovementCheck"]
 
@@ -38,10 +40,11 @@ class MovementCheck:
     names : iterable of str
         Names of the layers.
     optimizer : torch.optim.Optimizer or a wrapper
+    group : torch.distributed process group, or None
     """
 
-    def __init__(self, names: Any, optimizer: Any) -> None:
-        self._optimizer = optimizer
+    def __init__(self, names: Any, optimizer: Any, group: Any | None = None) -> None:
+        self._optimizer, self._group = optimizer, group
         self._misses = dict.fromkeys(names, 0)
         self._before: dict[str, Any] = {}
         self._looks = 0
@@ -56,10 +59,19 @@ class MovementCheck:
             rates |= {id(p): min(_rate(group), rates.get(id(p), 1.0)) for p in group["params"]}
         watched = {name: rates.get(id(parameters[name]), 1.0) for name in self._misses}
         self._looks += any(watched.values())
-        for name, rate in watched.items():
-            # The first of several calls in a step counts: LBFGS and SAM change weights in between.
-            if name not in self._before and rate > 0 and _must_change(parameters[name], rate):
+        # The first of several calls in a step counts: LBFGS and SAM change weights in between.
+        must_change = {
+            name: _must_change(parameters[name], rate)
+            for name, rate in watched.items()
+            if name not in self._before and rate > 0
+        }
+        for name, must in agreed(must_change, parameters.values(), self._group).items():
+            if must:
                 self._before[name] = _checksum(parameters[name])
+
+    def restart_step(self) -> None:
+        """Forget the weights before the step, which have been laid out anew."""
+        self._before.clear()
 
     def after_step(self, parameters: Mapping[str, Any]) -> None:
         """Compare the weights after the optimiser's step.
@@ -70,11 +82,15 @@ class MovementCheck:
             If a weight has not changed in three steps. The message names the layer.
         """
         before, self._before = self._before, {}
-        for name, checksum in before.items():
-            parameter = parameters[name]
-            if not torch.equal(_checksum(parameter), checksum):
+        changed = {
+            name: not torch.equal(_checksum(parameters[name]), checksum)
+            for name, checksum in before.items()
+        }
+        for name, has_changed in agreed(changed, parameters.values(), self._group).items():
+            if has_changed:
                 del self._misses[name]
                 continue
+            parameter = parameters[name]
             self._misses[name] += 1
             has_state = any(part.state.get(parameter) for part in find_optimizers(self._optimizer))
             if self._misses[name] >= (_PATIENCE_WITH_STATE if has_state else _PATIENCE):
@@ -96,20 +112,14 @@ def _must_change(parameter: Any, rate: float) -> bool:
     """Return whether a step of an optimiser changes a weight by more than rounding hides."""
     if parameter.grad is None:
         return False
-    weight, grad = _local(parameter), _local(parameter.grad)
+    weight, grad = local(parameter), local(parameter.grad)
     if weight.numel() == 0 or not (torch.isfinite(grad).all() and grad.any()):
         return False
     change = rate * min(1.0, float(grad.abs().max()))
     return change > float(torch.finfo(weight.dtype).eps * weight.abs().max())
 
 
-def _local(tensor: Any) -> Any:
-    """Return a tensor's part on this rank."""
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def _checksum(parameter: Any) -> Any:
     """Return the sum of a tensor's bits, which costs no memory."""
-    weight = _local(parameter)
+    weight = local(parameter)
     return weight.view(_INTEGERS[weight.element_size()]).sum(dtype=torch.int64)

@@ -35,6 +35,7 @@ from srigl_core.torch.conv import CondensedConv, CondensedConv1d, CondensedConv2
 from srigl_core.torch.conversion import dense_layer
 from srigl_core.torch.linear import ACTIVATION_FUNCTIONS, CondensedLinear
 from srigl_core.torch.replacement import condensed_modules, linear_of, replace_modules
+from srigl_core.torch.sharded_tensors import check_not_sharded
 from srigl_core.torch.tensors import from_numpy
 
 __all__ = ["FORMS", "export_onnx"]
@@ -96,6 +97,7 @@ def export_onnx(
     """
     if not isinstance(model, nn.Module):
         raise ValueTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_not_sharded(model)
     args, kwargs = _arguments(model, example_input)
     for x in pytree.tree_leaves((args, kwargs)):
         if dynamic_batch and isinstance(x, torch.Tensor) and x.ndim < 2:

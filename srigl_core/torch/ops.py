@@ -21,6 +21,7 @@ from srigl_core._product_spec import gradient_specs, product_spec
 from srigl_core.contract import MatmulGradients
 from srigl_core.torch import capture
 from srigl_core.torch.packing import Packing, packing_of
+from srigl_core.torch.sharded_tensors import may_be_viewed
 from srigl_core.torch.tensors import as_numpy, numpy_dtype, on_device_of, spec_of, torch_dtype
 
 __all__ = [
@@ -74,7 +75,7 @@ def _multiply(x: Any, *layer: Any) -> Any:
             try:
                 packing.plan.write_product(
                     _rows(_as_array(x, "x", packing)),
-                    None if bias is None else _as_array(bias, "bias", packing),
+                    None if bias is None else _as_array(may_be_viewed(bias), "bias", packing),
                     activation=activation[0] if activation else "none",
                     out=_rows(_as_array(y, "y", packing)),
                     threads=threads,

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.torch.sharded_tensors import local
 from srigl_core.torch.targets import Target
 
 __all__ = [
@@ -145,7 +146,7 @@ def check_optimizer(targets: dict[str, Target], optimizer: Any, mode: str) -> No
             )
     # A wrapper's own groups do not tell which parameters are updated; those inside it do. But an
     # optimiser of something else, as of a schedule's dummy parameter, makes no wrapper.
-    shapes = {target.shape for target in targets.values()}
+    shapes = {tuple(target.parameter.shape) for target in targets.values()}
     wrapped = [part for part in optimizers if shapes & _shapes(_inner(part))]
     updating = [part for part in optimizers if _shards(part) or part not in wrapped]
     held = {id(p) for group in groups_of(updating) for p in group["params"]}
@@ -162,7 +163,8 @@ def check_optimizer(targets: dict[str, Target], optimizer: Any, mode: str) -> No
         if id(target.parameter) not in held:
             raise SriglError(
                 f"layer {target.name!r}: the optimizer does not hold its weight; make it from "
-                f"model.parameters() after the model is on its device, or exclude the layer"
+                f"model.parameters() after the model is on its device (and after fully_shard), or "
+                f"exclude the layer"
             )
         for part in _parts(optimizer):
             _check_copies(target, part)
@@ -310,7 +312,8 @@ def _check_copies(target: Target, optimizer: Any) -> None:
         if name == "param_groups":
             continue
         for _, tensor in _tensors(value):
-            if tensor.shape == target.shape and not isinstance(tensor, nn.Parameter):
+            is_alike = tensor.shape == target.parameter.shape
+            if is_alike and not isinstance(tensor, nn.Parameter):
                 raise SriglError(
                     f"layer {target.name!r}: {_name(optimizer)}.{name} holds a tensor of its "
                     f"weight's shape, which SRigL cannot keep up to date; pass an optimizer that "
@@ -400,7 +403,7 @@ def _with_references_replaced(value: Any, new_of: dict[int, Any], seen: set[int]
 
 
 def _share_memory(one: Any, other: Any) -> bool:
-    one, other = (part.to_local() if hasattr(part, "to_local") else part for part in (one, other))
+    one, other = local(one), local(other)
     return bool(one.data_ptr() == other.data_ptr() and one.device == other.device)
 
 
@@ -449,7 +452,7 @@ def _tried_start(
 def _tried_elementwise(optimizer: Any, group: dict[str, Any], weight: Any) -> bool | None:
     """Return whether two steps with a weight and with its numbers in a row are the same."""
     # Larger than the blocks of numbers that share a scale in optimisers of few bits.
-    shape = torch.Size((40, 120, 2, 3, 2)[: weight.ndim])
+    shape = torch.Size((40, 120, 2, 3, 2)[: max(weight.ndim, 2)])
     vector = torch.linspace(-1, 1, shape.numel(), device=weight.device)
     gradients = [vector.cos() * 0.3, vector.sin() - 0.2]
     matrix = vector.clone().reshape(shape)

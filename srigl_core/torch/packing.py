@@ -23,6 +23,7 @@ from srigl_core._format.weight import CondensedWeight
 from srigl_core._plan import Plan, prepare
 from srigl_core._registry import get_backend
 from srigl_core.errors import SriglError
+from srigl_core.torch.sharded_tensors import may_be_viewed
 from srigl_core.torch.tensors import as_numpy, numpy_dtype
 
 __all__ = ["Packing", "condensed_weight", "freeze_packing", "packing_of", "unfreeze_packing"]
@@ -108,6 +109,7 @@ def packing_of(
     kept = _packings.get(key)
     if kept is not None and not compare and kept.seen[0] == state:
         return kept
+    values = may_be_viewed(values)
     same_mask = kept is not None and kept.has_mask(mask, n_in)
     # A count that has changed is enough to know that the values have: optimisers write them all.
     if (
@@ -162,6 +164,12 @@ def condensed_weight(
     """
     n_out, room = len(active), min(len(values), len(indices))
     n_active, fan_in = (int(count) for count in _on_host(counts))
+    if n_active == fan_in == 0:
+        raise SriglError(
+            "counts holds zeros: the layer was made without memory (on the meta device) and has no "
+            "connections yet; call load_state_dict with a condensed layer's state, or "
+            "reset_parameters()"
+        )
     if not (1 <= n_active <= n_out and 1 <= fan_in <= n_in and n_active * fan_in <= room):
         raise SriglError(
             f"counts holds n_active={n_active} and fan_in={fan_in}, which a layer of n_out={n_out} "
@@ -169,7 +177,7 @@ def condensed_weight(
         )
     used, shape = n_active * fan_in, (n_active, fan_in)
     return CondensedWeight(
-        _on_host(values)[:used].reshape(shape),
+        _on_host(may_be_viewed(values))[:used].reshape(shape),
         _on_host(indices)[:used].reshape(shape),
         _on_host(active)[:n_active],
         (n_out, n_in),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from srigl_core.errors import SriglError
+from srigl_core.torch.sharded_tensors import is_sharded
 
-__all__ = ["check_agreement", "mean_of_ranks", "n_ranks", "true_on_a_rank"]
+__all__ = ["agreed", "check_agreement", "mean_of_ranks", "n_ranks", "true_on_a_rank"]
 
 
 def n_ranks(group: Any | None) -> int:
@@ -65,6 +66,18 @@ def true_on_a_rank(conditions: dict[str, bool], group: Any | None) -> dict[str, 
     flags = torch.tensor(list(conditions.values()), dtype=torch.int32, device=_device(group))
     dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
     return dict(zip(conditions, (bool(flag) for flag in flags), strict=True))
+
+
+def agreed(
+    conditions: dict[str, bool], tensors: Iterable[Any], group: Any | None
+) -> dict[str, bool]:
+    """Return which conditions on a rank's parts of tensors are true; of whole tensors, if sharded.
+
+    So ranks with different parts of a tensor decide alike.
+    """
+    if conditions and any(map(is_sharded, tensors)):
+        return true_on_a_rank(conditions, group)
+    return conditions
 
 
 def _device(group: Any | None) -> str:

@@ -19,6 +19,7 @@ from torch import nn
 
 from srigl_core._files import check_archive, file_errors, regular_file
 from srigl_core.errors import FileFormatError, SriglError
+from srigl_core.torch.sharded_tensors import check_not_sharded
 from srigl_core.torch.targets import check_module
 
 __all__ = ["load_released_checkpoint"]
@@ -71,6 +72,7 @@ def load_released_checkpoint(
     its mask is refused, since it shows that the order differs. Newly grown weights are active
     although they are 0.0.
     """
+    check_not_sharded(model)
     check_module(model)
     checkpoint = source if isinstance(source, Mapping) else _read(source)
     weights = _unwrapped(_weights(checkpoint))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.torch.attention import WEIGHT_NAMES, CondensedMultiheadAttention
@@ -22,6 +23,7 @@ from srigl_core.torch.layer_types import (
 )
 from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.selection import Entry, entries_of, matches
+from srigl_core.torch.sharded_tensors import is_sharded
 from srigl_core.torch.tensors import numpy_dtype
 
 __all__ = [
@@ -322,6 +324,11 @@ def _obstacle(target: Target, other_names: list[str]) -> str | None:
     if other_names:
         others = ", ".join(map(repr, other_names))
         return f"shares its weight with {others}; exclude it, or give each layer its own weight"
+    if parameter.layout is not torch.strided:
+        return f"has a weight of layout {parameter.layout}; exclude it, or make it dense"
+    if is_traceable_wrapper_subclass(parameter) and not is_sharded(parameter):
+        what = type(parameter).__name__
+        return f"has a weight that is a {what}, which hides its numbers (quantised?); exclude it"
     try:
         numpy_dtype(parameter.dtype)
     except ValueTypeError:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from srigl_core._arrays.dtypes import value_dtype
 from srigl_core._product_spec import ArraySpec
 from srigl_core.errors import ValueTypeError
+from srigl_core.torch.sharded_tensors import is_sharded
 
 __all__ = ["as_numpy", "from_numpy", "numpy_dtype", "on_device_of", "spec_of", "torch_dtype"]
 
@@ -57,8 +58,13 @@ def as_numpy(tensor: Any) -> NDArray[Any]:
     Raises
     ------
     ValueTypeError
-        If it is sparse, quantised, or has no numbers, as on the device meta.
+        If it is sparse, quantised, sharded, or has no numbers, as on the device meta.
     """
+    if is_sharded(tensor):
+        raise ValueTypeError(
+            "a tensor that is sharded over processes (a DTensor) cannot be read as an array; pass "
+            "its full_tensor(), which all ranks must call"
+        )
     if tensor.requires_grad:
         tensor = tensor.detach()
     array: NDArray[Any]

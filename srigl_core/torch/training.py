@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,23 @@ from srigl_core.torch.layer_selection import select_layers
 from srigl_core.torch.masked_layers import MaskedLayers, update_backend
 from srigl_core.torch.model_sparsity import dense_table
 from srigl_core.torch.movement import MovementCheck
-from srigl_core.torch.optimizers import check_optimizer, find_optimizers, groups_of
-from srigl_core.torch.ranks import check_agreement
+from srigl_core.torch.optimizers import (
+    check_optimizer,
+    find_optimizers,
+    groups_of,
+    replace_parameters,
+)
+from srigl_core.torch.ranks import agreed, check_agreement
 from srigl_core.torch.selection import Entry
+from srigl_core.torch.sharded_tensors import laid_out, local
+from srigl_core.torch.targets import check_module
 from srigl_core.torch.tensors import as_numpy
+from srigl_core.torch.wrappers import (
+    ParameterWatch,
+    check_wrappers,
+    refuse_without_numbers,
+    steps_of,
+)
 
 __all__ = ["MODES", "SRigL"]
 
@@ -73,7 +87,7 @@ class SRigL:
     Parameters
     ----------
     model : torch.nn.Module
-        A model that is on its device and not yet wrapped for data-parallel training. Connections
+        A model that is on its device and not yet wrapped in DistributedDataParallel. Connections
         are drawn at random. Weights at the connections are kept, and the others become zero.
     optimizer : torch.optim.Optimizer
         Updates the model's parameters. May be a wrapper of an optimiser, or a list of optimisers.
@@ -152,11 +166,8 @@ class SRigL:
             raise SriglError(f"mode={mode!r} is unknown; use one of {', '.join(MODES)}")
         if init is not None and init not in INITS:
             raise SriglError(f"init={init!r} is unknown; use one of {', '.join(INITS)}")
-        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            raise SriglError(
-                "model is wrapped in DistributedDataParallel; attach SRigL to the model itself "
-                "first, then wrap it"
-            )
+        check_module(model)
+        check_wrappers(model)
         config = _with_settings(config, gamma_sal=gamma_sal, grad_window=grad_window, seed=seed)
         named = () if masks is None or isinstance(masks, str) else masks_by_layer(masks)
         selection = select_layers(
@@ -166,6 +177,7 @@ class SRigL:
         for name, target in targets.items():
             if target.attribute in _attached.get(target.module, ()):
                 raise SriglError(f"layer {name!r} has an SRigL already; call its detach() first")
+        refuse_without_numbers(targets)
         check_optimizer(targets, optimizer, mode)
         shapes = {name: target.shape for name, target in targets.items()}
         given: dict[str, Any] = {} if masks is None else given_masks(targets, masks)
@@ -180,11 +192,7 @@ class SRigL:
             if target.is_condensed
         }
         config = replace(config, layers={**dense, **config.layers, **fixed})
-        given = {
-            name: as_numpy(targets[name].layout.to_rows(torch.from_numpy(mask)))
-            for name, mask in given.items()
-            if name not in dense
-        }
+        given = {name: mask for name, mask in given.items() if name not in dense}
         settings: dict[str, Any] = {"sparsity": sparsity, "schedule": schedule, "config": config}
         self.mode, self._group = mode, process_group
         self._layers: MaskedLayers | CondensedLayers
@@ -192,7 +200,7 @@ class SRigL:
             if backend is None:
                 backend = update_backend(targets, config.method)
             trainer = SparseTrainer(shapes, backend=backend, masks=given, **settings)
-            self._layers = MaskedLayers(model, targets, optimizer, trainer)
+            self._layers = MaskedLayers(model, targets, optimizer, trainer, process_group)
         else:
             connections = {
                 name: target.module.to_condensed().connections
@@ -208,15 +216,15 @@ class SRigL:
             self._layers = CondensedLayers(model, targets, optimizer, condensed, process_group)
         self._optimizer = optimizer
         self._was_skipped, self._n_skipped = False, 0
-        self._movement = MovementCheck(self.trainer.sparse_layers, optimizer)
+        self._movement = MovementCheck(self.trainer.sparse_layers, optimizer, process_group)
         check_agreement(self._layers.digests, process_group)
         self._layers.attach(init, np.random.default_rng([self.trainer.config.seed, 1]))
         self._recorded_at: int | None = None
         self._n_missed = self._n_alone = 0
-        self._register(
-            [(target.module, target.attribute) for target in targets.values()]
-            + self._layers.attached()
-        )
+        self._watch = ParameterWatch(model, self._layers.weights)
+        self._has_followed, self._steps_before = False, 0
+        replaced = [(target.module, target.attribute) for target in targets.values()]
+        self._register(dict.fromkeys([*replaced, *self._layers.weights.values()]))
 
     def _register(self, weights: Iterable[tuple[Any, str]]) -> None:
         """Note that these weights, modules with the names of parameters, have this SRigL."""
@@ -229,7 +237,7 @@ class SRigL:
     def __getstate__(self) -> dict[str, Any]:
         alive = ((reference(), attribute) for reference, attribute in self._weights)
         weights = [(module, attribute) for module, attribute in alive if module is not None]
-        weights = weights if self.mode == "masked" else self._layers.attached()
+        weights = weights if self.mode == "masked" else list(self._layers.weights.values())
         return {**self.__dict__, "_weights": weights}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -277,11 +285,18 @@ class SRigL:
                 )
         if scaler is not None and not scaler.is_enabled():
             scaler = None  # a disabled scaler skips no step
+        if self._follow() and scaler is not None:
+            raise SriglError(
+                "parameters were sharded since the last step, after SRigL was attached, so the "
+                "scaler has not unscaled their gradients; call srigl.set_optimizer(optimizer) "
+                "right after fully_shard"
+            )
+        self._steps_before, _ = steps_of([])
         optimizers = find_optimizers(self._optimizer)
         found = {} if scaler is None else _infinities(scaler, [self._optimizer, *optimizers])
         is_looked_at = scaler is not None or self.trainer.needs_grad
-        self._was_skipped = is_looked_at and (
-            any(flag.item() for flag in found.values()) or not _gradients_are_finite(optimizers)
+        self._was_skipped = is_looked_at and not _gradients_are_finite(
+            optimizers, found, self._group
         )
         if self._was_skipped:
             self._layers.discard_step()
@@ -308,6 +323,8 @@ class SRigL:
             weight, or ranks disagree. The message names the layer. Unless ranks disagree nothing is
             changed, and the step is not counted.
         """
+        self._follow()
+        self._check_steps()
         self._movement.after_step(self._layers.parameters)
         recorded_at, self._recorded_at = self._recorded_at, None
         self._n_missed = 0
@@ -402,7 +419,55 @@ class SRigL:
         ValueTypeError
             If it is neither a module nor a mapping.
         """
+        self._follow()
         self._layers.track(average)
+
+    def set_optimizer(self, optimizer: Any) -> None:
+        """Say which optimiser updates the parameters from now on.
+
+        ``fully_shard`` replaces a model's parameters. If SRigL was attached before, the optimiser
+        that it was given gets the new parameters and keeps its state, at this call or at the next
+        one of `after_backward`. If you make a new optimiser, pass it here.
+
+        Parameters
+        ----------
+        optimizer : torch.optim.Optimizer
+            Or a wrapper, or a list, as when SRigL was attached.
+
+        Raises
+        ------
+        SriglError
+            If it lacks a weight, or cannot train it. The old optimiser stays in use.
+        """
+        self._follow(optimizer)
+        check_optimizer(self._layers.targets, optimizer, self.mode)
+        self._optimizer = self._layers.optimizer = optimizer
+        self._movement = MovementCheck(self.trainer.sparse_layers, optimizer, self._group)
+        self._has_followed = False
+
+    def _follow(self, optimizer: Any | None = None) -> bool:
+        """Follow `fully_shard`, which replaces parameters, and return whether it did so."""
+        replaced = self._watch.replaced()
+        if not replaced:
+            return False
+        changed = [(old, new, partial(_as_sharded, new)) for old, new in replaced]
+        for each in (self._optimizer, optimizer):
+            if each is not None:
+                replace_parameters(each, changed)
+        self._layers.follow(replaced)
+        self._movement.restart_step()
+        self._has_followed = True
+        return True
+
+    def _check_steps(self) -> None:
+        """After the parameters were sharded, check that the optimiser is still in use."""
+        n_steps, last = steps_of(find_optimizers(self._optimizer))
+        if self._has_followed and last <= self._steps_before < n_steps:
+            raise SriglError(
+                "the parameters were sharded after SRigL was attached, and the optimizer that "
+                "SRigL was given does not step any more; pass the new one to "
+                "srigl.set_optimizer(...)"
+            )
 
     def report(self) -> str:
         """Return a table of the layers: budgets, active weights, fan-in and active neurons.
@@ -458,8 +523,10 @@ class SRigL:
     def _skip_step(self) -> None:
         """Check that a step whose gradients were not finite did no harm."""
         self._layers.skip_step()
-        for name, parameter in self._layers.parameters.items():
-            if not torch.isfinite(parameter).all():
+        parameters = self._layers.parameters
+        wrong = {name: not torch.isfinite(local(p)).all() for name, p in parameters.items()}
+        for name, is_wrong in agreed(wrong, parameters.values(), self._group).items():
+            if is_wrong:
                 raise SriglError(
                     f"layer {name!r}: weight is not finite after a step whose gradients were not "
                     f"finite; skip such steps, as torch.amp.GradScaler does"
@@ -472,11 +539,21 @@ class SRigL:
             )
 
 
-def _gradients_are_finite(optimizers: list[Any]) -> bool:
-    """Return whether all gradients of the optimisers' parameters are finite."""
-    parameters = [p for group in groups_of(optimizers) for p in group["params"]]
-    finite = [torch.isfinite(p.grad).all() for p in parameters if p.grad is not None]
-    return all(flag.item() for flag in finite)  # all are queued before the first is awaited
+def _gradients_are_finite(optimizers: list[Any], found: dict[Any, Any], group: Any | None) -> bool:
+    """Return whether all gradients of the optimisers' parameters are finite.
+
+    `found` are the infinities that a scaler found.
+    """
+    parameters = [p for part in groups_of(optimizers) for p in part["params"]]
+    finite = [torch.isfinite(local(p.grad)).all() for p in parameters if p.grad is not None]
+    has_infinity = any(local(flag).item() for flag in found.values())
+    # All are queued before the first is awaited.
+    has_infinity = has_infinity or not all(flag.item() for flag in finite)
+    return not agreed({"infinity": has_infinity}, parameters, group)["infinity"]
+
+
+def _as_sharded(parameter: Any, state: Any, start: float) -> Any:
+    return laid_out(state, parameter)
 
 
 def _infinities(scaler: Any, optimizers: list[Any]) -> dict[Any, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from srigl_core.errors import SriglError
+from srigl_core.torch.sharded_tensors import whole
 
-__all__ = ["HasDenseWeight", "dense_weight"]
+__all__ = ["HasDenseWeight", "dense_weight", "is_marker"]
 
 _SETTERS = ("__set__", "__setitem__", "__delete__")
 _IN_PLACE = (
@@ -72,7 +73,7 @@ class _LazyWeight(_ReadOnly):
         layer = object.__getattribute__(self, "_layer")
         buffers = layer.indices, layer.active, layer.counts
         with torch.no_grad():
-            dense = dense_weight(layer.values, *buffers, layer.in_features)
+            dense = dense_weight(whole(layer.values), *buffers, layer.in_features)
         with torch._C.DisableTorchFunctionSubclass():
             return dense.view(self.shape)
 
@@ -98,14 +99,22 @@ class HasDenseWeight:
         return _LazyWeight(layer, shape)
 
     @weight.setter
-    def weight(self, _: Any) -> None:
-        raise SriglError(_READ_ONLY)
+    def weight(self, new: Any) -> None:
+        # torch.func.functional_call sets the marker of a state, and then the weight that was there.
+        is_own = isinstance(new, _LazyWeight) and new._layer is self._weight_of()[0]
+        if not is_own and not is_marker(new):
+            raise SriglError(_READ_ONLY)
 
     def register_parameter(self, name: str, param: Any) -> None:
         """Add a parameter, but none that is called ``weight``."""
         if name == "weight":
             raise SriglError(_READ_ONLY)
         super().register_parameter(name, param)  # type: ignore[misc] # that of nn.Module
+
+
+def is_marker(tensor: Any) -> bool:
+    """Return whether a tensor is a marker of `state_markers`; a dense weight has two axes."""
+    return isinstance(tensor, torch.Tensor) and tensor.shape == (1,)
 
 
 _READ_ONLY = (

@@ -276,6 +276,11 @@ def test_condensed_layers_beside_dense_ones():
     srigl = SRigL(model, optimizer, **options)
     assert srigl.trainer.connections["0"] == before
     assert srigl.trainer.sparse_layers == ["0", "2"]
+    srigl.detach()
+    with torch.no_grad():  # "nonzero" is for the dense layers among them
+        model[0].values[:3] = 0
+    srigl = SRigL(model, optimizer, **options | {"sparsity": None}, masks="nonzero")
+    assert srigl.trainer.connections["0"] == before
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     SRigL(model, optimizer, include=["0"], **options).detach()

@@ -669,6 +669,34 @@ def test_what_is_no_model_file_is_refused(tmp_path):
     assert not (tmp_path / "noted").exists()
 
 
+@pytest.mark.parametrize(
+    ("make", "name", "more"),
+    [
+        (perceptron, "0", lambda layer: layer.register_buffer("scale", torch.ones(1))),
+        (perceptron, "0", lambda layer: layer.add_module("linear", nn.Linear(2, 2))),
+        (perceptron, "0", lambda layer: setattr(layer, "adapter", nn.Parameter(torch.ones(1)))),
+        (convolutional, "0", lambda layer: layer.register_buffer("scale", torch.ones(1))),
+        (convolutional, "0", lambda layer: layer.linear.register_buffer("x", torch.ones(1))),
+    ],
+)
+def test_a_layer_with_more_than_a_file_holds_is_neither_saved_nor_replaced(
+    make, name, more, tmp_path
+):
+    model, srigl = trained(make)
+    condense(model, srigl)
+    save_model(model, tmp_path / "model")
+    more(model.get_submodule(name))
+    with pytest.raises(SriglError, match=rf"layer '{name}' also has '.*model\.state_dict\(\)"):
+        save_model(model, tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+    with pytest.raises(SriglError, match=rf"layer '{name}' also has"):
+        load_model(tmp_path / "model", model)
+    dense = make()
+    dense.get_submodule(name).register_buffer("scale", torch.ones(1))
+    with pytest.raises(SriglError, match=rf"layer '{name}' also has 'scale'"):
+        load_model(tmp_path / "model", dense)
+
+
 # ---------------------------------------------------------------- released checkpoints
 
 

@@ -32,6 +32,9 @@ DEMO = Path(__file__).parents[2] / "examples" / "demo"
 SMALL = Recipe(widths=(64, 40, 32, 10), epochs=4, delta_t=5)
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:UpdateSchedule.* mask updates:UserWarning")
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The report, the folder and the printed text of one small demo."""

@@ -14,7 +14,7 @@ import pytest
 from srigl_core import CondensedWeight, load_condensed, save_condensed
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 20
+SECONDS = 60
 """After which a worker that is still there is one that was left. It takes a fraction of one."""
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
