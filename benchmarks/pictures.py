@@ -19,7 +19,7 @@ __all__ = ["Bar", "bar_chart", "calls", "speedup"]
 # The first of each family is drawn in the palette of Okabe and Ito, as in the plots.
 _COLOURS = {"srigl": "#0072B2", "CSR": "#E69F00", "dense": "#8C8C8C"}
 _BATCHES = (1, 8, 64, 256, 2048)
-_WIDTH, _LABELS = 520, 84  # narrow, so that a phone shows letters that can be read
+_WIDTH, _LABELS = 520, 96  # narrow, so that a phone shows letters that can be read
 _BAR, _GAP, _LINE = 18, 10, 16
 _LETTER = 8  # at most the mean width of a letter
 

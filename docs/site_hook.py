@@ -85,7 +85,7 @@ _UNWANTED = re.compile(
     r"<p>::</p>\n"  # numpydoc's mark, which Markdown does not know
     r'|\u2013\s*<div class="doc-md-description">\s*</div>'  # of a parameter without a description
 )
-_SENTENCE = 50  # letters
+_SENTENCE = 24  # letters
 _log = logging.getLogger("mkdocs.site")
 _tree = tempfile.TemporaryDirectory()
 

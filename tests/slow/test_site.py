@@ -126,7 +126,7 @@ def test_search_finds_a_word_of_the_glossary(site, tab):
     page, wrong = tab
     page.set_viewport_size({"width": WIDTHS[0], "height": 900})
     page.goto(f"{address}/index.html", wait_until="load")
-    page.get_by_role("textbox", name="Search").fill("ablation")
+    page.get_by_role("textbox", name="Search").press_sequentially("ablation")
     results = page.locator(".md-search-result__link")
     results.first.wait_for(timeout=30_000)
     found = " ".join(results.nth(i).get_attribute("href") for i in range(results.count()))
