@@ -278,7 +278,7 @@ class SRigL:
         """
         if self._recorded_at is not None and self._recorded_at != _optimizer_steps:
             self._n_missed += 1
-            if self._n_missed == _MOST_MISSED:
+            if self._n_missed >= _MOST_MISSED:
                 raise SriglError(
                     f"srigl.step() was not called after the last {_MOST_MISSED} steps of an "
                     f"optimizer; call it after optimizer.step() in each training step"
