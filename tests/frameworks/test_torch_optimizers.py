@@ -636,6 +636,10 @@ from srigl_core import SriglError
 from srigl_core.reference import UpdateSchedule
 from srigl_core.torch import SRigL
 
+def say(line):
+    sys.stdout.write(f"{line}\\n")  # in one piece, since the ranks share their output
+    sys.stdout.flush()
+
 def plain(groups, group):
     return torch.optim.AdamW(groups, lr=0.01)
 
@@ -703,7 +707,7 @@ def work(rank, world, file):
             dist.all_gather_object(everyones, same, group=group)
             if rank == 0:
                 line = f"ranks={world} {mode} {make.__name__}: same bits {all(everyones)}"
-                print(line, len(moments), flush=True)
+                say(f"{line} {len(moments)}")
     try:
         model = nn.Sequential(nn.Linear(4, 4))
         overlapping = ZeroRedundancyOptimizer(
@@ -711,7 +715,7 @@ def work(rank, world, file):
         )
         SRigL(model, overlapping, sparsity=0.5, schedule=100)
     except SriglError as error:
-        print(error, flush=True)
+        say(error)
     dist.destroy_process_group()
 
 if __name__ == "__main__":
