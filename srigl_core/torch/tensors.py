@@ -32,6 +32,7 @@ def numpy_dtype(dtype: Any, what: str = "tensor") -> np.dtype[Any]:
     return value_dtype(str(dtype).removeprefix("torch."), f"{what} of dtype")
 
 
+@functools.cache
 def torch_dtype(dtype: np.dtype[Any]) -> Any:
     """Return the `torch.dtype` of a value type."""
     return getattr(torch, dtype.name)
