@@ -208,7 +208,7 @@ class _Bits:
         if tensor.dtype is not self._dtype or not tensor.is_cpu or tensor.nbytes < self._nbytes:
             return False
         tensor = tensor if tensor.is_contiguous() else tensor.contiguous()
-        return _memcmp(tensor.data_ptr(), self._address, self._nbytes) == 0
+        return bool(_memcmp(tensor.data_ptr(), self._address, self._nbytes) == 0)
 
 
 def _copy(tensor: Any) -> Any:
