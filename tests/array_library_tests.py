@@ -57,71 +57,71 @@ class ArrayLibraryTests:
     """
 
     def test_a_product_is_an_array_of_the_same_library_with_the_same_bits(self, product_backend):
-        for dtype in self.library.dtypes:
+        for dtype in self.adapter.dtypes:
             weight, x, _, bias = arrays_of(dtype)
             plan = prepare(weight, backend=product_backend)
             for shape in ((12,), (3, 12), (1, 3, 12), (0, 12)):
                 some = np.resize(x, shape)
                 for options in ({}, {"activation": "gelu"}, {"compact": True}):
                     context = dtype, shape, options
-                    got = plan(self.library.make(some), **options)
-                    assert_same(self.library, got, plan(some, **options), context)
-                    got = plan(self.library.make(some), self.library.make(bias), **options)
-                    assert_same(self.library, got, plan(some, bias, **options), context)
+                    got = plan(self.adapter.make(some), **options)
+                    assert_same(self.adapter, got, plan(some, **options), context)
+                    got = plan(self.adapter.make(some), self.adapter.make(bias), **options)
+                    assert_same(self.adapter, got, plan(some, bias, **options), context)
 
     def test_gradients_are_arrays_of_the_same_library(self, backward_backend):
-        make = self.library.make
-        for dtype in self.library.dtypes:
+        make = self.adapter.make
+        for dtype in self.adapter.dtypes:
             weight, x, grad, _ = arrays_of(dtype)
             got = condensed_matmul_backward(make(grad), make(x), weight, backend=backward_backend)
             wanted = condensed_matmul_backward(grad, x, weight, backend=backward_backend)
             for name in ("x", "values", "bias"):
                 pair = getattr(got, name), getattr(wanted, name)
-                assert_same(self.library, *pair, (dtype, name))
+                assert_same(self.adapter, *pair, (dtype, name))
 
     def test_an_update_is_of_arrays_of_the_same_library(self, update_backend):
-        for dtype in self.library.dtypes:
+        for dtype in self.adapter.dtypes:
             arrays = update_arrays(dtype)
-            got = update_mask(*map(self.library.make, arrays), **UPDATE, backend=update_backend)
+            got = update_mask(*map(self.adapter.make, arrays), **UPDATE, backend=update_backend)
             wanted = update_mask(*arrays, **UPDATE, backend=update_backend)
             for name in ("mask", "weight"):
                 pair = getattr(got, name), getattr(wanted, name)
-                assert_same(self.library, *pair, (dtype, name))
+                assert_same(self.adapter, *pair, (dtype, name))
             for name in ("ablated", "revived", "salient_counts"):
                 assert type(getattr(got, name)) is np.ndarray
                 np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name))
 
     def test_arrays_are_read_where_they_lie(self):
-        for dtype in self.library.dtypes:
+        for dtype in self.adapter.dtypes:
             _, x, _, _ = arrays_of(dtype)
-            theirs = self.library.make(x)
+            theirs = self.adapter.make(x)
             read = as_float_array(theirs, "x")
-            assert read.ctypes.data == self.library.address(theirs)
+            assert read.ctypes.data == self.adapter.address(theirs)
             assert read.dtype == dtype
             assert read.tobytes() == x.tobytes()
             mask = x.astype(np.float32) > 0
-            np.testing.assert_array_equal(as_mask(self.library.make(mask), mask.shape), mask)
+            np.testing.assert_array_equal(as_mask(self.adapter.make(mask), mask.shape), mask)
 
     def test_a_condensed_weight_is_packed_from_the_librarys_arrays(self):
         dense, _, mask = update_arrays()
         mask[:] = np.arange(12) % 3 == 0
-        packed = CondensedWeight.from_dense(self.library.make(dense), self.library.make(mask))
+        packed = CondensedWeight.from_dense(self.adapter.make(dense), self.adapter.make(mask))
         assert packed == CondensedWeight.from_dense(dense, mask)
         values = np.flip(packed.values).copy()
-        assert packed.with_values(self.library.make(values)) == packed.with_values(values)
+        assert packed.with_values(self.adapter.make(values)) == packed.with_values(values)
 
     def test_a_result_outlives_what_it_was_made_from(self):
         weight, x, _, _ = arrays_of(np.float32)
         many = np.resize(x, (5000, 12))  # of memory that a library may take over
-        got = condensed_matmul(self.library.make(many.copy()), weight)
+        got = condensed_matmul(self.adapter.make(many.copy()), weight)
         wanted = condensed_matmul(many, weight)
         gc.collect()
         np.full((5000, 8), 7, np.float32)  # which may get memory given back too soon
-        np.testing.assert_array_equal(self.library.as_numpy(got), wanted)
+        np.testing.assert_array_equal(self.adapter.as_numpy(got), wanted)
 
     def test_masks_of_numbers_are_refused(self):
         weight, grad, mask = update_arrays()
-        arrays = [self.library.make(array) for array in (weight, grad, mask.astype(np.float32))]
+        arrays = [self.adapter.make(array) for array in (weight, grad, mask.astype(np.float32))]
         with pytest.raises(
             ValueTypeError, match="mask must be an array of bool, got dtype float32"
         ):
@@ -129,7 +129,7 @@ class ArrayLibraryTests:
 
     def test_arrays_of_two_libraries_are_refused_by_name(self):
         weight, x, grad, bias = arrays_of(np.float32)
-        theirs, its_bias, its_grad = map(self.library.make, (x, bias, grad))
+        theirs, its_bias, its_grad = map(self.adapter.make, (x, bias, grad))
         its = library_of(theirs).describe(theirs)
         for plan in (prepare(weight), prepare(weight, backend="reference")):
             message = f"x is {its}, bias a NumPy array; pass arrays of one library"
@@ -145,4 +145,4 @@ class ArrayLibraryTests:
                 plan.backward(its_grad, theirs, out=MatmulGradients(x=np.empty_like(x)))
         w, g, m = update_arrays()
         with pytest.raises(ValueTypeError, match=f"weight is {its}, mask a NumPy array"):
-            update_mask(self.library.make(w), self.library.make(g), m, **UPDATE)
+            update_mask(self.adapter.make(w), self.adapter.make(g), m, **UPDATE)

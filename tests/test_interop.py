@@ -55,7 +55,7 @@ class ArrayApiLibrary:
 
 
 class TestArrayApiObjects(ArrayLibraryTests):
-    library = ArrayApiLibrary
+    adapter = ArrayApiLibrary
 
 
 def test_a_result_for_an_object_of_dlpack_alone_is_exported_by_dlpack(product_backend):

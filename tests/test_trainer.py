@@ -294,6 +294,10 @@ def test_given_masks_that_do_not_suit_are_refused_by_name():
     for message, masks in wrong.items():
         with pytest.raises(SriglError, match=message):
             make(masks=masks)
+    dense = {"hidden": LayerOptions(dense=True)}
+    with pytest.raises(SriglError, match=r"layer 'hidden': the given mask .* the layer is dense"):
+        make(masks={"hidden": mask}, layers=dense, sparsity=0.3)
+    make(masks={"hidden": np.ones_like(mask)}, layers=dense, sparsity=0.3)
     make("rigl", masks={"hidden": uneven})
     with pytest.raises(SriglError, match=r"layer 'conv': sparsity is missing; only layers with"):
         make(sparsity=None, masks={"hidden": mask})

@@ -67,6 +67,13 @@ class TrainerSkeleton(ABC):
             name: _dense(option) if self.budgets[name].is_dense else option
             for name, option in options.items()
         }
+        for name, count in counts.items():
+            if self._options[name].dense and count < self.budgets[name].n_weights:
+                raise SriglError(
+                    f"layer {name!r}: the given mask has {count} weights, but the layer is dense "
+                    f"(by its options, or by the sparsity and the distribution); leave out its "
+                    f"mask, or leave out sparsity to keep the masks' sizes"
+                )
         if self.schedule.n_updates < least and self.config.method != "static":
             warnings.warn(
                 f"{self.schedule} has {self.schedule.n_updates} mask updates; train for more "

@@ -37,7 +37,7 @@ from srigl_core.torch.optimizers import (
 from srigl_core.torch.ranks import agreed, check_agreement
 from srigl_core.torch.selection import Entry
 from srigl_core.torch.sharded_tensors import laid_out, local
-from srigl_core.torch.targets import check_module
+from srigl_core.torch.targets import Target, check_module
 from srigl_core.torch.tensors import as_numpy
 from srigl_core.torch.wrappers import (
     ParameterWatch,
@@ -183,16 +183,7 @@ class SRigL:
         given: dict[str, Any] = {} if masks is None else given_masks(targets, masks)
         if masks is None and init is None:
             check_not_sparse(targets)
-        dense = {name: LayerOptions(dense=True) for name, mask in given.items() if mask.all()}
-        fixed = {
-            name: replace(
-                config.layers.get(name, LayerOptions()), nnz_budget=target.module.nnz_budget
-            )
-            for name, target in targets.items()
-            if target.is_condensed
-        }
-        config = replace(config, layers={**dense, **config.layers, **fixed})
-        given = {name: mask for name, mask in given.items() if name not in dense}
+        config, given = _with_given(config, targets, given)
         settings: dict[str, Any] = {"sparsity": sparsity, "schedule": schedule, "config": config}
         self.mode, self._group = mode, process_group
         self._layers: MaskedLayers | CondensedLayers
@@ -561,6 +552,24 @@ def _infinities(scaler: Any, optimizers: list[Any]) -> dict[Any, Any]:
     states = getattr(scaler, "_per_optimizer_states", {})
     known = [states[id(part)] for part in optimizers if id(part) in states]
     return {k: flag for state in known for k, flag in state["found_inf_per_device"].items()}
+
+
+def _with_given(
+    config: TrainingConfig, targets: Mapping[str, Target], given: Mapping[str, Any]
+) -> tuple[TrainingConfig, dict[str, Any]]:
+    """Return a config in which full masks make layers dense, and the other masks.
+
+    Condensed layers keep the budgets that their tensors have room for.
+    """
+    layers = dict(config.layers)
+    for name, target in targets.items():
+        options = layers.get(name, LayerOptions())
+        if target.is_condensed:
+            layers[name] = replace(options, nnz_budget=target.module.nnz_budget)
+        elif name in given and given[name].all():
+            layers[name] = replace(options, dense=True)
+    sparse = {name: mask for name, mask in given.items() if not mask.all()}
+    return replace(config, layers=layers), sparse
 
 
 def _with_settings(config: TrainingConfig | None, **settings: Any) -> TrainingConfig:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import library
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import Function
-from torch.library import Library
 
 from srigl_core.errors import SriglError
 from srigl_core.torch.activations import ACTIVATION_FUNCTIONS
@@ -151,7 +151,7 @@ def _check_levels() -> None:
         )
 
 
-_library = Library("srigl_core", "IMPL", "FuncTorchDynamicLayerFrontMode")
+_library = library.Library("srigl_core", "IMPL", "FuncTorchDynamicLayerFrontMode")
 _library.impl("condensed_linear", _call_linear)
 _library.impl("condensed_linear_backward", _call_gradients)
 _library.impl("condensed_inference", _call_inference)

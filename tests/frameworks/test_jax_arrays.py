@@ -33,7 +33,7 @@ class JaxArrays:
 
 
 class TestJaxArrays(ArrayLibraryTests):
-    library = JaxArrays
+    adapter = JaxArrays
 
     @pytest.fixture(autouse=True)
     def _with_64_bit_types(self):

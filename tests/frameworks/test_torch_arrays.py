@@ -50,7 +50,7 @@ class Tensors:
 
 
 class TestTensors(ArrayLibraryTests):
-    library = Tensors
+    adapter = Tensors
 
 
 def test_devices_of_tensors_are_named():

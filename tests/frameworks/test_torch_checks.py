@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 
-from srigl_core import SriglError, TrainingConfig, ValueTypeError
+from srigl_core import LayerOptions, SriglError, TrainingConfig, ValueTypeError
 from srigl_core.reference import UpdateSchedule
 
 torch = pytest.importorskip("torch")
@@ -187,6 +187,14 @@ def test_a_layer_with_a_full_mask_stays_dense_and_others_are_drawn(mode):
     masks = {"2": torch.ones(8, 32, dtype=torch.bool)}
     srigl = SRigL(model, optimizer, sparsity=0.5, schedule=SCHEDULE, mode=mode, masks=masks)
     assert srigl.trainer.sparse_layers == ["0"]
+    assert torch.equal(model[2].weight, before)
+    srigl.detach()
+    model = network()
+    before = model[2].weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    config = TrainingConfig(layers={"2": LayerOptions(ablate=False)})
+    options = {"sparsity": 0.5, "schedule": SCHEDULE, "mode": mode, "masks": masks}
+    SRigL(model, optimizer, config=config, **options)
     assert torch.equal(model[2].weight, before)
 
 

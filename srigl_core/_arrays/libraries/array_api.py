@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from srigl_core._arrays.libraries.library import ArrayLibrary
+from srigl_core._arrays.libraries.array_library import ArrayLibrary
 
 __all__ = ["ArrayApiObjects"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core._arrays.libraries.library import ArrayLibrary
+from srigl_core._arrays.libraries.array_library import ArrayLibrary
 from srigl_core.errors import ValueTypeError
 
 __all__ = ["JaxArrays"]

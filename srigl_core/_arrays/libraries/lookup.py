@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from srigl_core._arrays.libraries.array_api import ArrayApiObjects
+from srigl_core._arrays.libraries.array_library import ArrayLibrary
 from srigl_core._arrays.libraries.jax import JaxArrays
-from srigl_core._arrays.libraries.library import ArrayLibrary
 from srigl_core._arrays.libraries.pytorch import PytorchTensors
 from srigl_core.errors import ValueTypeError
 
