@@ -177,8 +177,8 @@ class CondensedTrainer(TrainerSkeleton):
         """
         layers = self.sparse_layers
         if self.is_due:
-            with_gradients = [n for n in layers if gradients.get(n, weights) is not None]
-            layers = self._with_gradients(with_gradients)
+            absent = {name for name, rows in gradients.items() if rows is None}
+            layers = self._with_gradients([name for name in layers if name not in absent])
         updates: dict[str, CondensedUpdate] = self._advance(
             layers,
             lambda name: self._update(name, weights, gradients),
