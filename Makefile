@@ -1,7 +1,7 @@
-# make demo, make test, make test-all, make docs: set up .venv with Python 3.11 or newer, then run.
+# make demo, make test, make test-all, make reproduce, make docs: set up .venv with Python 3.11 or newer, then run.
 # PYTHON=path/to/python: use an interpreter that is set up already; nothing is installed.
 
-.PHONY: help demo test test-all thorough docs check gpu gpu-compile clean
+.PHONY: help demo reproduce reproduce-quick test test-all thorough docs check gpu gpu-compile clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # An interpreter with a plain install must not find the checkout's folders first.
@@ -10,6 +10,8 @@ export PYTHONSAFEPATH := 1
 ifdef PYTHON
   python := $(PYTHON)
   demo-ready :=
+  reproduce-ready :=
+  quick-ready :=
   test-ready :=
   all-ready :=
   docs-ready :=
@@ -17,6 +19,8 @@ ifdef PYTHON
 else
   python := .venv/bin/python
   demo-ready := .venv/demo-ready
+  reproduce-ready := .venv/reproduce-ready
+  quick-ready := .venv/quick-ready
   test-ready := .venv/test-ready
   all-ready := .venv/all-ready
   docs-ready := .venv/docs-ready
@@ -24,7 +28,9 @@ else
 endif
 
 help:
-	@echo "make demo    train on handwritten digits, measure inference"
+	@echo "make demo    train on handwritten digits, measure inference: two minutes"
+	@echo "make reproduce-quick   the paper's claims on small data, in three minutes"
+	@echo "make reproduce         the same with all data, networks and sweeps, in an hour"
 	@echo "make test    run the fast tests: every law with 50 problems, in about two minutes"
 	@echo "make test-all   install PyTorch, JAX and ONNX for the CPU; run all tests, with 200 problems"
 	@echo "make thorough   run all mutants and fuzz laws and files, for about three hours"
@@ -38,6 +44,14 @@ help:
 demo: export SRIGL_ENDS_WITH_PARENT := 1
 demo: $(demo-ready)
 	$(python) examples/demo
+
+# What is interrupted goes on from there when it is given again.
+reproduce reproduce-quick: export SRIGL_ENDS_WITH_PARENT := 1
+reproduce: $(reproduce-ready)
+	$(python) -m srigl_core.benchmarks.reproduce
+
+reproduce-quick: $(quick-ready)
+	$(python) -m srigl_core.benchmarks.reproduce --quick
 
 test: $(test-ready)
 	SRIGL_TEST_BACKENDS=reference,numba,scipy $(python) -m pytest --import-mode=importlib -n 2 --hypothesis-profile=quick
@@ -85,10 +99,15 @@ clean:
 	.venv/bin/python -m pip install --quiet --editable ".[frameworks]"
 	@touch $@
 
+.venv/reproduce-ready: .venv/quick-ready
+	.venv/bin/python -m pip install --quiet torch==2.13.0
+	@touch $@
+
 .venv/demo-ready: extras := demo
+.venv/quick-ready: extras := reproduce
 .venv/test-ready: extras := demo,test
 .venv/docs-ready: extras := docs
 .venv/fuzz-ready: extras := fuzz
-.venv/demo-ready .venv/test-ready .venv/docs-ready .venv/fuzz-ready: pyproject.toml setup.py | .venv/bin/python
+.venv/demo-ready .venv/quick-ready .venv/test-ready .venv/docs-ready .venv/fuzz-ready: pyproject.toml setup.py | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --editable ".[$(extras)]"
 	@touch $@

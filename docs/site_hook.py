@@ -30,6 +30,8 @@ from mkdocs.structure.pages import Page
 from srigl_core.benchmarks.huggingface import page as huggingface_page
 from srigl_core.benchmarks.readme import long_table
 from srigl_core.benchmarks.report import page as measured_page
+from srigl_core.benchmarks.reproduce.page import page as reproduce_page
+from srigl_core.benchmarks.reproduce.results import read_results
 from srigl_core.benchmarks.results import load_results
 from srigl_core.benchmarks.verdict import verdict
 from srigl_core.testing.laws import laws_page
@@ -52,6 +54,7 @@ PLACES = {
     f"{RESULTS}/gpu_kernels.json": "gpu_kernels.md",
     f"{RESULTS}/huggingface.json": "huggingface.md",
     f"{RESULTS}/mutants.json": "mutants.md",
+    f"{RESULTS}/reproduce.jsonl": "measured/reproduce.md",
     "srigl_core/testing/laws.py": "laws.md",
 }
 """Where pages of other folders go, by the file that they are or that they are made from."""
@@ -134,6 +137,8 @@ def _measured() -> dict[str, str]:
     calls = f"| call | µs |\n|-|-:|\n{rows}"
     if calls not in (ROOT / RESULTS / "frameworks.md").read_text(encoding="utf-8"):
         _log.warning("%s/frameworks.md: the times of calls are not overhead.json's", RESULTS)
+    trained = read_results(ROOT / RESULTS / "reproduce.jsonl")
+    made[f"{RESULTS}/reproduce.jsonl"] = reproduce_page(trained, "reproduce.png")
     families = json.loads((ROOT / RESULTS / "huggingface.json").read_text(encoding="utf-8"))
     made[f"{RESULTS}/huggingface.json"] = huggingface_page(families)
     made[f"{RESULTS}/README.md"] = f"""\

@@ -15,7 +15,9 @@ if __name__ == "__main__":
     os.environ["VECLIB_MAXIMUM_THREADS"] = "1"
 
     missing = [
-        name for name in ("srigl_core", "sklearn", "matplotlib", "rich") if not find_spec(name)
+        name
+        for name in ("srigl_core", "sklearn", "matplotlib", "rich", "joblib")
+        if not find_spec(name)
     ]
     if missing:
         sys.exit(

@@ -1,4 +1,4 @@
-"""Latencies of one network in several forms, measured side by side."""
+"""Latencies of one network in three forms, measured side by side."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
-from network import CondensedMlp, FloatArray, activation_after, cpu_backends
+from network import CondensedMlp
+
+from srigl_core.benchmarks.reproduce.mlp import FloatArray, activation_after
 
 Call = Callable[[], object]
 
-DENSE = "dense NumPy"
-CSR = "SciPy CSR"
+DENSE, CSR, OURS = "dense", "CSR", "srigl"
 
 SAMPLE_SECONDS = 5e-4
 """A sample repeats a call for about this long, so that the resolution of the clock is enough."""
 
 
 def contenders(network: CondensedMlp, x: FloatArray) -> dict[str, Call]:
-    """Return the forward pass of `x` in every form: dense, CSR, and each backend on one thread."""
-    calls: dict[str, Call] = {DENSE: _dense(network, x), CSR: _csr(network, x)}
-    for backend in cpu_backends():
-        calls[backend.name] = partial(network.on(backend, threads=1), x)
-    return calls
+    """Return the forward pass of `x` as dense NumPy, SciPy's CSR, and srigl, on one thread."""
+    return {
+        DENSE: _dense(network, x),
+        CSR: _csr(network, x),
+        OURS: partial(network.on(threads=1), x),
+    }
 
 
 def _dense(network: CondensedMlp, x: FloatArray) -> Call:
-    """Images are rows; a single image is a vector, which BLAS multiplies faster than a matrix."""
+    """Examples are rows; a single one is a vector, which BLAS multiplies faster than a matrix."""
     layers = [
         (weight.to_dense().T, network.biases[name], activation_after(name))
         for name, weight in network.weights.items()
@@ -47,7 +49,7 @@ def _dense(network: CondensedMlp, x: FloatArray) -> Call:
 
 
 def _csr(network: CondensedMlp, x: FloatArray) -> Call:
-    """Images are columns in all layers, so that SciPy's products need no copy."""
+    """Examples are columns in all layers, so that SciPy's products need no copy."""
     single = x.shape[0] == 1
     layers = [
         (

@@ -1,114 +1,117 @@
-"""Three pictures of the report."""
+"""The pictures of the report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from latency import CSR, DENSE
+from latency import CSR, DENSE, OURS
 from matplotlib.figure import Figure
-from report import Report
+from report import N_PIXELS, Report
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-METHOD_COLOURS = {
-    "dense": "#000000",
-    "static": "#999999",
-    "set": "#56B4E9",
-    "rigl": "#E69F00",
-    "srigl-no-ablation": "#009E73",
-    "srigl": "#D55E00",
-}
-CONTENDER_COLOURS = ("#000000", "#999999", "#D55E00", "#0072B2", "#CC79A7", "#E69F00")
+from srigl_core.benchmarks.reproduce.comparison import Cell
+from srigl_core.benchmarks.reproduce.plots import COLOURS, draw_accuracy
+
+_FORM_COLOURS = {DENSE: "#000000", CSR: "#999999", OURS: COLOURS["srigl"]}
 
 
-def save_plots(report: Report, folder: Path) -> list[Path]:
-    """Write accuracy.png, neurons.png and latency.png, and return their paths."""
+def save_plots(report: Report, cells: Mapping[tuple[str, float], Cell], folder: Path) -> list[Path]:
+    """Write accuracy.png, mask.png and latency.png, and return their paths."""
+    figures = {
+        "accuracy": _accuracy(report, cells),
+        "mask": _mask(report["first_layer"]),
+        "latency": _latency(report),
+    }
     paths = []
-    for draw in (accuracy, neurons, latency):
-        # A figure made without pyplot needs no display and has no global state.
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        draw(figure, report)
-        paths.append(folder / f"{draw.__name__}.png")
+    for name, figure in figures.items():
+        paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1], dpi=120)
     return paths
 
 
-def accuracy(figure: Figure, report: Report) -> None:
-    """Draw test accuracy over sparsity, with standard errors."""
+def _accuracy(report: Report, cells: Mapping[tuple[str, float], Cell]) -> Figure:
+    # A figure made without pyplot needs no display and has no global state.
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    groups = _grouped(report["training"], "method")
-    for entry in groups.pop("dense", []):
-        mean, error = 100 * entry["accuracy"], 100 * entry["standard_error"]
-        axes.axhline(mean, color=METHOD_COLOURS["dense"], label="dense", linewidth=1)
-        axes.axhspan(mean - error, mean + error, color=METHOD_COLOURS["dense"], alpha=0.1)
-    for i, (method, entries) in enumerate(groups.items()):
-        axes.errorbar(
-            np.arange(len(entries)) + 0.06 * (i - (len(groups) - 1) / 2),
-            [100 * entry["accuracy"] for entry in entries],
-            [100 * entry["standard_error"] for entry in entries],
-            color=METHOD_COLOURS[method],
-            label=entries[0]["label"],
+    draw_accuracy(axes, cells)
+    n_runs = len(report["training"][0]["accuracies"])
+    axes.set_title(f"Accuracy, mean ± standard error of {n_runs} runs")
+    axes.legend(loc="lower left")
+    return figure
+
+
+def _mask(entries: Sequence[Report]) -> Figure:
+    """Draw the share of the first layer's connections on pixels, and those of each input."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.6))
+    axes = left.subplots()
+    for entry, shade in zip(entries, np.linspace(0.4, 1, len(entries)), strict=True):
+        shares = entry["shares_on_pixels"]
+        label = f"{entry['sparsity']:.0%} sparse"
+        axes.plot(100 * np.array(shares), color=COLOURS["srigl"], alpha=shade, label=label)
+    n_inputs = len(entries[-1]["before"])
+    chance = 100 * N_PIXELS / n_inputs
+    axes.axhline(chance, color="black", linewidth=0.8, linestyle=":", label="chance")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("mask updates")
+    axes.set_ylabel("first layer's connections on pixels, %")
+    axes.set_title("The mask finds the pixels")
+    axes.legend(loc="lower right")
+    last = entries[-1]
+    most = max(*last["before"], *last["after"])
+    all_axes = right.subplots(2, 1)
+    for axes, when in zip(all_axes, ("before", "after"), strict=True):
+        shown = axes.imshow(_image(last[when]), vmin=0, vmax=most, cmap="magma")
+        axes.axvline(7.5, color="white", linewidth=1)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_title(f"{when} training")
+    all_axes[-1].set_xlabel("left of the line 8 x 8 pixels, right of it 448 inputs of noise")
+    right.colorbar(shown, ax=all_axes, label="connections of an input", shrink=0.7)
+    right.suptitle(f"First layer at {last['sparsity']:.0%} sparsity")
+    return figure
+
+
+def _image(counts: Sequence[int]) -> np.ndarray:
+    """Return the counts in squares of 8 x 8 inputs, side by side: the pixels are the first."""
+    return np.hstack(np.reshape(counts, (-1, 8, 8)))
+
+
+def _latency(report: Report) -> Figure:
+    """Draw the latency of one example, a bar for each form, beside the network's accuracy."""
+    entries = [entry for entry in report["latency"] if entry["batch"] == 1]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2))
+    dense = next(e for e in report["training"] if e["method"] == "dense")
+    left.axvline(dense["accuracy"], color="black", linewidth=1, label="dense")
+    labels = []
+    for place, entry in enumerate(entries):
+        sparsity = entry["sparsity"]
+        trained = next(
+            e for e in report["training"] if (e["method"], e["sparsity"]) == ("srigl", sparsity)
+        )
+        left.errorbar(
+            trained["accuracy"],
+            place,
+            xerr=trained["standard_error"],
             marker="o",
             capsize=3,
+            color=COLOURS["srigl"],
+            label=None if place else "SRigL",
         )
-    _label_sparsities(axes, report)
-    axes.set_ylabel("test accuracy, %")
-    axes.set_title(f"Accuracy, mean ± standard error of {len(report['settings']['seeds'])} seeds")
-    axes.legend(loc="lower left")
-
-
-def neurons(figure: Figure, report: Report) -> None:
-    """Draw the active neurons of each hidden layer at the end of training."""
-    layers = list(report["training"][0]["active_neurons"])[:-1]
-    groups = _grouped(report["training"], "method")
-    groups.pop("dense", None)
-    all_axes = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
-    for axes, layer, width in zip(all_axes, layers, report["settings"]["widths"][1:], strict=False):
-        for i, (method, entries) in enumerate(groups.items()):
-            counts = [entry["active_neurons"][layer] for entry in entries]
-            _bars(axes, i, len(groups), counts, METHOD_COLOURS[method], entries[0]["label"])
-        axes.axhline(width, color="black", linewidth=0.8, linestyle=":")
-        _label_sparsities(axes, report)
-        axes.set_title(f"{layer}, {width} neurons")
-    all_axes[0].set_ylabel("active neurons after training")
-    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right upper")
-
-
-def latency(figure: Figure, report: Report) -> None:
-    """Draw the median latency of the whole network, a logarithmic bar for each contender."""
-    whole = report["latency"][0]["what"]
-    batches = _grouped(report["latency"], "batch")
-    all_axes = figure.subplots(1, len(batches), squeeze=False)[0]
-    for axes, (batch, entries) in zip(all_axes, batches.items(), strict=True):
-        groups = _grouped([e for e in entries if e["what"] == whole], "contender")
-        names = sorted(groups, key=lambda name: (name != DENSE, name != CSR))
-        for i, name in enumerate(names):
-            medians = [entry["median_us"] for entry in groups[name]]
-            colour = CONTENDER_COLOURS[i % len(CONTENDER_COLOURS)]
-            _bars(axes, i, len(names), medians, colour, name)
-        axes.set_yscale("log")
-        _label_sparsities(axes, report)
-        axes.set_title(f"{whole}, batch {batch}")
-    all_axes[0].set_ylabel("median latency, µs (one thread)")
-    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right upper")
-
-
-def _grouped(entries: Sequence[Report], key: str) -> dict[Any, list[Report]]:
-    groups: dict[Any, list[Report]] = {}
-    for entry in entries:
-        groups.setdefault(entry[key], []).append(entry)
-    return groups
-
-
-def _bars(axes: Any, i: int, n_groups: int, heights: list[float], colour: str, label: str) -> None:
-    """Draw bar `i` of `n_groups` at each sparsity."""
-    places = np.arange(len(heights)) + 0.8 * (i + 0.5) / n_groups - 0.4
-    axes.bar(places, heights, 0.8 / n_groups, color=colour, label=label)
-
-
-def _label_sparsities(axes: Any, report: Report) -> None:
-    sparsities = [f"{entry['sparsity']:.0%}" for entry in report["budgets"]]
-    axes.set_xticks(range(len(sparsities)), sparsities)
-    axes.set_xlabel("sparsity")
+        for i, (form, colour) in enumerate(_FORM_COLOURS.items()):
+            height = place + 0.26 * (1 - i)
+            label = None if place else form
+            bars = right.barh(height, entry["median_us"][form], 0.24, color=colour, label=label)
+            right.bar_label(bars, fmt="%.1f", padding=3)
+        labels.append(f"{sparsity:.0%}")
+    left.set_yticks(range(len(labels)), labels)
+    left.set_ylabel("sparsity")
+    left.set_xlabel("test accuracy, %")
+    left.legend(loc="best")
+    right.margins(x=0.12)
+    right.set_xlabel("median latency of one example, µs, one thread")
+    right.legend(loc="best")
+    figure.suptitle("Accuracy, and what one prediction costs")
+    return figure

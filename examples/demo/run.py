@@ -8,23 +8,26 @@ import os
 import signal
 import sys
 import time
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from collections.abc import Mapping
 from pathlib import Path
 
-from digits import load_digits
-from experiment import Cell, Experiment, run_experiment
+import numpy as np
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from latency import contenders, interleaved
 from network import CondensedMlp
 from plots import save_plots
-from report import Report, latency_entries, network_entry, training_report
+from report import DATA, Experiment, Report, latency_entry, network_entry, training_report
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from tables import deployment_sections, print_sections, save_page, training_sections
-from training import METHODS
+from tables import deployment_sections, example, print_sections, save_page, training_sections
 
 from srigl_core import SriglError
 from srigl_core._workers import end_with_parent
+from srigl_core.benchmarks.reproduce.comparison import Cell, cells_of
+from srigl_core.benchmarks.reproduce.datasets import load_dataset
+from srigl_core.benchmarks.reproduce.runs import local_workers, run_all
+from srigl_core.benchmarks.reproduce.settings import METHODS
+from srigl_core.benchmarks.reproduce.training import Kept, RunResult
 
 BATCHES = (1, 256)
 
@@ -35,7 +38,7 @@ def main() -> None:
         prog="python examples/demo",
         description="Train on handwritten digits, dense and sparse; save, load and time them.",
     )
-    parser.add_argument("--full", action="store_true", help="also SET, and twice the seeds")
+    parser.add_argument("--full", action="store_true", help="all methods, and six seeds")
     parser.add_argument(
         "--out", type=Path, default=Path("srigl-demo"), help="folder for the report"
     )
@@ -53,7 +56,7 @@ def main() -> None:
         report = run_demo(experiment, options.out, console=console)
     except (SriglError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    except BrokenProcessPool:
+    except TerminatedWorkerError:
         sys.exit("error: a training process was killed, perhaps for lack of memory; free some")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -68,29 +71,35 @@ def run_demo(experiment: Experiment, out: Path, *, console: Console, rounds: int
     """Run the experiment, print the tables, and write report, pictures and networks to `out`."""
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    cells = train_all(experiment, console)
+    cells, kept = train_all(experiment, console)
     training_seconds = time.perf_counter() - started
-    report = training_report(experiment, cells)
+    report = training_report(experiment, cells, kept)
     print_sections(training_sections(report), console)
-    for cell in cells:
-        with console.status(f"timing the inference at {cell.sparsity:.0%} sparsity"):
-            deploy(report, cell, out, rounds)
+    data = load_dataset(DATA, 0)
+    np.savez(out / "test.npz", x=data.unscaled_test_x, y=data.test_y)
+    for sparsity, trained in kept.items():
+        with console.status(f"timing the inference at {sparsity:.0%} sparsity"):
+            deploy(report, sparsity, trained, out, rounds)
     print_sections(deployment_sections(report), console)
     report["seconds"] = {"training": training_seconds, "all": time.perf_counter() - started}
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    save_page(report, save_plots(report, out), out / "report.html")
+    save_page(report, save_plots(report, cells, out), out / "report.html")
+    console.print("Load a network, and predict", style="bold")
+    console.print(example(report, out), soft_wrap=True, markup=False)
     written = ", ".join(sorted(path.name for path in out.iterdir()))
     console.print(f"{time.perf_counter() - started:.0f} s. In {out}: {written}", soft_wrap=True)
     return report
 
 
-def train_all(experiment: Experiment, console: Console) -> list[Cell]:
-    """Run the experiment, with a bar that moves at every run and a line for every cell."""
-    recipe, n_runs = experiment.recipe, len(experiment.runs())
+def train_all(
+    experiment: Experiment, console: Console
+) -> tuple[Mapping[tuple[str, float], Cell], Mapping[float, Kept]]:
+    """Return the trained cells, and the kept networks by sparsity; a bar moves at every run."""
+    runs, to_keep = experiment.runs(), experiment.kept()
+    n_each = sum(run.method == "dense" for run in runs)
     console.print(
-        f"Training {n_runs} networks {'-'.join(map(str, recipe.widths))} on "
-        f"{load_digits().train_y.size} handwritten digits: {recipe.epochs} epochs, a mask update "
-        f"every {recipe.delta_t} steps, {experiment.workers} processes\n",
+        f"Training {len(runs)} networks on handwritten digits among noise: "
+        f"{runs[0].recipe.epochs} epochs, a mask update every {runs[0].recipe.delta_t} steps\n",
         soft_wrap=True,
     )
     columns = (
@@ -99,52 +108,36 @@ def train_all(experiment: Experiment, console: Console) -> list[Cell]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    cells = {key: Cell(*key, []) for key in experiment.cells()}
-    with (
-        Progress(*columns, console=console, transient=True) as progress,
-        closing(run_experiment(experiment)) as runs,
-    ):
-        task = progress.add_task("networks", total=n_runs)
-        for run in runs:
-            label, cell = METHODS[run.spec.method].label, cells[run.spec.method, run.spec.sparsity]
-            progress.update(task, description=f"{label}: {run.accuracy:.1%}", advance=1)
-            cell.runs.append(run)
-            if len(cell.runs) == len(experiment.seeds):
-                cell.runs.sort(key=lambda run: run.spec.seed)
+    results: list[RunResult] = []
+    kept: dict[float, Kept] = {}
+    with Progress(*columns, console=console, transient=True) as progress, local_workers():
+        task = progress.add_task("networks", total=len(runs))
+        for result, network in run_all(runs, to_keep):
+            results.append(result)
+            key = (result.spec.method, result.spec.sparsity)
+            if network is not None:
+                kept[result.spec.sparsity] = network
+            label = METHODS[result.spec.method].label
+            progress.update(task, description=f"{label}: {result.accuracy:.1%}", advance=1)
+            cell = cells_of(results)[key]
+            if len(cell.runs) == n_each:
                 sparsity = f"{cell.sparsity:.0%}" if cell.sparsity else ""
                 progress.console.print(
-                    f"{label:<20}{sparsity:>5}"
-                    f"{100 * cell.accuracy:>8.2f} ± {100 * cell.standard_error:.2f} %"
+                    f"{label:<20}{sparsity:>5}{cell.accuracy:>7.1f} ± {cell.error:.1f} %"
                 )
     console.print()
-    return list(cells.values())
+    cells = cells_of(results)
+    order = list(dict.fromkeys((run.method, run.sparsity) for run in runs))
+    return {key: cells[key] for key in order}, dict(sorted(kept.items()))
 
 
-def deploy(report: Report, cell: Cell, out: Path, rounds: int) -> None:
-    """Save the network that a cell kept, load it, compare the backends, and time its inference."""
-    run = cell.runs[0]
-    if run.network is None or run.masks is None:
-        return
-    path = out / f"srigl-{100 * cell.sparsity:g}.safetensors"
-    CondensedMlp.from_masked(run.network, run.masks).save(path)
-    loaded = CondensedMlp.load(path, list(run.network.weights))
-    report["networks"].append(network_entry(cell, path, loaded, run.network))
-    report["latency"] += latencies(cell.sparsity, loaded, rounds)
-
-
-def latencies(sparsity: float, network: CondensedMlp, rounds: int) -> list[Report]:
-    """Time the whole network, and its largest layer on the activations that it gets."""
-    layer = max(network.weights, key=lambda name: network.weights[name].memory_report().dense)
-    n_out, n_in = network.weights[layer].shape
-    masked, position = network.to_masked(), list(network.weights).index(layer)
-    entries = []
+def deploy(report: Report, sparsity: float, trained: Kept, out: Path, rounds: int) -> None:
+    """Save a network, load it, compare the backends, and time its inference."""
+    path = out / f"srigl-{100 * sparsity:g}.safetensors"
+    data = load_dataset(DATA, 0)
+    CondensedMlp.from_masked(trained.network, trained.masks, data).save(path)
+    loaded = CondensedMlp.load(path)
+    report["networks"].append(network_entry(sparsity, path, loaded, trained.network))
     for batch in BATCHES:
-        images = load_digits().test_x[:batch]
-        entering = masked.forward(images)[position]
-        for what, part, x in (
-            ("whole network", network, images),
-            (f"{layer}, {n_in} to {n_out}", network.layer(layer), entering),
-        ):
-            samples = interleaved(contenders(part, x), rounds=rounds)
-            entries += latency_entries(sparsity, what, batch, samples)
-    return entries
+        samples = interleaved(contenders(loaded, data.test_x[:batch]), rounds=rounds)
+        report["latency"].append(latency_entry(sparsity, batch, samples))

@@ -9,21 +9,48 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from report import Report
+from report import OTHERS, Report
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-LEFT_ALIGNED = ("method", "file", "backend", "contender")
-NOTE_STYLES = {"holds": "", "DOES NOT HOLD": "bold red"}
-"""Styles in the terminal of notes that begin so; other notes are dim."""
+from srigl_core.benchmarks.reproduce.settings import METHODS
+
+LEFT_ALIGNED = ("method", "file", "backend")
+OUTCOME_STYLES = {"holds": "bold", "does not hold": "bold red", "undecided": ""}
 
 PAGE_STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
 th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
 img { max-width: 100% }
+pre { background: #f4f4f4; padding: .8rem; overflow-x: auto }
 """
+
+CAPTIONS = {
+    "accuracy": "The more weights are removed, the more it matters where the others are. Static "
+    "masks cannot move; SRigL without ablation must keep all neurons.",
+    "mask": "Only 64 of the 512 inputs are pixels. Left: the share of the first layer's "
+    "connections that are on pixels, after each mask update. Right: the connections of each input.",
+    "latency": "Left: the accuracy of SRigL and of the dense network. Right: how long a prediction "
+    "takes if the sparse network is stored as dense matrices, in CSR, and condensed.",
+}
+
+EXAMPLE = """\
+import json
+import numpy as np
+import srigl_core
+from safetensors import safe_open
+
+path, test = "{folder}/{file}", np.load("{folder}/test.npz")
+
+net, metadata = srigl_core.load_condensed(path), safe_open(path, "np").metadata()
+x = (test["x"] - net["input.mean"]) / net["input.scale"]
+for name, activation in json.loads(metadata["activations"]).items():
+    x = srigl_core.condensed_matmul(x, net[name], net[name + ".bias"], activation=activation)
+print(f"{{100 * np.mean(x.argmax(axis=1) == test['y']):.2f}} % correct")
+"""
+"""Prints the accuracy of a saved network."""
 
 
 class Section(NamedTuple):
@@ -32,26 +59,66 @@ class Section(NamedTuple):
     title: str
     columns: list[str]
     rows: list[list[str]]
-    notes: list[str]
+    notes: list[tuple[str, str]]
+    """Texts, and their styles in the terminal."""
 
 
 def training_sections(report: Report) -> list[Section]:
-    """Return what is known after training: budgets, accuracies and checks."""
-    return [_budgets(report), _accuracies(report)]
+    """Return what is known after training: accuracies, differences and verdicts, budgets."""
+    return [_accuracies(report), _differences(report), _budgets(report)]
 
 
 def deployment_sections(report: Report) -> list[Section]:
     """Return what is known of the saved networks: predictions of every backend, and latencies."""
-    parts = dict.fromkeys(entry["what"] for entry in report["latency"])
-    sections = [_predictions(report), *(_latencies(report, part) for part in parts)]
-    machine, versions = report["machine"], report["versions"]
-    sections[-1].notes.append(
-        f"2.00x is twice as fast, 0.50x half as fast. Dense NumPy and SciPy CSR are called bare, "
-        f"each in its best layout; the others are the backends, through the public API. "
-        f"{machine['cpu']}, {machine['cores']} cores, one thread used; NumPy {versions['numpy']}, "
-        f"SciPy {versions['scipy']}."
+    return [_predictions(report), _latencies(report)]
+
+
+def _accuracies(report: Report) -> Section:
+    settings, entries = report["settings"], report["training"]
+    n_runs = len(entries[0]["accuracies"])
+    rows = [
+        [
+            f"{entry['sparsity']:.0%}" if entry["sparsity"] else "-",
+            entry["label"],
+            f"{entry['accuracy']:.1f} ± {entry['standard_error']:.1f}",
+            "-".join(f"{n:,}" for n in sorted({min(entry["weights"]), max(entry["weights"])})),
+            " / ".join(f"{count:.0f}" for count in entry["active_neurons"].values()),
+        ]
+        for entry in entries
+    ]
+    note = (
+        f"Active neurons of {' / '.join(entries[0]['active_neurons'])}, out of "
+        f"{' / '.join(str(n) for n in settings['widths'][1:])}; means of the runs. Where neurons "
+        f"are ablated, the budget is again rounded down to whole rows."
     )
-    return sections
+    title = (
+        f"Test accuracy, mean ± standard error of {n_runs} runs: {settings['folds']} folds, "
+        f"{len(settings['seeds'])} seeds"
+    )
+    columns = ["sparse", "method", "accuracy %", "weights", "active neurons"]
+    return Section(title, columns, rows, [(note, "dim")])
+
+
+def _differences(report: Report) -> Section:
+    found = {(entry["sparsity"], entry["other"]): entry for entry in report["differences"]}
+    others = [other for other in OTHERS if any(key[1] == other for key in found)]
+    rows = []
+    for sparsity in dict.fromkeys(sparsity for sparsity, _ in found):
+        entries = [found[sparsity, other] for other in others]
+        cells = [f"{entry['mean']:+.1f} ± {entry['error']:.1f}" for entry in entries]
+        rows.append([f"{sparsity:.0%}", *cells])
+    notes = [
+        (
+            "Runs with the same data, first weights and batches are compared. A claim holds if the "
+            "95% confidence interval of the difference is above zero; 'as accurate' allows half a "
+            "point less.",
+            "dim",
+        ),
+        *((each["text"], OUTCOME_STYLES[each["outcome"]]) for each in report["verdicts"]),
+    ]
+    columns = ["sparse", *(f"from {METHODS[other].label}" for other in others)]
+    title = "What SRigL gains, in percentage points of accuracy: paired differences"
+    return Section(title, columns, rows, notes)
 
 
 def _budgets(report: Report) -> Section:
@@ -64,91 +131,59 @@ def _budgets(report: Report) -> Section:
         pairs.append((sum(erk for erk, _ in pairs), sum(shared for _, shared in pairs)))
         cells = [f"{erk:,} -> {shared:,}" for erk, shared in pairs]
         rows.append([f"{budget['sparsity']:.0%}", *cells])
-    return Section(
-        "Weights of each layer: what ERK gives, and what every sparse method gets",
-        ["sparse", *layers, "all"],
-        rows,
-        [
-            "Constant fan-in needs whole rows, so ERK's budget is rounded down; "
-            "the other methods get no more."
-        ],
+    note = (
+        "Constant fan-in needs whole rows, so ERK's budget is rounded down; the other methods get "
+        "no more."
     )
-
-
-def _accuracies(report: Report) -> Section:
-    settings, entries = report["settings"], report["training"]
-    labels: dict[str, list[str]] = {}
-    for entry in {entry["method"]: entry for entry in entries}.values():
-        labels.setdefault(entry["form"], []).append(entry["label"])
-    stored = ", ".join(f"{' and '.join(names)} as {form}" for form, names in labels.items())
-    return Section(
-        f"Test accuracy on {settings['test_images']} handwritten digits, mean ± standard error "
-        f"of {len(settings['seeds'])} seeds",
-        ["sparse", "method", "accuracy %", "weights", "KiB", "active neurons"],
-        [
-            [
-                f"{entry['sparsity']:.0%}" if entry["sparsity"] else "-",
-                entry["label"],
-                f"{100 * entry['accuracy']:.2f} ± {100 * entry['standard_error']:.2f}",
-                "-".join(f"{n:,}" for n in sorted({min(entry["weights"]), max(entry["weights"])})),
-                f"{entry['memory_bytes'] / 1024:,.0f}",
-                " / ".join(f"{count:.0f}" for count in entry["active_neurons"].values()),
-            ]
-            for entry in entries
-        ],
-        [
-            f"Active neurons of {' / '.join(entries[0]['active_neurons'])}, "
-            f"out of {' / '.join(str(n) for n in settings['widths'][1:])}; means of the seeds.",
-            f"KiB of weights and biases, stored: {stored}.",
-            *report["remarks"],
-            *(
-                f"{'holds' if check['holds'] else 'DOES NOT HOLD'}: {check['statement']} "
-                f"(difference {check['difference']:+.2f} ± {check['standard_error']:.2f} points, "
-                f"allowed {check['allowed']:+.2f})"
-                for check in report["checks"]
-            ),
-        ],
-    )
+    title = "Weights of each layer: what ERK gives, and what every sparse method gets"
+    return Section(title, ["sparse", *layers, "all"], rows, [(note, "dim")])
 
 
 def _predictions(report: Report) -> Section:
-    return Section(
-        "SRigL networks, saved, loaded again, and run on every available backend",
-        ["file", "backend", "accuracy %", "same predictions", "logits differ"],
+    rows = [
         [
-            [
-                network["file"],
-                backend["backend"],
-                f"{100 * backend['accuracy']:.2f}",
-                f"{backend['n_same']} of {backend['n_images']}",
-                f"{backend['largest_difference']:.1e}",
-            ]
-            for network in report["networks"]
-            for backend in network["backends"]
-        ],
-        ["Compared with the masked dense network, as trained."],
-    )
+            network["file"],
+            backend["backend"],
+            f"{backend['accuracy']:.2f}",
+            f"{backend['n_same']} of {backend['n_examples']}",
+            f"{backend['largest_difference']:.1e}",
+        ]
+        for network in report["networks"]
+        for backend in network["backends"]
+    ]
+    columns = ["file", "backend", "accuracy %", "same predictions", "logits differ"]
+    note = "Compared with the masked dense network, as trained, on the test part of its fold."
+    title = "SRigL networks, saved, loaded again, and run on every available backend"
+    return Section(title, columns, rows, [(note, "dim")])
 
 
-def _latencies(report: Report, part: str) -> Section:
-    rows: dict[tuple[str, str], list[str]] = {}
-    columns = ["sparse", "contender"]
-    for entry in report["latency"]:
-        if entry["what"] != part:
-            continue
-        if f"batch {entry['batch']}" not in columns:
-            columns += [f"batch {entry['batch']}", "vs dense", "vs CSR"]
-        sparsity, contender, us = f"{entry['sparsity']:.0%}", entry["contender"], entry["median_us"]
-        rows.setdefault((sparsity, contender), [sparsity, contender]).extend(
-            (
-                f"{us:,.1f} µs" if us < 1000 else f"{us / 1000:,.2f} ms",
-                f"{entry['times_faster_than_dense']:.2f}x",
-                f"{entry['times_faster_than_csr']:.2f}x",
-            )
-        )
-    return Section(
-        f"Inference, {part}: median latency on one thread", columns, list(rows.values()), []
+def _latencies(report: Report) -> Section:
+    rows = [
+        [
+            f"{entry['sparsity']:.0%}",
+            f"{entry['batch']}",
+            *(f"{us:,.1f}" for us in entry["median_us"].values()),
+            f"{entry['times_faster_than_dense']:.2f}x",
+            f"{entry['times_faster_than_csr']:.2f}x",
+        ]
+        for entry in report["latency"]
+    ]
+    forms = [f"{form}, µs" for form in report["latency"][0]["median_us"]]
+    machine, versions = report["machine"], report["versions"]
+    note = (
+        f"2.00x is twice as fast, 0.50x half as fast. Dense is NumPy's product and CSR is SciPy's, "
+        f"each called bare and in its best layout; srigl is called through its public plans. "
+        f"{machine['cpu']}, {machine['cores']} cores, one thread used; NumPy {versions['numpy']}, "
+        f"SciPy {versions['scipy']}."
     )
+    columns = ["sparse", "batch", *forms, "srigl vs dense", "srigl vs CSR"]
+    title = "Inference of the whole network: median latency on one thread"
+    return Section(title, columns, rows, [(note, "dim")])
+
+
+def example(report: Report, folder: Path) -> str:
+    """Return code that loads the sparsest network, and predicts."""
+    return EXAMPLE.format(folder=folder.as_posix(), file=report["networks"][-1]["file"])
 
 
 def print_sections(sections: Sequence[Section], console: Console) -> None:
@@ -165,30 +200,40 @@ def print_sections(sections: Sequence[Section], console: Console) -> None:
             if len(groups) < len(section.rows):
                 table.add_section()
         console.print(table)
-        for note in section.notes:
-            console.print(note, style=NOTE_STYLES.get(note.partition(":")[0], "dim"))
+        for note, style in section.notes:
+            console.print(note, style=style)
         console.print()
 
 
 def save_page(report: Report, pictures: Sequence[Path], path: Path) -> None:
-    """Write the sections and PNG pictures to one HTML page that needs no other file."""
+    """Write pictures, sections and the code that loads a network to one HTML page.
+
+    It needs no other file.
+    """
     settings = report["settings"]
     parts = [
-        "<!DOCTYPE html><html lang='en'><meta charset='utf-8'><title>srigl-core demo</title>",
-        f"<style>{PAGE_STYLE}</style><h1>Handwritten digits, dense and sparse</h1>",
-        f"<p>A ReLU network {'-'.join(map(str, settings['widths']))}, "
-        f"{settings['epochs']} epochs, {settings['train_images']} training and "
-        f"{settings['test_images']} test images, {len(settings['seeds'])} seeds.</p>",
+        "<!DOCTYPE html><html lang='en'><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width'><title>srigl-core demo</title>",
+        f"<style>{PAGE_STYLE}</style><h1>Handwritten digits among noise, dense and sparse</h1>",
+        f"<p>A ReLU network {'-'.join(map(str, settings['widths']))} reads images of 8 x 8 pixels "
+        f"and 448 numbers of noise. {settings['epochs']} epochs, {settings['train_examples']} "
+        f"training and {settings['test_examples']} test examples in each of {settings['folds']} "
+        f"folds, {len(settings['seeds'])} seeds.</p><ul>",
+        *(f"<li>{escape(each['text'])}</li>" for each in report["verdicts"]),
+        "</ul>",
     ]
+    for picture in pictures:
+        data = base64.b64encode(picture.read_bytes()).decode("ascii")
+        parts.append(f"<p><img alt='{picture.stem}' src='data:image/png;base64,{data}'></p>")
+        parts.append(f"<p>{escape(CAPTIONS[picture.stem])}</p>")
     for section in training_sections(report) + deployment_sections(report):
         parts.append(f"<h2>{escape(section.title)}</h2><table>")
         parts.append(_page_row("th", section.columns))
         parts.extend(_page_row("td", row) for row in section.rows)
         parts.append("</table>")
-        parts.extend(f"<p>{escape(note)}</p>" for note in section.notes)
-    for picture in pictures:
-        data = base64.b64encode(picture.read_bytes()).decode("ascii")
-        parts.append(f"<p><img alt='{picture.stem}' src='data:image/png;base64,{data}'></p>")
+        parts.extend(f"<p>{escape(note)}</p>" for note, _ in section.notes)
+    parts.append("<h2>Load a network, and predict</h2>")
+    parts.append(f"<pre><code>{escape(example(report, path.parent))}</code></pre>")
     path.write_text("\n".join([*parts, "</html>"]), encoding="utf-8")
 
 

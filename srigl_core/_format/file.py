@@ -36,8 +36,9 @@ __all__ = [
 
 FORMAT_VERSION = "1"
 
-_VERSION_KEY = "srigl_core.format_version"
-_LAYERS_KEY = "srigl_core.layers"
+_PREFIX = "srigl_core."
+_VERSION_KEY = f"{_PREFIX}format_version"
+_LAYERS_KEY = f"{_PREFIX}layers"
 _RESERVED = "__metadata__"
 _PARTS = ("values", "indices", "active")
 
@@ -45,6 +46,7 @@ _PARTS = ("values", "indices", "active")
 def save_condensed(
     path: str | os.PathLike[str],
     tensors: CondensedWeight | Mapping[str, CondensedWeight | NDArray[Any]],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write condensed weights, and other arrays such as biases, to one file.
 
@@ -54,12 +56,15 @@ def save_condensed(
         Replaced as a whole: a reader sees the old file or the new one.
     tensors : CondensedWeight, or mapping of str to CondensedWeight or ndarray
         A single weight gets the name "weight".
+    metadata : mapping of str to str, or None
+        Entries to store in the file's metadata, such as the activations of the layers.
+        ``safetensors.safe_open(path, "np").metadata()`` reads them.
 
     Raises
     ------
     ValueTypeError
-        If an entry is neither, an array has a dtype that safetensors does not store, or a name is
-        not a string.
+        If an entry is neither, an array has a dtype that safetensors does not store, or a name or
+        an entry of `metadata` is not a string.
     SriglError
         If two names collide, or a name cannot be stored.
     """
@@ -86,7 +91,17 @@ def save_condensed(
             if key == _RESERVED:
                 raise SriglError(f"safetensors keeps the name {key!r} for itself; rename the array")
             arrays[key] = array
-    write_whole(path, save(arrays, metadata=layer_metadata(layers)))
+    own = layer_metadata(layers)
+    for key, text in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise ValueTypeError(
+                f"metadata has the entry {key!r}: {text!r}; both must be strings, for example "
+                f"JSON"
+            )
+        if key.startswith(_PREFIX):
+            raise SriglError(f"metadata {key!r} begins with {_PREFIX!r}, as the format's own does")
+        own[key] = text
+    write_whole(path, save(arrays, metadata=own))
 
 
 def load_condensed(path: str | os.PathLike[str]) -> dict[str, CondensedWeight | NDArray[Any]]:

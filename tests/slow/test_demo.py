@@ -5,34 +5,31 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from srigl_core import CondensedWeight, SriglError, list_backends
+from srigl_core import CondensedWeight, list_backends
 
 REASON = 'the demo needs its packages: pip install -e ".[demo]"'
-for package in ("rich", "sklearn", "matplotlib"):
+for package in ("rich", "sklearn", "matplotlib", "joblib"):
     pytest.importorskip(package, reason=REASON)
 
 import run  # noqa: E402
-from digits import load_digits  # noqa: E402
-from experiment import Cell, Experiment, run_experiment  # noqa: E402
-from latency import CSR, DENSE, contenders, interleaved  # noqa: E402
-from network import CondensedMlp, Mlp, layer_shapes  # noqa: E402
-from report import agreements, checks  # noqa: E402
+from latency import CSR, DENSE, OURS, contenders, interleaved  # noqa: E402
+from network import CondensedMlp  # noqa: E402
+from report import Experiment, agreements  # noqa: E402
 from rich.console import Console  # noqa: E402
-from tables import deployment_sections, training_sections  # noqa: E402
+from tables import deployment_sections, example, training_sections  # noqa: E402
 from threadpoolctl import threadpool_limits  # noqa: E402
-from training import METHODS, Recipe, RunResult, RunSpec, make_trainer, train  # noqa: E402
+
+from srigl_core.benchmarks.reproduce.datasets import load_dataset  # noqa: E402
+from srigl_core.benchmarks.reproduce.mlp import Mlp  # noqa: E402
+from srigl_core.benchmarks.reproduce.training import train  # noqa: E402
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
-SMALL = Recipe(widths=(64, 40, 32, 10), epochs=4, delta_t=5)
-
-
-pytestmark = pytest.mark.filterwarnings("ignore:UpdateSchedule.* mask updates:UserWarning")
+SMALL = (("epochs", 3), ("delta_t", 5))
 
 
 @pytest.fixture(scope="module")
@@ -40,105 +37,23 @@ def demo(tmp_path_factory):
     """The report, the folder and the printed text of one small demo."""
     folder = tmp_path_factory.mktemp("demo") / "out"
     console = Console(file=io.StringIO(), width=200)
-    experiment = Experiment(sparsities=(0.8, 0.9), seeds=(3, 4), recipe=SMALL)
+    experiment = Experiment(sparsities=(0.8, 0.9), seeds=(3,), changes=SMALL)
     with threadpool_limits(1):
         report = run.run_demo(experiment, folder, console=console, rounds=3)
     return report, folder, console.file.getvalue()
 
 
-@pytest.fixture(scope="module")
-def trained():
-    """One run of each method."""
-    return {method: train(spec_of(method)) for method in METHODS}
-
-
-def spec_of(method, **changes):
-    sparsity = 0.0 if method == "dense" else 0.9
-    return replace(RunSpec(method, sparsity, 0, SMALL, keep_network=True), **changes)
-
-
-def test_the_split_is_fixed_stratified_and_standardised():
-    digits, again = load_digits(), load_digits.__wrapped__()
-    np.testing.assert_array_equal(digits.test_x, again.test_x)
-    np.testing.assert_array_equal(digits.test_y, again.test_y)
-    assert digits.train_y.size + digits.test_y.size == 1797
-    shares = np.bincount(digits.test_y) / np.bincount(np.r_[digits.train_y, digits.test_y])
-    np.testing.assert_allclose(shares, 0.25, atol=0.01)
-    np.testing.assert_allclose(digits.train_x.mean(axis=0), 0, atol=1e-5)
-    deviations = digits.train_x.std(axis=0)
-    assert np.all(deviations < 1.0001)
-    assert np.count_nonzero(deviations > 0.9999) > 40
-
-
-def test_gradients_are_the_slopes_of_the_loss():
-    rng = np.random.default_rng(0)
-    shapes = layer_shapes((6, 5, 4))
-    network = Mlp(
-        {name: rng.standard_normal(shape) for name, shape in shapes.items()},
-        {name: rng.standard_normal(shape[0]) for name, shape in shapes.items()},
-    )
-    x, labels = rng.standard_normal((7, 6)), rng.integers(0, 4, 7)
-
-    def loss_at(array, place, value):
-        before, array[place] = array[place], value
-        logits = network.forward(x)[-1]
-        array[place] = before
-        return np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(7), labels])
-
-    gradients = network.gradients(x, labels)
-    for arrays, slopes in (
-        (network.weights, gradients.weights),
-        (network.biases, gradients.biases),
-    ):
-        for name, array in arrays.items():
-            place = tuple(rng.integers(0, length) for length in array.shape)
-            above, below = (loss_at(array, place, array[place] + step) for step in (1e-6, -1e-6))
-            assert slopes[name][place] == pytest.approx((above - below) / 2e-6, abs=1e-7)
-
-
-@pytest.mark.parametrize("method", ["rigl", "srigl"])
-def test_the_same_seed_gives_the_same_network(trained, method):
-    first, second = trained[method], train(spec_of(method))
-    other = train(spec_of(method, seed=1))
-    assert first.accuracy == second.accuracy
-    for name, weight in first.network.weights.items():
-        np.testing.assert_array_equal(weight, second.network.weights[name])
-        assert not np.array_equal(weight, other.network.weights[name])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_inactive_weights_stay_zero_and_masks_are_updated(trained, method):
-    result = trained[method]
-    for name, mask in result.masks.items():
-        assert not result.network.weights[name][~mask].any()
-        assert result.nnz[name] == np.count_nonzero(mask)
-    fixed = method in ("dense", "static")
-    # 4 epochs of 42 steps; due at 5, 10, ... 125, below 126, three quarters of them.
-    assert result.n_updates == (0 if method == "dense" else 25)
-    density = sum(result.nnz.values()) / sum(mask.size for mask in result.masks.values())
-    assert (result.itop > density) != fixed
-    assert result.accuracy > 0.5
-
-
-def test_sparse_methods_share_a_budget_and_only_ablation_may_end_below_it(trained):
-    budget = make_trainer(spec_of("static"), 100).nnz
-    assert budget["hidden1"] % 40 == 0
-    for method, result in trained.items():
-        if method == "dense":
-            assert sum(result.nnz.values()) == 64 * 40 + 40 * 32 + 32 * 10
-        else:
-            assert make_trainer(spec_of(method), 100).nnz == budget
-            assert all(result.nnz[name] <= budget[name] for name in budget)
-            assert result.nnz == budget or method == "srigl"
-
-
-def test_the_network_survives_saving_and_every_backend_agrees(trained, tmp_path):
-    result = trained["srigl"]
-    saved = CondensedMlp.from_masked(result.network, result.masks)
+def test_the_network_survives_saving_and_every_backend_agrees(tmp_path):
+    (spec,) = Experiment(sparsities=(0.9,), seeds=(0,), changes=SMALL).kept()
+    data = load_dataset("digits-noise", 0)
+    with threadpool_limits(1):
+        result, kept = train(spec, keep=True)
+    saved = CondensedMlp.from_masked(kept.network, kept.masks, data)
     saved.save(tmp_path / "network.safetensors")
-    loaded = CondensedMlp.load(tmp_path / "network.safetensors", list(saved.weights))
+    loaded = CondensedMlp.load(tmp_path / "network.safetensors")
     assert loaded.weights == saved.weights
-    entries = agreements(loaded, result.network)
+    assert list(loaded.weights) == ["hidden1", "hidden2", "output"]
+    entries = agreements(loaded, kept.network, data)
     assert {entry["backend"] for entry in entries} == {
         status.name
         for status in list_backends()
@@ -146,23 +61,25 @@ def test_the_network_survives_saving_and_every_backend_agrees(trained, tmp_path)
     }
     for entry in entries:
         assert entry["agrees"]
-        assert entry["accuracy"] == result.accuracy
-    wrong = Mlp(result.network.weights, {n: -b for n, b in result.network.biases.items()})
-    assert not any(entry["agrees"] for entry in agreements(loaded, wrong))
+        assert entry["accuracy"] == pytest.approx(100 * result.accuracy)
+    network = kept.network
+    wrong = Mlp(network.weights, {name: -bias for name, bias in network.biases.items()})
+    assert not any(entry["agrees"] for entry in agreements(loaded, wrong, data))
 
 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_every_contender_computes_the_same(batch):
     rng = np.random.default_rng(0)
     weights = {
-        "hidden1": CondensedWeight.random((9, 64), fan_in=5, n_active=7, rng=rng),
+        "hidden1": CondensedWeight.random((9, 512), fan_in=5, n_active=7, rng=rng),
         "output": CondensedWeight.random((4, 9), fan_in=3, rng=rng),
     }
     biases = {n: rng.standard_normal(w.shape[0], np.float32) for n, w in weights.items()}
-    network, x = CondensedMlp(weights, biases), load_digits().test_x[:batch]
+    data = load_dataset("digits-noise", 0)
+    network, x = CondensedMlp(weights, biases, data.mean, data.scale), data.test_x[:batch]
     expected = network.to_masked().forward(x)[-1]
     calls = contenders(network, x)
-    assert {DENSE, CSR} < set(calls)
+    assert set(calls) == {DENSE, CSR, OURS}
     for name, call in calls.items():
         result = call().T if name == CSR else call()
         np.testing.assert_allclose(
@@ -179,42 +96,12 @@ def test_contenders_take_turns():
     assert all(len(seconds) == 4 for seconds in samples.values())
 
 
-def cell_of(method, sparsity, accuracies):
-    runs = [
-        RunResult(RunSpec(method, sparsity, i, SMALL), a, {}, {}, 0, 0, 0.0, 0.0)
-        for i, a in enumerate(accuracies)
-    ]
-    return Cell(method, sparsity, runs)
-
-
-def test_checks_compare_with_the_standard_error_of_the_difference():
-    dense = cell_of("dense", 0.0, [0.98, 0.96])
-    assert dense.standard_error == pytest.approx(0.01)
-    near, far = cell_of("srigl", 0.9, [0.948, 0.948]), cell_of("srigl", 0.9, [0.952, 0.952])
-    (fails,), (holds,) = checks([dense, near]), checks([dense, far])
-    assert fails["allowed"] == holds["allowed"] == pytest.approx(-2.0)
-    assert holds["difference"] == pytest.approx(-1.8)
-    assert (fails["holds"], holds["holds"]) == (False, True)
-    with_ablation = cell_of("srigl", 0.99, [0.90, 0.94])
-    without = cell_of("srigl-no-ablation", 0.99, [0.93, 0.97])
-    (check,) = checks([with_ablation, without])
-    assert check["standard_error"] == pytest.approx(2 * 2**0.5)
-    assert check["difference"] == pytest.approx(-3)
-    assert not check["holds"]
-
-
-def test_an_error_in_a_worker_reaches_the_caller_as_it_is():
-    experiment = Experiment(("srigl",), (0.99,), seeds=(0, 1), recipe=SMALL, workers=1)
-    with pytest.raises(SriglError, match="layer 'hidden1'"):
-        list(run_experiment(experiment))
-
-
-def test_full_adds_set_and_seeds():
+def test_full_adds_methods_and_seeds():
     short, full = (Experiment.of_size(7, full=full) for full in (False, True))
-    assert short.seeds == (7, 8, 9, 10, 11)
-    assert set(full.methods) - set(short.methods) == {"set"}
+    assert short.seeds == (7, 8, 9)
+    assert set(full.methods) - set(short.methods) == {"set", "static-fan-in"}
     assert set(short.seeds) < set(full.seeds)
-    assert len(short.runs()) == 5 * (1 + 3 * 4)
+    assert len(short.runs()) == 4 * 3 * (1 + 3 * 4)  # folds, seeds, methods
 
 
 def test_the_report_is_complete(demo):
@@ -223,20 +110,37 @@ def test_the_report_is_complete(demo):
     cells = [(entry["method"], entry["sparsity"]) for entry in report["training"]]
     assert cells[0] == ("dense", 0.0)
     assert len(set(cells)) == len(cells) == 1 + 2 * 4
+    by_cell = {}
     for entry in report["training"]:
-        assert entry["accuracy"] == pytest.approx(np.mean(entry["accuracies"]))
-        error = np.std(entry["accuracies"], ddof=1) / 2**0.5
-        assert entry["standard_error"] == pytest.approx(error)
+        values = by_cell[entry["method"], entry["sparsity"]] = 100 * np.array(entry["accuracies"])
+        assert entry["accuracy"] == pytest.approx(np.mean(values))
+        assert entry["standard_error"] == pytest.approx(np.std(values, ddof=1) / 2)
+    assert len(report["differences"]) == 2 * 4
+    for entry in report["differences"]:
+        other = entry["other"], 0.0 if entry["other"] == "dense" else entry["sparsity"]
+        pairs = by_cell["srigl", entry["sparsity"]] - by_cell[other]
+        assert entry["mean"] == pytest.approx(np.mean(pairs))
+        assert entry["error"] == pytest.approx(np.std(pairs, ddof=1) / 2)
+    assert len(report["verdicts"]) == 2 * 4
     assert [network["sparsity"] for network in report["networks"]] == [0.8, 0.9]
     assert all(backend["agrees"] for net in report["networks"] for backend in net["backends"])
-    for name in ("accuracy.png", "neurons.png", "latency.png"):
+    for name in ("accuracy.png", "mask.png", "latency.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_first_layer_is_followed_from_update_to_update(demo):
+    for entry in demo[0]["first_layer"]:
+        shares = entry["shares_on_pixels"]
+        for counts, share in ((entry["before"], shares[0]), (entry["after"], shares[-1])):
+            assert share == pytest.approx(sum(counts[:64]) / sum(counts))
+        assert len(shares) == 1 + 18  # 3 epochs of 42 steps; at 5, 10, ..., 90, below 94
 
 
 def test_terminal_and_page_show_the_reports_numbers(demo):
     report, folder, text = demo
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 3
+    assert page.index("<img") < page.index("<table")  # pictures first
     assert not re.search(r"(src|href)='(?!data:)", page)
     sections = training_sections(report) + deployment_sections(report)
     lines = [" ".join(line.split()) for line in text.splitlines()]
@@ -247,43 +151,45 @@ def test_terminal_and_page_show_the_reports_numbers(demo):
             assert f"<tr><td>{cells}</td></tr>" in page
     shown = [cell for section in sections for row in section.rows for cell in row]
     for entry in report["training"]:
-        assert f"{100 * entry['accuracy']:.2f} ± {100 * entry['standard_error']:.2f}" in shown
-    for budget in report["budgets"]:
-        for layer in budget["layers"]:
-            assert f"{layer['erk']:,} -> {layer['shared']:,}" in shown
-    assert len(report["checks"]) == 1
-    for shown_in in (text, page):
-        assert report["checks"][0]["statement"] in shown_in
+        assert f"{entry['accuracy']:.1f} ± {entry['standard_error']:.1f}" in shown
+    for entry in report["differences"]:
+        assert f"{entry['mean']:+.1f} ± {entry['error']:.1f}" in shown
+    for each in report["verdicts"]:
+        assert f"{each['mean']:+.1f} ± {each['error']:.1f} points, {each['outcome']}" in text
+        assert each["text"] in page
 
 
-def test_the_numbers_do_not_depend_on_the_number_of_workers(demo):
-    experiment = Experiment(("rigl", "srigl"), (0.9,), seeds=(3, 4), recipe=SMALL, workers=1)
-    accuracies = {(r.spec.method, r.spec.seed): r.accuracy for r in run_experiment(experiment)}
-    for entry in demo[0]["training"]:
-        if entry["sparsity"] == 0.9 and entry["method"] in experiment.methods:
-            assert entry["accuracies"] == [accuracies[entry["method"], seed] for seed in (3, 4)]
+def test_the_printed_lines_load_a_network_and_predict_what_the_table_says(demo):
+    report, folder, text = demo
+    code = example(report, folder)
+    assert code in text
+    lines = [line for line in code.splitlines() if line and not line.startswith(("import", "from"))]
+    assert len(lines) - 1 == 5  # and one that says where the files are
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"{report['networks'][-1]['backends'][0]['accuracy']:.2f} % correct\n"
 
 
 def test_latencies_name_every_contender_and_their_ratios_add_up(demo):
     report, _, text = demo
-    by_table = {}
+    assert [(entry["sparsity"], entry["batch"]) for entry in report["latency"]] == [
+        (0.8, 1),
+        (0.8, 256),
+        (0.9, 1),
+        (0.9, 256),
+    ]
     for entry in report["latency"]:
-        key = entry["sparsity"], entry["what"], entry["batch"]
-        by_table.setdefault(key, {})[entry["contender"]] = entry
-    assert {key[2] for key in by_table} == {1, 256}
-    assert {key[1] for key in by_table} == {"whole network", "hidden1, 64 to 40"}
-    for entries in by_table.values():
-        assert {DENSE, CSR, "reference"} <= set(entries)
-        for entry in entries.values():
-            ratio = entries[DENSE]["median_us"] / entry["median_us"]
-            assert entry["times_faster_than_dense"] == pytest.approx(ratio)
-            assert f"{entry['times_faster_than_dense']:.2f}x" in text
-            lower, upper = entry["quartiles_us"]
-            assert lower <= entry["median_us"] <= upper
+        medians = entry["median_us"]
+        assert set(medians) == {DENSE, CSR, OURS}
+        for name, key in ((DENSE, "times_faster_than_dense"), (CSR, "times_faster_than_csr")):
+            assert entry[key] == pytest.approx(medians[name] / medians[OURS])
+            assert f"{entry[key]:.2f}x" in text
+        for name, (lower, upper) in entry["quartiles_us"].items():
+            assert lower <= medians[name] <= upper
 
 
 def test_the_command_writes_the_report(monkeypatch, tmp_path):
-    small = Experiment(("dense", "srigl"), (0.9,), seeds=(0, 1), recipe=SMALL)
+    small = Experiment(("srigl",), (0.9,), seeds=(0,), changes=SMALL)
     monkeypatch.setattr(Experiment, "of_size", lambda seed, full: small)
     monkeypatch.setattr(run, "BATCHES", (1,))
     monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path / "out")])

@@ -29,8 +29,8 @@ STARTERS = {
 }
 MAKE = ["make", "-f", str(ROOT / "Makefile"), "demo", f"PYTHON={sys.executable}"]
 NEEDS = {
-    "make": ("sklearn", "matplotlib", "rich"),
-    "demo": ("sklearn", "matplotlib", "rich"),
+    "make": ("sklearn", "matplotlib", "rich", "joblib"),
+    "demo": ("sklearn", "matplotlib", "rich", "joblib"),
     "benchmark": ("typer", "matplotlib", "threadpoolctl"),
     "first use": ("typer", "numba"),
     "frameworks": ("torch", "sklearn", "rich"),
