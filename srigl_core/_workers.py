@@ -70,9 +70,16 @@ def _end_with(pipe: Connection) -> None:
     os._exit(1)
 
 
-def end_with_parent() -> None:
-    """End this process soon after its parent, which holds no pipe, has ended; only on POSIX."""
-    parent = os.getppid()
+def end_with_parent(parent: int | None = None) -> None:
+    """End this process soon after its parent, which holds no pipe, has ended; only on POSIX.
+
+    Parameters
+    ----------
+    parent : int or None
+        Its process number, if it may have ended already.
+    """
+    if parent is None:
+        parent = os.getppid()
 
     def wait() -> None:
         while os.getppid() == parent:

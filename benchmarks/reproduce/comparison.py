@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -121,7 +121,9 @@ def _error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def verdict(claim: Claim, sparsity: float, cells: dict[tuple[str, float], Cell]) -> Verdict | None:
+def verdict(
+    claim: Claim, sparsity: float, cells: Mapping[tuple[str, float], Cell]
+) -> Verdict | None:
     """Decide a claim by the confidence interval of the difference.
 
     It holds if the whole interval is above ``-claim.margin``, does not hold if the whole interval

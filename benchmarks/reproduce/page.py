@@ -212,10 +212,10 @@ def _claims(verdicts: Mapping[str, Sequence[Verdict]]) -> str:
 def _sweeps(results: Sequence[RunResult]) -> list[str]:
     """Return a section for each setting that was changed alone."""
     small = ("digits-noise", "mnist-5k")
-    thresholds = {"auto, 0.9": {}} | {f"{value:g}": {"gamma_sal": value} for value in THRESHOLDS}
-    steps = {f"every {_ANY_RECIPE.delta_t} steps": {}} | {
-        f"every {value}": {"delta_t": value} for value in STEPS_BETWEEN
-    }
+    thresholds: dict[str, dict[str, Any]] = {"auto, 0.9": {}}
+    thresholds |= {f"{value:g}": {"gamma_sal": value} for value in THRESHOLDS}
+    steps: dict[str, dict[str, Any]] = {f"every {_ANY_RECIPE.delta_t} steps": {}}
+    steps |= {f"every {value}": {"delta_t": value} for value in STEPS_BETWEEN}
     states = {state: {"grown_state": state} for state in GROWN_STATES}
     moving = list(product(("rigl", "srigl"), (0.9, 0.98)))
     sections = (

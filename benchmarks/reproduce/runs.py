@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import joblib
+from joblib.externals.loky.backend import resource_tracker as loky_tracker
 from threadpoolctl import threadpool_limits
 
 from srigl_core._workers import end_with_parent
@@ -18,20 +23,40 @@ from srigl_core.errors import BackendUnavailableError
 __all__ = ["dask_workers", "local_workers", "run_all", "run_missing"]
 
 
-def local_workers(processes: int | None = None) -> joblib.parallel_config:
+@contextmanager
+def local_workers(processes: int | None = None) -> Iterator[None]:
     """Return the context in which runs are spread over processes of this machine.
+
+    The processes end with this one, and Ctrl-C ends all of them.
 
     Parameters
     ----------
     processes : int or None
-        None is one for each core. They end with this process.
+        None is one for each core.
     """
-    return joblib.parallel_config(
-        backend="loky",
-        n_jobs=processes or -1,
-        inner_max_num_threads=1,
-        initializer=end_with_parent,
-    )
+    end = partial(end_with_parent, os.getpid())
+    with joblib.parallel_config(
+        backend="loky", n_jobs=processes or -1, inner_max_num_threads=1, initializer=end
+    ):
+        with _interrupts_held():  # processes inherit that, so that only this one answers Ctrl-C
+            joblib.Parallel()(joblib.delayed(abs)(0) for _ in range(2))
+        yield
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait until the block ends; not on Windows."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # These two processes would end the waiting when they are started.
+    loky_tracker.ensure_running()
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

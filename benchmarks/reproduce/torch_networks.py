@@ -23,7 +23,7 @@ __all__ = ["NETWORKS", "train_torch"]
 SIDE = 28
 
 
-class _Vit(nn.Module):
+class _Vit(nn.Module):  # type: ignore[misc] # PyTorch's types are not followed
     """A vision transformer with 16 patches of 7 x 7 pixels and two blocks."""
 
     def __init__(self, width: int = 64, depth: int = 2) -> None:
@@ -74,7 +74,7 @@ def train_torch(spec: RunSpec, data: Dataset) -> tuple[float, Any]:
     recipe = spec.recipe
     build, exclude = NETWORKS[spec.network]
     n_steps = recipe.epochs * (data.train_y.size // recipe.batch_size)
-    common = {
+    common: dict[str, Any] = {
         "sparsity": spec.sparsity,
         "schedule": schedule_of(spec, n_steps),
         "exclude": exclude,

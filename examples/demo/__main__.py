@@ -4,6 +4,7 @@
 """
 
 import os
+import signal
 import sys
 from importlib.util import find_spec
 
@@ -24,6 +25,10 @@ if __name__ == "__main__":
             f"error: the demo cannot import {', '.join(missing)}; "
             f'install its packages with: pip install -e ".[demo]"'
         )
-    from run import main
+    try:
+        from run import main
 
-    main()
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

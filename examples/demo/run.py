@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -58,9 +57,6 @@ def main() -> None:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except TerminatedWorkerError:
         sys.exit("error: a training process was killed, perhaps for lack of memory; free some")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
     backends = [backend for network in report["networks"] for backend in network["backends"]]
     wrong = sorted({backend["backend"] for backend in backends if not backend["agrees"]})
     if wrong:
