@@ -48,18 +48,18 @@ _CROSSING = {
 _METHOD = """\
 Each row is one case. Its contenders are timed in turns, in one process: each round times a few
 calls of every contender, and begins with another one. Every contender's result was compared with
-float64 before it was timed. Ours is the public `plan(x, bias)`, with its checks and the allocation
+float64 before it was timed. srigl is the public `plan(x, bias)`, with its checks and the allocation
 of the result. The others have their best reasonable form, also with bias. Weights are prepared
 beforehand for all.
 
 {statistic}
 
-Ratios say how many times as long as ours the best contender of a family takes, with the time and
-the name of that contender in parentheses; below 1, ours loses. {families}
+Ratios say how many times as long as srigl the best contender of a family takes, with the time and
+the name of that contender in parentheses; below 1, srigl loses. {families}
 
 {caches}
 
-*Of the roofline*: the least time that the machine allows, divided by ours. The least time is the
+*Of the roofline*: the least time that the machine allows, divided by srigl's. The least time is the
 largest of three quotients, each of the work and a peak rate measured in the same run:
 
 {bounds}
@@ -175,7 +175,7 @@ def _crossing(rows: Iterable[Row], family: str, ours: str) -> str:
 
 
 def _crossovers(results: Results) -> str:
-    """Return the batch from which each dense family is faster than ours, for each layer."""
+    """Return the batch from which each dense family is faster than srigl, for each layer."""
     layers: dict[tuple[str, str], list[Row]] = {}
     for row in results.rows:
         if row.operation == "forward" and row.weights == "warm":
@@ -188,8 +188,8 @@ def _crossovers(results: Results) -> str:
     ]
     head = ("layer", "sparsity", *(_FAMILIES["gpu"][family] for family in _CROSSING))
     return (
-        f"The smallest measured batch from which dense takes less time than ours in the same type "
-        f"(TF32: than ours in float32); warm.\n\n{table(head, lines)}"
+        f"The smallest measured batch from which dense takes less time than srigl in the same type "
+        f"(TF32: than srigl in float32); warm.\n\n{table(head, lines)}"
     )
 
 
@@ -304,7 +304,7 @@ def _products(rows: Sequence[Row], results: Results) -> str:
                     "batch": str(row.batch),
                     "weights": row.weights,
                     "type": name.removeprefix(row.main).lstrip(", ") or row.dtype,
-                    "ours, µs": _cell(row, name),
+                    "srigl, µs": _cell(row, name),
                     "host, µs": number(host) if host else "",
                     "forward passes": f"{ours / before:.2f}" if ours and before else "",
                     "GB/s": number(moved / 1e9) if moved else "",
@@ -359,7 +359,8 @@ def _every_contender(results: Results) -> str:
 
 def _family(rows: Iterable[Row], name: str) -> str:
     entries = (row.contenders[name] for row in rows if name in row.contenders)
-    return next((str(entry["family"]) for entry in entries), "")
+    family = next((str(entry["family"]) for entry in entries), "")
+    return "srigl" if family == "ours" else family
 
 
 def _tried(row: Row) -> list[str]:

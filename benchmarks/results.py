@@ -140,7 +140,7 @@ class Row:
     def summary(self) -> str:
         """Return our time, and how many times as long the best dense and CSR contenders take."""
         if self.ours is None:
-            return "ours was not measured"
+            return "srigl was not measured"
         ratios = ((family, self.ratio(family)) for family in ("dense", "tf32", "fp16", "csr"))
         words = [f"{ratio:.2f}x {family}" for family, ratio in ratios if ratio is not None]
         return ", ".join([f"{self.ours:.4g} us", *words])

@@ -32,8 +32,8 @@ CHOICES: tuple[tuple[str, str, Mapping[str, tuple[Any, ...]]], ...] = (
     ("mnist-5k", "mlp", _SGD),
     ("mnist-1d", "mlp", _SGD),
     *((data, "mlp", _ADAMW) for data in ADAMW),
-    ("mnist-5k", "convnet", {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2)}),
-    ("mnist-5k", "vit", {"learning_rate": (1e-3, 3e-3, 1e-2)}),
+    ("mnist-5k", "convnet", {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}),
+    ("mnist-5k", "vit", {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2)}),
 )
 """The settings that were tried on validation parts, by data and network."""
 

@@ -34,7 +34,7 @@ class Experiment:
     """Methods and sparsities of the demo, each trained with every fold and seed."""
 
     methods: tuple[str, ...] = ("static", "rigl", "srigl-no-ablation", "srigl")
-    sparsities: tuple[float, ...] = (0.9, 0.95, 0.98)
+    sparsities: tuple[float, ...] = (0.9, 0.98, 0.99)
     seeds: tuple[int, ...] = (0, 1, 2)
     changes: tuple[tuple[str, Any], ...] = ()
 

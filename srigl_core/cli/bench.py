@@ -102,7 +102,7 @@ def kernel(
     only: _Only = None,
     seconds: _Seconds = 0.6,
 ) -> None:
-    """Time a kernel beside ours, dense, CSR and gathers; the same as srigl bench KERNEL."""
+    """Time a kernel beside srigl, dense, CSR and gathers; the same as srigl bench KERNEL."""
     from srigl_core import get_backend
     from srigl_core.testing.targets import as_backend
 
@@ -117,7 +117,7 @@ def kernel(
         seconds=seconds,
         kernel=target,
     )
-    table = Table("case", f"{name}, us", "ours, us", "best dense, us", "best CSR, us", box=None)
+    table = Table("case", f"{name}, us", "srigl, us", "best dense, us", "best CSR, us", box=None)
     for row in results.rows:
         bests = (row.best(family) for family in ("dense", "csr"))
         times = (row.time(name), row.ours, *(best and best[1] for best in bests))
