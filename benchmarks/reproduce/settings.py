@@ -113,7 +113,7 @@ RECIPES = {
     ("digits-noise", "mlp"): Recipe(epochs=40, learning_rate=0.05, weight_decay=1e-2),
     ("mnist-5k", "mlp"): Recipe(epochs=20, learning_rate=0.05, weight_decay=3e-3),
     ("mnist-1d", "mlp"): Recipe(epochs=40, learning_rate=0.1, weight_decay=1e-3),
-    ("mnist-5k", "convnet"): Recipe(12, 3e-2, 0.05, "adamw", batch_size=64),
+    ("mnist-5k", "convnet"): Recipe(12, 0.1, 0.05, "adamw", batch_size=64),
     ("mnist-5k", "vit"): Recipe(24, 1e-2, 0.05, "adamw", batch_size=64),
 }
 """The recipe of each dataset and network."""

@@ -71,6 +71,7 @@ NETWORKS = {"convnet": (_convnet, ("1",)), "vit": (_Vit, ("patches",))}
 def train_torch(spec: RunSpec, data: Dataset) -> tuple[float, Any]:
     """Train a network of `NETWORKS`, and return its test accuracy and its trainer."""
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # decayed weights make runs slow
     recipe = spec.recipe
     build, exclude = NETWORKS[spec.network]
     n_steps = recipe.epochs * (data.train_y.size // recipe.batch_size)
