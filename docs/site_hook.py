@@ -54,7 +54,7 @@ PLACES = {
     f"{RESULTS}/gpu_kernels.json": "gpu_kernels.md",
     f"{RESULTS}/huggingface.json": "huggingface.md",
     f"{RESULTS}/mutants.json": "mutants.md",
-    f"{RESULTS}/reproduce.jsonl": "measured/reproduce.md",
+    f"{RESULTS}/reproduce.md": "measured/reproduce.md",
     "srigl_core/testing/laws.py": "laws.md",
 }
 """Where pages of other folders go, by the file that they are or that they are made from."""
@@ -138,7 +138,7 @@ def _measured() -> dict[str, str]:
     if calls not in (ROOT / RESULTS / "frameworks.md").read_text(encoding="utf-8"):
         _log.warning("%s/frameworks.md: the times of calls are not overhead.json's", RESULTS)
     trained = read_results(ROOT / RESULTS / "reproduce.jsonl")
-    made[f"{RESULTS}/reproduce.jsonl"] = reproduce_page(trained, "reproduce.png")
+    made[f"{RESULTS}/reproduce.md"] = reproduce_page(trained, "reproduce.png")
     families = json.loads((ROOT / RESULTS / "huggingface.json").read_text(encoding="utf-8"))
     made[f"{RESULTS}/huggingface.json"] = huggingface_page(families)
     made[f"{RESULTS}/README.md"] = f"""\

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from srigl_core import (
@@ -154,6 +155,35 @@ def test_the_file_is_plain_safetensors(tmp_path):
     assert header["__metadata__"][VERSION] == FORMAT_VERSION
     layers = json.loads(header["__metadata__"][LAYERS])
     assert layers == {"fc": {"shape": [5, 7], "dtype": "bfloat16"}}
+
+
+def test_metadata_of_ones_own_is_kept_beside_the_formats(tmp_path):
+    path = tmp_path / "w.safetensors"
+    own = {"activations": '{"fc1": "relu"}', "": "\N{SNOWMAN}"}
+    save_condensed(path, {"fc1": example_weight()}, metadata=own)
+    with safe_open(path, "np") as file:
+        found = file.metadata()
+    assert {name: found[name] for name in own} == own
+    assert set(found) == set(own) | {LAYERS, VERSION}
+    assert load_condensed(path)["fc1"] == example_weight()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "error", "message"),
+    [
+        ({"a": 1}, ValueTypeError, r"metadata\['a'\] = 1 must be a string, got int"),
+        ({1: "a"}, ValueTypeError, "metadata name 1 must be a string, got int"),
+        (["a"], ValueTypeError, "metadata must be a mapping of names to strings, got list"),
+        ({LAYERS: "{}"}, SriglError, "begins with 'srigl_core.', as the format's own; rename it"),
+        ({"a": "\ud800"}, SriglError, "is not valid Unicode; change it"),
+        ({"\ud800": "a"}, SriglError, "is not valid Unicode; change it"),
+    ],
+)
+def test_metadata_that_cannot_be_stored_is_an_error(tmp_path, metadata, error, message):
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(error, match=message):
+        save_condensed(path, example_weight(), metadata=metadata)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_loaded_does_not_depend_on_the_file_any_more(tmp_path):

@@ -9,6 +9,7 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
@@ -48,6 +49,8 @@ def main() -> None:
         )
     if "SRIGL_ENDS_WITH_PARENT" in os.environ:  # make sets it
         end_with_parent()
+    # Workers whose memory has grown are replaced between runs.
+    warnings.filterwarnings("ignore", "A worker stopped", UserWarning)
     try:
         _reproduce(options)
     except (SriglError, OSError) as error:

@@ -66,7 +66,7 @@ def save_condensed(
         If an entry is neither, an array has a dtype that safetensors does not store, or a name or
         an entry of `metadata` is not a string.
     SriglError
-        If two names collide, or a name cannot be stored.
+        If two names collide, or a name or an entry of `metadata` cannot be stored.
     """
     from safetensors.numpy import save
 
@@ -80,7 +80,7 @@ def save_condensed(
     arrays: dict[str, NDArray[Any]] = {}
     layers: dict[str, CondensedWeight] = {}
     for name, tensor in tensors.items():
-        _check_name(name)
+        _check_text(name, "tensor name")
         if isinstance(tensor, CondensedWeight):
             layers[name], parts = tensor, weight_arrays(name, tensor)
         else:
@@ -92,14 +92,17 @@ def save_condensed(
                 raise SriglError(f"safetensors keeps the name {key!r} for itself; rename the array")
             arrays[key] = array
     own = layer_metadata(layers)
+    if not isinstance(metadata, Mapping | None):
+        raise ValueTypeError(
+            f"metadata must be a mapping of names to strings, got {type(metadata).__name__}"
+        )
     for key, text in (metadata or {}).items():
-        if not isinstance(key, str) or not isinstance(text, str):
-            raise ValueTypeError(
-                f"metadata has the entry {key!r}: {text!r}; both must be strings, for example "
-                f"JSON"
-            )
+        _check_text(key, "metadata name")
+        _check_text(text, f"metadata[{key!r}] =")
         if key.startswith(_PREFIX):
-            raise SriglError(f"metadata {key!r} begins with {_PREFIX!r}, as the format's own does")
+            raise SriglError(
+                f"metadata name {key!r} begins with {_PREFIX!r}, as the format's own; rename it"
+            )
         own[key] = text
     write_whole(path, save(arrays, metadata=own))
 
@@ -159,13 +162,13 @@ def layer_metadata(layers: Mapping[str, CondensedWeight]) -> dict[str, str]:
     return {_VERSION_KEY: FORMAT_VERSION, _LAYERS_KEY: json.dumps(described)}
 
 
-def _check_name(name: object) -> None:
-    if not isinstance(name, str):
-        raise ValueTypeError(f"tensor name {name!r} must be a string, got {type(name).__name__}")
+def _check_text(text: object, what: str) -> None:
+    if not isinstance(text, str):
+        raise ValueTypeError(f"{what} {text!r} must be a string, got {type(text).__name__}")
     try:
-        name.encode()
+        text.encode()
     except UnicodeEncodeError:
-        raise SriglError(f"tensor name {name!r} is not valid Unicode; rename it") from None
+        raise SriglError(f"{what} {text!r} is not valid Unicode; change it") from None
 
 
 def _plain_array(name: str, array: object) -> NDArray[Any]:
