@@ -82,7 +82,7 @@ def _reproduce(options: argparse.Namespace) -> None:
     text = page(results, f"{name}.png")
     (options.out / f"{name}.md").write_text(text, encoding="utf-8")
     save_accuracies(panels(results), options.out / f"{name}.png")
-    print(text.partition("![")[0])
+    print(text.partition("## ")[0])
     print(f"In {options.out}: {name}.jsonl, {name}.md, {name}.png")
 
 

@@ -102,8 +102,8 @@ def page(results: Sequence[RunResult], picture: str) -> str:
     verdicts = {title: _verdicts(cells) for title, cells in groups.items()}
     parts = [
         "# The paper's claims, on small data",
-        _summary(verdicts),
         f"![Test accuracy over sparsity]({picture})",
+        _summary(verdicts),
         "## The paper's numbers beside ours",
         _beside_the_paper(groups),
         *(_accuracies(title, cells) for title, cells in groups.items()),
@@ -137,10 +137,12 @@ def _summary(verdicts: Mapping[str, Sequence[Verdict]]) -> str:
         if not found:
             continue
         counts = Counter(v.outcome for _, v in found)
-        text = (
-            f"- **{_sentence(claim)}**: holds in {counts['holds']} of {plural(len(found), 'case')}"
-            f", undecided in {counts['undecided']}, does not hold in {counts['does not hold']}."
-        )
+        parts = [f"holds in {counts['holds']} of {plural(len(found), 'case')}"]
+        if counts["undecided"]:
+            parts.append(f"is undecided in {counts['undecided']}")
+        if counts["does not hold"]:
+            parts.append(f"does not hold in {counts['does not hold']}")
+        text = f"- **{_sentence(claim)}**: {', '.join(parts)}."
         against = [
             f"{t}, {v.sparsity:.0%} ({v.difference})"
             for t, v in found

@@ -56,7 +56,7 @@ def draw_accuracy(axes: Any, cells: Mapping[tuple[str, float], Cell]) -> None:
 
 def save_accuracies(panels: Mapping[str, Mapping[tuple[str, float], Cell]], path: Path) -> None:
     """Write a PNG with one panel for each dataset and network."""
-    n_columns = min(3, len(panels))
+    n_columns = min(2, len(panels))
     n_rows = -(-len(panels) // n_columns)
     figure = Figure(figsize=(4.2 * n_columns, 3.6 * n_rows), layout="constrained")
     grid = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
@@ -65,5 +65,5 @@ def save_accuracies(panels: Mapping[str, Mapping[tuple[str, float], Cell]], path
         axes.set_title(title)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
