@@ -59,6 +59,9 @@ class Capabilities:
         The dtypes that it takes for indices, of "uint16" and "uint32".
     priority : int
         Where no backend is named, the one of highest priority that can run is used.
+    largest_problem : int
+        How large the problems of `srigl_core.testing` may be, in numbers read and written: a slow
+        kernel takes less. The report says which sizes it leaves out.
     """
 
     device: str = "cpu"
@@ -67,6 +70,7 @@ class Capabilities:
     input_dtypes: frozenset[str] = frozenset(VALUE_TYPES)
     index_dtypes: frozenset[str] = frozenset({"uint16", "uint32"})
     priority: int = 0
+    largest_problem: int = 5_000_000
 
 
 @dataclass(frozen=True, eq=False)

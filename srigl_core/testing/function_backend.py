@@ -399,7 +399,7 @@ def _narrowed(
     return replace(
         capabilities,
         ablation=capabilities.ablation and can_ablate,
-        strides=capabilities.strides and not is_converted,
+        layouts=frozenset({"C"}) if is_converted else capabilities.layouts,
         out=capabilities.out and "out" in parameters,
     )
 

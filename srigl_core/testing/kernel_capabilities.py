@@ -8,10 +8,27 @@ from dataclasses import asdict, dataclass, fields
 from srigl_core._arrays.dtypes import VALUE_TYPES
 from srigl_core.contract import ACTIVATIONS, OPERATIONS, Backend, Capabilities
 from srigl_core.errors import SriglError
+from srigl_core.testing.problem_sizes import classes_too_large
 
-__all__ = ["OPTIONAL_SETTINGS", "KernelCapabilities", "capabilities_of", "completed", "left_out"]
+__all__ = [
+    "DISTINCT_LAYOUTS",
+    "LAYOUTS",
+    "OPTIONAL_SETTINGS",
+    "KernelCapabilities",
+    "capabilities_of",
+    "completed",
+    "left_out",
+]
 
 INDEX_TYPES = ("uint16", "uint32")
+
+DISTINCT_LAYOUTS = (
+    *("C", "columns of a wider array", "F", "every second", "F within a larger array"),
+    *("reversed", "rows reversed", "offset by a byte"),
+)
+LAYOUTS = (*DISTINCT_LAYOUTS, "shared rows", "shared columns")
+"""Memory layouts, the simplest first. PyTorch and JAX have no reversed array, and no GPU an array \
+that is not aligned."""
 
 OPTIONAL_SETTINGS = frozenset({"gamma_sal", "min_salient", "saliency_scope", "grown_init"})
 """Settings of an update that a kernel need not take: without them it ablates no neuron, looks for \
@@ -27,7 +44,7 @@ class KernelCapabilities(Capabilities):
 
     Parameters
     ----------
-    device, operations, value_dtypes, index_dtypes, priority
+    device, operations, value_dtypes, input_dtypes, index_dtypes, priority, largest_problem
         As in `Capabilities`.
     activations : frozenset of str
         The activations that it computes, from `srigl_core.contract.ACTIVATIONS`.
@@ -35,9 +52,8 @@ class KernelCapabilities(Capabilities):
         Whether it adds a bias.
     ablation : bool
         Whether neurons may be ablated. If False, all are active.
-    strides : bool
-        Whether arrays may have any strides and alignment. If False, they are in C order and
-        aligned.
+    layouts : frozenset of str
+        The memory layouts that arrays may have, from `LAYOUTS`; "C" is always one of them.
     out : bool
         Whether it writes results in place, in any value type. If False, it returns them.
     settings : frozenset of str
@@ -52,7 +68,7 @@ class KernelCapabilities(Capabilities):
     activations: frozenset[str] = frozenset(ACTIVATIONS)
     bias: bool = True
     ablation: bool = True
-    strides: bool = True
+    layouts: frozenset[str] = frozenset(LAYOUTS)
     out: bool = True
     settings: frozenset[str] = OPTIONAL_SETTINGS
 
@@ -62,8 +78,10 @@ class KernelCapabilities(Capabilities):
             "value_dtypes": VALUE_TYPES,
             "index_dtypes": INDEX_TYPES,
             "activations": ACTIVATIONS,
+            "layouts": LAYOUTS,
             "settings": OPTIONAL_SETTINGS,
         }
+        object.__setattr__(self, "layouts", {"C", *self.layouts})
         for name, names in known.items():
             object.__setattr__(self, name, frozenset(getattr(self, name)))
             unknown = getattr(self, name).difference(names)
@@ -104,14 +122,19 @@ def left_out(capabilities: KernelCapabilities) -> list[str]:
         missing += [f"{name} indices" for name in _missing(INDEX_TYPES, capabilities.index_dtypes)]
         missing += ["ablated neurons"] * (not capabilities.ablation)
     if capabilities.operations - updates:
-        missing += ["strides"] * (not capabilities.strides)
+        layouts = [f"layout {name}" for name in _missing(LAYOUTS, capabilities.layouts)]
+        missing += layouts if len(capabilities.layouts) > 1 else ["strides"]
         missing += ["out="] * (not capabilities.out)
     if "condensed_matmul" in capabilities.operations:
         missing += ["bias"] * (not capabilities.bias)
         missing += [f"activation {n}" for n in _missing(ACTIVATIONS, capabilities.activations)]
     if capabilities.operations & updates:
         missing += _missing(sorted(OPTIONAL_SETTINGS), capabilities.settings)
-    return missing
+    return missing + classes_too_large(
+        capabilities.largest_problem,
+        products=bool(capabilities.operations - updates),
+        updates=bool(capabilities.operations & updates),
+    )
 
 
 def _missing(names: Iterable[str], declared: frozenset[str]) -> list[str]:

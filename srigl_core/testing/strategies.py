@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import value_dtype
 from srigl_core._format.weight import CondensedWeight
-from srigl_core.testing.kernel_capabilities import KernelCapabilities
+from srigl_core.testing.kernel_capabilities import LAYOUTS, KernelCapabilities
+from srigl_core.testing.problem_sizes import SMALL
 from srigl_core.testing.problems import (
-    BATCHES,
     EVERYTHING,
-    LAYOUTS,
     MAGNITUDES,
+    SPECIAL_NUMBERS,
     UPDATE_MAGNITUDES,
     DataSource,
     MatmulProblem,
@@ -111,11 +111,15 @@ def inputs(
     source = HypothesisSource(draw)
     dtype = source.sampled_from(combinable_dtypes(capabilities, weight.dtype))
     rng = source.rng()
-    lead, magnitude = source.sampled_from(BATCHES), source.sampled_from(MAGNITUDES)
+    batch = source.integer(1, SMALL)
+    lead = source.sampled_from(((batch,), (), (2, batch), (0,)))
+    magnitude = source.sampled_from(MAGNITUDES)
     x = random_inputs(rng, weight, lead, dtype, magnitude)
     if source.sampled_from((False, True)):
-        x[rng.random(x.shape) < 0.1] = source.sampled_from((np.nan, np.inf, -np.inf))
-    return laid_out(x, source.sampled_from(LAYOUTS) if capabilities.strides else "C")
+        special = source.sampled_from(list(SPECIAL_NUMBERS.values()))
+        x = np.where(rng.random(x.shape) < 0.1, rng.choice(special, x.shape), x).astype(dtype)
+    layouts = [each for each in LAYOUTS if each in capabilities.layouts]
+    return laid_out(x, source.sampled_from(layouts))
 
 
 @st.composite
