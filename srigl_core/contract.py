@@ -179,6 +179,9 @@ class Backend(Protocol):
     Where the backend cannot run, the call or the import of the module raises
     `BackendUnavailableError`, whose message says what is missing and what to install. A backend
     whose arrays are not NumPy arrays has an attribute ``arrays``, an `ArrayOps`.
+
+    An optional method ``runtime_info()`` returns a dict of facts for ``srigl info``. The entry
+    "threads" is the number of threads that a call may have.
     """
 
     name: str

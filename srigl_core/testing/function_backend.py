@@ -132,6 +132,11 @@ class FunctionBackend:
             is_converted=self._asarray is not None,
         )
 
+    @property
+    def takes_threads(self) -> bool:
+        """Whether the function is told how many threads to use."""
+        return "threads" in self._parameters
+
     def prepare(self, weight: CondensedWeight) -> _FunctionWeight:
         """Return the weight, to be passed to the function at each call."""
         return _FunctionWeight(self, weight)

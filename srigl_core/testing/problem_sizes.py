@@ -37,7 +37,7 @@ LARGEST_SIZE = 300_000
 LEADS = ("rows", "two axes", "one vector", "no rows")
 """The leading axes of inputs: (batch,), (a, b), () and (0,)."""
 
-_ROW = 8
+_ROW = 10
 """What a row costs that holds no numbers."""
 
 _RESIDUES = 32
@@ -76,13 +76,21 @@ class ProductSizes:
 
     def within(self, most: int) -> ProductSizes:
         """Return sizes that make sense together, and cost `most` or less: some made smaller."""
-        n_out = max(1, min(self.n_out, most // 4))
-        n_active = max(1, min(self.n_active, n_out, most // (4 * _ROW)))
-        n_in = max(1, min(self.n_in, most // 8))
-        fan_in = max(1, min(self.fan_in, n_in, most // (8 * n_active)))
-        one = ProductSizes(self.lead, 1, n_out, n_active, n_in, fan_in)
-        more = most // (one.cost - one.nnz - _ROW * n_active)
-        return replace(one, batch=max(1, min(self.batch, more)))
+        one = replace(
+            self,
+            batch=1,
+            n_active=min(self.n_active, self.n_out),
+            fan_in=min(self.fan_in, self.n_in),
+        )
+        if one.cost > most:
+            n_out, n_in = (max(1, min(size, most // 4)) for size in (self.n_out, self.n_in))
+            n_active = max(1, min(self.n_active, n_out, most // (4 * _ROW)))
+            left = most - n_out - n_in - _ROW * (1 + n_active)
+            fan_in = max(1, min(self.fan_in, n_in, left // (2 * n_active)))
+            one = ProductSizes(self.lead, 1, n_out, n_active, n_in, fan_in)
+        of_layer = one.nnz + _ROW * one.n_active
+        batch = max(1, min(self.batch, (most - of_layer) // (one.cost - of_layer)))
+        return replace(one, batch=batch)
 
     @property
     def leading_shape(self) -> tuple[int, ...]:
@@ -176,9 +184,8 @@ class _Product:
 
 
 def _any_lead(rng: Draw, batch: int) -> int:
-    """Draw leading axes; a vector or no rows only in place of few rows."""
-    often = (1, 1, 1, 2, 3, 3) if batch < 10 else (1, 1, 2)
-    return 4 if batch < 10 and rng.random() < 0.05 else int(rng.choice(often))
+    """Draw leading axes; one vector only in place of few rows."""
+    return int(rng.choice((1, 1, 1, 2, 3, 3) if batch < 10 else (1, 1, 2)))
 
 
 def _about(rng: Draw, least: int, most: int) -> int:
@@ -227,6 +234,8 @@ def product_sizes(schedule: Schedule, most: int, *, ablation: bool) -> ProductSi
         sizes = _dense_rows(rng)
     elif _SMALL_SHARE <= slot < ROUND - len(_LARGE):
         sizes = _at_a_boundary(rng, slot % 4)
+        if slot == _SMALL_SHARE + _DENSE_SHARE:
+            sizes = replace(sizes, lead=1 + LEADS.index("no rows"))
     else:
         sizes = _small(schedule, rng, turn * _SMALL_SHARE + slot)
     if not ablation:

@@ -383,9 +383,14 @@ def _random_weight(
     dtype: np.dtype[Any],
     magnitude: str,
 ) -> CondensedWeight:
-    """Return a weight whose first neuron is connected to the first and the last column."""
+    """Return a weight whose first neuron is connected to the first and the last column.
+
+    In some, no neuron is connected to the columns left out.
+    """
     active = np.sort(rng.choice(shape[0], n_active, replace=False))
-    indices = _random_columns(rng, n_active, shape[1], fan_in)
+    n_used = int(rng.integers(fan_in, shape[1], endpoint=True)) if rng.random() < 0.4 else shape[1]
+    used = np.sort(rng.choice(shape[1], n_used, replace=False))
+    indices = used[_random_columns(rng, n_active, n_used, fan_in)]
     indices[0, 0] = 0
     indices[0, -1] = shape[1] - 1
     values = random_numbers(rng, indices.shape, dtype, magnitude)

@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 THREADS = (1, 2, 3, 4, 8, 16, 64)
 """Numbers of threads that a call is made with."""
 
-_ROUNDS = 3
+_ROUNDS = 2
 _SWITCH_SECONDS = 1e-5
 """How long a thread runs Python code: short enough to interrupt calls."""
 
