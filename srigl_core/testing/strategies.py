@@ -8,6 +8,7 @@ restricts its examples to what a kernel declares. A `dtype` is "float32", "float
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -77,14 +78,19 @@ def matmul_problems(
     capabilities: KernelCapabilities = EVERYTHING,
 ) -> st.SearchStrategy[MatmulProblem]:
     """Return a strategy for products and gradients: any shape, dtype, magnitude and layout."""
-    return problems(matmul_problem, capabilities)
+    return problems(matmul_problem, _quick(capabilities))
 
 
 def update_problems(
     capabilities: KernelCapabilities = EVERYTHING,
 ) -> st.SearchStrategy[UpdateProblem]:
     """Return a strategy for mask updates: tie-rich and distinct numbers, any mask and settings."""
-    return problems(update_problem, capabilities)
+    return problems(update_problem, _quick(capabilities))
+
+
+def _quick(capabilities: KernelCapabilities) -> KernelCapabilities:
+    """Return capabilities for which a problem is built in a hundredth of a second."""
+    return replace(capabilities, largest_problem=min(400_000, capabilities.largest_problem))
 
 
 def value_dtypes(capabilities: KernelCapabilities = EVERYTHING) -> st.SearchStrategy[np.dtype[Any]]:
