@@ -1,7 +1,7 @@
 """Wrong kernels: each is a kernel of this project with one plausible bug, a diff of a few lines.
 
 A file ``mutants/KERNEL/NAME.diff`` states the bug in one sentence, and names a law that rejects it.
-The diff is applied to the installed file. The changed module, and the kernels' modules that import
+Where only some problems show the bug, it names their class. The diff is applied to the installed file. The changed module, and the kernels' modules that import
 it, are loaded under other names beside the right ones; they share all other modules.
 """
 
@@ -65,6 +65,7 @@ class Mutant:
     kernel: str  # the folder of the diff: a key of `BACKENDS`, or "cupy_gpu"
     name: str
     bug: str  # one sentence
+    problems: str  # the class of problems that show the bug; empty where any may
     law: str  # the name of a law that rejects it
     file: str  # the changed file of this repository
     diff: str
@@ -73,13 +74,17 @@ class Mutant:
     def read(cls, path: Path) -> Mutant:
         """Read a diff; raises `MutantError` if it does not begin as a diff of the corpus does."""
         text = path.read_text()
-        head = re.match(r"# (.+\.)\n# Rejected by: (\w+)\n--- a/(\S+)\n\+\+\+ b/\3\n@@ ", text)
+        head = re.match(
+            r"# (.+\.)\n(?:# Shown by: (.+)\.\n)?# Rejected by: (\w+)\n"
+            r"--- a/(\S+)\n\+\+\+ b/\4\n@@ ",
+            text,
+        )
         if head is None:
             raise MutantError(
                 f"{path} must begin with '# A sentence.', '# Rejected by: law', "
-                f"'--- a/file' and '+++ b/file'"
+                f"'--- a/file' and '+++ b/file'; '# Shown by: a class of problems.' may come second"
             )
-        return cls(path.parent.name, path.stem, *head.groups(), text)
+        return cls(path.parent.name, path.stem, *head.groups(default=""), text)
 
     @property
     def changed_lines(self) -> int:
