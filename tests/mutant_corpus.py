@@ -1,8 +1,9 @@
 """Wrong kernels: each is a kernel of this project with one plausible bug, a diff of a few lines.
 
 A file ``mutants/KERNEL/NAME.diff`` states the bug in one sentence, and names a law that rejects it.
-Where only some problems show the bug, it names their class. The diff is applied to the installed file. The changed module, and the kernels' modules that import
-it, are loaded under other names beside the right ones; they share all other modules.
+Where few problems show the bug, it names their class. The diff is applied to the installed file.
+The changed module, and the kernels' modules that import it, are loaded under other names beside the
+right ones; they share all other modules.
 """
 
 from __future__ import annotations
