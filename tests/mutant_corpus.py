@@ -25,7 +25,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from srigl_core.contract import Capabilities
-from srigl_core.testing import KernelCapabilities
+from srigl_core.testing import FunctionBackend, KernelCapabilities
 
 __all__ = ["COMPILED", "MUTANTS", "Mutant", "MutantError", "apply_diff", "load_backend"]
 
@@ -38,12 +38,24 @@ BACKENDS = {
 }
 """Module and class of the backends in Python; "cupy_gpu" is CUDA."""
 
+FUNCTIONS: dict[str, tuple[str, Callable[[Any], Callable[..., Any]]]] = {
+    "remap_state": ("srigl_core.reference.mask_update", lambda module: module.remap_state),
+    "remap_condensed": (
+        "srigl_core._update",
+        lambda module: lambda state, update: module.CondensedUpdate.remap(update, state),
+    ),
+}
+"""Operations that only functions have: the module, and its function."""
+
 COMPILED = ("numba_cpu", "cupy_gpu")
 """Kernels that are compiled, so that a mutant takes seconds."""
 
 WITHOUT_KERNELS = ("backends/numba_cpu/condensed_matmul.py",)
 """Files of numba_cpu without kernels. For other files only float32 is tried, since each dtype
 compiles their kernels anew."""
+
+BESIDE_KERNELS = ("srigl_core._activations", "srigl_core._update")
+"""Modules that may be changed although they belong to no kernel."""
 
 LAUNCHES = "srigl_core.backends.numba_cpu.calling"
 """A module that is loaded anew for each mutant, since what the installed one compiles is cached on
@@ -63,7 +75,7 @@ class MutantError(Exception):
 class Mutant:
     """A wrong backend."""
 
-    kernel: str  # the folder of the diff: a key of `BACKENDS`, or "cupy_gpu"
+    kernel: str  # the folder of the diff: a key of `BACKENDS` or `FUNCTIONS`, or "cupy_gpu"
     name: str
     bug: str  # one sentence
     problems: str  # the class of problems that show the bug; empty where any may
@@ -135,12 +147,15 @@ def load_backend(kernel: str, file: str, change: Change) -> Any:
     """
     if kernel == "cupy_gpu":
         return _simulated_backend(file, change)
-    module, name = BACKENDS[kernel]
+    module, find = FUNCTIONS.get(kernel) or BACKENDS[kernel]
     parts = Path(file).with_suffix("").parts
     changed = ".".join(parts if parts[0] == "srigl_core" else ("srigl_core", *parts))
     if not _uses(module, changed):
         raise MutantError(f"the backend of {kernel} does not use {file}")
-    backend = getattr(_Modules(changed, change)(module), name)()
+    loaded = _Modules(changed, change)(module)
+    if callable(find):
+        return FunctionBackend(find(loaded), kernel)
+    backend = getattr(loaded, find)()
     if kernel == "numba_cpu" and file not in WITHOUT_KERNELS:
         backend.capabilities = KernelCapabilities(value_dtypes=frozenset({"float32"}))
     return backend
@@ -209,7 +224,7 @@ def _path(name: str) -> Path | None:
     """Return the installed file of one of the kernels' modules, None for other modules."""
     package, _, last = name.rpartition(".")
     kernels = ("srigl_core.reference", "srigl_core.backends")
-    if not package.startswith(kernels) and name != "srigl_core._activations":
+    if not package.startswith(kernels) and name not in BESIDE_KERNELS:
         return None
     spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations if spec else None) or ()

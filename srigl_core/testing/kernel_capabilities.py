@@ -9,13 +9,27 @@ from srigl_core._arrays.dtypes import VALUE_TYPES
 from srigl_core.contract import ACTIVATIONS, OPERATIONS, Backend, Capabilities
 from srigl_core.errors import SriglError
 
-__all__ = ["OPTIONAL_SETTINGS", "KernelCapabilities", "capabilities_of", "completed", "left_out"]
+__all__ = [
+    "KERNEL_OPERATIONS",
+    "OPTIONAL_SETTINGS",
+    "KernelCapabilities",
+    "capabilities_of",
+    "completed",
+    "left_out",
+]
+
+_REMAPS = ("remap_state", "remap_condensed")
+KERNEL_OPERATIONS = (*OPERATIONS, *_REMAPS)
+"""Operations that have laws: those of a backend, and two of functions only."""
 
 INDEX_TYPES = ("uint16", "uint32")
 
 OPTIONAL_SETTINGS = frozenset({"gamma_sal", "min_salient", "saliency_scope", "grown_init"})
 """Settings of an update that a kernel need not take: without them it ablates no neuron, looks for \
 large gradients at inactive positions, and grows weights as zeros."""
+
+REMAP_SETTINGS = frozenset({"start"})
+"""A setting of a remap that a function need not take: without it state starts at zero."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,8 +41,10 @@ class KernelCapabilities(Capabilities):
 
     Parameters
     ----------
-    device, operations, value_dtypes, index_dtypes, priority
+    device, value_dtypes, index_dtypes, priority
         As in `Capabilities`.
+    operations : frozenset of str
+        The operations that it implements, of `KERNEL_OPERATIONS`.
     activations : frozenset of str
         The activations that it computes, from `srigl_core.contract.ACTIVATIONS`.
     bias : bool
@@ -41,7 +57,8 @@ class KernelCapabilities(Capabilities):
     out : bool
         Whether it writes results in place, in any value type. If False, it returns them.
     settings : frozenset of str
-        The settings that its mask updates take, from `OPTIONAL_SETTINGS`.
+        The settings that its mask updates take, from `OPTIONAL_SETTINGS`, and its remaps, from
+        `REMAP_SETTINGS`.
 
     Raises
     ------
@@ -54,15 +71,15 @@ class KernelCapabilities(Capabilities):
     ablation: bool = True
     strides: bool = True
     out: bool = True
-    settings: frozenset[str] = OPTIONAL_SETTINGS
+    settings: frozenset[str] = OPTIONAL_SETTINGS | REMAP_SETTINGS
 
     def __post_init__(self) -> None:
         known = {
-            "operations": OPERATIONS,
+            "operations": KERNEL_OPERATIONS,
             "value_dtypes": VALUE_TYPES,
             "index_dtypes": INDEX_TYPES,
             "activations": ACTIVATIONS,
-            "settings": OPTIONAL_SETTINGS,
+            "settings": OPTIONAL_SETTINGS | REMAP_SETTINGS,
         }
         for name, names in known.items():
             object.__setattr__(self, name, frozenset(getattr(self, name)))
@@ -98,19 +115,22 @@ def completed(capabilities: Capabilities) -> KernelCapabilities:
 
 def left_out(capabilities: KernelCapabilities) -> list[str]:
     """Return what the problems for such a kernel leave out, in words."""
-    updates = {"update_mask", "update_condensed"}
+    updates, remaps = {"update_mask", "update_condensed"}, set(_REMAPS)
     missing = _missing(VALUE_TYPES, capabilities.value_dtypes)
-    if capabilities.operations - {"update_mask"}:
+    if capabilities.operations - {"update_mask", "remap_state"}:
         missing += [f"{name} indices" for name in _missing(INDEX_TYPES, capabilities.index_dtypes)]
         missing += ["ablated neurons"] * (not capabilities.ablation)
     if capabilities.operations - updates:
         missing += ["strides"] * (not capabilities.strides)
+    if capabilities.operations - updates - remaps:
         missing += ["out="] * (not capabilities.out)
     if "condensed_matmul" in capabilities.operations:
         missing += ["bias"] * (not capabilities.bias)
         missing += [f"activation {n}" for n in _missing(ACTIVATIONS, capabilities.activations)]
     if capabilities.operations & updates:
         missing += _missing(sorted(OPTIONAL_SETTINGS), capabilities.settings)
+    if capabilities.operations & remaps:
+        missing += _missing(sorted(REMAP_SETTINGS), capabilities.settings)
     return missing
 
 
