@@ -20,6 +20,7 @@ from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.mask_update import make_update, srigl_update
 from srigl_core.testing.kernel_capabilities import (
     KERNEL_OPERATIONS,
+    REMAP_SETTINGS,
     KernelCapabilities,
     completed,
 )
@@ -412,12 +413,14 @@ def _narrowed(
 ) -> KernelCapabilities:
     """Return the declared capabilities without those that the parameters rule out."""
     capabilities = replace(capabilities, operations=frozenset({op}))
-    if op.startswith(("update", "remap")) and "settings" not in parameters:
+    if op.startswith("update") and "settings" not in parameters:
         capabilities = replace(capabilities, settings=capabilities.settings & parameters)
     if op == "update_mask":
         return replace(capabilities, out=False)
     if op.startswith("remap"):
-        return replace(capabilities, out=False, strides=capabilities.strides and not is_converted)
+        settings = capabilities.settings - (REMAP_SETTINGS - parameters)
+        strides = capabilities.strides and not is_converted
+        return replace(capabilities, out=False, strides=strides, settings=settings)
     if op == "condensed_matmul":
         if "activation" not in parameters:
             capabilities = replace(capabilities, activations=frozenset({"none"}))

@@ -12,6 +12,7 @@ from srigl_core.errors import SriglError
 __all__ = [
     "KERNEL_OPERATIONS",
     "OPTIONAL_SETTINGS",
+    "REMAP_SETTINGS",
     "KernelCapabilities",
     "capabilities_of",
     "completed",
