@@ -38,7 +38,7 @@ PARAMETERS = {
     "update_mask": ("weight", "grad", "mask", *_SETTINGS, "threads"),
     "update_condensed": (*_WEIGHT, "gradient_rows", "block_rows", *_SETTINGS, "threads"),
     "remap_state": ("state", "mask", "new_mask", "start"),
-    "remap_condensed": ("state", "update", "source", "start"),
+    "remap_condensed": ("state", "weight", "update", "source", "start"),
 }
 """The parameters that a function for an operation may have."""
 
@@ -66,9 +66,9 @@ class FunctionBackend:
     - for ``remap_state``: `state`, an array of any dtype, and the masks before and after an update,
       `mask` and `new_mask`, all (n_out, n_in); `start`, the number that state begins with. It
       returns the new state, (n_out, n_in);
-    - for ``remap_condensed``: `state`, (n_active, k), of the values before an update; `update`, the
-      `CondensedUpdate`, and its `source`; `start`. It returns the new state, in the shape of
-      `source`.
+    - for ``remap_condensed``: `weight`, the `CondensedWeight` before an update, and `state`, of its
+      values, (n_active, k); `update`, the `CondensedUpdate`, and its `source`; `start`. It returns
+      the new state, in the shape of `source`.
 
     Updates raise ValueError if the budget is too small (SPEC 4.5).
 
@@ -219,10 +219,11 @@ class FunctionBackend:
         return _state_as_numpy(result, state.dtype, state.shape)
 
     def remap_condensed(
-        self, state: NDArray[Any], update: CondensedUpdate, *, start: float
+        self, state: NDArray[Any], weight: CondensedWeight, update: CondensedUpdate, *, start: float
     ) -> NDArray[Any]:
         """Return the function's new state of a condensed layer."""
-        result = self.call(state=state, update=update, source=update.source, start=start)
+        before_and_after = {"weight": weight, "update": update, "source": update.source}
+        result = self.call(state=state, **before_and_after, start=start)
         return _state_as_numpy(result, state.dtype, update.source.shape)
 
     def _update(self, settings: UpdateSettings, **arguments: Any) -> Any:

@@ -120,7 +120,9 @@ class CondensedRemapProblem:
     def remapped(self, backend: Any, state: NDArray[Any] | None = None) -> NDArray[Any]:
         """Return `state`, or another one of its kind, as a backend remaps it."""
         state = self.state if state is None else state
-        return _checked(backend.remap_condensed(state, self.update, start=self.start), self)
+        return _checked(
+            backend.remap_condensed(state, self.weight, self.update, start=self.start), self
+        )
 
 
 Remap = RemapProblem | CondensedRemapProblem
