@@ -195,7 +195,10 @@ def test_a_function_may_update_a_condensed_layer():
 
     report = check_kernel(kernel, "update_condensed", capabilities=SMALL_PROBLEMS, max_examples=2)
     assert report.counts["passed"] == len(report.results)
-    failure = failure_of(FunctionBackend(returns_its_weight, "update_condensed"), LAWS[-1])
+    failure = failure_of(
+        FunctionBackend(returns_its_weight, "update_condensed"),
+        LAW["a_condensed_fan_in_of_zero_is_an_error"],
+    )
     with pytest.raises(LawViolation, match="expected a CondensedUpdate, got CondensedWeight"):
         exec(failure.code, {})
 

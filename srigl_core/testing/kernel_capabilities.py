@@ -12,13 +12,19 @@ from srigl_core.testing.problem_sizes import classes_too_large
 
 __all__ = [
     "DISTINCT_LAYOUTS",
+    "KERNEL_OPERATIONS",
     "LAYOUTS",
     "OPTIONAL_SETTINGS",
+    "REMAP_SETTINGS",
     "KernelCapabilities",
     "capabilities_of",
     "completed",
     "left_out",
 ]
+
+_REMAPS = ("remap_state", "remap_condensed")
+KERNEL_OPERATIONS = (*OPERATIONS, *_REMAPS)
+"""Operations that have laws: those of a backend, and two of functions only."""
 
 INDEX_TYPES = ("uint16", "uint32")
 
@@ -34,6 +40,9 @@ OPTIONAL_SETTINGS = frozenset({"gamma_sal", "min_salient", "saliency_scope", "gr
 """Settings of an update that a kernel need not take: without them it ablates no neuron, looks for \
 large gradients at inactive positions, and grows weights as zeros."""
 
+REMAP_SETTINGS = frozenset({"start"})
+"""A setting of a remap that a function need not take: without it state starts at zero."""
+
 
 @dataclass(frozen=True, repr=False)
 class KernelCapabilities(Capabilities):
@@ -44,8 +53,10 @@ class KernelCapabilities(Capabilities):
 
     Parameters
     ----------
-    device, operations, value_dtypes, input_dtypes, index_dtypes, priority, largest_problem
+    device, value_dtypes, input_dtypes, index_dtypes, priority, largest_problem
         As in `Capabilities`.
+    operations : frozenset of str
+        The operations that it implements, of `KERNEL_OPERATIONS`.
     activations : frozenset of str
         The activations that it computes, from `srigl_core.contract.ACTIVATIONS`.
     bias : bool
@@ -57,7 +68,8 @@ class KernelCapabilities(Capabilities):
     out : bool
         Whether it writes results in place, in any value type. If False, it returns them.
     settings : frozenset of str
-        The settings that its mask updates take, from `OPTIONAL_SETTINGS`.
+        The settings that its mask updates take, from `OPTIONAL_SETTINGS`, and its remaps, from
+        `REMAP_SETTINGS`.
 
     Raises
     ------
@@ -70,16 +82,16 @@ class KernelCapabilities(Capabilities):
     ablation: bool = True
     layouts: frozenset[str] = frozenset(LAYOUTS)
     out: bool = True
-    settings: frozenset[str] = OPTIONAL_SETTINGS
+    settings: frozenset[str] = OPTIONAL_SETTINGS | REMAP_SETTINGS
 
     def __post_init__(self) -> None:
         known = {
-            "operations": OPERATIONS,
+            "operations": KERNEL_OPERATIONS,
             "value_dtypes": VALUE_TYPES,
             "index_dtypes": INDEX_TYPES,
             "activations": ACTIVATIONS,
             "layouts": LAYOUTS,
-            "settings": OPTIONAL_SETTINGS,
+            "settings": OPTIONAL_SETTINGS | REMAP_SETTINGS,
         }
         object.__setattr__(self, "layouts", {"C", *self.layouts})
         for name, names in known.items():
@@ -116,24 +128,27 @@ def completed(capabilities: Capabilities) -> KernelCapabilities:
 
 def left_out(capabilities: KernelCapabilities) -> list[str]:
     """Return what the problems for such a kernel leave out, in words."""
-    updates = {"update_mask", "update_condensed"}
+    updates, remaps = {"update_mask", "update_condensed"}, set(_REMAPS)
     missing = _missing(VALUE_TYPES, capabilities.value_dtypes)
-    if capabilities.operations - {"update_mask"}:
+    if capabilities.operations - {"update_mask", "remap_state"}:
         missing += [f"{name} indices" for name in _missing(INDEX_TYPES, capabilities.index_dtypes)]
         missing += ["ablated neurons"] * (not capabilities.ablation)
     if capabilities.operations - updates:
         layouts = [f"layout {name}" for name in _missing(LAYOUTS, capabilities.layouts)]
         missing += layouts if len(capabilities.layouts) > 1 else ["strides"]
+    if capabilities.operations - updates - remaps:
         missing += ["out="] * (not capabilities.out)
     if "condensed_matmul" in capabilities.operations:
         missing += ["bias"] * (not capabilities.bias)
         missing += [f"activation {n}" for n in _missing(ACTIVATIONS, capabilities.activations)]
     if capabilities.operations & updates:
         missing += _missing(sorted(OPTIONAL_SETTINGS), capabilities.settings)
+    if capabilities.operations & remaps:
+        missing += _missing(sorted(REMAP_SETTINGS), capabilities.settings)
     return missing + classes_too_large(
         capabilities.largest_problem,
-        products=bool(capabilities.operations - updates),
-        updates=bool(capabilities.operations & updates),
+        products=bool(capabilities.operations - updates - remaps),
+        updates=bool(capabilities.operations & (updates | remaps)),
     )
 
 

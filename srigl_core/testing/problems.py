@@ -572,7 +572,8 @@ def laid_out(array: NDArray[Any], layout: str) -> NDArray[Any]:
         view = np.full(shape, BETWEEN, array.dtype)[..., ::2]
     elif layout == "columns of a wider array":
         shape = (*array.shape[:-1], array.shape[-1] + 3)
-        view = np.full(shape, np.nan, array.dtype)[..., 1:-2]
+        beyond = BETWEEN if array.dtype.kind in "biu" else np.nan
+        view = np.full(shape, beyond, array.dtype)[..., 1:-2]
     elif layout == "F within a larger array":
         shape = (array.shape[0] + 1, *array.shape[1:])
         view = np.full(shape, BETWEEN, array.dtype, order="F")[:-1]
