@@ -633,6 +633,7 @@ def _cancelling(rng: np.random.Generator, weight: CondensedWeight) -> NDArray[np
     values = weight.values[0].astype(np.float64)
     for left, right in zip(range(0, values.size - 1, 2), range(1, values.size, 2), strict=False):
         if values[left] and values[right]:
-            ratio = values[left] / values[right]
-            x[weight.indices[0, right]] = -x[weight.indices[0, left]] * ratio * (1 + 2.0**-20)
+            with np.errstate(all="ignore"):
+                ratio = values[left] / values[right] * (1 + 2.0**-20)
+                x[weight.indices[0, right]] = -x[weight.indices[0, left]] * ratio
     return x
