@@ -89,6 +89,8 @@ SPECIAL_NUMBERS = {
 
 _MOST_OF_SIXTEEN_BITS = 65_536
 
+_LARGE = 1_000
+
 _MOST_AT_ONCE = 2**23
 """Random numbers that are drawn at once; drawing neuron by neuron is slow for many neurons."""
 
@@ -278,7 +280,9 @@ def matmul_problem(
     pairs = (*3 * DTYPE_PAIRS[:1], *DTYPE_PAIRS)  # the most common pair more often
     pairs_taken = [pair for pair in pairs if capabilities.value_dtypes.issuperset(pair)]
     x_dtype, values_dtype = map(value_dtype, source.sampled_from(pairs_taken))
-    magnitude = source.sampled_from(MAGNITUDES)
+    # In a large layer one number is wrong, which must not be 0, or small beside others.
+    is_large = max(astuple(sizes)) > _LARGE
+    magnitude = source.sampled_from((*8 * is_large * ("normal",), *MAGNITUDES))
     layouts = layout, grad_layout, bias_layout = [
         source.sampled_from(_layouts(capabilities, sizes, name)) for name in ("x", "grad", "bias")
     ]
@@ -288,7 +292,7 @@ def matmul_problem(
     bias_dtype = source.sampled_from(bias_dtypes) if capabilities.bias else None
     bias_magnitude = source.sampled_from(("normal", magnitude))
     activations = [name for name in ACTIVATIONS if name in capabilities.activations]
-    activation = source.sampled_from((*activations[:1], *activations))
+    activation = source.sampled_from(((1 + 4 * is_large) * activations[:1]) + activations)
     out_dtype = result_dtype(x_dtype, values_dtype)
     if capabilities.out:
         out_dtype = value_dtype(source.sampled_from(ORDERED_DTYPES))

@@ -150,9 +150,13 @@ def non_finite_weights_and_biases_propagate(backend: Backend, problem: MatmulPro
     values[0, -1], values[-1, 0] = problem.special_numbers((2,))
     bias = np.zeros(problem.weight.shape[0], problem.result_dtype)
     bias[-1], bias[0] = problem.special_numbers((2,), 1)
-    cases = {"the weight": replace(problem, weight=problem.weight.with_values(values))}
+    weight = problem.weight.with_values(values)
+    cases = {"the weight": replace(problem, weight=weight)}
     if capabilities_of(backend).bias:
         cases["the bias"] = replace(problem, bias=bias)
+        both = bias.copy()
+        both[weight.active[[0, -1]]] = problem.special_numbers((2,), 2)
+        cases["the weight and the bias"] = replace(problem, weight=weight, bias=both)
     for what, poisoned in cases.items():
         _assert_product(backend, poisoned, f"with NaN and inf in {what}")
 
