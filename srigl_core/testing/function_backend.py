@@ -79,8 +79,9 @@ class FunctionBackend:
     ----------
     function : callable
     op : str or None
-        One of `KERNEL_OPERATIONS`. For this and the options below, None is what the
-        function was declared with (`declare`); the default is "condensed_matmul".
+        One of `srigl_core.contract.OPERATIONS`, "remap_state" or "remap_condensed". For this and
+        the options below, None is what the function was declared with (`declare`); the default is
+        "condensed_matmul".
     capabilities : Capabilities or None
         What the function can do; by default all that its parameters allow. Without the parameter
         `bias` or `activation` problems have none; without `weight`, `active` and `n_out` no neuron

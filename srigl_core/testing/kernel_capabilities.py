@@ -24,7 +24,7 @@ __all__ = [
 
 _REMAPS = ("remap_state", "remap_condensed")
 KERNEL_OPERATIONS = (*OPERATIONS, *_REMAPS)
-"""Operations that have laws: those of a backend, and two of functions only."""
+"""Operations that have laws: those of a backend, and two of functions only (decision D90)."""
 
 INDEX_TYPES = ("uint16", "uint32")
 
@@ -56,7 +56,8 @@ class KernelCapabilities(Capabilities):
     device, value_dtypes, input_dtypes, index_dtypes, priority, largest_problem
         As in `Capabilities`.
     operations : frozenset of str
-        The operations that it implements, of `KERNEL_OPERATIONS`.
+        The operations that it implements: those of `Capabilities`, "remap_state" and
+        "remap_condensed".
     activations : frozenset of str
         The activations that it computes, from `srigl_core.contract.ACTIVATIONS`.
     bias : bool

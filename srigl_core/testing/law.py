@@ -39,7 +39,8 @@ class Law:
     tolerance : str
         How far the result may be from that, such as "bit for bit".
     operation : str
-        The operation that the law is about, one of `KERNEL_OPERATIONS`.
+        The operation that the law is about, one of those that
+        `srigl_core.testing.FunctionBackend` names.
     build : callable
         Takes a `DataSource` and a kernel's capabilities; returns a problem within these.
     holds : callable

@@ -118,7 +118,8 @@ class CondensedRemapProblem:
         old, new = self.weight, self.update.weight
         was_at = np.full(old.shape, -1, np.int64)
         was_at[old.active[:, None], old.indices] = np.arange(old.nnz).reshape(old.indices.shape)
-        return was_at[new.active[:, None], new.indices]
+        source: NDArray[np.int64] = was_at[new.active[:, None], new.indices]
+        return source
 
     def remapped(self, backend: Any, state: NDArray[Any] | None = None) -> NDArray[Any]:
         """Return `state`, or another one of its kind, as a backend remaps it."""

@@ -18,12 +18,15 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from mutant_corpus import COMPILED, MUTANTS, Mutant
 
 from srigl_core._workers import worker_pool
 from srigl_core.testing import LAWS, verify
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 MAX_EXAMPLES = 100
 FEW_EXAMPLES = 50
@@ -92,22 +95,22 @@ def deaths(mutant: Mutant, backend: Any) -> list[int | None]:
 
 
 def each_in_a_process(
-    function: Callable[[Mutant], dict[str, Any]], mutants: Sequence[Mutant], processes: int
-) -> Iterator[tuple[Mutant, Future[dict[str, Any]]]]:
-    """Call `function` with each mutant, in a process that ends with it; yield what is done."""
-    remaining = list(reversed(mutants))
-    running: dict[Future[dict[str, Any]], tuple[Mutant, ExitStack]] = {}
+    function: Callable[[Item], Result], items: Sequence[Item], processes: int
+) -> Iterator[tuple[Item, Future[Result]]]:
+    """Call `function` with each item, in a process that ends with it; yield those that are done."""
+    remaining = list(reversed(items))
+    running: dict[Future[Result], tuple[Item, ExitStack]] = {}
     with ExitStack() as all_pools:  # an exception, such as that of Ctrl-C, ends them at once
         while remaining or running:
             while remaining and len(running) < processes:
-                pool, mutant = all_pools.enter_context(ExitStack()), remaining.pop()
-                future = pool.enter_context(worker_pool(1)).submit(function, mutant)
-                running[future] = mutant, pool
+                pool, item = all_pools.enter_context(ExitStack()), remaining.pop()
+                future = pool.enter_context(worker_pool(1)).submit(function, item)
+                running[future] = item, pool
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                mutant, pool = running.pop(future)
+                item, pool = running.pop(future)
                 pool.close()
-                yield mutant, future
+                yield item, future
 
 
 def page(content: dict[str, Any], fuzzed: dict[str, Any]) -> str:
