@@ -446,7 +446,9 @@ def update_problem(
     dtype = source.sampled_from(dtypes)
     grad_dtype = source.sampled_from((dtype, dtype, *dtypes))
     magnitude = source.sampled_from((*UPDATE_MAGNITUDES, "zeros", "zeros"))
-    density = source.sampled_from((None, None, None, "any", "any", "any", "none", "all"))
+    is_tall = n_out > _LARGE  # it should ablate some neurons, also after the first 65,536
+    often = 24 * is_tall * ("any",)
+    density = source.sampled_from((None, None, None, "any", "any", "any", "none", "all", *often))
     nnz_budget = source.integer(source.sampled_from((n_out, n_out, n_out, 1)), n_out * n_in)
     if source.sampled_from((False, False, False, True)):  # the same fan-in for each neuron
         nnz_budget = n_out * max(1, nnz_budget // n_out)
@@ -456,7 +458,8 @@ def update_problem(
     def setting(name: str, options: Sequence[Any], otherwise: Any = None) -> Any:
         return source.sampled_from(options) if name in capabilities.settings else otherwise
 
-    gamma_sal, min_salient = setting("gamma_sal", (0.3, None, 1.0, 0.9, 0.01, 0.6)), None
+    gammas = (0.3, None, 1.0, 0.9, 0.01, 0.6, *8 * is_tall * (0.6,))
+    gamma_sal, min_salient = setting("gamma_sal", gammas), None
     share = source.sampled_from((None, None, None, _just_below_a_count, _decimal))
     is_counted = gamma_sal is None and setting("min_salient", (False, True), False)
     counts = (source.integer(0, n_in), source.sampled_from((n_in + 1, 2**40)))
