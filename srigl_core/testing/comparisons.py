@@ -114,7 +114,7 @@ def assert_neighbours_untouched(out: NDArray[Any], problem: MatmulProblem) -> No
     """Raise `LawViolation` if memory between the elements of `out` was written."""
     if out.base is None:
         return
-    between, untouched = out.base[:0], BETWEEN
+    between, untouched = out.base[:0], float(BETWEEN)
     if problem.out_layout == "every second":
         between = out.base[..., 1::2]
     elif problem.out_layout == "F within a larger array":

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from srigl_core.contract import ACTIVATIONS
@@ -27,6 +28,16 @@ Trait = tuple[str, str]
 
 _RESIDUES = 32
 
+
+def _exceeds(size: str, limit: int, sizes: Any) -> bool:
+    return bool(getattr(sizes, size) > limit)
+
+
+def _beyond(size: str, *limits: int) -> dict[str, Callable[[Any], bool]]:
+    """Return a class for each limit that a size exceeds."""
+    return {f"{size} > {limit:,}": partial(_exceeds, size, limit) for limit in limits}
+
+
 _PRODUCT_SIZES: dict[str, Callable[[ProductSizes], bool]] = {
     "one row": lambda s: s.batch == 1,
     "no row": lambda s: s.batch == 0,
@@ -38,11 +49,11 @@ _PRODUCT_SIZES: dict[str, Callable[[ProductSizes], bool]] = {
     "fan_in = n_in": lambda s: s.fan_in == s.n_in,
     "ablated neurons": lambda s: s.n_active < s.n_out,
     "work for several threads": lambda s: s.batch * s.nnz > 1_000_000,
-    **{f"nnz > {n:,}": lambda s, n=n: s.nnz > n for n in (65_536, 131_072, 262_144)},
-    **{f"n_active > {n:,}": lambda s, n=n: s.n_active > n for n in (2_048, 65_536)},
+    **_beyond("nnz", 65_536, 131_072, 262_144),
+    **_beyond("n_active", 2_048, 65_536),
     "n_out > 65,536": lambda s: s.n_out > 65_536,
-    **{f"batch > {n:,}": lambda s, n=n: s.batch > n for n in (1_100, 2_048, 65_535)},
-    **{f"fan_in > {n:,}": lambda s, n=n: s.fan_in > n for n in (1_024, 2_048, 4_096)},
+    **_beyond("batch", 1_100, 2_048, 65_535),
+    **_beyond("fan_in", 1_024, 2_048, 4_096),
     "n_in of 65,536 or 65,537": lambda s: 65_536 <= s.n_in <= 65_537,
     "n_in > 65,537": lambda s: s.n_in > 65_537,
     "n_in > 131,072": lambda s: s.n_in > 131_072,
@@ -50,9 +61,10 @@ _PRODUCT_SIZES: dict[str, Callable[[ProductSizes], bool]] = {
 }
 _UPDATE_SIZES: dict[str, Callable[[UpdateSizes], bool]] = {
     "n_out and n_in > 128": lambda s: min(s.n_out, s.n_in) > 128,
-    **{f"n_out > {n:,}": lambda s, n=n: s.n_out > n for n in (1_024, 65_536)},
-    **{f"n_in > {n:,}": lambda s, n=n: s.n_in > n for n in (1_024, 65_536, 131_072)},
-    **{f"more than 2^{n} weights": lambda s, n=n: s.n_out * s.n_in > 2**n for n in (18, 20)},
+    **_beyond("n_out", 1_024, 65_536),
+    **_beyond("n_in", 1_024, 65_536, 131_072),
+    "more than 2^18 weights": lambda s: s.n_out * s.n_in > 2**18,
+    "more than 2^20 weights": lambda s: s.n_out * s.n_in > 2**20,
 }
 
 

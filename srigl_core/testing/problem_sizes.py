@@ -261,7 +261,7 @@ def _small(schedule: Schedule, rng: Draw, turn: int) -> ProductSizes:
 def _dense_rows(rng: Draw) -> ProductSizes:
     n_active, n_in = (int(rng.integers(9, 200)) for _ in range(2))
     fan_in = n_in if rng.random() < 0.2 else int(rng.integers(n_in // 2 + 1, n_in))
-    n_out = n_active + int(rng.choice([0, rng.integers(1, 40)]))
+    n_out = n_active + int(rng.integers(2)) * int(rng.integers(1, 40))
     batch = _about(rng, 1, 40)
     return ProductSizes(_any_lead(rng, batch), batch, n_out, n_active, n_in, fan_in)
 
@@ -271,7 +271,7 @@ def _at_a_boundary(rng: Draw, which: int) -> ProductSizes:
     sizes = [_about(rng, 1, 33) for _ in range(4)]
     sizes[which] = int(rng.choice([size for size in BOUNDARIES if size <= 4_097]))
     batch, n_active, n_in, fan_in = sizes
-    n_out = n_active + int(rng.choice([0, 1, rng.integers(1, 33)]))
+    n_out = n_active + int(rng.choice([0, 1, int(rng.integers(1, 33))]))
     return ProductSizes(_any_lead(rng, batch), batch, n_out, n_active, max(n_in, fan_in), fan_in)
 
 

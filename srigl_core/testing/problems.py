@@ -283,7 +283,7 @@ def matmul_problem(
     # In a large layer one number is wrong, which must not be 0, or small beside others.
     is_large = max(astuple(sizes)) > _LARGE
     magnitude = source.sampled_from((*8 * is_large * ("normal",), *MAGNITUDES))
-    layouts = layout, grad_layout, bias_layout = [
+    layout, grad_layout, bias_layout = [
         source.sampled_from(_layouts(capabilities, sizes, name)) for name in ("x", "grad", "bias")
     ]
     grad_dtypes = (x_dtype, x_dtype, *combinable_dtypes(capabilities, x_dtype, values_dtype))
@@ -312,10 +312,9 @@ def matmul_problem(
         bias = laid_out(
             random_numbers(rng, (sizes.n_out,), bias_dtype, bias_magnitude), bias_layout
         )
-    return MatmulProblem(
-        *(weight, laid_out(x, layout), laid_out(grad, grad_layout), bias, activation),
-        *(out_dtype, out_layout, *layouts, special, seed),
-    )
+    x, grad = laid_out(x, layout), laid_out(grad, grad_layout)
+    more = (out_layout, layout, grad_layout, bias_layout, special, seed)
+    return MatmulProblem(weight, x, grad, bias, activation, out_dtype, *more)
 
 
 def _product_sizes(source: DataSource, capabilities: KernelCapabilities) -> ProductSizes:
@@ -452,8 +451,8 @@ def update_problem(
     nnz_budget = source.integer(source.sampled_from((n_out, n_out, n_out, 1)), n_out * n_in)
     if source.sampled_from((False, False, False, True)):  # the same fan-in for each neuron
         nnz_budget = n_out * max(1, nnz_budget // n_out)
-    fractions = (0.3, 0.0, 0.0, 1.0, 0.05, 0.5, 0.9, _just_below_a_count, _decimal, _decimal)
-    drop_fraction = source.sampled_from(fractions)
+    drop_fraction = source.sampled_from((0.3, 0.0, 0.0, 1.0, 0.05, 0.5, 0.9))
+    drop_share = source.sampled_from((*7 * (None,), _just_below_a_count, _decimal, _decimal))
 
     def setting(name: str, options: Sequence[Any], otherwise: Any = None) -> Any:
         return source.sampled_from(options) if name in capabilities.settings else otherwise
@@ -476,8 +475,8 @@ def update_problem(
     if density in ("none", "all"):
         mask[...] = density == "all"
     weight[~mask & (rng.random(mask.shape) < 0.5)] = unseen
-    if callable(drop_fraction):
-        drop_fraction = drop_fraction(rng, int(np.count_nonzero(mask)))
+    if drop_share is not None:
+        drop_fraction = drop_share(rng, int(np.count_nonzero(mask)))
     if gamma_sal is not None and share is not None:
         gamma_sal = share(rng, nnz_budget // n_out)
     settings = UpdateSettings(

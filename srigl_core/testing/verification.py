@@ -161,7 +161,7 @@ def _has_threads(backend: Backend) -> bool:
     """Whether a call may have more than one thread, as far as the backend says."""
     if isinstance(backend, FunctionBackend):
         return backend.takes_threads and (os.cpu_count() or 1) > 1
-    facts = getattr(backend, "runtime_info", dict)()
+    facts: dict[str, Any] = getattr(backend, "runtime_info", dict)()
     return int(facts.get("threads", 1)) > 1
 
 
