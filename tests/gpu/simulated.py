@@ -143,6 +143,9 @@ class Setting:
     order: Order = field(default_factory=Order)
 
 
+CAPABILITIES = Capabilities(largest_problem=200_000)
+"""A simulated thread takes a thousand times as long as one of a GPU."""
+
 SETTINGS = {
     "one lane": Setting(288, (1,)),
     "two lanes": Setting(512, (2,), order=Order("reverse", "reverse")),
@@ -160,7 +163,7 @@ def simulated_backend(setting: Setting, **device: Any) -> Iterator[GpuBackend]:
     properties = DeviceProperties(
         "simulated", setting.processors, setting.shared_bytes, 4 * setting.shared_bytes
     )
-    backend = GpuBackend(SimulatedDevice(properties, **device), "simulated", Capabilities())
+    backend = GpuBackend(SimulatedDevice(properties, **device), "simulated", CAPABILITIES)
     backend.arrays = TightArrays()
     with (
         mock.patch.object(condensed_matmul, "TILE_LANES", setting.lanes),
