@@ -24,7 +24,7 @@ __all__ = [
 
 _REMAPS = ("remap_state", "remap_condensed")
 KERNEL_OPERATIONS = (*OPERATIONS, *_REMAPS)
-"""Operations that have laws: those of a backend, and two of functions only (decision D90)."""
+"""Operations that have laws: those of a backend, and two of functions only (decision D75)."""
 
 INDEX_TYPES = ("uint16", "uint32")
 

@@ -1,7 +1,7 @@
 """The laws of remapped optimiser state (SPEC 4.8).
 
 After a mask update, state follows the weights that stay, and starts anew elsewhere. A remap is a
-function of the library, not an operation of a backend (decision D90), so only functions are tried.
+function of the library, not an operation of a backend (decision D75), so only functions are tried.
 """
 
 from __future__ import annotations
