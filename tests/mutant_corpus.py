@@ -14,6 +14,7 @@ import builtins
 import functools
 import importlib.util
 import itertools
+import json
 import re
 import shutil
 import sys
@@ -24,12 +25,20 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from srigl_core.contract import Capabilities
-from srigl_core.testing import FunctionBackend, KernelCapabilities
+from srigl_core.testing import LAWS, FunctionBackend, KernelCapabilities, NotApplicable, verify
+from srigl_core.testing.kernel_capabilities import capabilities_of
+from srigl_core.testing.law import check
+from srigl_core.testing.verification import source_of
 
 __all__ = ["COMPILED", "MUTANTS", "Mutant", "MutantError", "apply_diff", "load_backend"]
 
 FOLDER = Path(__file__).with_name("mutants")
+
+TABLE = Path(__file__).parents[1] / "benchmarks" / "results" / "mutants.json"
+"""Written by `mutants/table.py`."""
 
 BACKENDS = {
     "reference": ("srigl_core.reference.backend", "ReferenceBackend"),
@@ -98,6 +107,22 @@ class Mutant:
                 f"'--- a/file' and '+++ b/file'; '# Shown by: a class of problems.' may come second"
             )
         return cls(path.parent.name, path.stem, *head.groups(default=""), text)
+
+    def rejected(self) -> bool:
+        """Whether its law rejects it: first tried on the problem that the table has."""
+        backend = self.load()
+        (law,) = (law for law in LAWS if law.name == self.law)
+        number = _numbers_in_table().get(str(self))
+        if number is not None:
+            problem = law.build(source_of(law, 0, number), capabilities_of(backend))
+            try:
+                with np.errstate(all="ignore"):
+                    check(backend, law, problem)
+            except NotApplicable:
+                pass
+            except Exception:
+                return True
+        return not verify(backend, laws=[law], shrink=False).ok
 
     @property
     def changed_lines(self) -> int:
@@ -267,6 +292,13 @@ def _simulated_backend(file: str, change: Change) -> Any:
     backend = GpuBackend(Device(), "simulated", Capabilities(largest_problem=1_100_000))
     backend.arrays = TightArrays()
     return backend
+
+
+@functools.cache
+def _numbers_in_table() -> dict[str, int]:
+    """Return which problem of the run of seed 0 is the first that shows each bug."""
+    rows = json.loads(TABLE.read_text())["mutants"]
+    return {row["mutant"]: row["number"] for row in rows if "number" in row}
 
 
 MUTANTS = [Mutant.read(path) for path in sorted(FOLDER.glob("*/*.diff"))]

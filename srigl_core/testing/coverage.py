@@ -47,6 +47,7 @@ _PRODUCT_SIZES: dict[str, Callable[[ProductSizes], bool]] = {
     ),
     "n_in / 2 < fan_in < n_in": lambda s: s.n_in / 2 < s.fan_in < s.n_in,
     "fan_in = n_in": lambda s: s.fan_in == s.n_in,
+    "n_out = n_in": lambda s: s.n_out == s.n_in > 1,
     "ablated neurons": lambda s: s.n_active < s.n_out,
     "work for several threads": lambda s: s.batch * s.nnz > 1_000_000,
     **_beyond("nnz", 65_536, 131_072, 262_144),

@@ -219,8 +219,8 @@ _LARGE = (
     *2 * (_Product("n_in > 131,072", (1, 2), (1, 9), (131_073, 140_000), (1, 5)),),
     _Product("x of more than 2^20 numbers", (1_030, 1_101), (1, 9), (1_025, 1_040), (1, 5)),
 )
-_SMALL_SHARE, _DENSE_SHARE = 18, 3
-_BOUNDARY_SHARE = ROUND - _SMALL_SHARE - _DENSE_SHARE - len(_LARGE)
+_SMALL_SHARE, _DENSE_SHARE, _SQUARE_SHARE = 17, 2, 4
+_FIRST_BOUNDARY = _SMALL_SHARE + _DENSE_SHARE + _SQUARE_SHARE
 
 
 def product_sizes(schedule: Schedule, most: int, *, ablation: bool) -> ProductSizes:
@@ -232,9 +232,11 @@ def product_sizes(schedule: Schedule, most: int, *, ablation: bool) -> ProductSi
         sizes = _LARGE[large].sizes(rng)
     elif _SMALL_SHARE <= slot < _SMALL_SHARE + _DENSE_SHARE:
         sizes = _dense_rows(rng)
-    elif _SMALL_SHARE <= slot < ROUND - len(_LARGE):
+    elif _SMALL_SHARE <= slot < _FIRST_BOUNDARY:
+        sizes = _square(rng)
+    elif _FIRST_BOUNDARY <= slot < ROUND - len(_LARGE):
         sizes = _at_a_boundary(rng, slot % 4)
-        if slot == _SMALL_SHARE + _DENSE_SHARE:
+        if slot == _FIRST_BOUNDARY:
             sizes = replace(sizes, lead=1 + LEADS.index("no rows"))
     else:
         sizes = _small(schedule, rng, turn * _SMALL_SHARE + slot)
@@ -264,6 +266,15 @@ def _dense_rows(rng: Draw) -> ProductSizes:
     n_out = n_active + int(rng.integers(2)) * int(rng.integers(1, 40))
     batch = _about(rng, 1, 40)
     return ProductSizes(_any_lead(rng, batch), batch, n_out, n_active, n_in, fan_in)
+
+
+def _square(rng: Draw) -> ProductSizes:
+    """Draw as many neurons as inputs, and sometimes as many rows."""
+    size = int(rng.integers(2, SMALL))
+    n_active, fan_in = (int(rng.integers(1, size, endpoint=True)) for _ in range(2))
+    batch = size if rng.random() < 0.3 else _about(rng, 1, 33)
+    n_active = size if rng.random() < 0.6 else n_active
+    return ProductSizes(_any_lead(rng, batch), batch, size, n_active, size, fan_in)
 
 
 def _at_a_boundary(rng: Draw, which: int) -> ProductSizes:

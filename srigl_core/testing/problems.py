@@ -452,7 +452,7 @@ def update_problem(
     if source.sampled_from((False, False, False, True)):  # the same fan-in for each neuron
         nnz_budget = n_out * max(1, nnz_budget // n_out)
     drop_fraction = source.sampled_from((0.3, 0.0, 0.0, 1.0, 0.05, 0.5, 0.9))
-    drop_share = source.sampled_from((*7 * (None,), _just_below_a_count, _decimal, _decimal))
+    drop_share = source.sampled_from(_SHARES)
 
     def setting(name: str, options: Sequence[Any], otherwise: Any = None) -> Any:
         return source.sampled_from(options) if name in capabilities.settings else otherwise
@@ -500,13 +500,14 @@ def condensed_update_problem(
     n_active = source.integer(1, n_out) if capabilities.ablation else n_out
     fewest = 1 + n_out // SMALL  # many blocks of one row take long
     block_rows = source.sampled_from((fewest, 2 * fewest, 7 * fewest, n_out, n_out + 1))
-    connections = Connections.random(
-        (n_out, n_in), fan_in=fan_in, n_active=n_active, rng=source.rng()
-    )
-    mask = connections.to_mask()
+    drop_share, rng = source.sampled_from(_SHARES), source.rng()
+    connections = Connections.random((n_out, n_in), fan_in=fan_in, n_active=n_active, rng=rng)
+    mask, settings = connections.to_mask(), dense.settings
+    if drop_share is not None:
+        settings = replace(settings, drop_fraction=drop_share(rng, connections.nnz))
     # A weight that was not active may be NaN, and is now.
     weight = np.where(np.isnan(dense.weight), dense.weight.dtype.type(0), dense.weight)
-    settings = _affordable(replace(dense, weight=weight, mask=mask)).settings
+    settings = _affordable(replace(dense, weight=weight, mask=mask, settings=settings)).settings
     condensed = CondensedWeight.from_dense(weight, mask)
     return CondensedUpdateProblem(condensed, dense.grad, settings, block_rows, dense.seed)
 
@@ -534,6 +535,10 @@ def _decimal(rng: np.random.Generator, total: int) -> float:
     rounded_down = (part for part in options if float(part) * total < part * total)
     counts = (part for part in rounded_down if (part * total).denominator == 1)
     return float(next(counts, options[0]))
+
+
+_SHARES = (*7 * (None,), _just_below_a_count, _decimal, _decimal)
+"""How a fraction is made for a number of weights; None is one of any value."""
 
 
 def random_inputs(

@@ -43,12 +43,16 @@ class Failure:
         (n_out, n_in) of the problem.
     examples : int
         Problems tried until the first one failed, including that one.
+    number : int
+        The number of the first one that failed in the run of its seed, from 0, where problems
+        that leave the law nothing to check have numbers too.
     """
 
     message: str
     code: str
     shape: tuple[int, int]
     examples: int
+    number: int
 
 
 @dataclass(frozen=True)

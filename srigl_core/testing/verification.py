@@ -31,7 +31,7 @@ from srigl_core.testing.targets import as_backend
 if TYPE_CHECKING:
     from hypothesis.database import ExampleDatabase
 
-__all__ = ["check_kernel", "check_law", "law_named", "try_law", "verify"]
+__all__ = ["check_kernel", "check_law", "law_named", "source_of", "try_law", "verify"]
 
 
 def check_kernel(
@@ -241,6 +241,11 @@ def law_named(name: str) -> Law:
     return by_name[name]
 
 
+def source_of(law: Law, seed: int, number: int) -> SeededSource:
+    """Return the source of the problem that has a number in the run of a seed."""
+    return SeededSource(seed, zlib.crc32(law.name.encode()), number)
+
+
 _COMPARED = 5
 """How many failures are collected; the one with the smallest layer is shrunk."""
 
@@ -255,6 +260,8 @@ class _Attempts:
     reason: str = ""
     error: Exception | None = None
     first_failure: int = 0
+    tried: int = 0
+    number: int = 0  # of the first failure
     problem: Any = None
     drawn: list[int] = field(default_factory=list)
     traits: Counter[Trait] = field(default_factory=Counter)
@@ -262,6 +269,7 @@ class _Attempts:
     def __call__(self, source: DataSource) -> None:
         """Build a problem and check it; keep its error and raise it."""
         problem = self.law.build(source, capabilities_of(self.backend))
+        self.tried += 1
         try:
             with np.errstate(all="ignore"):
                 check(self.backend, self.law, problem)
@@ -276,7 +284,8 @@ class _Attempts:
                 error: Exception = raised
             else:  # SystemExit, a panic of Rust, pytest's skip
                 error = RuntimeError(f"the kernel would have ended Python: {raised!r}")
-            self.first_failure = self.first_failure or self.examples + 1
+            if not self.first_failure:
+                self.first_failure, self.number = self.examples + 1, self.tried - 1
             self.error, self.problem, self.drawn = error, problem, list(source.drawn)
             raise error from raised.__cause__
 
@@ -286,7 +295,7 @@ class _Attempts:
             message = "".join(traceback.format_exception(self.error, limit=-4)).rstrip()
         shape = tuple(self.problem.weight.shape)
         code = reproduction(self.law, self.problem, self.drawn, code)
-        return Failure(message, code, shape, self.first_failure)
+        return Failure(message, code, shape, self.first_failure, self.number)
 
 
 def _search(
@@ -312,11 +321,11 @@ def _search(
         replay_and_shrink(attempts, database)
         if attempts.error is not None:
             return
-    seeds = secrets.randbits(32) if seed is None else seed, zlib.crc32(attempts.law.name.encode())
+    seed = secrets.randbits(32) if seed is None else seed
     failures: list[tuple[int, list[int]]] = []
     for number in range(max_examples):
         try:
-            attempts(SeededSource(*seeds, number))
+            attempts(source_of(attempts.law, seed, number))
         except Exception as error:
             if error is not attempts.error:
                 raise  # not the kernel's: the problem could not be built

@@ -1,6 +1,6 @@
 """Measure what it takes to reject each wrong kernel; a page of the site is made of the results.
 
-    PYTHONPATH=tests:tests/gpu python tests/mutants/table.py [--only NAME]
+    PYTHONPATH=tests:tests/gpu python tests/mutants/table.py [--only NAME] [--quick]
 
 Writes benchmarks/results/mutants.json. Every law of a mutant's operation is tried on it; on kernels
 that are compiled, only the law that its diff names. That law is tried with ten seeds. Each mutant
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -71,19 +72,22 @@ the mutants were written against.
 {rows}"""
 
 
-def measured(mutant: Mutant) -> dict[str, Any]:
-    """Try the laws of the operation on a mutant, and shrink the failure of the named law."""
+def measured(mutant: Mutant, *, quick: bool) -> dict[str, Any]:
+    """Try the laws of the operation on a mutant, and shrink the failure of the named law.
+
+    With `quick` only the named law is tried, with one seed.
+    """
     (named,) = (law for law in LAWS if law.name == mutant.law)
     options = {"max_examples": MAX_EXAMPLES, "seed": SEED}
     backend, result = mutant.load(), {"mutant": str(mutant)}
-    if mutant.kernel not in COMPILED:
+    if mutant.kernel not in COMPILED and not quick:
         tried = [law for law in LAWS if law.operation == named.operation]
         report = verify(backend, laws=tried, shrink=False, **options)
         result["laws"] = f"{len(report.failures)} of {len(tried)}"
     failure = verify(backend, laws=[named], **options).results[0].failure
     if failure is not None:
-        result |= {"problems": failure.examples, "shape": failure.shape}
-    return result | {"seeds": deaths(mutant, backend)}
+        result |= {"problems": failure.examples, "shape": failure.shape, "number": failure.number}
+    return result if quick else result | {"seeds": deaths(mutant, backend)}
 
 
 def deaths(mutant: Mutant, backend: Any) -> list[int | None]:
@@ -198,14 +202,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", default="", help="mutants with this in their name")
+    parser.add_argument("--quick", action="store_true", help="only the named law, with one seed")
     options = parser.parse_args()
     results = {result["mutant"]: result for result in json.loads(RESULTS.read_text())["mutants"]}
     mutants = [mutant for mutant in MUTANTS if options.only in str(mutant)]
     crashes = []
-    for mutant, future in each_in_a_process(measured, mutants, options.processes):
+    function = partial(measured, quick=options.quick)
+    for mutant, future in each_in_a_process(function, mutants, options.processes):
         name, error = str(mutant), future.exception()
         if error is None:
-            before = {key: part for key, part in results.get(name, {}).items() if key == "before"}
+            kept = ("before", "seeds", "laws") if options.quick else ("before",)
+            before = {key: part for key, part in results.get(name, {}).items() if key in kept}
             results[name] = future.result() | before
             print(json.dumps(results[name]), flush=True)
         else:
