@@ -440,7 +440,7 @@ def test_a_part_that_is_wrong_is_an_error_that_names_the_layer(folder, part, arr
 @pytest.mark.parametrize(
     ("layers", "metadata", "message"),
     [
-        (None, {VERSION: "2"}, "format version '2', but this srigl-core reads '1'"),
+        (None, {VERSION: "3"}, "format version '3', but this srigl-core reads '1' and '2';"),
         (None, {VERSION: ""}, "format version ''"),
         (None, {VERSION: None}, "no srigl_core.format_version"),
         (None, {LAYERS: None}, "does not describe layers"),
