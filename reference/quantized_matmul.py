@@ -165,9 +165,9 @@ def int8_product(
     with np.errstate(all="ignore"):
         p, s = quantize_inputs(x)
         q = weight.values.astype(np.int32)
-        acc = np.zeros((x.shape[0], weight.n_active), np.int32)
-        for j in range(weight.fan_in):
-            acc += q[:, j] * p[:, weight.indices[:, j]]
+        acc = np.empty((x.shape[0], weight.n_active), np.int32)
+        for row in range(x.shape[0]):
+            acc[row] = np.sum(q * p[row, weight.indices], axis=1, dtype=np.int32)
         u = weight.scale * s[:, None]
         v = acc.astype(np.float32) * u
         v[(acc == 0) & ~np.isnan(u)] = 0

@@ -29,6 +29,14 @@ def test_gradient_law(law, backward_backend):
     assert_holds(law, backward_backend, settings().max_examples)
 
 
+@laws_of("quantized_matmul")
+def test_quantized_law(law, quantized_backend):
+    result = try_law(get_backend(quantized_backend), law, max_examples=settings().max_examples)
+    if "does not take inputs" in result.detail:
+        pytest.skip(result.detail)
+    assert result.status == "passed", str(result)
+
+
 @laws_of("update_mask")
 def test_update_law(law, update_backend):
     assert_holds(law, update_backend, settings().max_examples)

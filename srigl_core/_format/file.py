@@ -2,8 +2,8 @@
 
 A layer called ``fc1`` is stored as ``fc1.values``, ``fc1.indices`` and ``fc1.active``, and a
 quantized one has ``fc1.scale`` too. Its dense shape and the name of its value type are in the
-metadata. Other arrays are stored as they are. bfloat16 is stored as uint16, since safetensors' NumPy loader does not know it. Everything read is
-validated before it is used.
+metadata. Other arrays are stored as they are. bfloat16 is stored as uint16, since safetensors'
+NumPy loader does not know it. Everything read is validated before it is used.
 """
 
 from __future__ import annotations

@@ -6,7 +6,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
 from srigl_core._arrays.dtypes import VALUE_TYPES
-from srigl_core.contract import ACTIVATIONS, OPERATIONS, Backend, Capabilities
+from srigl_core.contract import (
+    ACTIVATIONS,
+    OPERATIONS,
+    QUANTIZED_INPUTS,
+    Backend,
+    Capabilities,
+)
 from srigl_core.errors import SriglError
 
 __all__ = ["OPTIONAL_SETTINGS", "KernelCapabilities", "capabilities_of", "completed", "left_out"]
@@ -27,7 +33,7 @@ class KernelCapabilities(Capabilities):
 
     Parameters
     ----------
-    device, operations, value_dtypes, index_dtypes, priority
+    device, operations, value_dtypes, index_dtypes, quantized_inputs, priority
         As in `Capabilities`.
     activations : frozenset of str
         The activations that it computes, from `srigl_core.contract.ACTIVATIONS`.
@@ -61,6 +67,7 @@ class KernelCapabilities(Capabilities):
             "operations": OPERATIONS,
             "value_dtypes": VALUE_TYPES,
             "index_dtypes": INDEX_TYPES,
+            "quantized_inputs": QUANTIZED_INPUTS,
             "activations": ACTIVATIONS,
             "settings": OPTIONAL_SETTINGS,
         }
@@ -106,7 +113,10 @@ def left_out(capabilities: KernelCapabilities) -> list[str]:
     if capabilities.operations - updates:
         missing += ["strides"] * (not capabilities.strides)
         missing += ["out="] * (not capabilities.out)
-    if "condensed_matmul" in capabilities.operations:
+    if "quantized_matmul" in capabilities.operations:
+        kinds = _missing(QUANTIZED_INPUTS, capabilities.quantized_inputs)
+        missing += [f"{kind} inputs of a quantized weight" for kind in kinds]
+    if capabilities.operations & {"condensed_matmul", "quantized_matmul"}:
         missing += ["bias"] * (not capabilities.bias)
         missing += [f"activation {n}" for n in _missing(ACTIVATIONS, capabilities.activations)]
     if capabilities.operations & updates:

@@ -10,6 +10,7 @@ from srigl_core._format.weight import CondensedWeight
 from srigl_core.contract import Backend
 from srigl_core.testing.kernel_capabilities import KernelCapabilities, capabilities_of
 from srigl_core.testing.problems import DataSource, MatmulProblem
+from srigl_core.testing.quantized_problems import QuantizedProblem
 
 __all__ = ["Law", "LawViolation", "NotApplicable", "check", "law_decorator"]
 
@@ -90,4 +91,7 @@ def check(backend: Backend, law: Law, problem: Any) -> None:
         taken = capabilities.value_dtypes | capabilities.index_dtypes
         if dtype.name not in taken:
             raise NotApplicable(f"{backend.name!r} does not take {what} of {dtype}")
+    inputs = problem.inputs if isinstance(problem, QuantizedProblem) else None
+    if inputs is not None and inputs not in capabilities.quantized_inputs:
+        raise NotApplicable(f"{backend.name!r} does not take inputs={inputs!r}")
     law.holds(backend, problem)

@@ -5,12 +5,18 @@ from __future__ import annotations
 from srigl_core.testing.gradient_laws import GRADIENT_LAWS
 from srigl_core.testing.law import Law
 from srigl_core.testing.product_laws import PRODUCT_LAWS
+from srigl_core.testing.quantized_laws import QUANTIZED_LAWS
 from srigl_core.testing.update_laws import UPDATE_LAWS
 
 __all__ = ["LAWS", "laws_page"]
 
-LAWS: tuple[Law, ...] = (*PRODUCT_LAWS, *GRADIENT_LAWS, *UPDATE_LAWS)
-"""The laws of the product, of its gradients and of the mask updates; each name is unique."""
+LAWS: tuple[Law, ...] = (
+    *PRODUCT_LAWS,
+    *GRADIENT_LAWS,
+    *QUANTIZED_LAWS,
+    *UPDATE_LAWS,
+)
+"""The laws of the products, of gradients and of mask updates; each name is unique."""
 
 
 def laws_page() -> str:
