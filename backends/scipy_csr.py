@@ -11,7 +11,6 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import accumulator_dtype, round_to
-from srigl_core._format.packed_weight import PackedWeight
 from srigl_core._format.quantized_weight import QuantizedWeight
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.contract import Capabilities, MatmulGradients
@@ -37,20 +36,20 @@ class ScipyBackend:
         dtype = accumulator_dtype(weight.dtype)
         return CsrPrepared(weight, {dtype: _csr(weight, dtype)})
 
-    def prepare_quantized(self, weight: QuantizedWeight, inputs: str) -> CsrQuantized:
-        """Return the 8-bit values as a CSR matrix of the active rows."""
-        dtype = accumulator_dtype(weight.float_dtype)
-        return CsrQuantized(weight, {dtype: _csr(weight, dtype)})
+
+    def prepare_quantized(self, weight: QuantizedWeight, inputs: str) -> CsrPrepared:
+        """Return `weight` as CSR in float64, which holds each scale times value exactly."""
+        return self.prepare(weight.dequantize(np.float64))
 
 
 @dataclass(frozen=True, eq=False)
-class CsrProduct:
+class CsrPrepared:
     """The active rows as CSR, (n_active, n_in), one matrix for each accumulator dtype.
 
     A matrix is made when its dtype is first used.
     """
 
-    weight: PackedWeight
+    weight: CondensedWeight
     matrices: dict[np.dtype[Any], scipy.sparse.csr_array]
 
     def describe(self) -> Mapping[str, object]:
@@ -70,9 +69,9 @@ class CsrProduct:
     ) -> None:
         """Write the product to `out`."""
         weight = self.weight
-        dtype = accumulator_dtype(x.dtype, weight.float_dtype)
+        dtype = accumulator_dtype(x.dtype, weight.dtype)
         with np.errstate(all="ignore"):
-            product = self._product(x.astype(dtype))
+            product = (self._matrix(dtype) @ x.T.astype(dtype)).T
             offset = np.zeros(weight.shape[0], dtype) if bias is None else bias.astype(dtype)
             z = np.broadcast_to(offset, (x.shape[0], weight.shape[0])).copy()
             z[:, weight.active] += product
@@ -80,26 +79,6 @@ class CsrProduct:
             if activation != "none":
                 z = activate(z.astype(np.float64), activation)
             out[...] = round_to(z, out.dtype)
-
-    def _product(self, x: Array) -> Array:
-        product: Array = (self._matrix(x.dtype) @ x.T).T
-        return product
-
-    def _all(self) -> list[scipy.sparse.csr_array]:
-        return list(self.matrices.values())
-
-    def _matrix(self, dtype: np.dtype[Any]) -> scipy.sparse.csr_array:
-        matrix = self.matrices.get(dtype)
-        if matrix is None:
-            matrix = self.matrices[dtype] = _csr(self.weight, dtype)
-        return matrix
-
-
-@dataclass(frozen=True, eq=False)
-class CsrPrepared(CsrProduct):
-    """A condensed weight as CSR."""
-
-    weight: CondensedWeight
 
     def backward(
         self, grad: Array, x: Array | None, *, out: MatmulGradients, threads: int | None
@@ -127,19 +106,17 @@ class CsrPrepared(CsrProduct):
         fresh = scipy.sparse.csr_array((data, first.indices, first.indptr), shape=first.shape)
         return replace(self, weight=weight, matrices={first.dtype: fresh})
 
+    def _all(self) -> list[scipy.sparse.csr_array]:
+        return list(self.matrices.values())
 
-@dataclass(frozen=True, eq=False)
-class CsrQuantized(CsrProduct):
-    """The 8-bit values of a quantized weight as CSR, in floating point."""
-
-    weight: QuantizedWeight
-
-    def _product(self, x: Array) -> Array:
-        product: Array = super()._product(x) * self.weight.scale.astype(x.dtype)
-        return product
+    def _matrix(self, dtype: np.dtype[Any]) -> scipy.sparse.csr_array:
+        matrix = self.matrices.get(dtype)
+        if matrix is None:
+            matrix = self.matrices[dtype] = _csr(self.weight, dtype)
+        return matrix
 
 
-def _csr(weight: PackedWeight, dtype: np.dtype[Any]) -> scipy.sparse.csr_array:
+def _csr(weight: CondensedWeight, dtype: np.dtype[Any]) -> scipy.sparse.csr_array:
     """Return the active rows with every active weight stored, zeros included."""
     row_starts = np.arange(weight.n_active + 1) * weight.fan_in
     return scipy.sparse.csr_array(
