@@ -36,7 +36,6 @@ class ScipyBackend:
         dtype = accumulator_dtype(weight.dtype)
         return CsrPrepared(weight, {dtype: _csr(weight, dtype)})
 
-
     def prepare_quantized(self, weight: QuantizedWeight, inputs: str) -> CsrPrepared:
         """Return `weight` as CSR in float64, which holds each scale times value exactly."""
         return self.prepare(weight.dequantize(np.float64))

@@ -44,6 +44,7 @@ __all__ = ["QUANTIZED_LAWS"]
 
 QUANTIZED_LAWS: list[Law] = []
 _law = law_decorator(QUANTIZED_LAWS, "quantized_matmul", quantized_problem)
+_INT8 = {"build": int8_problem, "inputs": "int8"}
 _AGAINST = "exact arithmetic"
 _TOLERANCE = "bit for bit with int8 inputs and no activation, else within the bounds of SPEC 6"
 _INT32_LIMIT = 133_144
@@ -98,7 +99,7 @@ def quantized_product_is_its_definition(backend: Backend, problem: QuantizedProb
     _assert_right(product, _outcome(problem))
 
 
-@_law(_AGAINST, "bit for bit", build=int8_problem)
+@_law(_AGAINST, "bit for bit", **_INT8)
 def int8_product_has_the_defined_bits(backend: Backend, problem: QuantizedProblem) -> None:
     """Without an activation, int8 inputs give the same bits on every backend, NaNs apart."""
     _needs_no_activation(backend)
@@ -130,7 +131,7 @@ def quantized_ablated_neurons_output_the_activated_bias(
     _assert_right(product, outcome, "the output of ablated neurons")
 
 
-@_law("extended precision", "within the bound of SPEC 6", build=weight_only_problem)
+@_law("extended precision", "within the bound of SPEC 6", build=weight_only_problem, inputs="float")
 def padding_of_a_quantized_weight_is_never_read(
     backend: Backend, problem: QuantizedProblem
 ) -> None:
@@ -143,7 +144,7 @@ def padding_of_a_quantized_weight_is_never_read(
     _assert_problem(backend, replace(problem, x=x), "with NaN and inf at unconnected inputs")
 
 
-@_law("extended precision", "within the bound of SPEC 6", build=weight_only_problem)
+@_law("extended precision", "within the bound of SPEC 6", build=weight_only_problem, inputs="float")
 def non_finite_inputs_of_a_quantized_weight_spread_by_ieee_rules(
     backend: Backend, problem: QuantizedProblem
 ) -> None:
@@ -154,7 +155,7 @@ def non_finite_inputs_of_a_quantized_weight_spread_by_ieee_rules(
         _assert_problem(backend, replace(problem, x=x), f"with NaN or inf in column {column}")
 
 
-@_law(_AGAINST, _TOLERANCE, build=int8_problem)
+@_law(_AGAINST, _TOLERANCE, **_INT8)
 def a_row_that_is_not_finite_gives_nan_alone(backend: Backend, problem: QuantizedProblem) -> None:
     """With int8 inputs, NaN or infinity anywhere in a row gives NaN at its active neurons only."""
     rows = problem.x.reshape(-1, problem.x.shape[-1])
@@ -164,7 +165,7 @@ def a_row_that_is_not_finite_gives_nan_alone(backend: Backend, problem: Quantize
         _assert_problem(backend, replace(problem, x=x), f"with {number} in column {column}")
 
 
-@_law(_AGAINST, _TOLERANCE, build=int8_problem)
+@_law(_AGAINST, _TOLERANCE, **_INT8)
 def every_column_counts_for_the_scale(backend: Backend, problem: QuantizedProblem) -> None:
     """The largest magnitude of a row decides its scale, whether or not a neuron is connected."""
     unconnected = np.flatnonzero(~problem.weight.to_mask().any(axis=0))
@@ -176,7 +177,7 @@ def every_column_counts_for_the_scale(backend: Backend, problem: QuantizedProble
         _assert_problem(backend, replace(problem, x=x), f"with the largest input in {column}")
 
 
-@_law(_AGAINST, _TOLERANCE, build=int8_problem)
+@_law(_AGAINST, _TOLERANCE, **_INT8)
 def inputs_halfway_round_to_even(backend: Backend, problem: QuantizedProblem) -> None:
     """An input halfway between two integers becomes the even one, after x * r is rounded."""
     rng = np.random.default_rng(0)
@@ -188,7 +189,7 @@ def inputs_halfway_round_to_even(backend: Backend, problem: QuantizedProblem) ->
         _assert_problem(backend, case, f"with inputs halfway between multiples of {size:g}")
 
 
-@_law("itself", "bit for bit", build=int8_problem)
+@_law("itself", "bit for bit", **_INT8)
 def powers_of_two_scale_an_int8_product(backend: Backend, problem: QuantizedProblem) -> None:
     """Where no number is subnormal or large, 2^e x has the product of x, times 2^e."""
     _needs_no_activation(backend)
@@ -209,7 +210,7 @@ def powers_of_two_scale_an_int8_product(backend: Backend, problem: QuantizedProb
         assert_same_numbers(scaled[..., is_ordinary], expected, what)
 
 
-@_law(_AGAINST, _TOLERANCE, build=int8_problem)
+@_law(_AGAINST, _TOLERANCE, **_INT8)
 def largest_values_do_not_saturate(backend: Backend, problem: QuantizedProblem) -> None:
     """Values and inputs of 127 and -127 add up, whatever their signs."""
     rng = np.random.default_rng(0)
@@ -242,13 +243,13 @@ def _longest_problem(source: Any, capabilities: Any) -> QuantizedProblem:
     return replace(problem, weight=weight, x=x, grad=grad, bias=None, layout="C", grad_layout="C")
 
 
-@_law(_AGAINST, _TOLERANCE, build=_longest_problem)
+@_law(_AGAINST, _TOLERANCE, build=_longest_problem, inputs="int8")
 def sums_may_be_as_large_as_int32_holds(backend: Backend, problem: QuantizedProblem) -> None:
     """Up to a fan-in of 133,144 sums are exact, and are rounded once, to float32."""
     _assert_right(_call(_plan(backend, problem), problem), _outcome(problem))
 
 
-@_law(_AGAINST, _TOLERANCE, build=int8_problem)
+@_law(_AGAINST, _TOLERANCE, **_INT8)
 def rows_of_zeros_give_the_bias(backend: Backend, problem: QuantizedProblem) -> None:
     """Rows of zeros, and of numbers for which 127/a overflows, add +0 to the bias."""
     x = np.zeros_like(problem.x)
@@ -260,7 +261,7 @@ def rows_of_zeros_give_the_bias(backend: Backend, problem: QuantizedProblem) -> 
             _assert_problem(backend, replace(problem, x=rows, bias=bias), f"with rows of {what}")
 
 
-@_law(_AGAINST, _TOLERANCE, build=int8_problem)
+@_law(_AGAINST, _TOLERANCE, **_INT8)
 def extreme_scales_follow_the_definition(backend: Backend, problem: QuantizedProblem) -> None:
     """Where scale * s overflows or underflows, v is a signed infinity or 0, and +0 where acc is."""
     weight = problem.quantized
@@ -280,7 +281,7 @@ def extreme_scales_follow_the_definition(backend: Backend, problem: QuantizedPro
         _assert_right(_call(plan, case), _outcome(case, other), what)
 
 
-@_law(_AGAINST, _TOLERANCE, build=int8_problem)
+@_law(_AGAINST, _TOLERANCE, **_INT8)
 def bias_is_cast_to_float32_once(backend: Backend, problem: QuantizedProblem) -> None:
     """With int8 inputs the bias is cast to float32, whatever the type of the product or of out."""
     capabilities = capabilities_of(backend)
@@ -341,7 +342,7 @@ def same_inputs_give_the_same_quantized_bits(backend: Backend, problem: Quantize
     assert_same_bits(_call(plan, problem), first, "the product after others by the same plan")
 
 
-@_law(_AGAINST, _TOLERANCE, build=quantized_problem)
+@_law(_AGAINST, _TOLERANCE)
 def subnormals_of_a_quantized_product_are_honoured(
     backend: Backend, problem: QuantizedProblem
 ) -> None:

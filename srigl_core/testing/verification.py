@@ -168,8 +168,8 @@ def try_law(
     first the next time.
     """
     capabilities = capabilities_of(backend)
-    if law.operation not in capabilities.operations:
-        return LawResult(law, "not applicable", 0, f"it does not offer {law.operation}")
+    if missing := law.not_offered(capabilities):
+        return LawResult(law, "not applicable", 0, missing)
     needed = ["value_dtypes"]
     if law.operation != "update_mask":
         needed.append("index_dtypes")
