@@ -73,7 +73,8 @@ def nearest_float32(number: Fraction) -> np.float32:
     if number >= _OVERFLOW:
         return np.float32(np.inf)
     near = np.float32(min(float(number), float(np.finfo(np.float32).max)))
-    neighbours = [np.nextafter(near, np.float32(end)) for end in (-np.inf, np.inf)]
+    with np.errstate(all="ignore"):
+        neighbours = [np.nextafter(near, np.float32(end)) for end in (-np.inf, np.inf)]
     return min(
         (candidate for candidate in (near, *neighbours) if np.isfinite(candidate)),
         key=lambda candidate: (
