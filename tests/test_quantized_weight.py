@@ -75,7 +75,9 @@ HALVES = st.integers(-254, 254).map(lambda n: n / 2)
 @example(values=[127 * SMALLEST_NORMAL, SMALLEST_NORMAL / 2], dtype=DTYPES[2])
 @example(values=[127 * SMALLEST_NORMAL * (1 - 2**-24), 1.0e-38], dtype=DTYPES[2])
 @example(values=[1e-300, 5e-324], dtype=DTYPES[3])
-@example(values=[1.0 + 2**-30, 0.5 + 2**-30], dtype=DTYPES[3])
+@example(values=[127.0, 0.5 + 2**-40, 2.5 - 2**-40], dtype=DTYPES[3])
+@example(values=[0.8184808492660522, 0.06122494488954544], dtype=DTYPES[2])
+@example(values=[0.9376141268509859], dtype=DTYPES[3])
 def test_a_neuron_is_quantized_as_the_page_says(values, dtype):
     with np.errstate(over="ignore"):
         numbers = np.array(values).astype(dtype)
@@ -106,7 +108,8 @@ def test_neurons_of_zeros_have_scale_one():
 
 
 def test_a_thread_that_flushes_subnormals_quantizes_alike():
-    weight = neuron([1e-36, 5e-37, 1.2e-38])
+    weight = neuron([127 * SMALLEST_NORMAL, 0.9 * SMALLEST_NORMAL])
+    assert weight.quantize().values.tolist() == [[127, 1]]
     with flushing_subnormals():
         flushed = weight.quantize()
     assert flushed == weight.quantize()
