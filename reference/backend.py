@@ -102,7 +102,7 @@ class ReferencePrepared:
 
 @dataclass(frozen=True, eq=False)
 class ReferenceQuantized:
-    """A quantized weight in its own layout."""
+    """A quantised weight in its own layout."""
 
     weight: QuantizedWeight
     inputs: str

@@ -60,7 +60,7 @@ def condensed_matmul(
     weight : CondensedWeight or QuantizedWeight, (n_out, n_in)
     bias : array, (n_out,), or None
         Of the same library and on the same device as `x`. Cast to the result's dtype, or to float32
-        if the inputs are quantized.
+        if the inputs are quantised.
     activation : str or None
         One of `srigl_core.contract.ACTIVATIONS`: "none", "relu", "gelu" (the erf form),
         "gelu_tanh" or "silu". None is "none".
@@ -71,8 +71,8 @@ def condensed_matmul(
         Array to write the result to, of any value type and of the library of `x`. It must not
         share memory with an input. JAX arrays are read-only and cannot be `out`.
     inputs : {"float", "int8"}
-        With "float" the inputs stay as they are. With "int8", of a quantized weight only, each row
-        of `x` is quantized too.
+        With "float" the inputs stay as they are. With "int8", of a quantised weight only, each row
+        of `x` is quantised too.
     backend : str, Backend or None
         As in `get_backend`.
     threads : int or None
@@ -82,7 +82,7 @@ def condensed_matmul(
     -------
     array, (..., n_out), or (..., n_active) if `compact`
         `out`, or a new array of dtype ``numpy.result_type(x, values)``, where the values of a
-        quantized weight count as float32. It is of the library and on the device of `x`, and
+        quantised weight count as float32. It is of the library and on the device of `x`, and
         carries no gradient: use `srigl_core.torch` and `srigl_core.jax` for autograd and tracing.
         For any other object that exports its memory, such as a TensorFlow
         tensor, the result is a NumPy array, or a CuPy array on a CUDA device;
@@ -101,7 +101,7 @@ def condensed_matmul(
 
     Notes
     -----
-    SPEC 2; the paper's condensed layer, sec. 4.4; SPEC 6 for quantized weights. Sums of
+    SPEC 2; the paper's condensed layer, sec. 4.4; SPEC 6 for quantised weights. Sums of
     floating-point terms are kept in float32, or in float64 where either input is float64, and are
     rounded once. The weight keeps the plan of each backend that
     it was used with. Cost O(batch * n_active * k).

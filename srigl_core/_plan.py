@@ -63,8 +63,8 @@ def prepare(
     ----------
     weight : CondensedWeight or QuantizedWeight
     inputs : {"float", "int8"}
-        With "float" the inputs stay as they are. With "int8", of a quantized weight only, each row
-        of the inputs is quantized too.
+        With "float" the inputs stay as they are. With "int8", of a quantised weight only, each row
+        of the inputs is quantised too.
     backend : str, Backend or None
         As in `srigl_core.get_backend`.
     threads : int or None
@@ -72,7 +72,7 @@ def prepare(
 
     Returns
     -------
-    Plan, or QuantizedPlan for a quantized weight
+    Plan, or QuantizedPlan for a quantised weight
 
     Raises
     ------
@@ -101,7 +101,7 @@ def prepare(
         return _prepare_quantized(weight, inputs, backend, threads)
     check_condensed(weight)
     if inputs != "float":
-        raise SriglError(f"inputs={inputs!r} needs a quantized weight; pass weight.quantize()")
+        raise SriglError(f"inputs={inputs!r} needs a quantised weight; pass weight.quantize()")
     chosen = get_backend(backend)
     if "condensed_matmul_backward" not in chosen.capabilities.operations:
         get_backend(chosen, operation="condensed_matmul")
@@ -309,7 +309,7 @@ class Plan(ProductPlan):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class QuantizedPlan(ProductPlan):
-    """A quantized weight laid out for one backend; immutable, callable and printable.
+    """A quantised weight laid out for one backend; immutable, callable and printable.
 
     Made by `prepare`. One plan may be called from many threads at once.
 
@@ -319,7 +319,7 @@ class QuantizedPlan(ProductPlan):
     backend : Backend
     threads : int or None
     inputs : {"float", "int8"}
-        Whether the product takes inputs as they are, or quantizes each row.
+        Whether the product takes inputs as they are, or quantises each row.
     arrays : ArrayOps
         The backend's array operations.
     """
@@ -329,7 +329,7 @@ class QuantizedPlan(ProductPlan):
     weight: QuantizedWeight
 
     def backward(self, *arguments: Any, **options: Any) -> NoReturn:
-        """Refuse: there are no gradients of a quantized weight.
+        """Refuse: there are no gradients of a quantised weight.
 
         Raises
         ------
@@ -337,7 +337,7 @@ class QuantizedPlan(ProductPlan):
             Always.
         """
         raise SriglError(
-            "a quantized weight is for inference and has no gradients; train the weight that it "
+            "a quantised weight is for inference and has no gradients; train the weight that it "
             "was made from"
         )
 

@@ -43,7 +43,7 @@ class ProductPlan:
     backend : Backend
     threads : int or None
     inputs : {"float", "int8"}
-        Whether the product takes inputs as they are, or quantizes them.
+        Whether the product takes inputs as they are, or quantises them.
     arrays : ArrayOps
         The backend's array operations.
     """

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 QUANTIZED_INPUTS = ("float", "int8")
-"""What the inputs of a product with a quantized weight may be: as they are, or quantized too."""
+"""What the inputs of a product with a quantised weight may be: as they are, or quantised too."""
 
 INT8_FAN_IN = (2**31 - 1) // 127**2
 """The largest fan-in whose sums of int8 products fit int32: 133,144 (SPEC 6)."""
@@ -68,7 +68,7 @@ def product_spec(
     weight_shape : tuple of int
         Dense shape, (n_out, n_in).
     values_dtype : numpy.dtype
-        Of a quantized weight, that of the scale.
+        Of a quantised weight, that of the scale.
     bias_shape : tuple of int, or None
         Must be (n_out,).
     activation : str or None

@@ -65,7 +65,7 @@ class Capabilities:
         The dtypes that it takes for indices, of "uint16" and "uint32".
     quantized_inputs : frozenset[str]
         Of the operation "quantized_matmul", the products that it computes, of `QUANTIZED_INPUTS`:
-        "float" with inputs as they are, "int8" with quantized inputs.
+        "float" with inputs as they are, "int8" with quantised inputs.
     priority : int
         Where no backend is named, the one of highest priority that can run is used.
     """
@@ -128,15 +128,15 @@ class PreparedProduct(Protocol):
         out: NDArray[Any],
         threads: int | None,
     ) -> None:
-        """Write act(x @ (W*M).T + bias) to `out` (SPEC 2, and SPEC 6 for quantized weights).
+        """Write act(x @ (W*M).T + bias) to `out` (SPEC 2, and SPEC 6 for quantised weights).
 
         Parameters
         ----------
         x : ndarray, (batch, n_in), batch >= 1
             Any of the input dtypes, any strides; must not be written.
         bias : ndarray, (n_out,), or None
-            Of dtype result_type(x, values), where values of a quantized weight count as float32;
-            of float32 if the inputs are quantized too.
+            Of dtype result_type(x, values), where values of a quantised weight count as float32;
+            of float32 if the inputs are quantised too.
         activation : str
             One of `ACTIVATIONS`.
         compact : bool
@@ -226,7 +226,7 @@ class QuantizedPreparer(Protocol):
     """The method of a backend that declares the operation "quantized_matmul"."""
 
     def prepare_quantized(self, weight: QuantizedWeight, inputs: str) -> PreparedProduct:
-        """Return a quantized weight in this backend's layout.
+        """Return a quantised weight in this backend's layout.
 
         Parameters
         ----------

@@ -62,7 +62,7 @@ def test_older_readers_refuse_the_file_by_its_version(tmp_path, monkeypatch):
     save_condensed(tmp_path / "both", {"a": floats, "b": quantized()})
     assert metadata_of(tmp_path / "floats")[VERSION] == "1"
     assert metadata_of(tmp_path / "both")[VERSION] == "2"
-    types = {"1": file_module._VALUE_TYPES["1"]}  # those of a reader before quantized weights
+    types = {"1": file_module._VALUE_TYPES["1"]}  # those of a reader before quantised weights
     monkeypatch.setattr(file_module, "_VALUE_TYPES", types)
     assert load_condensed(tmp_path / "floats") == {"weight": floats}
     with pytest.raises(FileFormatError, match="format version '2', but this srigl-core reads '1'"):

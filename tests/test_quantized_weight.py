@@ -48,7 +48,7 @@ def neuron(values, dtype=np.float32):
     return CondensedWeight(values, [np.arange(values.size)], [0], (1, values.size))
 
 
-# ---------------------------------------------------------------- quantizing
+# ---------------------------------------------------------------- quantising
 
 
 def by_fractions(values):
@@ -334,7 +334,7 @@ def test_int8_inputs_need_a_quantized_weight():
         lambda: prepare(floats, inputs="int8"),
         lambda: condensed_matmul(np.ones(4), floats, inputs="int8"),
     ):
-        with pytest.raises(SriglError, match=r"needs a quantized weight; pass weight.quantize\(\)"):
+        with pytest.raises(SriglError, match=r"needs a quantised weight; pass weight.quantize\(\)"):
             call()
 
 
@@ -448,7 +448,7 @@ def test_a_function_for_one_product_is_checked_by_the_laws_of_that():
     statuses = {result.law.name: result.status for result in report.results}
     assert statuses["quantized_product_is_its_definition"] == "passed"
     assert statuses["int8_product_has_the_defined_bits"] == "not applicable"
-    assert "int8 inputs of a quantized weight" in report.left_out
+    assert "int8 inputs of a quantised weight" in report.left_out
 
 
 def test_a_function_may_compute_both_products():

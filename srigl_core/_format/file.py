@@ -1,7 +1,7 @@
 """Condensed weights in safetensors files: plain arrays plus metadata.
 
 A layer called ``fc1`` is stored as ``fc1.values``, ``fc1.indices`` and ``fc1.active``, and a
-quantized one has ``fc1.scale`` too. Its dense shape and the name of its value type are in the
+quantised one has ``fc1.scale`` too. Its dense shape and the name of its value type are in the
 metadata. Other arrays are stored as they are. bfloat16 is stored as uint16, since safetensors'
 NumPy loader does not know it. Everything read is validated before it is used.
 """
@@ -39,7 +39,7 @@ __all__ = [
 FORMAT_VERSION = "1"
 
 QUANTIZED_VERSION = "2"
-"""The version of files that hold a quantized layer, so that older readers refuse them by version.
+"""The version of files that hold a quantised layer, so that older readers refuse them by version.
 
 Files without one stay in version 1, which older readers know."""
 

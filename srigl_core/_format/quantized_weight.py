@@ -26,7 +26,7 @@ class QuantizedWeight(PackedWeight):
 
     Row ``active[i]`` of the dense weight has ``scale[i] * values[i, j]`` at column
     ``indices[i, j]``, and zeros elsewhere. `CondensedWeight.quantize` makes one. A value of 0 is
-    still active. There are no gradients of a quantized weight.
+    still active. There are no gradients of a quantised weight.
 
     Parameters
     ----------

@@ -353,13 +353,13 @@ def check_condensed(weight: object) -> None:
     Raises
     ------
     ValueTypeError
-        If it is anything else, a dense, CSR or quantized weight for example.
+        If it is anything else, a dense, CSR or quantised weight for example.
     """
     if not isinstance(weight, CondensedWeight):
         remedy = "make one with CondensedWeight.from_dense(weight, mask)"
         if isinstance(weight, PackedWeight):
             remedy = (
-                "a quantized weight is for inference and has no gradients; pass the weight that it "
+                "a quantised weight is for inference and has no gradients; pass the weight that it "
                 "was made from"
             )
         raise ValueTypeError(

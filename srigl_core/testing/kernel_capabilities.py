@@ -115,7 +115,7 @@ def left_out(capabilities: KernelCapabilities) -> list[str]:
         missing += ["out="] * (not capabilities.out)
     if "quantized_matmul" in capabilities.operations:
         kinds = _missing(QUANTIZED_INPUTS, capabilities.quantized_inputs)
-        missing += [f"{kind} inputs of a quantized weight" for kind in kinds]
+        missing += [f"{kind} inputs of a quantised weight" for kind in kinds]
     if capabilities.operations & {"condensed_matmul", "quantized_matmul"}:
         missing += ["bias"] * (not capabilities.bias)
         missing += [f"activation {n}" for n in _missing(ACTIVATIONS, capabilities.activations)]

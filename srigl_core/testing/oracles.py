@@ -23,7 +23,7 @@ def expected_product(
 ) -> Outcome:
     """Return the product in extended precision, (..., n_out); `bias` has the product's dtype.
 
-    With a quantized weight it is the product with the inputs as they are. Its scale may be applied
+    With a quantised weight it is the product with the inputs as they are. Its scale may be applied
     to the terms or to their sum, so neither may come near overflow (SPEC 6).
     """
     accumulator = accumulator_dtype(x.dtype, weight.float_dtype)

@@ -1,4 +1,4 @@
-"""The laws of products with quantized weights (SPEC 6)."""
+"""The laws of products with quantised weights (SPEC 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products with quantized weights: those of `matmul_problem`, with their weights quantized."""
+"""Products with quantised weights: those of `matmul_problem`, with their weights quantised."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ FLOAT32 = np.dtype(np.float32)
 
 @dataclass(frozen=True, eq=False)
 class QuantizedProblem(MatmulProblem):
-    """A product with a quantized weight.
+    """A product with a quantised weight.
 
     Parameters
     ----------
     weight : CondensedWeight, (n_out, n_in)
-        Before it is quantized.
+        Before it is quantised.
     inputs : {"float", "int8"}
     x, grad, bias, activation, out_dtype, out_layout, layout, grad_layout, bias_layout
         As in `MatmulProblem`; there is no use for `grad`.
@@ -64,7 +64,7 @@ def weight_only_problem(
 def int8_problem(
     source: DataSource, capabilities: KernelCapabilities = EVERYTHING
 ) -> QuantizedProblem:
-    """Build a product with quantized inputs."""
+    """Build a product with quantised inputs."""
     return _drawn(source, capabilities, ["int8"])
 
 
@@ -73,7 +73,7 @@ def _drawn(
 ) -> QuantizedProblem:
     parts = vars(matmul_problem(source, capabilities))
     inputs = source.sampled_from(kinds)
-    # A number that float32 does not hold cannot be quantized.
+    # A number that float32 does not hold cannot be quantised.
     weight, most = parts["weight"], float_limits(FLOAT32).largest
     if weight.dtype == np.float64:
         weight = weight.with_values(np.clip(weight.values, -most, most))

@@ -322,7 +322,7 @@ def _read(
             weight = take_weight(arrays, name, layer)
             if not isinstance(weight, CondensedWeight):
                 raise FileFormatError(
-                    f"layer {name!r} is quantized, which layers of PyTorch are not; read it with "
+                    f"layer {name!r} is quantised, which layers of PyTorch are not; read it with "
                     f"load_condensed"
                 )
             weights[name] = weight

@@ -567,7 +567,7 @@ def test_a_file_with_a_quantized_layer_is_not_loaded_into_a_model(tmp_path):
     weight = layer.to_condensed().quantize()
     metadata |= layer_metadata({"0": weight})
     save_file(weight_arrays("0", weight), path, metadata=metadata)
-    with pytest.raises(FileFormatError, match=r"layer '0' is quantized, .* load_condensed"):
+    with pytest.raises(FileFormatError, match=r"layer '0' is quantised, .* load_condensed"):
         load_model(path, nn.Sequential(nn.Linear(10, 12)))
 
 
