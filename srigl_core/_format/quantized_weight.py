@@ -67,7 +67,7 @@ class QuantizedWeight(PackedWeight):
     >>> values = np.array([[2, -127], [4, 0]], np.int8)
     >>> weight = QuantizedWeight(values, scale, [[0, 3], [1, 2]], active=[0, 2], shape=(3, 4))
     >>> weight
-    QuantizedWeight((3, 4), n_active=2, fan_in=2, dtype=int8, 66.7% sparse, 32 bytes)
+    QuantizedWeight((3, 4), n_active=2, fan_in=2, dtype=int8, 66.7% sparse, 36 bytes)
     >>> weight.to_dense()
     array([[  1. ,   0. ,   0. , -63.5],
            [  0. ,   0. ,   0. ,   0. ],
