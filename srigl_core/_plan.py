@@ -143,10 +143,10 @@ def plan_of(
         check_choice(inputs, "inputs", QUANTIZED_INPUTS)
     operation = QuantizedPlan.operation if isinstance(weight, QuantizedWeight) else None
     chosen = get_backend(backend, operation=operation, inputs=inputs)
-    plan: Plan | QuantizedPlan | None = weight._plans.get((chosen, inputs))
+    key = chosen if inputs == "float" else (chosen, inputs)
+    plan: Plan | QuantizedPlan | None = weight._plans.get(key)
     if plan is None:
-        plan = prepare(weight, inputs=inputs, backend=chosen)
-        weight._plans[chosen, inputs] = plan
+        plan = weight._plans[key] = prepare(weight, inputs=inputs, backend=chosen)
     return plan
 
 

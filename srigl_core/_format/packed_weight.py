@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +49,7 @@ class MemoryReport:
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
-class PackedWeight(ABC):
+class PackedWeight:
     """An immutable constant fan-in weight: connections, and one value for each.
 
     A subclass adds a field for each further array of numbers, and lists all in `value_arrays`. Its
@@ -83,19 +82,17 @@ class PackedWeight(ABC):
         object.__setattr__(self, "connections", connections)
         object.__setattr__(self, "_plans", {})
 
+    # Not abstract methods: each call checks the kind of its weight, which is slow for an ABC.
+
     @property
-    @abstractmethod
     def value_arrays(self) -> dict[str, NDArray[Any]]:
         """The arrays that hold the numbers, by name, as files store them."""
+        raise NotImplementedError
 
     @property
-    @abstractmethod
     def float_dtype(self) -> np.dtype[Any]:
         """The float type of the weight's numbers, which decides the type of a product."""
-
-    @abstractmethod
-    def to_dense(self) -> NDArray[Any]:
-        """Return the masked dense weight, ``W * M``, (n_out, n_in), a new array."""
+        raise NotImplementedError
 
     @property
     def indices(self) -> NDArray[Any]:
