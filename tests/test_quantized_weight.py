@@ -88,6 +88,15 @@ def test_a_neuron_is_quantized_as_the_page_says(values, dtype):
     assert (float(quantized.scale[0]), quantized.values[0].tolist()) == (scale, integers)
 
 
+@given(number=st.floats(0, 3.5e38) | st.floats(0, 1e-37) | st.floats(0, 1e-43))
+@example(number=3.4028235677973366e38)  # halfway to 2^128
+@example(number=2.0**-150)
+@example(number=3 * 2.0**-150)
+def test_the_oracle_rounds_fractions_as_numpy_rounds_float64(number):
+    with np.errstate(over="ignore"):
+        assert nearest_float32(Fraction(number)) == np.float32(number)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_neuron_has_a_scale_of_its_own_and_an_error_of_half_of_it(dtype):
     weight = CondensedWeight.random((30, 50), fan_in=12, n_active=20, dtype=dtype, rng=0)

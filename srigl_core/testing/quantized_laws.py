@@ -233,12 +233,12 @@ def _longest_problem(source: Any, capabilities: Any) -> QuantizedProblem:
     fan_in = source.sampled_from((_INT32_LIMIT, 70_000))
     rng = source.rng()
     connections = Connections.random((2, _INT32_LIMIT), fan_in=fan_in, rng=rng)
-    values = np.ones((2, fan_in), problem.weight.dtype)
-    values[1] = -1
-    values[:, 1 : source.integer(1, 100)] = 0.5
+    sign = source.sampled_from((1, -1))
+    # The largest sum of all, and sums of many bits, which float32 does not hold.
+    values = np.stack([np.ones(fan_in), rng.uniform(0.5, 1, fan_in)]).astype(problem.weight.dtype)
     weight = type(problem.weight).from_connections(values, connections)
-    x = np.ones((2, _INT32_LIMIT), problem.x.dtype)
-    x[1] = -1
+    x = sign * np.stack([np.ones(_INT32_LIMIT), rng.uniform(0.5, 1, _INT32_LIMIT)])
+    x = x.astype(problem.x.dtype)
     grad = np.zeros((2, 2), problem.x.dtype)
     return replace(problem, weight=weight, x=x, grad=grad, bias=None, layout="C", grad_layout="C")
 
