@@ -261,22 +261,29 @@ def rows_of_zeros_give_the_bias(backend: Backend, problem: QuantizedProblem) -> 
             _assert_problem(backend, replace(problem, x=rows, bias=bias), f"with rows of {what}")
 
 
-@_law(_AGAINST, _TOLERANCE, **_INT8)
+_EXTREME = {
+    "int8": ((3e38, 3e38), (2e-38, 1e-36), (1e-45, 1.0), (3e38, 2e-36), (2e-38, 1.0)),
+    "float": ((3e38, 1e-36), (2e-38, 1.0), (1e-45, 1e30)),
+}
+"""Scales of a weight, with sizes of inputs, for which some product with a scale is extreme."""
+
+
+@_law(_AGAINST, _TOLERANCE)
 def extreme_scales_follow_the_definition(backend: Backend, problem: QuantizedProblem) -> None:
-    """Where scale * s overflows or underflows, v is a signed infinity or 0, and +0 where acc is."""
+    """Scales near the ends of float32 give what SPEC 6 defines: v is +0 where acc is 0."""
     weight = problem.quantized
     x = problem.x.astype(np.float32)
-    if not capabilities_of(backend).value_dtypes.issuperset({"float32"}):
+    if not {"float32"} <= capabilities_of(backend).value_dtypes:
         raise NotApplicable("it does not take float32")
     with np.errstate(all="ignore"):
         largest = np.abs(x).max(axis=-1, keepdims=True)
         x = np.where((largest > 0) & np.isfinite(largest), x / largest, 0).astype(np.float32)
     x[..., weight.indices[0]] *= 0 if weight.n_active > 1 else 1
-    for scale, size in ((3e38, 3e38), (2e-38, 1e-36), (1e-45, 1.0), (3e38, 2e-36), (2e-38, 1.0)):
+    for scale, size in _EXTREME[problem.inputs]:
         scales = np.full(weight.n_active, scale, np.float32)
         other = QuantizedWeight.from_connections(weight.values, scales, weight.connections)
         case = replace(problem, x=x * np.float32(size))
-        plan = prepare(other, inputs="int8", backend=backend)
+        plan = prepare(other, inputs=problem.inputs, backend=backend)
         what = f"with scales of {scale:g} and inputs of {size:g}, the product"
         _assert_right(_call(plan, case), _outcome(case, other), what)
 
