@@ -398,9 +398,11 @@ class WeightOnly:
 
 
 def test_a_backend_that_lacks_the_product_is_an_error_that_names_those_that_have_it():
-    with pytest.raises(SriglError, match="'numba' does not offer quantized_matmul; use one of: "):
-        prepare(small(), backend="numba")
-    message = "'scipy' does not offer quantized_matmul with inputs='int8'; use one of: .*reference"
+    floats_only = FunctionBackend(lambda x, values, indices: x, "condensed_matmul")
+    floats_only.name = "mine"
+    with pytest.raises(SriglError, match=r"'mine' does not offer quantized_matmul; .*reference"):
+        prepare(small(), backend=floats_only)
+    message = r"'scipy' does not offer quantized_matmul with inputs='int8'; .*reference"
     for call in (
         lambda: prepare(small(), inputs="int8", backend="scipy"),
         lambda: condensed_matmul(np.ones(4), small(), inputs="int8", backend="scipy"),
