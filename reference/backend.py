@@ -24,7 +24,9 @@ class ReferenceBackend:
     """The definition, in NumPy; correctness comes before speed."""
 
     name = "reference"
-    capabilities = Capabilities(operations=frozenset(OPERATIONS), priority=0)
+    capabilities = Capabilities(
+        operations=frozenset(OPERATIONS), priority=0, largest_problem=700_000
+    )
 
     def prepare(self, weight: CondensedWeight) -> ReferencePrepared:
         """Return `weight` in its own condensed layout."""

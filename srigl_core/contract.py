@@ -68,6 +68,9 @@ class Capabilities:
         "float" with inputs as they are, "int8" with quantised inputs.
     priority : int
         Where no backend is named, the one of highest priority that can run is used.
+    largest_problem : int
+        How large the problems of `srigl_core.testing` may be, in numbers read and written: a slow
+        kernel takes less. The report says which sizes it leaves out.
     """
 
     device: str = "cpu"
@@ -77,6 +80,7 @@ class Capabilities:
     index_dtypes: frozenset[str] = frozenset({"uint16", "uint32"})
     quantized_inputs: frozenset[str] = frozenset(QUANTIZED_INPUTS)
     priority: int = 0
+    largest_problem: int = 5_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +194,9 @@ class Backend(Protocol):
     Where the backend cannot run, the call or the import of the module raises
     `BackendUnavailableError`, whose message says what is missing and what to install. A backend
     whose arrays are not NumPy arrays has an attribute ``arrays``, an `ArrayOps`.
+
+    An optional method ``runtime_info()`` returns a dict of facts for ``srigl info``. The entry
+    "threads" is the number of threads that a call may have.
     """
 
     name: str

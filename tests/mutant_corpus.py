@@ -1,8 +1,9 @@
 """Wrong kernels: each is a kernel of this project with one plausible bug, a diff of a few lines.
 
 A file ``mutants/KERNEL/NAME.diff`` states the bug in one sentence, and names a law that rejects it.
-The diff is applied to the installed file. The changed module, and the kernels' modules that import
-it, are loaded under other names beside the right ones; they share all other modules.
+Where few problems show the bug, it names their class. The diff is applied to the installed file.
+The changed module, and the kernels' modules that import it, are loaded under other names beside the
+right ones; they share all other modules.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from srigl_core.contract import Capabilities
-from srigl_core.testing import KernelCapabilities
+from srigl_core.testing import FunctionBackend, KernelCapabilities
 
 __all__ = ["COMPILED", "MUTANTS", "Mutant", "MutantError", "apply_diff", "load_backend"]
 
@@ -37,12 +38,24 @@ BACKENDS = {
 }
 """Module and class of the backends in Python; "cupy_gpu" is CUDA."""
 
+FUNCTIONS: dict[str, tuple[str, Callable[[Any], Callable[..., Any]]]] = {
+    "remap_state": ("srigl_core.reference.mask_update", lambda module: module.remap_state),
+    "remap_condensed": (
+        "srigl_core._update",
+        lambda module: lambda state, update: module.CondensedUpdate.remap(update, state),
+    ),
+}
+"""Operations that only functions have: the module, and its function."""
+
 COMPILED = ("numba_cpu", "cupy_gpu")
 """Kernels that are compiled, so that a mutant takes seconds."""
 
 WITHOUT_KERNELS = ("backends/numba_cpu/condensed_matmul.py",)
 """Files of numba_cpu without kernels. For other files only float32 is tried, since each dtype
 compiles their kernels anew."""
+
+BESIDE_KERNELS = ("srigl_core._activations", "srigl_core._update")
+"""Modules that may be changed although they belong to no kernel."""
 
 LAUNCHES = "srigl_core.backends.numba_cpu.calling"
 """A module that is loaded anew for each mutant, since what the installed one compiles is cached on
@@ -62,9 +75,10 @@ class MutantError(Exception):
 class Mutant:
     """A wrong backend."""
 
-    kernel: str  # the folder of the diff: a key of `BACKENDS`, or "cupy_gpu"
+    kernel: str  # the folder of the diff: a key of `BACKENDS` or `FUNCTIONS`, or "cupy_gpu"
     name: str
     bug: str  # one sentence
+    problems: str  # the class of problems that show the bug; empty where any may
     law: str  # the name of a law that rejects it
     file: str  # the changed file of this repository
     diff: str
@@ -73,13 +87,17 @@ class Mutant:
     def read(cls, path: Path) -> Mutant:
         """Read a diff; raises `MutantError` if it does not begin as a diff of the corpus does."""
         text = path.read_text()
-        head = re.match(r"# (.+\.)\n# Rejected by: (\w+)\n--- a/(\S+)\n\+\+\+ b/\3\n@@ ", text)
+        head = re.match(
+            r"# (.+\.)\n(?:# Shown by: (.+)\.\n)?# Rejected by: (\w+)\n"
+            r"--- a/(\S+)\n\+\+\+ b/\4\n@@ ",
+            text,
+        )
         if head is None:
             raise MutantError(
                 f"{path} must begin with '# A sentence.', '# Rejected by: law', "
-                f"'--- a/file' and '+++ b/file'"
+                f"'--- a/file' and '+++ b/file'; '# Shown by: a class of problems.' may come second"
             )
-        return cls(path.parent.name, path.stem, *head.groups(), text)
+        return cls(path.parent.name, path.stem, *head.groups(default=""), text)
 
     @property
     def changed_lines(self) -> int:
@@ -129,14 +147,20 @@ def load_backend(kernel: str, file: str, change: Change) -> Any:
     """
     if kernel == "cupy_gpu":
         return _simulated_backend(file, change)
-    module, name = BACKENDS[kernel]
+    module, find = FUNCTIONS.get(kernel) or BACKENDS[kernel]
     parts = Path(file).with_suffix("").parts
     changed = ".".join(parts if parts[0] == "srigl_core" else ("srigl_core", *parts))
     if not _uses(module, changed):
         raise MutantError(f"the backend of {kernel} does not use {file}")
-    backend = getattr(_Modules(changed, change)(module), name)()
+    loaded = _Modules(changed, change)(module)
+    if callable(find):
+        return FunctionBackend(find(loaded), kernel)
+    backend = getattr(loaded, find)()
     if kernel == "numba_cpu" and file not in WITHOUT_KERNELS:
         backend.capabilities = KernelCapabilities(value_dtypes=frozenset({"float32"}))
+    # The reference limits its problems to save time; a bug that large ones show must be seen too.
+    most = max(Capabilities.largest_problem, backend.capabilities.largest_problem)
+    backend.capabilities = replace(backend.capabilities, largest_problem=most)
     return backend
 
 
@@ -203,7 +227,7 @@ def _path(name: str) -> Path | None:
     """Return the installed file of one of the kernels' modules, None for other modules."""
     package, _, last = name.rpartition(".")
     kernels = ("srigl_core.reference", "srigl_core.backends")
-    if not package.startswith(kernels) and name != "srigl_core._activations":
+    if not package.startswith(kernels) and name not in BESIDE_KERNELS:
         return None
     spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations if spec else None) or ()

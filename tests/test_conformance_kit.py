@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
@@ -44,8 +45,9 @@ from srigl_core.testing.kernel_capabilities import left_out
 from srigl_core.testing.problems import EVERYTHING, SeededSource
 from srigl_core.testing.targets import as_backend
 
-WIDE_TYPES = KernelCapabilities(value_dtypes={"float32", "float64"})
-FLOAT64 = KernelCapabilities(value_dtypes={"float64"})
+SMALL_PROBLEMS = KernelCapabilities(largest_problem=20_000)
+WIDE_TYPES = KernelCapabilities(value_dtypes={"float32", "float64"}, largest_problem=200_000)
+FLOAT64 = KernelCapabilities(value_dtypes={"float64"}, largest_problem=20_000)
 LAW = {law.name: law for law in LAWS}
 PRODUCT_LAW = LAW["product_is_within_the_error_bound"]
 
@@ -77,7 +79,7 @@ def returns_its_weight(weight, gradient_rows, settings):
 
 
 def test_a_right_product_passes_every_law_of_what_it_takes():
-    report = check_kernel(product, capabilities=WIDE_TYPES, max_examples=5)
+    report = check_kernel(product, capabilities=WIDE_TYPES, max_examples=10)
     assert report.n_run == len(report.results) - 1  # it takes no out
     assert all(r.law.operation == "condensed_matmul" for r in report.results)
     assert "not declared, so not tried: float16, bfloat16, out=, bias, activation r" in str(report)
@@ -161,7 +163,9 @@ def test_gradients_may_come_as_a_tuple():
         reference.prepare(weight).backward(grad, x, out=out, threads=None)
         return out.x, out.values, out.bias
 
-    assert check_kernel(kernel, "condensed_matmul_backward", max_examples=3).ok
+    assert check_kernel(
+        kernel, "condensed_matmul_backward", capabilities=SMALL_PROBLEMS, max_examples=3
+    ).ok
 
     def swapped(grad, x, weight):
         dx, dvalues, dbias = kernel(grad, x, weight)
@@ -180,7 +184,7 @@ def test_an_update_may_return_what_it_has(returns):
             return update
         return update.mask if returns == "mask" else (update.mask, update.weight)
 
-    report = check_kernel(kernel, "update_mask", max_examples=3)
+    report = check_kernel(kernel, "update_mask", capabilities=SMALL_PROBLEMS, max_examples=3)
     assert report.n_run == len(report.results)
 
 
@@ -189,9 +193,12 @@ def test_a_function_may_update_a_condensed_layer():
         settings = UpdateSettings(nnz_budget, drop_fraction, gamma_sal=None)
         return srigl_condensed_update(weight, gradient_rows, settings, block_rows=block_rows)
 
-    report = check_kernel(kernel, "update_condensed", max_examples=2)
+    report = check_kernel(kernel, "update_condensed", capabilities=SMALL_PROBLEMS, max_examples=2)
     assert report.counts["passed"] == len(report.results)
-    failure = failure_of(FunctionBackend(returns_its_weight, "update_condensed"), LAWS[-1])
+    failure = failure_of(
+        FunctionBackend(returns_its_weight, "update_condensed"),
+        LAW["a_condensed_fan_in_of_zero_is_an_error"],
+    )
     with pytest.raises(LawViolation, match="expected a CondensedUpdate, got CondensedWeight"):
         exec(failure.code, {})
 
@@ -202,7 +209,9 @@ def test_an_update_of_few_settings_gets_no_others():
             weight, grad, mask, UpdateSettings(nnz_budget, drop_fraction, gamma_sal=None)
         ).mask
 
-    recorded = check_kernel(kernel, "update_mask", max_examples=5).results[-1]
+    recorded = check_kernel(
+        kernel, "update_mask", capabilities=SMALL_PROBLEMS, max_examples=5
+    ).results[-1]
     assert recorded.law.name == "released_updates_are_reproduced"
     assert recorded.status == "not applicable"
 
@@ -218,19 +227,21 @@ def test_a_budget_that_is_too_small_is_an_error_of_the_function():
 
 
 def test_inactive_weights_are_zeros_of_any_sign():
+    small = partial(FunctionBackend, op="update_mask", capabilities=SMALL_PROBLEMS)
+
     def multiplies(weight, grad, mask, settings):
         update = srigl_update(weight, grad, mask, settings)
         signed_zeros = np.copysign(0, weight).astype(weight.dtype)
         return update.mask, np.where(update.mask, update.weight, signed_zeros)
 
     law = LAW["update_is_that_of_the_reference"]
-    assert verify(FunctionBackend(multiplies, "update_mask"), laws=[law], max_examples=30).ok
+    assert verify(small(multiplies), laws=[law], max_examples=30).ok
 
     def loses_signs(weight, grad, mask, settings):
         update = srigl_update(weight, grad, mask, settings)
         return update.mask, update.weight + weight.dtype.type(0)  # -0.0 becomes 0.0
 
-    assert failure_of(FunctionBackend(loses_signs, "update_mask"), law)
+    assert failure_of(small(loses_signs), law)
 
 
 def test_a_kernel_may_ablate_no_neuron_and_always_apply_an_activation():
@@ -238,7 +249,9 @@ def test_a_kernel_may_ablate_no_neuron_and_always_apply_an_activation():
         assert activation == "relu"
         return np.maximum(product(x, values, indices, range(len(values)), len(values)), 0)
 
-    capabilities = KernelCapabilities(value_dtypes={"float32", "float64"}, activations={"relu"})
+    capabilities = KernelCapabilities(
+        value_dtypes={"float32", "float64"}, activations={"relu"}, largest_problem=20_000
+    )
     report = check_kernel(kernel, capabilities=capabilities, max_examples=5)
     (linear,) = (r for r in report.results if r.law.name == "product_is_linear_in_the_input")
     assert (linear.status, linear.detail) == ("not applicable", "it always applies an activation")
@@ -486,9 +499,10 @@ NARROW = KernelCapabilities(
     activations={"relu"},
     bias=False,
     ablation=False,
-    strides=False,
+    layouts={"C"},
     out=False,
     settings=frozenset(),
+    largest_problem=20_000,
 )
 
 

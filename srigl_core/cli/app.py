@@ -64,6 +64,10 @@ def verify(
     list_laws: Annotated[
         bool, typer.Option("--list", help="Print the laws; check nothing.")
     ] = False,
+    coverage: Annotated[
+        bool,
+        typer.Option("--coverage", help="Also print which sizes, types and layouts were drawn."),
+    ] = False,
 ) -> None:
     """Check that kernels obey the laws of the condensed matmul and the mask update."""
     from srigl_core.cli.verify import read_xfails, verify_kernels
@@ -79,6 +83,7 @@ def verify(
         seed=seed,
         xfails={} if xfails is None else read_xfails(xfails),
         report=report,
+        coverage=coverage,
         console=make_console(),
     )
     if not good:

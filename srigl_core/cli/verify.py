@@ -29,11 +29,18 @@ _STYLES = {
 
 
 def verify_kernels(
-    targets: Sequence[str], *, op: str | None, report: Path | None, console: Console, **options: Any
+    targets: Sequence[str],
+    *,
+    op: str | None,
+    report: Path | None,
+    coverage: bool,
+    console: Console,
+    **options: Any,
 ) -> bool:
     """Try the laws on each kernel, print the results, and write them to `report` as JSON.
 
-    Without targets, all backends that can run here are tried. `op` and `options` are arguments of
+    Without targets, all backends that can run here are tried. With `coverage`, what their problems
+    had is printed too. `op` and `options` are arguments of
     `srigl_core.testing.verify`. Returns whether every report is `ok`.
 
     Raises
@@ -63,7 +70,7 @@ def verify_kernels(
                 update(f"{escape(name)}: {law.name}")
 
             reports.append(verify(name, op=op, progress=progress, **options))
-        _show(reports[-1], console)
+        _show(reports[-1], console, coverage=coverage)
         if report is not None:  # now, since the next kernel may crash
             content = json.dumps([each.as_json() for each in reports], indent=1)
             report.write_text(content + "\n", encoding="utf-8")
@@ -95,7 +102,7 @@ def read_xfails(path: Path) -> dict[str, str]:
     return xfails
 
 
-def _show(report: Report, console: Console) -> None:
+def _show(report: Report, console: Console, *, coverage: bool) -> None:
     def show(text: str, style: str | None = None) -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -104,4 +111,6 @@ def _show(report: Report, console: Console) -> None:
         show(line, _STYLES[result.status])
     for failure in report.failures_shown():
         show(f"\n{failure}", "red")
+    if coverage:
+        show(f"\n{report.coverage}")
     show(f"\n{report.summary}\n", None if report.n_run else "bold red")

@@ -11,16 +11,21 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core._arrays.dtypes import result_dtype, round_to
+from srigl_core._arrays.dtypes import VALUE_TYPES, result_dtype, round_to
 from srigl_core._arrays.operations import HOST_ARRAYS
 from srigl_core._format.packed_weight import PackedWeight
 from srigl_core._format.quantized_weight import QuantizedWeight
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._update import CondensedUpdate, GradientRows, MaskUpdate, UpdateSettings
-from srigl_core.contract import OPERATIONS, Capabilities, MatmulGradients
+from srigl_core.contract import Capabilities, MatmulGradients
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.mask_update import make_update, srigl_update
-from srigl_core.testing.kernel_capabilities import KernelCapabilities, completed
+from srigl_core.testing.kernel_capabilities import (
+    KERNEL_OPERATIONS,
+    REMAP_SETTINGS,
+    KernelCapabilities,
+    completed,
+)
 from srigl_core.testing.law import LawViolation
 
 __all__ = ["FunctionBackend", "declare"]
@@ -37,6 +42,8 @@ PARAMETERS = {
     ),
     "update_mask": ("weight", "grad", "mask", *_SETTINGS, "threads"),
     "update_condensed": (*_WEIGHT, "gradient_rows", "block_rows", *_SETTINGS, "threads"),
+    "remap_state": ("state", "mask", "new_mask", "start"),
+    "remap_condensed": ("state", "weight", "update", "source", "start"),
 }
 """The parameters that a function for an operation may have."""
 
@@ -47,9 +54,9 @@ class FunctionBackend:
     The function is called with the arguments that its parameters name; ``**kwargs`` takes all of
     them. Parameters with a default may have other names. The arguments are
 
-    - for all operations but ``update_mask``: `weight`, the `CondensedWeight`, and its parts
-      `values` and `indices`, (n_active, k), `active`, (n_active,), `n_out` and `n_in`;
-    - for all operations: `threads`, an int or None;
+    - for products, gradients and ``update_condensed``: `weight`, the `CondensedWeight`, and its
+      parts `values` and `indices`, (n_active, k), `active`, (n_active,), `n_out` and `n_in`;
+    - for all operations but remaps: `threads`, an int or None;
     - for ``condensed_matmul``: `x`, (batch, n_in); `bias`, (n_out,) or None; `activation`;
       `compact`; `out`, an array to write to. The function returns (batch, n_out), or
       (batch, n_active) if `compact`, in dtype ``np.result_type(x, values)``, or it writes to
@@ -64,7 +71,13 @@ class FunctionBackend:
       as `settings`. It returns the new mask, or mask and weight, or a `MaskUpdate`;
     - for ``update_condensed``: `gradient_rows` and `block_rows`, as
       `srigl_core.contract.CondensedUpdater` describes them, and the settings. It returns a
-      `CondensedUpdate`.
+      `CondensedUpdate`;
+    - for ``remap_state``: `state`, an array of any dtype, and the masks before and after an update,
+      `mask` and `new_mask`, all (n_out, n_in); `start`, the number that state begins with. It
+      returns the new state, (n_out, n_in);
+    - for ``remap_condensed``: `weight`, the `CondensedWeight` before an update, and `state`, of its
+      values, (n_active, k); `update`, the `CondensedUpdate`, and its `source`; `start`. It returns
+      the new state, in the shape of `source`.
 
     Updates raise ValueError if the budget is too small (SPEC 4.5).
 
@@ -75,8 +88,9 @@ class FunctionBackend:
     ----------
     function : callable
     op : str or None
-        One of `srigl_core.contract.OPERATIONS`. For this and the options below, None is what the
-        function was declared with (`declare`); the default is "condensed_matmul".
+        One of `srigl_core.contract.OPERATIONS`, "remap_state" or "remap_condensed". For this and
+        the options below, None is what the function was declared with (`declare`); the default is
+        "condensed_matmul".
     capabilities : Capabilities or None
         What the function can do; by default all that its parameters allow. Without the parameter
         `bias` or `activation` problems have none; without `weight`, `active` and `n_out` no neuron
@@ -121,8 +135,8 @@ class FunctionBackend:
             capabilities=capabilities, asarray=asarray, index_dtype=index_dtype
         )
         op = op or declared.get("op", "condensed_matmul")
-        if op not in OPERATIONS:
-            raise SriglError(f"op={op!r} is unknown; use one of {', '.join(OPERATIONS)}")
+        if op not in KERNEL_OPERATIONS:
+            raise SriglError(f"op={op!r} is unknown; use one of {', '.join(KERNEL_OPERATIONS)}")
         options = {**declared, **self.options}
         self.function, self._asarray = function, options.get("asarray")
         self._index_dtype = _integer_dtype(options.get("index_dtype"))
@@ -140,6 +154,11 @@ class FunctionBackend:
             self._parameters,
             is_converted=self._asarray is not None,
         )
+
+    @property
+    def takes_threads(self) -> bool:
+        """Whether the function is told how many threads to use."""
+        return "threads" in self._parameters
 
     def prepare(self, weight: CondensedWeight) -> _FunctionWeight:
         """Return the weight, to be passed to the function at each call."""
@@ -210,6 +229,21 @@ class FunctionBackend:
         if not isinstance(result, CondensedUpdate):
             raise LawViolation(f"expected a CondensedUpdate, got {type(result).__name__}")
         return result
+
+    def remap_state(
+        self, state: NDArray[Any], mask: NDArray[Any], new_mask: NDArray[Any], *, start: float
+    ) -> NDArray[Any]:
+        """Return the function's new state of a dense layer."""
+        result = self.call(state=state, mask=mask, new_mask=new_mask, start=start)
+        return _state_as_numpy(result, state.dtype, state.shape)
+
+    def remap_condensed(
+        self, state: NDArray[Any], weight: CondensedWeight, update: CondensedUpdate, *, start: float
+    ) -> NDArray[Any]:
+        """Return the function's new state of a condensed layer."""
+        before_and_after = {"weight": weight, "update": update, "source": update.source}
+        result = self.call(state=state, **before_and_after, start=start)
+        return _state_as_numpy(result, state.dtype, update.source.shape)
 
     def _update(self, settings: UpdateSettings, **arguments: Any) -> Any:
         try:
@@ -413,6 +447,10 @@ def _narrowed(
         capabilities = replace(capabilities, settings=capabilities.settings & parameters)
     if op == "update_mask":
         return replace(capabilities, out=False)
+    layouts = frozenset({"C"}) if is_converted else capabilities.layouts
+    if op.startswith("remap"):
+        settings = capabilities.settings - (REMAP_SETTINGS - parameters)
+        return replace(capabilities, out=False, layouts=layouts, settings=settings)
     if op == "quantized_matmul" and "inputs" not in parameters:
         _check_one_product(capabilities.quantized_inputs)
     if op in ("condensed_matmul", "quantized_matmul"):
@@ -424,7 +462,7 @@ def _narrowed(
     return replace(
         capabilities,
         ablation=capabilities.ablation and can_ablate,
-        strides=capabilities.strides and not is_converted,
+        layouts=layouts,
         out=capabilities.out and "out" in parameters,
     )
 
@@ -445,4 +483,14 @@ def _as_numpy(result: Any, what: str, shape: tuple[int, ...]) -> NDArray[Any]:
         raise LawViolation(str(error)) from error
     if array.shape != shape:
         raise LawViolation(f"{what} has shape {array.shape}, expected {shape}")
+    return array
+
+
+def _state_as_numpy(result: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return remapped state, an array of any library and dtype, as a NumPy array."""
+    if dtype.name in VALUE_TYPES:
+        return _as_numpy(result, "the new state", shape)
+    array = np.asarray(result)
+    if array.shape != shape:
+        raise LawViolation(f"the new state has shape {array.shape}, expected {shape}")
     return array

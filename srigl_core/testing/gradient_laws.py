@@ -28,11 +28,11 @@ from srigl_core.testing.law import Law, LawViolation, NotApplicable, law_decorat
 from srigl_core.testing.oracles import expected_gradients, expected_product
 from srigl_core.testing.problems import (
     MatmulProblem,
+    combinable_dtypes,
     matmul_problem,
-    special_numbers,
     subnormal_problem,
 )
-from srigl_core.testing.thread_calls import assert_repeatable, assert_same_in_threads
+from srigl_core.testing.thread_calls import THREADS, assert_repeatable, assert_same_in_threads
 
 __all__ = ["GRADIENT_LAWS"]
 
@@ -99,8 +99,8 @@ def unconnected_places_do_not_reach_gradients(backend: Backend, problem: MatmulP
     if not ablated.size and not unconnected.any():
         raise NotApplicable("nothing is ablated or unconnected")
     grad, x = problem.grad.copy(), problem.x.copy()
-    grad[..., ablated] = special_numbers(grad[..., ablated].shape, 1)
-    x[..., unconnected] = special_numbers(x[..., unconnected].shape, 2)
+    grad[..., ablated] = problem.special_numbers(grad[..., ablated].shape, 1)
+    x[..., unconnected] = problem.special_numbers(x[..., unconnected].shape, 2)
     gradients = prepare(problem.weight, backend=backend).backward(grad, x, wrt=("x", "values"))
     _assert_gradients(gradients, _expected(problem), "with NaN elsewhere, ")
 
@@ -109,9 +109,9 @@ def unconnected_places_do_not_reach_gradients(backend: Backend, problem: MatmulP
 def non_finite_gradients_propagate(backend: Backend, problem: MatmulProblem) -> None:
     """NaN and infinity in connected places spread by IEEE rules, and no further."""
     grad, x, values = problem.grad.copy(), problem.x.copy(), problem.weight.values.copy()
-    grad[..., -1] = special_numbers(grad[..., -1].shape, 3)
-    x[..., 0] = special_numbers(x[..., 0].shape, 4)
-    values[:, -1] = special_numbers(values[:, -1].shape, 5)
+    grad[..., -1] = problem.special_numbers(grad[..., -1].shape, 3)
+    x[..., 0] = problem.special_numbers(x[..., 0].shape, 4)
+    values[:, -1] = problem.special_numbers(values[:, -1].shape, 5)
     without_grad = replace(problem, grad=np.zeros_like(problem.grad))
     cases = {
         "grad and x": replace(problem, grad=grad, x=x),
@@ -120,8 +120,13 @@ def non_finite_gradients_propagate(backend: Backend, problem: MatmulProblem) -> 
         "the values, and grad 0": replace(without_grad, weight=problem.weight.with_values(values)),
     }
     for what, case in cases.items():
-        gradients = _backward(prepare(case.weight, backend=backend), case)
-        _assert_gradients(gradients, _expected(case), f"with NaN and inf in {what}, ")
+        plan, expected = prepare(case.weight, backend=backend), _expected(case)
+        _assert_gradients(_backward(plan, case), expected, f"with NaN and inf in {what}, ")
+        if capabilities_of(backend).out:
+            out = {name: np.zeros(each.z.shape, case.out_dtype) for name, each in expected.items()}
+            _backward(plan, case, out=MatmulGradients(**out))
+            what = f"with NaN and inf in {what}, out of {case.out_dtype}, "
+            _assert_gradients(MatmulGradients(**out), expected, what)
 
 
 @_law("itself", "bit for bit")
@@ -129,7 +134,27 @@ def same_inputs_give_the_same_gradients(backend: Backend, problem: MatmulProblem
     """Repeated gradients have the same bits, on any number of threads and in a flushing thread."""
     plan = prepare(problem.weight, backend=backend)
     assert_same = partial(_assert_same_gradients, what="again, ")
-    assert_repeatable(partial(_backward, plan, problem), assert_same)
+    assert_repeatable(partial(_backward, plan, problem), assert_same, problem.rng())
+
+
+@_law("fresh plans", "bit for bit")
+def a_used_plan_has_the_gradients_of_a_fresh_one(backend: Backend, problem: MatmulProblem) -> None:
+    """Gradients of other batches and types, and products, do not change later gradients."""
+    used, rng = prepare(problem.weight, backend=backend), problem.rng()
+    x, grad = (each.reshape(-1, each.shape[-1]) for each in (problem.x, problem.grad))
+    dtypes = combinable_dtypes(capabilities_of(backend), problem.weight.dtype, problem.grad.dtype)
+    for size in rng.permutation([len(x), min(len(x), 1), int(rng.integers(0, len(x) + 1)), len(x)]):
+        dtype = problem.x.dtype if rng.random() < 0.6 else dtypes[rng.integers(len(dtypes))]
+        rows = slice(len(x) - size, None)
+        case = replace(problem, x=x[rows].astype(dtype), grad=grad[rows])
+        options: dict[str, Any] = {"threads": int(rng.choice(THREADS))}
+        if rng.random() < 0.5:
+            options["wrt"] = [("x",), ("values",), ("bias",), ("x", "values")][rng.integers(4)]
+        again = _backward(used, case, **options)
+        fresh = _backward(prepare(problem.weight, backend=backend), case, **options)
+        _assert_same_gradients(again, fresh, f"of a batch of {size} by a used plan, ")
+        if "condensed_matmul" in backend.capabilities.operations:
+            used(case.x)
 
 
 @_law("extended precision", "within the error bound of SPEC 2", build=subnormal_problem)

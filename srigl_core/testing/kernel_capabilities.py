@@ -14,14 +14,40 @@ from srigl_core.contract import (
     Capabilities,
 )
 from srigl_core.errors import SriglError
+from srigl_core.testing.problem_sizes import classes_too_large
 
-__all__ = ["OPTIONAL_SETTINGS", "KernelCapabilities", "capabilities_of", "completed", "left_out"]
+__all__ = [
+    "DISTINCT_LAYOUTS",
+    "KERNEL_OPERATIONS",
+    "LAYOUTS",
+    "OPTIONAL_SETTINGS",
+    "REMAP_SETTINGS",
+    "KernelCapabilities",
+    "capabilities_of",
+    "completed",
+    "left_out",
+]
+
+_REMAPS = ("remap_state", "remap_condensed")
+KERNEL_OPERATIONS = (*OPERATIONS, *_REMAPS)
+"""Operations that have laws: those of a backend, and two of functions only (decision D90)."""
 
 INDEX_TYPES = ("uint16", "uint32")
+
+DISTINCT_LAYOUTS = (
+    *("C", "columns of a wider array", "F", "every second", "F within a larger array"),
+    *("reversed", "rows reversed", "offset by a byte"),
+)
+LAYOUTS = (*DISTINCT_LAYOUTS, "shared rows", "shared columns")
+"""Memory layouts, the simplest first. PyTorch and JAX have no reversed array, and no GPU an array \
+that is not aligned."""
 
 OPTIONAL_SETTINGS = frozenset({"gamma_sal", "min_salient", "saliency_scope", "grown_init"})
 """Settings of an update that a kernel need not take: without them it ablates no neuron, looks for \
 large gradients at inactive positions, and grows weights as zeros."""
+
+REMAP_SETTINGS = frozenset({"start"})
+"""A setting of a remap that a function need not take: without it state starts at zero."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,21 +59,24 @@ class KernelCapabilities(Capabilities):
 
     Parameters
     ----------
-    device, operations, value_dtypes, index_dtypes, quantized_inputs, priority
+    device, value_dtypes, input_dtypes, index_dtypes, quantized_inputs, priority, largest_problem
         As in `Capabilities`.
+    operations : frozenset of str
+        The operations that it implements: those of `Capabilities`, "remap_state" and
+        "remap_condensed".
     activations : frozenset of str
         The activations that it computes, from `srigl_core.contract.ACTIVATIONS`.
     bias : bool
         Whether it adds a bias.
     ablation : bool
         Whether neurons may be ablated. If False, all are active.
-    strides : bool
-        Whether arrays may have any strides and alignment. If False, they are in C order and
-        aligned.
+    layouts : frozenset of str
+        The memory layouts that arrays may have, from `LAYOUTS`; "C" is always one of them.
     out : bool
         Whether it writes results in place, in any value type. If False, it returns them.
     settings : frozenset of str
-        The settings that its mask updates take, from `OPTIONAL_SETTINGS`.
+        The settings that its mask updates take, from `OPTIONAL_SETTINGS`, and its remaps, from
+        `REMAP_SETTINGS`.
 
     Raises
     ------
@@ -58,19 +87,21 @@ class KernelCapabilities(Capabilities):
     activations: frozenset[str] = frozenset(ACTIVATIONS)
     bias: bool = True
     ablation: bool = True
-    strides: bool = True
+    layouts: frozenset[str] = frozenset(LAYOUTS)
     out: bool = True
-    settings: frozenset[str] = OPTIONAL_SETTINGS
+    settings: frozenset[str] = OPTIONAL_SETTINGS | REMAP_SETTINGS
 
     def __post_init__(self) -> None:
         known = {
-            "operations": OPERATIONS,
+            "operations": KERNEL_OPERATIONS,
             "value_dtypes": VALUE_TYPES,
             "index_dtypes": INDEX_TYPES,
             "quantized_inputs": QUANTIZED_INPUTS,
             "activations": ACTIVATIONS,
-            "settings": OPTIONAL_SETTINGS,
+            "layouts": LAYOUTS,
+            "settings": OPTIONAL_SETTINGS | REMAP_SETTINGS,
         }
+        object.__setattr__(self, "layouts", {"C", *self.layouts})
         for name, names in known.items():
             object.__setattr__(self, name, frozenset(getattr(self, name)))
             unknown = getattr(self, name).difference(names)
@@ -105,13 +136,15 @@ def completed(capabilities: Capabilities) -> KernelCapabilities:
 
 def left_out(capabilities: KernelCapabilities) -> list[str]:
     """Return what the problems for such a kernel leave out, in words."""
-    updates = {"update_mask", "update_condensed"}
+    updates, remaps = {"update_mask", "update_condensed"}, set(_REMAPS)
     missing = _missing(VALUE_TYPES, capabilities.value_dtypes)
-    if capabilities.operations - {"update_mask"}:
+    if capabilities.operations - {"update_mask", "remap_state"}:
         missing += [f"{name} indices" for name in _missing(INDEX_TYPES, capabilities.index_dtypes)]
         missing += ["ablated neurons"] * (not capabilities.ablation)
     if capabilities.operations - updates:
-        missing += ["strides"] * (not capabilities.strides)
+        layouts = [f"layout {name}" for name in _missing(LAYOUTS, capabilities.layouts)]
+        missing += layouts if len(capabilities.layouts) > 1 else ["strides"]
+    if capabilities.operations - updates - remaps:
         missing += ["out="] * (not capabilities.out)
     if "quantized_matmul" in capabilities.operations:
         kinds = _missing(QUANTIZED_INPUTS, capabilities.quantized_inputs)
@@ -121,7 +154,13 @@ def left_out(capabilities: KernelCapabilities) -> list[str]:
         missing += [f"activation {n}" for n in _missing(ACTIVATIONS, capabilities.activations)]
     if capabilities.operations & updates:
         missing += _missing(sorted(OPTIONAL_SETTINGS), capabilities.settings)
-    return missing
+    if capabilities.operations & remaps:
+        missing += _missing(sorted(REMAP_SETTINGS), capabilities.settings)
+    return missing + classes_too_large(
+        capabilities.largest_problem,
+        products=bool(capabilities.operations - updates - remaps),
+        updates=bool(capabilities.operations & (updates | remaps)),
+    )
 
 
 def _missing(names: Iterable[str], declared: frozenset[str]) -> list[str]:

@@ -40,7 +40,8 @@ class Law:
     tolerance : str
         How far the result may be from that, such as "bit for bit".
     operation : str
-        The operation that the law is about, one of `srigl_core.contract.OPERATIONS`.
+        The operation that the law is about, one of those that
+        `srigl_core.testing.FunctionBackend` names.
     build : callable
         Takes a `DataSource` and a kernel's capabilities; returns a problem within these.
     holds : callable

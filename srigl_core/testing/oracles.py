@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,10 @@ from srigl_core._format.weight import CondensedWeight
 from srigl_core.testing.bounds import Outcome, float_limits
 
 __all__ = ["expected_gradients", "expected_product"]
+
+
+_CHUNK = 2**18
+"""Products that are computed at once."""
 
 
 def expected_product(
@@ -34,19 +39,27 @@ def expected_product(
         z = np.zeros((*x.shape[:-1], weight.shape[0]), np.longdouble)
         magnitude = np.zeros_like(z)
         terms = np.zeros(weight.shape[0], np.int64)
-        for row, scale, values, columns in zip(
-            weight.active, scales, weight.values.astype(np.longdouble), weight.indices, strict=True
-        ):
-            products = x[..., columns].astype(np.longdouble) * values
-            z[..., row] = scale * products.sum(axis=-1)
+        terms[weight.active] = weight.fan_in
+        inputs = x.astype(np.longdouble)
+        for neurons in _chunks(weight, inputs.size // x.shape[-1]):
+            values = weight.values[neurons].astype(np.longdouble)
+            products = inputs[..., weight.indices[neurons]] * values
+            rows, scale = weight.active[neurons], scales[neurons]
+            z[..., rows] = scale * products.sum(axis=-1)
             size = _magnitudes(products).sum(axis=-1)
             is_large = size > float_limits(accumulator).largest / 2
-            magnitude[..., row] = np.where(is_large, np.inf, scale * size)
-            terms[row] = columns.size
+            magnitude[..., rows] = np.where(is_large, np.inf, scale * size)
         if bias is not None:
             z += bias.astype(np.longdouble)
             magnitude += _magnitudes(bias.astype(np.longdouble))
         return Outcome(z, magnitude, terms, accumulator, activation)
+
+
+def _chunks(weight: CondensedWeight | QuantizedWeight, batch: int) -> Iterator[slice]:
+    """Yield slices of neurons that have few products each."""
+    step = max(1, _CHUNK // max(1, batch * weight.fan_in))
+    for start in range(0, weight.n_active, step):
+        yield slice(start, start + step)
 
 
 def _magnitudes(products: NDArray[np.longdouble]) -> NDArray[np.longdouble]:
@@ -60,16 +73,20 @@ def expected_gradients(
     """Return dx, dvalues and dbias in extended precision, as "x", "values" and "bias"."""
     g = grad.reshape(-1, grad.shape[-1]).astype(np.longdouble)
     rows = x.reshape(-1, x.shape[-1]).astype(np.longdouble)
-    dx, dx_scale = np.zeros(rows.shape, np.longdouble), np.zeros(rows.shape, np.longdouble)
+    dx, dx_scale = (np.zeros((rows.shape[1], len(g)), np.longdouble) for _ in range(2))
     dvalues, values_scale = (np.zeros(weight.values.shape, np.longdouble) for _ in range(2))
     degree = np.bincount(weight.indices.ravel(), minlength=weight.shape[1])
     with np.errstate(all="ignore"):
-        for i, (row, columns) in enumerate(zip(weight.active, weight.indices, strict=True)):
-            products = g[:, row, None] * weight.values[i].astype(np.longdouble)
-            dx[:, columns] += products
-            dx_scale[:, columns] += _magnitudes(products)
-            products = g[:, row, None] * rows[:, columns]
-            dvalues[i], values_scale[i] = products.sum(axis=0), _magnitudes(products).sum(axis=0)
+        for neurons in _chunks(weight, len(g)):
+            columns, connected = weight.indices[neurons], g[:, weight.active[neurons]]
+            values = weight.values[neurons].astype(np.longdouble)
+            products = connected[:, :, None] * values
+            _add_by_column(dx, columns, products)
+            _add_by_column(dx_scale, columns, _magnitudes(products))
+            products = connected[:, :, None] * rows[:, columns]
+            dvalues[neurons] = products.sum(axis=0)
+            values_scale[neurons] = _magnitudes(products).sum(axis=0)
+        dx, dx_scale = dx.T, dx_scale.T
         batch = np.array(g.shape[0])
         x_dtype = accumulator_dtype(grad.dtype, weight.dtype)
         values_dtype = accumulator_dtype(grad.dtype, weight.dtype, x.dtype)
@@ -79,3 +96,14 @@ def expected_gradients(
             "values": Outcome(dvalues, values_scale, batch, values_dtype),
             "bias": Outcome(g.sum(axis=0), _magnitudes(g).sum(axis=0), batch, bias_dtype),
         }
+
+
+def _add_by_column(
+    sums: NDArray[np.longdouble], columns: NDArray[Any], products: NDArray[np.longdouble]
+) -> None:
+    """Add products, (batch, neurons, k), to `sums`, (n_in, batch), at their `columns`."""
+    order = np.argsort(columns, axis=None, kind="stable")
+    ordered = columns.ravel()[order]
+    first = np.flatnonzero(np.diff(ordered, prepend=-1))
+    by_column = products.reshape(len(products), columns.size)[:, order].T
+    sums[ordered[first]] += np.add.reduceat(by_column, first, axis=0)

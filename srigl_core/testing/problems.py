@@ -9,7 +9,8 @@ of every list is the simplest. A problem stays within a kernel's capabilities.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
+from fractions import Fraction
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,14 +24,24 @@ from srigl_core.contract import ACTIVATIONS
 from srigl_core.errors import SriglError
 from srigl_core.reference.mask_update import srigl_update
 from srigl_core.testing.bounds import float_limits
-from srigl_core.testing.kernel_capabilities import KernelCapabilities
+from srigl_core.testing.kernel_capabilities import DISTINCT_LAYOUTS, LAYOUTS, KernelCapabilities
+from srigl_core.testing.problem_sizes import (
+    LARGEST_SIZE,
+    LEADS,
+    SMALL,
+    ProductSizes,
+    Schedule,
+    UpdateSizes,
+    product_sizes,
+    update_sizes,
+)
 
 __all__ = [
-    "BATCHES",
     "DISTINCT_LAYOUTS",
     "EVERYTHING",
     "LAYOUTS",
     "MAGNITUDES",
+    "SPECIAL_NUMBERS",
     "UPDATE_MAGNITUDES",
     "CondensedUpdateProblem",
     "DataSource",
@@ -46,23 +57,14 @@ __all__ = [
     "matmul_problem",
     "random_inputs",
     "random_numbers",
-    "special_numbers",
     "subnormal_problem",
     "update_problem",
 ]
 
 Option = TypeVar("Option")
 
-SIZES = (1, 2, 3, 5, 8, 17, 33, 40)
-BATCHES: tuple[tuple[int, ...], ...] = (
-    *((1,), (2,), (), (3,), (7,), (8,), (9,), (2, 3)),
-    *((16,), (17,), (32,), (33,), (65,), (130,), (0,)),
-)
 MAGNITUDES = ("integers", "normal", "zeros", "cancelling", "subnormal", "huge", "spread")
 UPDATE_MAGNITUDES = ("integers", "normal", "zeros", "subnormal", "spread", "close")
-OUT_LAYOUTS = ("C", "F", "reversed", "every second", "rows reversed", "F within a larger array")
-DISTINCT_LAYOUTS = (*OUT_LAYOUTS, "offset by a byte")
-LAYOUTS = (*DISTINCT_LAYOUTS, "shared rows", "shared columns")
 ORDERED_DTYPES = F32, F64, F16, BF16 = ("float32", "float64", "float16", "bfloat16")
 DTYPE_PAIRS = (
     *((F32, F32), (F64, F64), (F32, F64), (F64, F32), (F16, F16), (BF16, BF16), (F16, F32)),
@@ -70,13 +72,30 @@ DTYPE_PAIRS = (
 )
 EVERYTHING = KernelCapabilities()
 BETWEEN = 77  # in memory between the elements of an array
-WIDE = (50_000, 65_536)  # more columns than int16 can number, and all that uint16 can
-WIDER = (70_000,)
-DEEP = 1_025  # connections of a neuron: more than vectors, warps or blocks of threads sum at once
-TALL = (1_100, 66_000)  # neurons: more than a block of threads, and than uint16 can number
-LONG = 1_100  # rows of a batch
-LARGE_PRODUCT = (130, 131, 200)  # n_out, n_in, batch: enough work for threads to be worth it
-LARGE_LAYERS = ((401, 399), (3, 70_000), (1_100, 5))
+_FEW = 32
+"""The sums of a large problem have about as many terms that are not 0. The error bound grows with \
+the terms: among thousands a wrong one would be within it."""
+
+_FULL = np.array([2**63 - 1, 2**64 - 1], np.uint64).view(np.float64)
+SPECIAL_NUMBERS = {
+    "all": (np.nan, np.inf, -np.inf, *_FULL),
+    "NaN": (np.nan,),
+    "inf": (np.inf,),
+    "-inf": (-np.inf,),
+    "NaN of all bits": (_FULL[0],),
+    "-NaN of all bits": (_FULL[1],),
+}
+"""The numbers that are not finite, together and each alone."""
+
+_MOST_OF_SIXTEEN_BITS = 65_536
+
+_LARGE = 1_000
+
+_MOST_AT_ONCE = 2**23
+"""Random numbers that are drawn at once; drawing neuron by neuron is slow for many neurons."""
+
+_KINDS = 16
+"""One in as many draws of sizes takes large ones."""
 
 
 class DataSource:
@@ -101,17 +120,40 @@ class DataSource:
         """Draw the index of an option; return that option."""
         return options[self.integer(0, len(options) - 1)]
 
+    def sizes(
+        self, most: Sequence[int], scheduled: Callable[[Schedule], Sequence[int]]
+    ) -> list[int]:
+        """Draw sizes of 1 to `most`; those of a run's problems follow a schedule."""
+        limit = LARGEST_SIZE if self.integer(0, _KINDS - 1) == 0 else SMALL
+        return [self.integer(1, min(each, limit)) for each in most]
+
     def rng(self) -> np.random.Generator:
         """Draw the seed of a generator, for a problem's many numbers."""
         return np.random.default_rng(self.integer(0, 2**32 - 1))
 
 
 class SeededSource(DataSource):
-    """Integers of a seeded generator, the same on every machine."""
+    """Integers of a seeded generator, the same on every machine.
+
+    Parameters
+    ----------
+    *seed : int
+        The last is the number of the problem in a run, which has the others as its seed. Together
+        the problems of a run have every class of sizes (`srigl_core.testing.problem_sizes`).
+    """
 
     def __init__(self, *seed: int) -> None:
         rng = np.random.default_rng(seed)
         super().__init__(lambda least, most: int(rng.integers(least, most, endpoint=True)))
+        self._schedule = Schedule(seed[:-1], seed[-1])
+
+    def sizes(
+        self, most: Sequence[int], scheduled: Callable[[Schedule], Sequence[int]]
+    ) -> list[int]:
+        """Return the sizes of this problem's place in its run."""
+        sizes = list(scheduled(self._schedule))
+        self.drawn += [0, *sizes]
+        return sizes
 
 
 class RecordedSource(DataSource):
@@ -147,6 +189,10 @@ class MatmulProblem:
         The dtype of `out` where a law passes one.
     out_layout, layout, grad_layout, bias_layout : str
         The memory layouts of `out`, `x`, `grad` and `bias`, from `LAYOUTS`.
+    special : str
+        Which numbers that are not finite a law puts in, from `SPECIAL_NUMBERS`.
+    seed : int
+        Seed of what a law chooses.
     """
 
     weight: CondensedWeight
@@ -159,6 +205,16 @@ class MatmulProblem:
     layout: str = "C"
     grad_layout: str = "C"
     bias_layout: str = "C"
+    special: str = "all"
+    seed: int = 0
+
+    def rng(self, salt: int = 0) -> np.random.Generator:
+        """Return a generator for what a law chooses; another one for each `salt`."""
+        return np.random.default_rng((self.seed, salt))
+
+    def special_numbers(self, shape: tuple[int, ...], salt: int = 0) -> NDArray[np.float64]:
+        """Return numbers that are not finite, of the kind of `special`."""
+        return self.rng(salt).choice(SPECIAL_NUMBERS[self.special], shape)
 
     @property
     def result_dtype(self) -> np.dtype[Any]:
@@ -175,12 +231,19 @@ class UpdateProblem:
     weight, grad : ndarray, (n_out, n_in)
     mask : ndarray of bool, (n_out, n_in)
     settings : UpdateSettings
+    seed : int
+        Seed of what a law chooses.
     """
 
     weight: NDArray[Any]
     grad: NDArray[Any]
     mask: NDArray[np.bool_]
     settings: UpdateSettings
+    seed: int = field(default=0, kw_only=True)
+
+    def rng(self) -> np.random.Generator:
+        """Return a generator for what a law chooses."""
+        return np.random.default_rng(self.seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,80 +257,116 @@ class CondensedUpdateProblem:
         The dense gradient, of which an update asks for rows.
     settings : UpdateSettings
     block_rows : int
+    seed : int
+        Seed of what a law chooses.
     """
 
     weight: CondensedWeight
     grad: NDArray[Any]
     settings: UpdateSettings
     block_rows: int
+    seed: int = 0
+
+    def rng(self) -> np.random.Generator:
+        """Return a generator for what a law chooses."""
+        return np.random.default_rng(self.seed)
 
 
 def matmul_problem(
     source: DataSource, capabilities: KernelCapabilities = EVERYTHING
 ) -> MatmulProblem:
     """Build a product: any shape, dtype, magnitude and memory layout, all numbers finite."""
+    sizes = _product_sizes(source, capabilities)
     pairs = (*3 * DTYPE_PAIRS[:1], *DTYPE_PAIRS)  # the most common pair more often
     pairs_taken = [pair for pair in pairs if capabilities.value_dtypes.issuperset(pair)]
     x_dtype, values_dtype = map(value_dtype, source.sampled_from(pairs_taken))
-    lead, n_out, n_in, fan_in = _product_shape(source, capabilities)
-    n_active = n_out
-    if capabilities.ablation:
-        few = (n_out, 1, max(1, n_out // 2), max(1, n_out - 1))
-        n_active = min(source.sampled_from(few), TALL[0])
-    magnitude = source.sampled_from(MAGNITUDES)
-    possible = LAYOUTS if capabilities.strides else LAYOUTS[:1]
-    layouts = layout, grad_layout, bias_layout = [source.sampled_from(possible) for _ in range(3)]
+    # In a large layer one number is wrong, which must not be 0, or small beside others.
+    is_large = max(astuple(sizes)) > _LARGE
+    magnitude = source.sampled_from((*8 * is_large * ("normal",), *MAGNITUDES))
+    layout, grad_layout, bias_layout = [
+        source.sampled_from(_layouts(capabilities, sizes, name)) for name in ("x", "grad", "bias")
+    ]
     grad_dtypes = (x_dtype, x_dtype, *combinable_dtypes(capabilities, x_dtype, values_dtype))
     grad_dtype = source.sampled_from(grad_dtypes)
     bias_dtypes = (None, x_dtype, np.dtype(np.float32), np.dtype(np.float64))
     bias_dtype = source.sampled_from(bias_dtypes) if capabilities.bias else None
     bias_magnitude = source.sampled_from(("normal", magnitude))
     activations = [name for name in ACTIVATIONS if name in capabilities.activations]
-    activation = source.sampled_from(activations)
+    activation = source.sampled_from(((1 + 4 * is_large) * activations[:1]) + activations)
     out_dtype = result_dtype(x_dtype, values_dtype)
     if capabilities.out:
         out_dtype = value_dtype(source.sampled_from(ORDERED_DTYPES))
-    out_layout = source.sampled_from(OUT_LAYOUTS) if capabilities.strides else "C"
+    out_layout = source.sampled_from(_layouts(capabilities, sizes, "out"))
+    special = source.sampled_from(("all", "all", *SPECIAL_NUMBERS))
+    thinned = source.sampled_from((True, True, True, False))
+    seed = source.integer(0, 2**16)
     rng = source.rng()
-    weight = _random_weight(rng, (n_out, n_in), fan_in, n_active, values_dtype, magnitude)
-    x = laid_out(random_inputs(rng, weight, lead, x_dtype, magnitude), layout)
-    grad = laid_out(random_numbers(rng, (*lead, n_out), grad_dtype, magnitude), grad_layout)
+    lead, shape = sizes.leading_shape, (sizes.n_out, sizes.n_in)
+    weight = _random_weight(rng, shape, sizes.fan_in, sizes.n_active, values_dtype, magnitude)
+    x = random_inputs(rng, weight, lead, x_dtype, magnitude)
+    grad = random_numbers(rng, (*lead, sizes.n_out), grad_dtype, magnitude)
+    if thinned:
+        weight, x, grad = _thinned(rng, weight, x, grad)
     bias = None
     if bias_dtype is not None:
-        bias = laid_out(random_numbers(rng, (n_out,), bias_dtype, bias_magnitude), bias_layout)
-    return MatmulProblem(weight, x, grad, bias, activation, out_dtype, out_layout, *layouts)
+        bias = laid_out(
+            random_numbers(rng, (sizes.n_out,), bias_dtype, bias_magnitude), bias_layout
+        )
+    x, grad = laid_out(x, layout), laid_out(grad, grad_layout)
+    more = (out_layout, layout, grad_layout, bias_layout, special, seed)
+    return MatmulProblem(weight, x, grad, bias, activation, out_dtype, *more)
 
 
-def _product_shape(
-    source: DataSource, capabilities: KernelCapabilities
-) -> tuple[tuple[int, ...], int, int, int]:
-    """Draw leading shape, n_out, n_in and fan-in: mostly small, sometimes large in one of them."""
-    sizes = []
-    if "uint16" in capabilities.index_dtypes:
-        sizes += ["small"] * 30 + ["large", "deep", "tall", "long", "wide"]
-    if "uint32" in capabilities.index_dtypes:
-        sizes += ["wider"]
-    size = source.sampled_from(sizes)  # first, since shrinking makes earlier draws smaller first
-    lead = source.sampled_from(BATCHES)
-    n_out, n_in = source.sampled_from(SIZES), source.sampled_from(SIZES)
-    if size == "large":
-        n_out, n_in, batch = LARGE_PRODUCT
-        return (batch,), n_out, n_in, n_in // 2
-    if size == "deep":
-        return _at_most(lead, 33), min(n_out, 8), DEEP, source.sampled_from((DEEP, DEEP // 2))
-    if size == "long":
-        lead, n_out, n_in = (LONG,), min(n_out, 8), min(n_in, 8)
-    elif size == "tall":
-        lead = _at_most(lead, 1)
-        n_out = source.sampled_from(TALL if capabilities.ablation else TALL[:1])
-    elif size in ("wide", "wider"):
-        lead, n_in = _at_most(lead, 2), source.sampled_from(WIDE if size == "wide" else WIDER)
-    fan_in = source.sampled_from((1, n_in, max(1, n_in // 2), min(n_in, 7), min(n_in, 2)))
-    return lead, n_out, n_in, min(fan_in, SIZES[-1])
+def _product_sizes(source: DataSource, capabilities: KernelCapabilities) -> ProductSizes:
+    """Draw the sizes of a product that a kernel can compute."""
+    most, ablation = capabilities.largest_problem, capabilities.ablation
+
+    def scheduled(schedule: Schedule) -> tuple[int, ...]:
+        return astuple(product_sizes(schedule, most, ablation=ablation))
+
+    limits = (len(LEADS), *5 * (LARGEST_SIZE,))
+    sizes = ProductSizes(*source.sizes(limits, scheduled)).within(most)
+    n_in = sizes.n_in
+    if "uint32" not in capabilities.index_dtypes:
+        n_in = min(n_in, _MOST_OF_SIXTEEN_BITS)
+    elif "uint16" not in capabilities.index_dtypes:
+        n_in = max(n_in, _MOST_OF_SIXTEEN_BITS + 1)
+    n_out = sizes.n_out if ablation else sizes.n_active
+    return replace(sizes, n_out=n_out, n_in=n_in, fan_in=min(sizes.fan_in, n_in))
 
 
-def _at_most(lead: tuple[int, ...], rows: int) -> tuple[int, ...]:
-    return lead[:1] and (min(lead[0], rows),)
+def _layouts(capabilities: KernelCapabilities, sizes: ProductSizes, name: str) -> list[str]:
+    """Return the memory layouts that an array of a problem may have, the simplest first.
+
+    Arrays that share elements are small: thousands of equal rows would hide a wrong one.
+    """
+    unlike = {"out": {"offset by a byte"}, "bias": {"F", "rows reversed"}}.get(name, set())
+    if name == "out" or max(sizes.batch, sizes.n_in, sizes.n_out) > SMALL:
+        unlike |= {"shared rows", "shared columns"}
+    return [each for each in LAYOUTS if each in capabilities.layouts and each not in unlike]
+
+
+def _thinned(
+    rng: np.random.Generator, weight: CondensedWeight, x: NDArray[Any], grad: NDArray[Any]
+) -> tuple[CondensedWeight, NDArray[Any], NDArray[Any]]:
+    """Set most numbers to 0 where a sum has many terms, so that each that is left can be seen."""
+    values = _sparse(rng, weight.values, -1)
+    neurons_of_an_input = weight.nnz // weight.shape[1]
+    if neurons_of_an_input > 8 * _FEW:
+        grad = _sparse(rng, grad, -1)
+    if grad.ndim == 2:
+        grad = _sparse(rng, grad, 0)
+    return weight.with_values(values), x, grad
+
+
+def _sparse(rng: np.random.Generator, array: NDArray[Any], axis: int) -> NDArray[Any]:
+    """Return `array` with zeros in all but a few slices along an axis, if it is long."""
+    size = array.shape[axis]
+    if size <= 8 * _FEW:
+        return array
+    kept = np.zeros(size, bool)
+    kept[[0, -1, *rng.integers(size, size=_FEW)]] = True
+    return np.where(kept if axis else kept[:, None], array, array.dtype.type(0))
 
 
 def combinable_dtypes(
@@ -287,13 +386,28 @@ def _random_weight(
     dtype: np.dtype[Any],
     magnitude: str,
 ) -> CondensedWeight:
-    """Return a weight whose first neuron is connected to the first and the last column."""
-    pattern = CondensedWeight.random(shape, fan_in=fan_in, n_active=n_active, rng=rng)
-    indices = pattern.indices.copy()
+    """Return a weight whose first neuron is connected to the first and the last column.
+
+    In some, no neuron is connected to the columns left out.
+    """
+    active = np.sort(rng.choice(shape[0], n_active, replace=False))
+    n_used = int(rng.integers(fan_in, shape[1], endpoint=True)) if rng.random() < 0.4 else shape[1]
+    used = np.sort(rng.choice(shape[1], n_used, replace=False))
+    indices = used[_random_columns(rng, n_active, n_used, fan_in)]
     indices[0, 0] = 0
     indices[0, -1] = shape[1] - 1
     values = random_numbers(rng, indices.shape, dtype, magnitude)
-    return CondensedWeight(values, indices, pattern.active, shape)
+    return CondensedWeight(values, indices, active, shape)
+
+
+def _random_columns(
+    rng: np.random.Generator, n_active: int, n_in: int, fan_in: int
+) -> NDArray[Any]:
+    """Return the columns of each neuron, (n_active, fan_in), ascending."""
+    if n_active * n_in > _MOST_AT_ONCE:
+        return Connections.random((n_active, n_in), fan_in=fan_in, rng=rng).indices.copy()
+    keys = rng.random((n_active, n_in))
+    return np.sort(np.argpartition(keys, fan_in - 1, axis=1)[:, :fan_in], axis=1)
 
 
 def subnormal_problem(source: DataSource, capabilities: KernelCapabilities) -> MatmulProblem:
@@ -322,22 +436,30 @@ def update_problem(
     source: DataSource, capabilities: KernelCapabilities = EVERYTHING
 ) -> UpdateProblem:
     """Build a mask update: tie-rich or distinct numbers, any mask, any setting that works."""
+    most = capabilities.largest_problem
+    sizes = source.sizes(
+        (LARGEST_SIZE, LARGEST_SIZE), lambda schedule: astuple(update_sizes(schedule, most))
+    )
+    n_out, n_in = astuple(UpdateSizes(*sizes).within(most))
     dtypes = combinable_dtypes(capabilities)
     dtype = source.sampled_from(dtypes)
     grad_dtype = source.sampled_from((dtype, dtype, *dtypes))
-    large = source.sampled_from((None,) * 24 + LARGE_LAYERS)
-    n_out, n_in = source.sampled_from(SIZES), source.sampled_from(SIZES)
-    n_out, n_in = large or (n_out, n_in)
     magnitude = source.sampled_from((*UPDATE_MAGNITUDES, "zeros", "zeros"))
-    density = source.sampled_from((None, None, None, "any", "any", "any", "none", "all"))
+    is_tall = n_out > _LARGE  # it should ablate some neurons, also after the first 65,536
+    often = 24 * is_tall * ("any",)
+    density = source.sampled_from((None, None, None, "any", "any", "any", "none", "all", *often))
     nnz_budget = source.integer(source.sampled_from((n_out, n_out, n_out, 1)), n_out * n_in)
-    drop_fraction = source.sampled_from((0.3, 0.0, 0.0, 1.0, 0.05, 0.5, 0.9, None))
+    if source.sampled_from((False, False, False, True)):  # the same fan-in for each neuron
+        nnz_budget = n_out * max(1, nnz_budget // n_out)
+    drop_fraction = source.sampled_from((0.3, 0.0, 0.0, 1.0, 0.05, 0.5, 0.9))
+    drop_share = source.sampled_from((*7 * (None,), _just_below_a_count, _decimal, _decimal))
 
     def setting(name: str, options: Sequence[Any], otherwise: Any = None) -> Any:
         return source.sampled_from(options) if name in capabilities.settings else otherwise
 
-    gamma_sal, min_salient = setting("gamma_sal", (0.3, None, 1.0, 0.9, 0.01, 0.6)), None
-    is_just_below = source.sampled_from((False, False, False, True))
+    gammas = (0.3, None, 1.0, 0.9, 0.01, 0.6, *8 * is_tall * (0.6,))
+    gamma_sal, min_salient = setting("gamma_sal", gammas), None
+    share = source.sampled_from((None, None, None, _just_below_a_count, _decimal))
     is_counted = gamma_sal is None and setting("min_salient", (False, True), False)
     counts = (source.integer(0, n_in), source.sampled_from((n_in + 1, 2**40)))
     if is_counted:
@@ -345,6 +467,7 @@ def update_problem(
     scope = setting("saliency_scope", ("inactive", "all"), "inactive")
     grown_init = setting("grown_init", (0.0, 0.5, -0.1, 1e-8), 0.0)
     unseen = source.sampled_from((0.0, 0.0, np.nan))
+    seed = source.integer(0, 2**16)
     rng = source.rng()
     weight = random_numbers(rng, (n_out, n_in), dtype, magnitude)
     grad = random_numbers(rng, (n_out, n_in), grad_dtype, magnitude)
@@ -352,10 +475,10 @@ def update_problem(
     if density in ("none", "all"):
         mask[...] = density == "all"
     weight[~mask & (rng.random(mask.shape) < 0.5)] = unseen
-    if drop_fraction is None:
-        drop_fraction = _just_below_a_count(rng, int(np.count_nonzero(mask)))
-    if gamma_sal is not None and is_just_below:
-        gamma_sal = _just_below_a_count(rng, nnz_budget // n_out)
+    if drop_share is not None:
+        drop_fraction = drop_share(rng, int(np.count_nonzero(mask)))
+    if gamma_sal is not None and share is not None:
+        gamma_sal = share(rng, nnz_budget // n_out)
     settings = UpdateSettings(
         nnz_budget,
         drop_fraction,
@@ -364,7 +487,7 @@ def update_problem(
         saliency_scope=scope,
         grown_init=grown_init,
     )
-    return _affordable(UpdateProblem(weight, grad, mask, settings))
+    return _affordable(UpdateProblem(weight, grad, mask, settings, seed=seed))
 
 
 def condensed_update_problem(
@@ -375,7 +498,8 @@ def condensed_update_problem(
     n_out, n_in = dense.mask.shape
     fan_in = source.sampled_from((1, n_in, max(1, n_in // 2), min(n_in, 7)))
     n_active = source.integer(1, n_out) if capabilities.ablation else n_out
-    block_rows = source.sampled_from((1, 2, 7, n_out, n_out + 1))
+    fewest = 1 + n_out // SMALL  # many blocks of one row take long
+    block_rows = source.sampled_from((fewest, 2 * fewest, 7 * fewest, n_out, n_out + 1))
     connections = Connections.random(
         (n_out, n_in), fan_in=fan_in, n_active=n_active, rng=source.rng()
     )
@@ -384,7 +508,7 @@ def condensed_update_problem(
     weight = np.where(np.isnan(dense.weight), dense.weight.dtype.type(0), dense.weight)
     settings = _affordable(replace(dense, weight=weight, mask=mask)).settings
     condensed = CondensedWeight.from_dense(weight, mask)
-    return CondensedUpdateProblem(condensed, dense.grad, settings, block_rows)
+    return CondensedUpdateProblem(condensed, dense.grad, settings, block_rows, dense.seed)
 
 
 def _affordable(problem: UpdateProblem) -> UpdateProblem:
@@ -402,6 +526,14 @@ def _just_below_a_count(rng: np.random.Generator, total: int) -> float:
     """Return a fraction whose product with `total` is just below an integer in float64."""
     total = max(total, 1)
     return float(np.nextafter(rng.integers(1, total, endpoint=True) / total, 0))
+
+
+def _decimal(rng: np.random.Generator, total: int) -> float:
+    """Return a decimal fraction; if possible, one whose product with `total` is rounded down."""
+    options = [Fraction(n, 100) for n in rng.permutation(np.arange(1, 100)).tolist()]
+    rounded_down = (part for part in options if float(part) * total < part * total)
+    counts = (part for part in rounded_down if (part * total).denominator == 1)
+    return float(next(counts, options[0]))
 
 
 def random_inputs(
@@ -444,6 +576,10 @@ def laid_out(array: NDArray[Any], layout: str) -> NDArray[Any]:
     if layout == "every second":
         shape = (*array.shape[:-1], 2 * array.shape[-1])
         view = np.full(shape, BETWEEN, array.dtype)[..., ::2]
+    elif layout == "columns of a wider array":
+        shape = (*array.shape[:-1], array.shape[-1] + 3)
+        beyond = BETWEEN if array.dtype.kind in "biu" else np.nan
+        view = np.full(shape, beyond, array.dtype)[..., 1:-2]
     elif layout == "F within a larger array":
         shape = (array.shape[0] + 1, *array.shape[1:])
         view = np.full(shape, BETWEEN, array.dtype, order="F")[:-1]
@@ -503,12 +639,7 @@ def _cancelling(rng: np.random.Generator, weight: CondensedWeight) -> NDArray[np
     values = weight.values[0].astype(np.float64)
     for left, right in zip(range(0, values.size - 1, 2), range(1, values.size, 2), strict=False):
         if values[left] and values[right]:
-            ratio = values[left] / values[right]
-            x[weight.indices[0, right]] = -x[weight.indices[0, left]] * ratio * (1 + 2.0**-20)
+            with np.errstate(all="ignore"):
+                ratio = values[left] / values[right] * (1 + 2.0**-20)
+                x[weight.indices[0, right]] = -x[weight.indices[0, left]] * ratio
     return x
-
-
-def special_numbers(shape: tuple[int, ...], seed: int) -> NDArray[np.float64]:
-    """Return infinities and NaN with few and with all bits set."""
-    full = np.array([2**63 - 1, 2**64 - 1], np.uint64).view(np.float64)
-    return np.random.default_rng(seed).choice([np.nan, np.inf, -np.inf, *full], shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,18 +25,21 @@ from srigl_core.testing.comparisons import (
     out_array,
 )
 from srigl_core.testing.flush_mode import can_flush_subnormals, flushing_subnormals
-from srigl_core.testing.kernel_capabilities import capabilities_of
+from srigl_core.testing.kernel_capabilities import DISTINCT_LAYOUTS, capabilities_of
 from srigl_core.testing.law import Law, LawViolation, NotApplicable, law_decorator
 from srigl_core.testing.oracles import expected_product
 from srigl_core.testing.problems import (
-    DISTINCT_LAYOUTS,
     MatmulProblem,
+    combinable_dtypes,
     laid_out,
     matmul_problem,
-    special_numbers,
     subnormal_problem,
 )
-from srigl_core.testing.thread_calls import assert_same_in_threads
+from srigl_core.testing.thread_calls import (
+    THREADS,
+    assert_same_in_threads,
+    same_threads_afterwards,
+)
 
 __all__ = ["PRODUCT_LAWS"]
 
@@ -66,12 +70,16 @@ def _product(backend: str | Backend, problem: MatmulProblem, **options: Any) -> 
 
 
 def _assert_product(backend: Backend, problem: MatmulProblem, what: str) -> None:
-    """Check a product and its compact form."""
+    """Check a product, its compact form, and both in the type of the problem's `out`."""
     plan, expected = prepare(problem.weight, backend=backend), _expected(problem)
-    assert_within(_call(plan, problem), expected, f"{what}, the product")
-    compact = _call(plan, problem, compact=True)
     columns = _columns(expected, problem.weight.active)
-    assert_within(compact, columns, f"{what}, the compact product")
+    assert_within(_call(plan, problem), expected, f"{what}, the product")
+    assert_within(_call(plan, problem, compact=True), columns, f"{what}, the compact product")
+    if capabilities_of(backend).out and problem.out_dtype != problem.result_dtype:
+        for compact, outcome in ((False, expected), (True, columns)):
+            out = np.zeros(outcome.z.shape, problem.out_dtype)
+            _call(plan, problem, out=out, compact=compact)
+            assert_within(out, outcome, f"{what}, out of {out.dtype}, compact={compact},")
 
 
 @_law("extended precision", "within the error bound of SPEC 2")
@@ -122,7 +130,7 @@ def unconnected_inputs_do_not_contribute(backend: Backend, problem: MatmulProble
     if not unconnected.any():
         raise NotApplicable("every column is connected")
     x = problem.x.copy()
-    x[..., unconnected] = special_numbers(x[..., unconnected].shape, 1)
+    x[..., unconnected] = problem.special_numbers(x[..., unconnected].shape)
     _assert_product(backend, replace(problem, x=x), "with NaN and inf at unconnected inputs")
 
 
@@ -131,7 +139,7 @@ def non_finite_inputs_reach_their_neurons_only(backend: Backend, problem: Matmul
     """NaN and infinity spread by IEEE rules to the neurons connected to them, and to no others."""
     for column in {0, problem.x.shape[-1] - 1, problem.x.shape[-1] // 2}:
         x = problem.x.copy()
-        x[..., column] = special_numbers(x[..., column].shape, column)
+        x[..., column] = problem.special_numbers(x[..., column].shape, column)
         _assert_product(backend, replace(problem, x=x), f"with NaN or inf in column {column}")
 
 
@@ -139,13 +147,16 @@ def non_finite_inputs_reach_their_neurons_only(backend: Backend, problem: Matmul
 def non_finite_weights_and_biases_propagate(backend: Backend, problem: MatmulProblem) -> None:
     """NaN and infinity in values or bias reach their own neuron's output, and no other's."""
     values = problem.weight.values.copy()
-    values[0, -1] = np.inf
-    values[-1, 0] = -np.inf if values.size > 1 else np.nan
+    values[0, -1], values[-1, 0] = problem.special_numbers((2,))
     bias = np.zeros(problem.weight.shape[0], problem.result_dtype)
-    bias[-1], bias[0] = np.nan, -np.inf
-    cases = {"the weight": replace(problem, weight=problem.weight.with_values(values))}
+    bias[-1], bias[0] = problem.special_numbers((2,), 1)
+    weight = problem.weight.with_values(values)
+    cases = {"the weight": replace(problem, weight=weight)}
     if capabilities_of(backend).bias:
         cases["the bias"] = replace(problem, bias=bias)
+        both = bias.copy()
+        both[weight.active[[0, -1]]] = problem.special_numbers((2,), 2)
+        cases["the weight and the bias"] = replace(problem, weight=weight, bias=both)
     for what, poisoned in cases.items():
         _assert_product(backend, poisoned, f"with NaN and inf in {what}")
 
@@ -155,15 +166,43 @@ def same_inputs_give_the_same_bits(backend: Backend, problem: MatmulProblem) -> 
     """A repeated product has the same bits, on any number of threads, and after other work."""
     plan = prepare(problem.weight, backend=backend)
     first = _call(plan, problem)
-    for threads in (1, 2, 3, 8, None):
-        again = _call(plan, problem, threads=threads)
+    for threads in (*problem.rng().permutation(THREADS)[:4].tolist(), None):
+        with same_threads_afterwards():
+            again = _call(plan, problem, threads=threads)
         assert_same_bits(again, first, f"the product on threads={threads}")
         _call(plan, replace(problem, x=-problem.x))
-    used, n_in = prepare(problem.weight, backend=backend), problem.x.shape[-1]
-    for activation in capabilities_of(backend).activations:
-        _call(used, replace(problem, activation=activation, bias=None), compact=True)
-        _call(used, replace(problem, activation=activation, x=problem.x.reshape(-1, n_in)[:1]))
-    assert_same_bits(_call(used, problem), first, "the product after others by the same plan")
+
+
+@_law("fresh plans", "bit for bit")
+def a_used_plan_is_as_a_fresh_one(backend: Backend, problem: MatmulProblem) -> None:
+    """Products of other batches, types and options before it do not change a product."""
+    used, rng = prepare(problem.weight, backend=backend), problem.rng()
+    for case, options in _other_products(backend, problem, rng):
+        again, fresh = _call(used, case, **options), _product(backend, case, **options)
+        what = f"the product of a batch of {len(case.x)} of {case.x.dtype} by a used plan"
+        assert_same_bits(again, fresh, what)
+
+
+def _other_products(
+    backend: Backend, problem: MatmulProblem, rng: np.random.Generator
+) -> Iterator[tuple[MatmulProblem, dict[str, Any]]]:
+    """Yield products of one weight in any order: their problems, and options of the calls."""
+    capabilities = capabilities_of(backend)
+    dtypes = combinable_dtypes(capabilities, problem.weight.dtype)
+    activations = sorted(capabilities.activations)
+    x = problem.x.reshape(-1, problem.x.shape[-1])
+    sizes = [len(x), min(len(x), 1), int(rng.integers(0, len(x) + 1)), len(x) // 2, len(x)]
+    for size in rng.permutation(sizes):
+        dtype = problem.x.dtype if rng.random() < 0.6 else dtypes[rng.integers(len(dtypes))]
+        yield (
+            replace(
+                problem,
+                x=x[len(x) - size :].astype(dtype),
+                bias=problem.bias if rng.random() < 0.7 else None,
+                activation=str(rng.choice(activations)),
+            ),
+            {"compact": bool(rng.random() < 0.3), "threads": int(rng.choice(THREADS))},
+        )
 
 
 @_law("itself", "bit for bit")
@@ -192,10 +231,11 @@ def out_is_filled_whatever_it_held(backend: Backend, problem: MatmulProblem) -> 
 @_law("extended precision", "within the error bound of SPEC 2")
 def memory_layout_does_not_matter(backend: Backend, problem: MatmulProblem) -> None:
     """Any strides and alignment of x give a product within the bound of the same numbers."""
-    if not capabilities_of(backend).strides:
+    layouts = [each for each in DISTINCT_LAYOUTS if each in capabilities_of(backend).layouts]
+    if len(layouts) == 1:
         raise NotApplicable("it takes arrays in C order only")
     plan = prepare(problem.weight, backend=backend)
-    for layout in DISTINCT_LAYOUTS:
+    for layout in layouts:
         elsewhere = replace(problem, x=laid_out(problem.x, layout))
         assert_within(
             _call(plan, elsewhere), _expected(elsewhere), f"the product of x laid out {layout!r}"

@@ -10,6 +10,8 @@ import numpy as np
 
 from srigl_core._arrays.dtypes import result_dtype
 from srigl_core._format.quantized_weight import QuantizedWeight
+from srigl_core._format.weight import CondensedWeight
+from srigl_core._product_spec import INT8_FAN_IN
 from srigl_core.contract import QUANTIZED_INPUTS
 from srigl_core.testing.bounds import float_limits
 from srigl_core.testing.kernel_capabilities import KernelCapabilities
@@ -77,4 +79,7 @@ def _drawn(
     weight, most = parts["weight"], float_limits(FLOAT32).largest
     if weight.dtype == np.float64:
         weight = weight.with_values(np.clip(weight.values, -most, most))
+    if inputs == "int8" and weight.fan_in > INT8_FAN_IN:
+        values, indices = weight.values[:, :INT8_FAN_IN], weight.indices[:, :INT8_FAN_IN]
+        weight = CondensedWeight(values, indices, weight.active, weight.shape)
     return QuantizedProblem(**{**parts, "weight": weight, "inputs": inputs})

@@ -5,9 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from srigl_core.testing.coverage import Coverage, Trait
 from srigl_core.testing.law import Law
 
 __all__ = ["STATUSES", "ConformanceError", "Failure", "LawResult", "Report"]
@@ -64,6 +65,8 @@ class LawResult:
     detail : str
         Why nothing was checked, or why a failure is expected.
     failure : Failure or None
+    traits : collections.Counter
+        How many of the problems have which trait, for `Coverage`.
     """
 
     law: Law
@@ -71,6 +74,7 @@ class LawResult:
     examples: int
     detail: str = ""
     failure: Failure | None = None
+    traits: Counter[Trait] = field(default_factory=Counter, repr=False)
 
     def __str__(self) -> str:
         if self.failure is None:
@@ -94,6 +98,10 @@ class Report:
     max_examples, seed : int
     left_out : tuple of str
         What the kernel does not declare, so that no problem has it.
+    coverage : Coverage or None
+        What the problems had.
+    has_threads : bool
+        Whether a call could have more than one thread.
     """
 
     kernel: str
@@ -101,6 +109,8 @@ class Report:
     max_examples: int
     seed: int
     left_out: tuple[str, ...] = ()
+    coverage: Coverage | None = None
+    has_threads: bool = True
 
     @property
     def counts(self) -> dict[str, int]:
@@ -137,6 +147,8 @@ class Report:
         line = f"{self.kernel}: {self.n_run} checks run on {self.examples:,} examples: {counts}"
         if self.left_out:
             line += f"\nnot declared, so not tried: {', '.join(self.left_out)}"
+        if not self.has_threads:
+            line += "\nnot tried: more than one thread"
         return line
 
     @property
@@ -166,9 +178,11 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON types."""
-        names = ("kernel", "ok", "max_examples", "seed", "counts", "left_out")
-        laws = [_as_json(result) for result in self.results]
-        return {**{name: getattr(self, name) for name in names}, "laws": laws}
+        names = ("kernel", "ok", "max_examples", "seed", "counts", "left_out", "has_threads")
+        content = {name: getattr(self, name) for name in names}
+        if self.coverage is not None:
+            content["coverage"] = asdict(self.coverage)
+        return {**content, "laws": [_as_json(result) for result in self.results]}
 
 
 def _as_json(result: LawResult) -> dict[str, Any]:

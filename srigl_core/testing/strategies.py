@@ -8,6 +8,7 @@ restricts its examples to what a kernel declares. A `dtype` is "float32", "float
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,12 +17,12 @@ from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import value_dtype
 from srigl_core._format.weight import CondensedWeight
-from srigl_core.testing.kernel_capabilities import KernelCapabilities
+from srigl_core.testing.kernel_capabilities import LAYOUTS, KernelCapabilities
+from srigl_core.testing.problem_sizes import SMALL
 from srigl_core.testing.problems import (
-    BATCHES,
     EVERYTHING,
-    LAYOUTS,
     MAGNITUDES,
+    SPECIAL_NUMBERS,
     UPDATE_MAGNITUDES,
     DataSource,
     MatmulProblem,
@@ -77,14 +78,19 @@ def matmul_problems(
     capabilities: KernelCapabilities = EVERYTHING,
 ) -> st.SearchStrategy[MatmulProblem]:
     """Return a strategy for products and gradients: any shape, dtype, magnitude and layout."""
-    return problems(matmul_problem, capabilities)
+    return problems(matmul_problem, _quick(capabilities))
 
 
 def update_problems(
     capabilities: KernelCapabilities = EVERYTHING,
 ) -> st.SearchStrategy[UpdateProblem]:
     """Return a strategy for mask updates: tie-rich and distinct numbers, any mask and settings."""
-    return problems(update_problem, capabilities)
+    return problems(update_problem, _quick(capabilities))
+
+
+def _quick(capabilities: KernelCapabilities) -> KernelCapabilities:
+    """Return capabilities for which a problem is built in a hundredth of a second."""
+    return replace(capabilities, largest_problem=min(400_000, capabilities.largest_problem))
 
 
 def value_dtypes(capabilities: KernelCapabilities = EVERYTHING) -> st.SearchStrategy[np.dtype[Any]]:
@@ -111,11 +117,15 @@ def inputs(
     source = HypothesisSource(draw)
     dtype = source.sampled_from(combinable_dtypes(capabilities, weight.dtype))
     rng = source.rng()
-    lead, magnitude = source.sampled_from(BATCHES), source.sampled_from(MAGNITUDES)
+    batch = source.integer(1, SMALL)
+    lead = source.sampled_from(((batch,), (), (2, batch), (0,)))
+    magnitude = source.sampled_from(MAGNITUDES)
     x = random_inputs(rng, weight, lead, dtype, magnitude)
     if source.sampled_from((False, True)):
-        x[rng.random(x.shape) < 0.1] = source.sampled_from((np.nan, np.inf, -np.inf))
-    return laid_out(x, source.sampled_from(LAYOUTS) if capabilities.strides else "C")
+        special = source.sampled_from(list(SPECIAL_NUMBERS.values()))
+        x = np.where(rng.random(x.shape) < 0.1, rng.choice(special, x.shape), x).astype(dtype)
+    layouts = [each for each in LAYOUTS if each in capabilities.layouts]
+    return laid_out(x, source.sampled_from(layouts))
 
 
 @st.composite

@@ -11,9 +11,10 @@ from typing import Any
 
 from srigl_core._arrays.checks import check_choice
 from srigl_core._registry import get_backend, is_backend
-from srigl_core.contract import OPERATIONS, Backend
+from srigl_core.contract import Backend
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.testing.function_backend import PARAMETERS, FunctionBackend
+from srigl_core.testing.kernel_capabilities import KERNEL_OPERATIONS
 
 __all__ = ["as_backend"]
 
@@ -39,7 +40,7 @@ def as_backend(kernel: Any, op: str | None = None) -> Backend:
         `op`.
     """
     if op is not None:
-        check_choice(op, "op", OPERATIONS)
+        check_choice(op, "op", KERNEL_OPERATIONS)
     resolved = kernel
     if isinstance(kernel, str):
         if ":" not in kernel:

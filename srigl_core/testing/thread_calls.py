@@ -5,33 +5,54 @@ from __future__ import annotations
 import contextvars
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from threading import Barrier
 from typing import TypeVar
 
-from srigl_core.testing.flush_mode import flushing_subnormals
+import numpy as np
 
-__all__ = ["assert_repeatable", "assert_same_in_threads"]
+from srigl_core.testing.flush_mode import flushing_subnormals
+from srigl_core.testing.law import LawViolation
+
+__all__ = ["THREADS", "assert_repeatable", "assert_same_in_threads", "same_threads_afterwards"]
 
 Result = TypeVar("Result")
 
-_ROUNDS = 3
+THREADS = (1, 2, 3, 4, 8, 16, 64)
+"""Numbers of threads that a call is made with."""
+
+_ROUNDS = 2
 _SWITCH_SECONDS = 1e-5
 """How long a thread runs Python code: short enough to interrupt calls."""
 
 
 def assert_repeatable(
-    call: Callable[..., Result], assert_same: Callable[[Result, Result], None]
+    call: Callable[..., Result],
+    assert_same: Callable[[Result, Result], None],
+    rng: np.random.Generator,
 ) -> None:
-    """Compare a result with repeats: on any number of threads, and in a flushing thread."""
+    """Compare a result with repeats: on three numbers of threads, and in a flushing thread."""
     first = call()
-    repeats = [call(threads=threads) for threads in (1, 2, 3, 8)]
+    with same_threads_afterwards():
+        repeats = [call(threads=threads) for threads in rng.permutation(THREADS)[:3].tolist()]
     with flushing_subnormals():
         repeats.append(call())
     for again in repeats:
         assert_same(again, first)
+
+
+@contextmanager
+def same_threads_afterwards() -> Iterator[None]:
+    """Raise `LawViolation` if a call leaves Numba with another number of threads."""
+    numba = sys.modules.get("numba")
+    before = numba and numba.get_num_threads()
+    yield
+    after = numba and numba.get_num_threads()
+    if before and after != before:
+        raise LawViolation(f"Numba has {after} threads after a call, and had {before} before it")
 
 
 def assert_same_in_threads(

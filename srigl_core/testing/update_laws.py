@@ -86,7 +86,7 @@ def update_does_not_write_its_inputs(backend: Backend, problem: UpdateProblem) -
 @_law("itself", "bit for bit")
 def same_inputs_give_the_same_update(backend: Backend, problem: UpdateProblem) -> None:
     """An update is the same when repeated, on any number of threads, also in a flushing thread."""
-    assert_repeatable(partial(_update, backend, problem), assert_same_update)
+    assert_repeatable(partial(_update, backend, problem), assert_same_update, problem.rng())
 
 
 def _both_ways(problem: UpdateProblem) -> tuple[UpdateProblem, UpdateProblem]:
@@ -283,7 +283,8 @@ def condensed_update_does_not_write_its_inputs(backend: Backend, problem: Conden
 @_condensed_law("itself", "bit for bit")
 def same_inputs_give_the_same_condensed_update(backend: Backend, problem: Condensed) -> None:
     """An update is the same when repeated, on any number of threads, also in a flushing thread."""
-    assert_repeatable(partial(_condensed_update, backend, problem), assert_same_update)
+    call = partial(_condensed_update, backend, problem)
+    assert_repeatable(call, assert_same_update, problem.rng())
 
 
 @_condensed_law("itself", "bit for bit")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import secrets
 import traceback
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from srigl_core._install import install_command
 from srigl_core.contract import Backend, Capabilities
 from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
 from srigl_core.testing import laws as all_laws
+from srigl_core.testing.coverage import Coverage, Trait, traits_of
 from srigl_core.testing.function_backend import FunctionBackend
 from srigl_core.testing.kernel_capabilities import capabilities_of, left_out
 from srigl_core.testing.law import Law, LawViolation, NotApplicable, check
@@ -146,8 +149,20 @@ def verify(
     for law in laws or [law for law in all_laws.LAWS if op in (None, law.operation)]:
         progress(law)
         results.append(try_law(backend, law, xfail=reasons.get(law.name), **options))
-    untested = tuple(left_out(capabilities_of(backend)))
-    return Report(backend.name, tuple(results), max_examples, seed, untested)
+    capabilities = capabilities_of(backend)
+    return Report(
+        *(backend.name, tuple(results), max_examples, seed, tuple(left_out(capabilities))),
+        Coverage.of(sum((result.traits for result in results), Counter()), capabilities),
+        has_threads=_has_threads(backend),
+    )
+
+
+def _has_threads(backend: Backend) -> bool:
+    """Whether a call may have more than one thread, as far as the backend says."""
+    if isinstance(backend, FunctionBackend):
+        return backend.takes_threads and (os.cpu_count() or 1) > 1
+    facts: dict[str, Any] = getattr(backend, "runtime_info", dict)()
+    return int(facts.get("threads", 1)) > 1
 
 
 def try_law(
@@ -185,11 +200,11 @@ def try_law(
     if attempts.error is not None:
         failure = attempts.failure(code or repr(backend.name))
         status = "failed" if xfail is None else "expected failure"
-        return LawResult(law, status, failure.examples, xfail or "", failure)
+        return LawResult(law, status, failure.examples, xfail or "", failure, attempts.traits)
     if not attempts.examples:
         return LawResult(law, "not applicable", 0, attempts.reason)
     status = "passed" if xfail is None else "unexpected pass"
-    return LawResult(law, status, attempts.examples, xfail or "")
+    return LawResult(law, status, attempts.examples, xfail or "", traits=attempts.traits)
 
 
 def check_law(kernel: Any, law: str | Law, problem: Any) -> None:
@@ -244,6 +259,7 @@ class _Attempts:
     first_failure: int = 0
     problem: Any = None
     drawn: list[int] = field(default_factory=list)
+    traits: Counter[Trait] = field(default_factory=Counter)
 
     def __call__(self, source: DataSource) -> None:
         """Build a problem and check it; keep its error and raise it."""
@@ -252,6 +268,7 @@ class _Attempts:
             with np.errstate(all="ignore"):
                 check(self.backend, self.law, problem)
             self.examples += 1
+            self.traits.update(traits_of(problem))
         except NotApplicable as nothing:
             self.reason = str(nothing)
         except (KeyboardInterrupt, GeneratorExit):

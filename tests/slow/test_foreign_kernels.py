@@ -44,8 +44,8 @@ def test_the_page_of_the_c_kernel_shows_what_its_script_prints(c_kernel, tmp_pat
 
 def test_the_script_of_the_c_kernel_runs(c_kernel, tmp_path):
     printed = run_script(C_SCRIPT, "--quick", folder=tmp_path)
-    assert "c_matmul: 18 checks run" in printed
-    assert "\nc: 33 checks run" in printed  # all laws of products and gradients
+    assert "c_matmul: 19 checks run" in printed
+    assert "\nc: 35 checks run" in printed  # all laws of products and gradients
     assert {path.name for path in tmp_path.iterdir()} <= {".hypothesis"}
 
 

@@ -53,4 +53,4 @@ def test_the_page_is_what_happens(tmp_path):
                 assert same(line) in same(done.stdout), (line, done.stdout, done.stderr)
             assert done.returncode == int("expected" in content or "Error" in content)
             done = None
-    assert commands == 9
+    assert commands == 10
