@@ -11,6 +11,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import accumulator_dtype, round_to
+from srigl_core._format.quantized_weight import QuantizedWeight
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.contract import Capabilities, MatmulGradients
 from srigl_core.reference.activations import activate
@@ -25,13 +26,19 @@ class ScipyBackend:
 
     name = "scipy"
     capabilities = Capabilities(
-        operations=frozenset({"condensed_matmul", "condensed_matmul_backward"}), priority=10
+        operations=frozenset({"condensed_matmul", "condensed_matmul_backward", "quantized_matmul"}),
+        quantized_inputs=frozenset({"float"}),
+        priority=10,
     )
 
     def prepare(self, weight: CondensedWeight) -> CsrPrepared:
         """Return `weight` as a CSR matrix of its active rows."""
         dtype = accumulator_dtype(weight.dtype)
         return CsrPrepared(weight, {dtype: _csr(weight, dtype)})
+
+    def prepare_quantized(self, weight: QuantizedWeight, inputs: str) -> CsrPrepared:
+        """Return `weight` as CSR in float64, which holds each scale times value exactly."""
+        return self.prepare(weight.dequantize(np.float64))
 
 
 @dataclass(frozen=True, eq=False)

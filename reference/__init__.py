@@ -1,7 +1,8 @@
 """The executable definition, in NumPy: it reads like the paper, and puts correctness before speed.
 
-`condensed_matmul` is a module with `forward`, `backward` and `dense_gradient`; it computes on
-two-dimensional arrays and checks nothing. For arguments of any shape, checked, call
+`condensed_matmul` is a module with `forward`, `backward` and `dense_gradient`, and
+`quantized_matmul` one with the products of quantised weights; they compute on two-dimensional
+arrays and check nothing. For arguments of any shape, checked, call
 ``srigl_core.condensed_matmul(..., backend="reference")``.
 """
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from srigl_core._format.quantized_weight import QuantizedWeight
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._update import CondensedUpdate, GradientRows, MaskUpdate, UpdateSettings
 from srigl_core.contract import OPERATIONS, Capabilities, MatmulGradients
-from srigl_core.reference import condensed_matmul
+from srigl_core.reference import condensed_matmul, quantized_matmul
 from srigl_core.reference.condensed_update import srigl_condensed_update
 from srigl_core.reference.mask_update import srigl_update
 
@@ -30,6 +31,10 @@ class ReferenceBackend:
     def prepare(self, weight: CondensedWeight) -> ReferencePrepared:
         """Return `weight` in its own condensed layout."""
         return ReferencePrepared(weight)
+
+    def prepare_quantized(self, weight: QuantizedWeight, inputs: str) -> ReferenceQuantized:
+        """Return `weight` in its own layout."""
+        return ReferenceQuantized(weight, inputs)
 
     def update_mask(
         self,
@@ -95,3 +100,34 @@ class ReferencePrepared:
     def with_values(self, weight: CondensedWeight) -> ReferencePrepared:
         """Return the layout of another weight."""
         return ReferencePrepared(weight)
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceQuantized:
+    """A quantised weight in its own layout."""
+
+    weight: QuantizedWeight
+    inputs: str
+
+    def describe(self) -> Mapping[str, object]:
+        """Return kernel, layout, inputs and bytes."""
+        kernel = "NumPy, one connection at a time"
+        return {"kernel": kernel, "layout": "condensed", "inputs": self.inputs, "bytes": 0}
+
+    def matmul(
+        self,
+        x: NDArray[Any],
+        bias: NDArray[Any] | None,
+        *,
+        activation: str,
+        compact: bool,
+        out: NDArray[Any],
+        threads: int | None,
+    ) -> None:
+        """Write the product to `out`."""
+        product = quantized_matmul.weight_only_product
+        if self.inputs == "int8":
+            product = quantized_matmul.int8_product
+        out[...] = product(
+            x, self.weight, bias, activation=activation, compact=compact, dtype=out.dtype
+        )

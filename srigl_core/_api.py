@@ -7,8 +7,11 @@ from typing import Any, TypeVar
 
 from srigl_core._arrays.libraries import common_library, device_of
 from srigl_core._arrays.operations import HOST_ARRAYS
+from srigl_core._format.quantized_weight import QuantizedWeight
 from srigl_core._format.weight import CondensedWeight, check_condensed
-from srigl_core._plan import checked_threads, plan_of
+from srigl_core._plan import plan_of
+from srigl_core._product_plan import ProductPlan
+from srigl_core._product_spec import checked_threads
 from srigl_core._registry import check_dtype, get_backend
 from srigl_core._update import (
     CondensedUpdate,
@@ -36,12 +39,13 @@ _BLOCK_NUMBERS = 1 << 18
 
 def condensed_matmul(
     x: Array,
-    weight: CondensedWeight,
+    weight: CondensedWeight | QuantizedWeight,
     bias: Any | None = None,
     *,
     activation: str | None = None,
     compact: bool = False,
     out: Any | None = None,
+    inputs: str = "float",
     backend: str | Backend | None = None,
     threads: int | None = None,
 ) -> Array:
@@ -53,9 +57,10 @@ def condensed_matmul(
         float16, bfloat16, float32 or float64, any strides: a NumPy, PyTorch, JAX or CuPy array, or
         an object with ``__dlpack__``, ``__array_interface__`` or ``__cuda_array_interface__``. It
         is not copied, and never written.
-    weight : CondensedWeight, (n_out, n_in)
+    weight : CondensedWeight or QuantizedWeight, (n_out, n_in)
     bias : array, (n_out,), or None
-        Of the same library and on the same device as `x`. Cast to the result's dtype.
+        Of the same library and on the same device as `x`. Cast to the result's dtype, or to float32
+        if the inputs are quantised.
     activation : str or None
         One of `srigl_core.contract.ACTIVATIONS`: "none", "relu", "gelu" (the erf form),
         "gelu_tanh" or "silu". None is "none".
@@ -65,6 +70,9 @@ def condensed_matmul(
     out : array, (..., n_out) or (..., n_active), or None
         Array to write the result to, of any value type and of the library of `x`. It must not
         share memory with an input. JAX arrays are read-only and cannot be `out`.
+    inputs : {"float", "int8"}
+        With "float" the inputs stay as they are. With "int8", of a quantised weight only, each row
+        of `x` is quantised too.
     backend : str, Backend or None
         As in `get_backend`.
     threads : int or None
@@ -73,16 +81,18 @@ def condensed_matmul(
     Returns
     -------
     array, (..., n_out), or (..., n_active) if `compact`
-        `out`, or a new array of dtype ``numpy.result_type(x, values)``, of the library and on the
-        device of `x`. It carries no gradient: use `srigl_core.torch` and `srigl_core.jax` for
-        autograd and tracing. For any other object that exports its memory, such as a TensorFlow
+        `out`, or a new array of dtype ``numpy.result_type(x, values)``, where the values of a
+        quantised weight count as float32. It is of the library and on the device of `x`, and
+        carries no gradient: use `srigl_core.torch` and `srigl_core.jax` for autograd and tracing.
+        For any other object that exports its memory, such as a TensorFlow
         tensor, the result is a NumPy array, or a CuPy array on a CUDA device;
         ``tf.experimental.dlpack.from_dlpack(y.__dlpack__())`` imports it without a copy.
 
     Raises
     ------
     SriglError
-        If a shape does not fit, `activation` is unknown, or `out` cannot be written.
+        If a shape does not fit, `activation` is unknown, `out` cannot be written, `inputs` does not
+        fit the weight, or the backend that was named does not offer the product.
     ValueTypeError
         If a dtype is not supported, float16 meets bfloat16, arrays are of several libraries or on
         several devices, or one holds no numbers (tracers, fake and meta tensors).
@@ -91,8 +101,9 @@ def condensed_matmul(
 
     Notes
     -----
-    SPEC 2; the paper's condensed layer, sec. 4.4. Sums are kept in float32, or in float64 where
-    either input is float64, and are rounded once. The weight keeps the plan of each backend that
+    SPEC 2; the paper's condensed layer, sec. 4.4; SPEC 6 for quantised weights. Sums of
+    floating-point terms are kept in float32, or in float64 where either input is float64, and are
+    rounded once. The weight keeps the plan of each backend that
     it was used with. Cost O(batch * n_active * k).
 
     Examples
@@ -102,13 +113,14 @@ def condensed_matmul(
     >>> condensed_matmul(np.array([[1.0, 10.0, 100.0]]), weight, np.array([0.5, 0.25]))
     array([[20.5 ,  0.25]])
     """
-    check_condensed(weight)
+    operation = "quantized_matmul"
+    if not isinstance(weight, QuantizedWeight):
+        check_condensed(weight)
+        operation = "condensed_matmul"
     device = device_of(x)
-    if backend is None and device == "cpu":
-        plan = plan_of(weight)  # faster than to look whether an object is a backend
-    else:
-        chosen = get_backend(backend, operation="condensed_matmul", device=device)
-        plan = plan_of(weight, chosen)
+    if backend is not None or device != "cpu":  # plan_of finds the usual one faster
+        backend = get_backend(backend, operation=operation, device=device, inputs=inputs)
+    plan: ProductPlan = plan_of(weight, backend, inputs)
     return plan(x, bias, activation=activation, compact=compact, out=out, threads=threads)
 
 

@@ -1,45 +1,70 @@
-"""The plan of a product: arguments are checked once, and the backend is called."""
+"""Plans: a weight that a backend has laid out, and what can be computed with it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn, overload
 
-import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike
 
-from srigl_core._arrays.checks import check_flag, check_integer
-from srigl_core._arrays.dtypes import accumulator_dtype, value_dtype
-from srigl_core._arrays.libraries import common_library, library_of
-from srigl_core._arrays.operations import HOST_ARRAYS, ArrayOps
-from srigl_core._cost_model import dense_nanoseconds
+from srigl_core._arrays.checks import check_choice
+from srigl_core._arrays.libraries import common_library
+from srigl_core._format.quantized_weight import QuantizedWeight
 from srigl_core._format.weight import CondensedWeight, check_condensed
-from srigl_core._product_spec import ArraySpec, gradient_specs, product_spec
+from srigl_core._product_plan import ProductPlan, merged_rows
+from srigl_core._product_spec import (
+    QUANTIZED_INPUTS,
+    ArraySpec,
+    check_int8_fan_in,
+    checked_threads,
+    gradient_specs,
+)
 from srigl_core._registry import check_dtype, get_backend
-from srigl_core.contract import ACTIVATIONS, Backend, MatmulGradients, PreparedWeight
+from srigl_core.contract import Backend, MatmulGradients, PreparedWeight
 from srigl_core.errors import SriglError, ValueTypeError
 
-__all__ = ["Plan", "checked_threads", "plan_of", "prepare"]
+__all__ = ["Plan", "QuantizedPlan", "plan_of", "prepare"]
 
-Array = TypeVar("Array")
-
-_BATCHES_DESCRIBED = (1, 64, 256)
 _GRADIENTS = ("x", "values", "bias")
-_PLAIN = 0x101
-"""NumPy's flags of an array in C order and aligned: NPY_ARRAY_C_CONTIGUOUS and _ALIGNED."""
-_CODES = {name: activation.code for name, activation in ACTIVATIONS.items()}
+
+
+@overload
+def prepare(
+    weight: CondensedWeight,
+    *,
+    inputs: str = "float",
+    backend: str | Backend | None = None,
+    threads: int | None = None,
+) -> Plan: ...
+
+
+@overload
+def prepare(
+    weight: QuantizedWeight,
+    *,
+    inputs: str = "float",
+    backend: str | Backend | None = None,
+    threads: int | None = None,
+) -> QuantizedPlan: ...
 
 
 def prepare(
-    weight: CondensedWeight, *, backend: str | Backend | None = None, threads: int | None = None
-) -> Plan:
+    weight: CondensedWeight | QuantizedWeight,
+    *,
+    inputs: str = "float",
+    backend: str | Backend | None = None,
+    threads: int | None = None,
+) -> Plan | QuantizedPlan:
     """Lay out `weight` for repeated products.
 
     Parameters
     ----------
-    weight : CondensedWeight
+    weight : CondensedWeight or QuantizedWeight
+    inputs : {"float", "int8"}
+        With "float" the inputs stay as they are. With "int8", of a quantised weight only, each row
+        of the inputs is quantised too.
     backend : str, Backend or None
         As in `srigl_core.get_backend`.
     threads : int or None
@@ -47,12 +72,15 @@ def prepare(
 
     Returns
     -------
-    Plan
+    Plan, or QuantizedPlan for a quantised weight
 
     Raises
     ------
+    SriglError
+        If `inputs` does not fit the weight, the fan-in is too large for int8 inputs, or the backend
+        that was named does not offer the product.
     ValueTypeError
-        If `weight` is not a condensed weight, or the backend does not take its dtypes.
+        If `weight` is not a packed weight, or the backend does not take its dtypes.
     BackendUnavailableError
         If the backend that was named cannot run here.
 
@@ -63,27 +91,67 @@ def prepare(
     >>> plan = srigl_core.prepare(weight, backend="reference")
     >>> plan(np.ones((3, 6), np.float32)).shape
     (3, 4)
+    >>> quantized = srigl_core.prepare(weight.quantize(), inputs="int8", backend="reference")
+    >>> quantized(np.ones((3, 6), np.float32)).shape
+    (3, 4)
     """
+    threads = checked_threads(threads)
+    check_choice(inputs, "inputs", QUANTIZED_INPUTS)
+    if isinstance(weight, QuantizedWeight):
+        return _prepare_quantized(weight, inputs, backend, threads)
     check_condensed(weight)
+    if inputs != "float":
+        raise SriglError(f"inputs={inputs!r} needs a quantised weight; pass weight.quantize()")
     chosen = get_backend(backend)
     if "condensed_matmul_backward" not in chosen.capabilities.operations:
         get_backend(chosen, operation="condensed_matmul")
     check_dtype(chosen, "value", "values", weight.dtype)
     check_dtype(chosen, "index", "indices", weight.indices.dtype)
-    return Plan(weight, chosen, chosen.prepare(weight), checked_threads(threads))
+    return Plan(weight, chosen, chosen.prepare(weight), threads)
 
 
-def plan_of(weight: CondensedWeight, backend: str | Backend | None = None) -> Plan:
+def _prepare_quantized(
+    weight: QuantizedWeight, inputs: str, backend: str | Backend | None, threads: int | None
+) -> QuantizedPlan:
+    if inputs == "int8":
+        check_int8_fan_in(weight.fan_in)
+    chosen: Any = get_backend(backend, operation="quantized_matmul", inputs=inputs)
+    check_dtype(chosen, "index", "indices", weight.indices.dtype)
+    prepared = chosen.prepare_quantized(weight, inputs)
+    return QuantizedPlan(weight, chosen, prepared, threads, inputs)
+
+
+@overload
+def plan_of(
+    weight: CondensedWeight, backend: str | Backend | None = None, inputs: str = "float"
+) -> Plan: ...
+
+
+@overload
+def plan_of(
+    weight: QuantizedWeight, backend: str | Backend | None = None, inputs: str = "float"
+) -> QuantizedPlan: ...
+
+
+def plan_of(
+    weight: CondensedWeight | QuantizedWeight,
+    backend: str | Backend | None = None,
+    inputs: str = "float",
+) -> Plan | QuantizedPlan:
     """Return the plan of a weight for `backend`, made once and kept with the weight."""
-    chosen = get_backend(backend)
-    plan: Plan | None = weight._plans.get(chosen)
+    if inputs != "float":
+        check_choice(inputs, "inputs", QUANTIZED_INPUTS)
+    operation = QuantizedPlan.operation if isinstance(weight, QuantizedWeight) else None
+    chosen = get_backend(backend, operation=operation, inputs=inputs)
+    key = chosen if inputs == "float" else (chosen, inputs)
+    plan: Plan | QuantizedPlan | None = weight._plans.get(key)
     if plan is None:
-        plan = weight._plans[chosen] = prepare(weight, backend=chosen)
+        plan = weight._plans[key] = prepare(weight, inputs=inputs, backend=chosen)
     return plan
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Plan:
+class Plan(ProductPlan):
     """A condensed weight laid out for one backend; immutable, callable and printable.
 
     Made by `prepare`. One plan may be called from many threads at once.
@@ -93,203 +161,14 @@ class Plan:
     weight : CondensedWeight
     backend : Backend
     threads : int or None
+    inputs : str
+        "float".
     arrays : ArrayOps
         The backend's array operations.
     """
 
     weight: CondensedWeight
-    backend: Backend
     _prepared: PreparedWeight
-    threads: int | None
-    arrays: ArrayOps = field(init=False)
-    _matmul_fast: Callable[..., None] | None = field(init=False)
-    _usual: tuple[Any, ...] = field(init=False)
-    """What the fast path compares its arguments with: dtype, n_out, n_in, all neurons active."""
-
-    def __post_init__(self) -> None:
-        weight, can_multiply = (
-            self.weight,
-            "condensed_matmul" in self.backend.capabilities.operations,
-        )
-        fast = getattr(self._prepared, "matmul_fast", None) if can_multiply else None
-        usual = (accumulator_dtype(weight.dtype), *weight.shape, weight.n_active == weight.shape[0])
-        object.__setattr__(self, "arrays", getattr(self.backend, "arrays", HOST_ARRAYS))
-        object.__setattr__(self, "_matmul_fast", fast)
-        object.__setattr__(self, "_usual", usual)
-
-    def __copy__(self) -> Plan:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise ValueTypeError("a plan belongs to its process; pickle its weight, and prepare that")
-
-    def __call__(
-        self,
-        x: Array,
-        bias: Any | None = None,
-        *,
-        activation: str | None = None,
-        compact: bool = False,
-        out: Any | None = None,
-        threads: int | None = None,
-        workspace: Any | None = None,
-    ) -> Array:
-        """Return the product; arguments and errors are those of `srigl_core.condensed_matmul`.
-
-        Parameters
-        ----------
-        x : array, (..., n_in)
-        bias : array, (n_out,), or None
-        activation : str or None
-            One of `srigl_core.contract.ACTIVATIONS`.
-        compact : bool
-        out : array, (..., n_out) or (..., n_active), or None
-        threads : int or None
-            Overrides the plan's.
-        workspace : array of uint8, (at least `workspace_bytes`,), or None
-            Memory for a GPU backend to use during the call; None allocates from a pool.
-
-        Returns
-        -------
-        array, (..., n_out), or (..., n_active) if `compact`
-            An array of the library of `x`.
-        """
-        threads = self.threads if threads is None else checked_threads(threads)
-        if self._matmul_fast is not None and out is None and workspace is None:
-            multiply = (
-                self._multiply_fast if type(x) is np.ndarray else self._convert_and_multiply_fast
-            )
-            product: Array | None = multiply(x, bias, activation, compact, threads)
-            if product is not None:
-                return product
-        with self.arrays.execution_context(x):
-            result: Array = self._multiply(x, bias, activation, compact, out, threads, workspace)
-            return result
-
-    def _multiply_fast(
-        self, x: Any, bias: Any, activation: Any, compact: Any, threads: int | None
-    ) -> Any | None:
-        """Return the product of plain arrays, or None for arguments that need all the checks.
-
-        Plain are C-ordered NumPy arrays of the dtype that is summed. At batch 1 the other checks
-        would take as long as the product.
-        """
-        dtype, n_out, n_in, is_full = self._usual
-        shape = x.shape
-        rank = len(shape)
-        if (
-            x.dtype is not dtype
-            or not 0 < rank < 3
-            or shape[-1] != n_in
-            or x.flags.num & _PLAIN != _PLAIN
-            or not (compact is False or is_full)
-        ):
-            return None
-        if bias is not None and not (
-            type(bias) is np.ndarray
-            and bias.dtype is dtype
-            and bias.shape == (n_out,)
-            and bias.flags.num & _PLAIN == _PLAIN
-        ):
-            return None
-        code = 0 if activation is None else type(activation) is str and _CODES.get(activation, -1)
-        if code is False or code < 0 or not shape[0]:
-            return None
-        out = np.empty(n_out if rank == 1 else (shape[0], n_out), dtype)
-        self._matmul_fast(x, bias, code, out, threads)  # type: ignore[misc] # checked by callers
-        return out
-
-    def _convert_and_multiply_fast(self, x: Any, bias: Any | None, *options: Any) -> Any | None:
-        """Return the fast product of another library's arrays in that library, or None."""
-        library = library_of(x)
-        converted = library.as_numpy_fast(x)
-        if converted is None:
-            return None
-        if bias is not None:
-            is_alike = type(bias) is type(x) or library_of(bias) is library
-            bias = library.as_numpy_fast(bias) if is_alike else None
-            if bias is None:
-                return None
-        product = self._multiply_fast(converted, bias, *options)
-        return None if product is None else library.to_caller(product, x)
-
-    def _multiply(
-        self,
-        x: Any,
-        bias: Any | None,
-        activation: str | None,
-        compact: bool,
-        out: Any | None,
-        threads: int | None,
-        workspace: Any | None,
-    ) -> Any:
-        weight, arrays, like = self.weight, self.arrays, x
-        compact = check_flag(compact, "compact")
-        if "condensed_matmul" not in self.backend.capabilities.operations:
-            get_backend(self.backend, operation="condensed_matmul")
-        library = common_library({"x": x, "bias": bias, "out": out})
-        x = arrays.as_float_array(x, "x")
-        if bias is not None:
-            bias = arrays.as_float_array(bias, "bias")
-        spec = product_spec(
-            self._input_spec(x, "x"),
-            weight.shape,
-            weight.dtype,
-            bias_shape=None if bias is None else bias.shape,
-            activation=activation,
-            n_columns=weight.n_active if compact else None,
-        )
-        inputs = {"x": x} if bias is None else {"x": x, "bias": bias}
-        result = self._result_array(out, spec.shape, spec.dtype, inputs)
-        options = self._workspace(workspace, {**inputs, "out": result})
-        if math.prod(spec.shape):
-            flat = _rows(result)
-            self._prepared.matmul(
-                _rows(x),
-                None if bias is None else arrays.round_to(bias, spec.dtype),
-                activation=spec.activation.name,
-                compact=compact,
-                out=flat,
-                threads=threads,
-                **options,
-            )
-            self._copy_back(result, flat)
-        if out is None:
-            return arrays.to_caller(result, like)
-        library.written(out)
-        return out
-
-    def write_product(
-        self, x: Any, bias: Any | None, *, activation: str, out: Any, threads: int | None
-    ) -> None:
-        """Write a product of checked two-dimensional arrays to `out`, for framework operators.
-
-        Parameters
-        ----------
-        x : array of the backend, (batch, n_in), batch >= 1
-        bias : array of the backend, (n_out,), or None
-        activation : str
-        out : array of the backend, (batch, n_out)
-            Shares no memory with the inputs.
-        threads : int or None
-        """
-        dtype = self._usual[0]
-        if self._matmul_fast is not None and all(
-            array.dtype is dtype and array.flags.num & _PLAIN == _PLAIN
-            for array in ((x, out) if bias is None else (x, out, bias))
-        ):
-            self._matmul_fast(x, bias, _CODES[activation], out, threads)
-            return
-        arrays = self.arrays
-        with arrays.execution_context(x):
-            if bias is not None:
-                bias = arrays.round_to(bias, arrays.dtype(out))
-            self._prepared.matmul(
-                x, bias, activation=activation, compact=False, out=out, threads=threads
-            )
 
     def backward(
         self,
@@ -369,10 +248,10 @@ class Plan:
             others[f"the gradient of {name}"] = results[name]
         options = self._workspace(workspace, others)
         if math.prod(grad.shape):
-            flats = {n: _rows(array) if n == "x" else array for n, array in results.items()}
+            flats = {n: merged_rows(array) if n == "x" else array for n, array in results.items()}
             self._prepared.backward(
-                _rows(grad),
-                None if x is None else _rows(x),
+                merged_rows(grad),
+                None if x is None else merged_rows(x),
                 out=MatmulGradients(**flats),
                 threads=threads,
                 **options,
@@ -405,26 +284,6 @@ class Plan:
         with self.arrays.execution_context(grad):
             self._prepared.backward(grad, x, out=out, threads=threads)
 
-    def workspace_bytes(self, batch: int, dtype: DTypeLike | None = None) -> int:
-        """Return the size of a `workspace` that suffices for inputs in C order, in bytes.
-
-        Parameters
-        ----------
-        batch : int
-            Rows of x, at most.
-        dtype : dtype or None
-            Of x, the gradient and the results; None is the weight's.
-
-        Returns
-        -------
-        int
-            0 for a backend that takes no workspace.
-        """
-        count = getattr(self._prepared, "workspace_bytes", None)
-        batch = check_integer(batch, "batch", least=0)
-        dtype = value_dtype(self.weight.dtype if dtype is None else dtype, "dtype")
-        return 0 if count is None or not batch else int(count(batch, dtype))
-
     def with_values(self, values: ArrayLike) -> Plan:
         """Return a plan for other values on the same connections, sharing the packed indices.
 
@@ -447,75 +306,40 @@ class Plan:
             raise SriglError("weight has other connections than the plan; prepare it by itself")
         return Plan(weight, self.backend, self._prepared.with_values(weight), self.threads)
 
-    def describe(self) -> dict[str, object]:
-        """Describe the backend, the kernel, the layout and its bytes, in a new dict.
 
-        A backend with a model of its speed adds an estimate of the speed-up over dense products.
-        """
-        facts = {
-            "backend": self.backend.name,
-            "threads": "backend's default" if self.threads is None else self.threads,
-            **self._prepared.describe(),
-        }
-        for batch in _BATCHES_DESCRIBED:
-            ours = self.nanoseconds(batch)
-            if ours is not None:
-                times = dense_nanoseconds(self.weight, batch) / ours
-                verdict = "" if times >= 1 else ": dense is faster"
-                facts[f"estimate at batch {batch}"] = f"{times:.1f}x dense{verdict}"
-        return facts
+@dataclass(frozen=True, eq=False, repr=False)
+class QuantizedPlan(ProductPlan):
+    """A quantised weight laid out for one backend; immutable, callable and printable.
 
-    def nanoseconds(self, batch: int) -> float | None:
-        """Estimate the single-threaded time of a product; None if the backend has no model.
+    Made by `prepare`. One plan may be called from many threads at once.
 
-        Parameters
-        ----------
-        batch : int
-            Rows of x.
-        """
-        estimate = getattr(self._prepared, "nanoseconds", None)
-        return None if estimate is None else float(estimate(batch))
-
-    def __repr__(self) -> str:
-        facts = ", ".join(f"{name}={value}" for name, value in self.describe().items())
-        return f"Plan({self.weight!r}, {facts})"
-
-    def _input_spec(self, array: Any, what: str) -> ArraySpec:
-        dtype = self.arrays.dtype(array)
-        check_dtype(self.backend, "input", what, dtype)
-        return ArraySpec(tuple(array.shape), dtype)
-
-    def _result_array(
-        self, out: object, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: dict[str, Any]
-    ) -> Any:
-        if out is None:
-            return self.arrays.empty(shape, dtype)
-        return self.arrays.as_out(out, shape, inputs)
-
-    def _copy_back(self, array: Any, flat: Any) -> None:
-        if not self.arrays.share_memory(array, flat):
-            self.arrays.assign(array, flat.reshape(array.shape))
-
-    def _workspace(self, workspace: Any | None, others: dict[str, Any]) -> dict[str, Any]:
-        """Return the keyword argument for the caller's workspace, if there is one."""
-        if workspace is None:
-            return {}
-        if not hasattr(self._prepared, "workspace_bytes"):
-            raise SriglError(f"backend {self.backend.name!r} takes no workspace; leave it out")
-        return {"workspace": self.arrays.as_workspace(workspace, others)}
-
-
-def checked_threads(threads: int | None) -> int | None:
-    """Return `threads`, an integer of at least 1, or None for the backend's default.
-
-    Raises
-    ------
-    SriglError
-        If it is less than 1, or not an integer.
+    Attributes
+    ----------
+    weight : QuantizedWeight
+    backend : Backend
+    threads : int or None
+    inputs : {"float", "int8"}
+        Whether the product takes inputs as they are, or quantises each row.
+    arrays : ArrayOps
+        The backend's array operations.
     """
-    if threads is None or (type(threads) is int and threads > 0):  # the usual case, quickly
-        return threads
-    return check_integer(threads, "threads", least=1)
+
+    operation: ClassVar[str] = "quantized_matmul"
+
+    weight: QuantizedWeight
+
+    def backward(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Refuse: there are no gradients of a quantised weight.
+
+        Raises
+        ------
+        SriglError
+            Always.
+        """
+        raise SriglError(
+            "a quantised weight is for inference and has no gradients; train the weight that it "
+            "was made from"
+        )
 
 
 def _checked_wrt(wrt: Iterable[str]) -> tuple[str, ...]:
@@ -526,8 +350,3 @@ def _checked_wrt(wrt: Iterable[str]) -> tuple[str, ...]:
     if not wanted or any(not isinstance(n, str) or n not in _GRADIENTS for n in wanted):
         raise SriglError(f"wrt={wrt!r} must name one or more of {', '.join(_GRADIENTS)}")
     return tuple(dict.fromkeys(wanted))
-
-
-def _rows(array: Any) -> Any:
-    """Merge the leading axes: a view of `array`, or a copy where its strides forbid a view."""
-    return array.reshape(-1, array.shape[-1])

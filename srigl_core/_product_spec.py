@@ -10,10 +10,27 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from srigl_core._activations import Activation, activation_named
+from srigl_core._arrays.checks import check_integer
 from srigl_core._arrays.dtypes import result_dtype, value_dtype
 from srigl_core.errors import SriglError
 
-__all__ = ["ArraySpec", "ProductSpec", "gradient_specs", "product_spec"]
+__all__ = [
+    "INT8_FAN_IN",
+    "QUANTIZED_INPUTS",
+    "ArraySpec",
+    "ProductSpec",
+    "bias_dtype",
+    "check_int8_fan_in",
+    "checked_threads",
+    "gradient_specs",
+    "product_spec",
+]
+
+QUANTIZED_INPUTS = ("float", "int8")
+"""What the inputs of a product with a quantised weight may be: as they are, or quantised too."""
+
+INT8_FAN_IN = (2**31 - 1) // 127**2
+"""The largest fan-in whose sums of int8 products fit int32: 133,144 (SPEC 6)."""
 
 
 class ArraySpec(NamedTuple):
@@ -24,11 +41,12 @@ class ArraySpec(NamedTuple):
 
 
 class ProductSpec(NamedTuple):
-    """What a product returns, and its activation."""
+    """What a product returns, its activation, and the dtype that its bias is cast to."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     activation: Activation
+    bias_dtype: np.dtype[Any]
 
 
 def product_spec(
@@ -39,6 +57,7 @@ def product_spec(
     bias_shape: tuple[int, ...] | None = None,
     activation: str | None = None,
     n_columns: int | None = None,
+    inputs: str = "float",
 ) -> ProductSpec:
     """Check the arguments of ``act(x @ (W*M).T + bias)`` and describe its result (SPEC 2).
 
@@ -49,12 +68,15 @@ def product_spec(
     weight_shape : tuple of int
         Dense shape, (n_out, n_in).
     values_dtype : numpy.dtype
+        Of a quantised weight, that of the scale.
     bias_shape : tuple of int, or None
         Must be (n_out,).
     activation : str or None
         One of `srigl_core.contract.ACTIVATIONS`.
     n_columns : int or None
         Columns of the result where it is compact; None is n_out.
+    inputs : str
+        One of `QUANTIZED_INPUTS`. With "int8" the bias is cast to float32 (SPEC 6).
 
     Returns
     -------
@@ -76,7 +98,12 @@ def product_spec(
             f"{n_out} neurons, ablated ones included: ({n_out},)"
         )
     shape = (*x.shape[:-1], n_out if n_columns is None else n_columns)
-    return ProductSpec(shape, dtype, activation_named(activation))
+    return ProductSpec(shape, dtype, activation_named(activation), bias_dtype(dtype, inputs))
+
+
+def bias_dtype(product: np.dtype[Any], inputs: str) -> np.dtype[Any]:
+    """Return the dtype that a bias is cast to (SPEC 2): the product's, or float32 with "int8"."""
+    return np.dtype(np.float32) if inputs == "int8" else product
 
 
 def gradient_specs(
@@ -127,6 +154,34 @@ def gradient_specs(
         "values": ArraySpec(values.shape, np.result_type(*dtypes)),
         "bias": ArraySpec((n_out,), np.result_type(*dtypes[:2])),
     }
+
+
+def check_int8_fan_in(fan_in: int) -> None:
+    """Check that sums of `fan_in` products of int8 numbers fit int32.
+
+    Raises
+    ------
+    SriglError
+        If `fan_in` exceeds `INT8_FAN_IN`.
+    """
+    if fan_in > INT8_FAN_IN:
+        raise SriglError(
+            f"fan_in={fan_in:,} exceeds {INT8_FAN_IN:,}, the most products of int8 numbers whose "
+            f"sum fits int32; use inputs='float'"
+        )
+
+
+def checked_threads(threads: int | None) -> int | None:
+    """Return `threads`, an integer of at least 1, or None for the backend's default.
+
+    Raises
+    ------
+    SriglError
+        If it is less than 1, or not an integer.
+    """
+    if threads is None or (type(threads) is int and threads > 0):  # the usual case, quickly
+        return threads
+    return check_integer(threads, "threads", least=1)
 
 
 def _check_last_axis(

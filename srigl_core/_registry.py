@@ -17,6 +17,13 @@ __all__ = ["BackendStatus", "check_dtype", "get_backend", "is_backend", "list_ba
 
 ENTRY_POINT_GROUP = "srigl_core.backends"
 
+_METHODS = {
+    "condensed_matmul": "prepare",
+    "condensed_matmul_backward": "prepare",
+    "quantized_matmul": "prepare_quantized",
+}
+"""The method of a backend for an operation, where it has another name."""
+
 
 @dataclass(frozen=True)
 class BackendStatus:
@@ -64,7 +71,11 @@ def list_backends() -> list[BackendStatus]:
 
 
 def get_backend(
-    backend: str | Backend | None = None, *, operation: str | None = None, device: str = "cpu"
+    backend: str | Backend | None = None,
+    *,
+    operation: str | None = None,
+    device: str = "cpu",
+    inputs: str = "float",
 ) -> Backend:
     """Return the named backend, or the preferred one that can run here.
 
@@ -77,6 +88,8 @@ def get_backend(
         An operation that the backend must offer: one of `srigl_core.contract.OPERATIONS`.
     device : {"cpu", "cuda"}
         The device of the arrays. It is used only if no backend is named.
+    inputs : {"float", "int8"}
+        Of the operation "quantized_matmul", the product that the backend must offer.
 
     Returns
     -------
@@ -94,21 +107,22 @@ def get_backend(
     if operation is not None and not isinstance(operation, str):
         raise ValueTypeError(f"operation must be a name, got {type(operation).__name__}")
     if backend is None:
-        return _preferred(operation or "condensed_matmul", device)
+        return _preferred(operation or "condensed_matmul", device, inputs)
     chosen = _load(backend) if isinstance(backend, str) else backend
     if not is_backend(chosen):
         raise ValueTypeError(
             f"backend must be a name ({', '.join(_registered())}), an object with the methods of "
             f"srigl_core.contract.Backend, or None; got {type(backend).__name__}"
         )
-    if operation is not None and operation not in chosen.capabilities.operations:
+    if operation is not None and not _offers(chosen.capabilities, operation, inputs):
         offering = [
             status.name
             for status in list_backends()
-            if status.capabilities and operation in status.capabilities.operations
+            if status.capabilities and _offers(status.capabilities, operation, inputs)
         ]
+        wanted = operation if inputs == "float" else f"{operation} with inputs={inputs!r}"
         raise SriglError(
-            f"backend {chosen.name!r} does not offer {operation}; use one of: {', '.join(offering)}"
+            f"backend {chosen.name!r} does not offer {wanted}; use one of: {', '.join(offering)}"
         )
     return chosen
 
@@ -122,10 +136,7 @@ def is_backend(candidate: object) -> TypeGuard[Backend]:
         or not hasattr(candidate, "name")
     ):
         return False
-    methods = {
-        "prepare" if operation.startswith("condensed_matmul") else operation
-        for operation in capabilities.operations
-    }
+    methods = {_METHODS.get(operation, operation) for operation in capabilities.operations}
     return all(callable(getattr(candidate, name, None)) for name in methods)
 
 
@@ -154,11 +165,18 @@ def check_dtype(backend: Backend, role: str, what: str, dtype: np.dtype[Any]) ->
         )
 
 
+def _offers(capabilities: Capabilities, operation: str, inputs: str) -> bool:
+    is_other_product = operation == "quantized_matmul" and (
+        inputs not in capabilities.quantized_inputs
+    )
+    return operation in capabilities.operations and not is_other_product
+
+
 @functools.cache
-def _preferred(operation: str, device: str) -> Backend:
+def _preferred(operation: str, device: str, inputs: str = "float") -> Backend:
     for status in list_backends():
         offered = status.capabilities
-        if offered and offered.device == device and operation in offered.operations:
+        if offered and offered.device == device and _offers(offered, operation, inputs):
             return _load(status.name)
     if device != "cpu":
         reasons = "; ".join(s.reason for s in list_backends() if not s.available) or "none is known"

@@ -15,7 +15,8 @@ from srigl_core._api import update_mask
 from srigl_core._arrays.checks import check_flag, check_integer
 from srigl_core._arrays.dtypes import round_to, value_dtype
 from srigl_core._format.weight import CondensedWeight, check_condensed
-from srigl_core._plan import checked_threads, prepare
+from srigl_core._plan import prepare
+from srigl_core._product_spec import checked_threads
 from srigl_core.contract import Backend
 from srigl_core.errors import ValueTypeError
 

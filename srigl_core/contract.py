@@ -15,19 +15,24 @@ from numpy.typing import ArrayLike, NDArray
 from srigl_core._activations import ACTIVATIONS, Activation
 from srigl_core._arrays.dtypes import VALUE_TYPES, accumulator_dtype, round_to
 from srigl_core._arrays.operations import ArrayOps
+from srigl_core._format.quantized_weight import QuantizedWeight
 from srigl_core._format.weight import CondensedWeight
+from srigl_core._product_spec import QUANTIZED_INPUTS
 from srigl_core._update import CondensedUpdate, MaskUpdate, UpdateSettings
 
 __all__ = [
     "ACTIVATIONS",
     "OPERATIONS",
+    "QUANTIZED_INPUTS",
     "Activation",
     "ArrayOps",
     "Backend",
     "Capabilities",
     "CondensedUpdater",
     "MatmulGradients",
+    "PreparedProduct",
     "PreparedWeight",
+    "QuantizedPreparer",
     "accumulator_dtype",
     "round_to",
 ]
@@ -37,6 +42,7 @@ OPERATIONS = (
     "condensed_matmul_backward",
     "update_mask",
     "update_condensed",
+    "quantized_matmul",
 )
 """Operations that a backend may declare."""
 
@@ -50,13 +56,16 @@ class Capabilities:
     device : str
         The device of its arrays: "cpu" or "cuda".
     operations : frozenset of str
-        The operations that it implements, of `OPERATIONS`; by default all but "update_condensed".
+        The operations that it implements, of `OPERATIONS`; by default the first three.
     value_dtypes : frozenset of str
         The dtypes that it takes for the values of a weight.
     input_dtypes : frozenset of str
         The dtypes that it takes for inputs, gradients, dense weights and results.
     index_dtypes : frozenset of str
         The dtypes that it takes for indices, of "uint16" and "uint32".
+    quantized_inputs : frozenset[str]
+        Of the operation "quantized_matmul", the products that it computes, of `QUANTIZED_INPUTS`:
+        "float" with inputs as they are, "int8" with quantised inputs.
     priority : int
         Where no backend is named, the one of highest priority that can run is used.
     largest_problem : int
@@ -65,10 +74,11 @@ class Capabilities:
     """
 
     device: str = "cpu"
-    operations: frozenset[str] = frozenset(OPERATIONS) - {"update_condensed"}
+    operations: frozenset[str] = frozenset(OPERATIONS[:3])
     value_dtypes: frozenset[str] = frozenset(VALUE_TYPES)
     input_dtypes: frozenset[str] = frozenset(VALUE_TYPES)
     index_dtypes: frozenset[str] = frozenset({"uint16", "uint32"})
+    quantized_inputs: frozenset[str] = frozenset(QUANTIZED_INPUTS)
     priority: int = 0
     largest_problem: int = 5_000_000
 
@@ -92,8 +102,8 @@ class MatmulGradients:
     bias: NDArray[Any] | None = None
 
 
-class PreparedWeight(Protocol):
-    """A condensed weight in a backend's own layout; immutable, and safe to share among threads.
+class PreparedProduct(Protocol):
+    """A weight in a backend's own layout; immutable, and safe to share among threads.
 
     Some methods are optional:
 
@@ -122,14 +132,15 @@ class PreparedWeight(Protocol):
         out: NDArray[Any],
         threads: int | None,
     ) -> None:
-        """Write act(x @ (W*M).T + bias) to `out` (SPEC 2).
+        """Write act(x @ (W*M).T + bias) to `out` (SPEC 2, and SPEC 6 for quantised weights).
 
         Parameters
         ----------
         x : ndarray, (batch, n_in), batch >= 1
             Any of the input dtypes, any strides; must not be written.
         bias : ndarray, (n_out,), or None
-            Of dtype result_type(x, values).
+            Of dtype result_type(x, values), where values of a quantised weight count as float32;
+            of float32 if the inputs are quantised too.
         activation : str
             One of `ACTIVATIONS`.
         compact : bool
@@ -141,6 +152,10 @@ class PreparedWeight(Protocol):
             The most threads to use; None is the backend's default. Never changes a bit of `out`.
         """
         ...
+
+
+class PreparedWeight(PreparedProduct, Protocol):
+    """A condensed weight in a backend's own layout."""
 
     def backward(
         self,
@@ -210,6 +225,22 @@ class Backend(Protocol):
         settings : UpdateSettings
         threads : int or None
             As in `PreparedWeight.matmul`.
+        """
+        ...
+
+
+class QuantizedPreparer(Protocol):
+    """The method of a backend that declares the operation "quantized_matmul"."""
+
+    def prepare_quantized(self, weight: QuantizedWeight, inputs: str) -> PreparedProduct:
+        """Return a quantised weight in this backend's layout.
+
+        Parameters
+        ----------
+        weight : QuantizedWeight
+            With "int8", the fan-in is at most 133,144, so that sums fit int32.
+        inputs : {"float", "int8"}
+            One of the backend's `Capabilities.quantized_inputs`: the product to lay it out for.
         """
         ...
 

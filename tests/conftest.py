@@ -31,6 +31,7 @@ BACKEND_ARGUMENTS = {
     "product_backend": ("condensed_matmul", "condensed_matmul_backward"),
     "update_backend": ("update_mask",),
     "condensed_update_backend": ("update_condensed",),
+    "quantized_backend": ("quantized_matmul",),
 }
 
 

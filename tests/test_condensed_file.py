@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from srigl_core import (
     CondensedWeight,
     FileFormatError,
+    QuantizedWeight,
     SriglError,
     ValueTypeError,
     condensed_matmul,
@@ -41,10 +42,11 @@ def assert_same(found, expected):
 
 def assert_valid(weight):
     """Nothing in it can lead a kernel out of bounds."""
-    assert CondensedWeight(weight.values, weight.indices, weight.active, weight.shape) == weight
-    assert not weight.values.flags.writeable
+    arrays = weight.value_arrays.values()
+    assert type(weight)(*arrays, weight.indices, weight.active, weight.shape) == weight
+    assert not any(array.flags.writeable for array in arrays)
     if weight.shape[0] * weight.shape[1] < 10**6:
-        x = np.ones((1, weight.shape[1]), weight.dtype)
+        x = np.ones((1, weight.shape[1]), weight.float_dtype)
         assert condensed_matmul(x, weight, backend="reference").shape == (1, weight.shape[0])
 
 
@@ -286,8 +288,8 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("files")
 
 
-@pytest.fixture(scope="module")
-def content(folder):
+@pytest.fixture(scope="module", params=["floats", "quantized"])
+def content(folder, request):
     """The bytes of a file with two layers and a bias."""
     path = folder / "right.safetensors"
     tensors = {
@@ -295,6 +297,8 @@ def content(folder):
         "b": example_weight("float32", 1),
         "bias": np.ones(3),
     }
+    if request.param == "quantized":
+        tensors["a"] = CondensedWeight.random((5, 7), fan_in=3, n_active=4, rng=2).quantize()
     save_condensed(path, tensors)
     return path.read_bytes()
 
@@ -312,7 +316,7 @@ def load_bytes(folder, content):
         assert path.name in reason
         return None
     for tensor in tensors.values():
-        if isinstance(tensor, CondensedWeight):
+        if isinstance(tensor, CondensedWeight | QuantizedWeight):
             assert_valid(tensor)
         else:
             assert isinstance(tensor, np.ndarray)
@@ -440,7 +444,7 @@ def test_a_part_that_is_wrong_is_an_error_that_names_the_layer(folder, part, arr
 @pytest.mark.parametrize(
     ("layers", "metadata", "message"),
     [
-        (None, {VERSION: "2"}, "format version '2', but this srigl-core reads '1'"),
+        (None, {VERSION: "3"}, "format version '3', but this srigl-core reads '1' and '2';"),
         (None, {VERSION: ""}, "format version ''"),
         (None, {VERSION: None}, "no srigl_core.format_version"),
         (None, {LAYERS: None}, "does not describe layers"),

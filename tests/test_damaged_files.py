@@ -245,11 +245,12 @@ def test_other_bytes_in_a_trace_give_verdicts_or_an_error(tmp_path, trace_entrie
 # ---------------------------------------------------------------- condensed files
 
 
-@pytest.fixture(scope="module")
-def condensed(tmp_path_factory):
+@pytest.fixture(scope="module", params=["float32", "int8"])
+def condensed(tmp_path_factory, request):
     """Header and body of a file with one weight."""
     path = tmp_path_factory.mktemp("condensed") / "a"
-    save_condensed(path, CondensedWeight.random((4, 6), fan_in=2, rng=0))
+    weight = CondensedWeight.random((4, 6), fan_in=2, rng=0)
+    save_condensed(path, weight if request.param == "float32" else weight.quantize())
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + length]), content[8 + length :]

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import settings
 
 from srigl_core import get_backend
+from srigl_core.testing.kernel_capabilities import capabilities_of
 from srigl_core.testing.laws import LAWS
 from srigl_core.testing.verification import try_law
 
@@ -27,6 +28,13 @@ def test_product_law(law, matmul_backend):
 @laws_of("condensed_matmul_backward")
 def test_gradient_law(law, backward_backend):
     assert_holds(law, backward_backend, settings().max_examples)
+
+
+@laws_of("quantized_matmul")
+def test_quantized_law(law, quantized_backend):
+    if missing := law.not_offered(capabilities_of(get_backend(quantized_backend))):
+        pytest.skip(missing)
+    assert_holds(law, quantized_backend, settings().max_examples)
 
 
 @laws_of("update_mask")

@@ -14,6 +14,7 @@ from srigl_core.errors import SriglError, ValueTypeError
 
 __all__ = [
     "as_float_array",
+    "as_int8_array",
     "as_mask",
     "as_out",
     "check_choice",
@@ -57,6 +58,21 @@ def as_float_array(array: object, what: str) -> NDArray[Any]:
         )
     dtype = value_dtype(result.dtype, f"{what} of dtype")
     return result if result.dtype == dtype else result.astype(dtype)
+
+
+def as_int8_array(array: object, what: str) -> NDArray[np.int8]:
+    """Return `array` as an ndarray of int8, without a copy.
+
+    Raises
+    ------
+    ValueTypeError
+        If it is not an array, or has another dtype.
+    """
+    result = None if isinstance(array, np.ma.MaskedArray) else _on_host(array, what)
+    if result is None or result.dtype != np.int8:
+        actual = type(array).__name__ if result is None else f"dtype {result.dtype}"
+        raise ValueTypeError(f"{what} must be an array of int8, got {actual}")
+    return result
 
 
 def as_mask(mask: object, shape: tuple[int, ...] | None, what: str = "mask") -> NDArray[np.bool_]:

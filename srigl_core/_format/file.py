@@ -1,9 +1,9 @@
 """Condensed weights in safetensors files: plain arrays plus metadata.
 
-A layer called ``fc1`` is stored as ``fc1.values``, ``fc1.indices`` and ``fc1.active``. Its dense
-shape and the name of its value type are in the metadata. Other arrays are stored as they are.
-bfloat16 is stored as uint16, since safetensors' NumPy loader does not know it. Everything read is
-validated before it is used.
+A layer called ``fc1`` is stored as ``fc1.values``, ``fc1.indices`` and ``fc1.active``, and a
+quantised one has ``fc1.scale`` too. Its dense shape and the name of its value type are in the
+metadata. Other arrays are stored as they are. bfloat16 is stored as uint16, since safetensors'
+NumPy loader does not know it. Everything read is validated before it is used.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import VALUE_TYPES, index_dtype, value_dtype
 from srigl_core._files import file_errors, parse_json, regular_file, write_whole
+from srigl_core._format.quantized_weight import QuantizedWeight
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
 
 __all__ = [
     "FORMAT_VERSION",
+    "QUANTIZED_VERSION",
     "array_names",
     "layer_metadata",
     "load_condensed",
@@ -36,16 +38,27 @@ __all__ = [
 
 FORMAT_VERSION = "1"
 
+QUANTIZED_VERSION = "2"
+"""The version of files that hold a quantised layer, so that older readers refuse them by version.
+
+Files without one stay in version 1, which older readers know."""
+
+_VALUE_TYPES = {FORMAT_VERSION: VALUE_TYPES, QUANTIZED_VERSION: (*VALUE_TYPES, "int8")}
+"""The value types of the layers in files of each version."""
+
 _PREFIX = "srigl_core."
 _VERSION_KEY = f"{_PREFIX}format_version"
 _LAYERS_KEY = f"{_PREFIX}layers"
 _RESERVED = "__metadata__"
 _PARTS = ("values", "indices", "active")
+_QUANTIZED_PARTS = ("values", "scale", "indices", "active")
+
+Weight = CondensedWeight | QuantizedWeight
 
 
 def save_condensed(
     path: str | os.PathLike[str],
-    tensors: CondensedWeight | Mapping[str, CondensedWeight | NDArray[Any]],
+    tensors: Weight | Mapping[str, Weight | NDArray[Any]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write condensed weights, and other arrays such as biases, to one file.
@@ -54,7 +67,7 @@ def save_condensed(
     ----------
     path : path-like
         Replaced as a whole: a reader sees the old file or the new one.
-    tensors : CondensedWeight, or mapping of str to CondensedWeight or ndarray
+    tensors : CondensedWeight or QuantizedWeight, or mapping of str to these or ndarray
         A single weight gets the name "weight".
     metadata : mapping of str to str, or None
         Entries to store in the file's metadata, such as the activations of the layers.
@@ -70,7 +83,7 @@ def save_condensed(
     """
     from safetensors.numpy import save
 
-    if isinstance(tensors, CondensedWeight):
+    if isinstance(tensors, Weight):
         tensors = {"weight": tensors}
     if not isinstance(tensors, Mapping):
         raise ValueTypeError(
@@ -78,10 +91,10 @@ def save_condensed(
             f"{type(tensors).__name__}"
         )
     arrays: dict[str, NDArray[Any]] = {}
-    layers: dict[str, CondensedWeight] = {}
+    layers: dict[str, Weight] = {}
     for name, tensor in tensors.items():
         _check_text(name, "tensor name")
-        if isinstance(tensor, CondensedWeight):
+        if isinstance(tensor, Weight):
             layers[name], parts = tensor, weight_arrays(name, tensor)
         else:
             parts = {name: _plain_array(name, tensor)}
@@ -107,7 +120,7 @@ def save_condensed(
     write_whole(path, save(arrays, metadata=own))
 
 
-def load_condensed(path: str | os.PathLike[str]) -> dict[str, CondensedWeight | NDArray[Any]]:
+def load_condensed(path: str | os.PathLike[str]) -> dict[str, Weight | NDArray[Any]]:
     """Read a file written by `save_condensed`.
 
     Parameters
@@ -116,13 +129,13 @@ def load_condensed(path: str | os.PathLike[str]) -> dict[str, CondensedWeight | 
 
     Returns
     -------
-    dict of str to CondensedWeight or ndarray
+    dict of str to CondensedWeight, QuantizedWeight or ndarray
 
     Raises
     ------
     FileFormatError
-        If the file is truncated, has another format or version, or holds an invalid condensed
-        weight: a wrong dtype or shape, an index out of range or out of order.
+        If the file is truncated, has another format or version, or holds an invalid weight: a wrong
+        dtype or shape, a number out of range, or indices out of order.
     OSError
         If the file cannot be read.
     """
@@ -139,12 +152,13 @@ def load_condensed(path: str | os.PathLike[str]) -> dict[str, CondensedWeight | 
         raise FileFormatError(f"{os.fspath(path)!r}: {error}") from error
 
 
-def array_names(name: str) -> list[str]:
-    """Return the names under which the arrays of a layer are stored."""
-    return [f"{name}.{part}" for part in _PARTS]
+def array_names(name: str, layer: Mapping[str, Any]) -> list[str]:
+    """Return the names under which the arrays of a layer are stored, by its metadata."""
+    parts = _QUANTIZED_PARTS if layer["dtype"] == "int8" else _PARTS
+    return [f"{name}.{part}" for part in parts]
 
 
-def weight_arrays(name: str, weight: CondensedWeight) -> dict[str, NDArray[Any]]:
+def weight_arrays(name: str, weight: Weight) -> dict[str, NDArray[Any]]:
     """Return the arrays of a layer as they are stored, by their names in the file."""
     arrays = {**weight.value_arrays, "indices": weight.indices, "active": weight.active}
     return {
@@ -153,13 +167,15 @@ def weight_arrays(name: str, weight: CondensedWeight) -> dict[str, NDArray[Any]]
     }
 
 
-def layer_metadata(layers: Mapping[str, CondensedWeight]) -> dict[str, str]:
+def layer_metadata(layers: Mapping[str, Weight]) -> dict[str, str]:
     """Return the metadata of a file that holds these layers."""
     described = {
         name: {"shape": list(weight.shape), "dtype": weight.dtype.name}
         for name, weight in layers.items()
     }
-    return {_VERSION_KEY: FORMAT_VERSION, _LAYERS_KEY: json.dumps(described)}
+    is_quantized = any(isinstance(weight, QuantizedWeight) for weight in layers.values())
+    version = QUANTIZED_VERSION if is_quantized else FORMAT_VERSION
+    return {_VERSION_KEY: version, _LAYERS_KEY: json.dumps(described)}
 
 
 def _check_text(text: object, what: str) -> None:
@@ -230,26 +246,32 @@ def read_layers(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
             "the file has no srigl_core.format_version; it was not written by save_condensed or "
             "save_model"
         )
-    if version != FORMAT_VERSION:
+    if version not in _VALUE_TYPES:
         raise FileFormatError(
             f"the file has format version {version!r}, but this srigl-core reads "
-            f"{FORMAT_VERSION!r}; use the srigl-core that wrote it, or a newer one"
+            f"{' and '.join(map(repr, _VALUE_TYPES))}; use the srigl-core that wrote it, or a "
+            f"newer one"
         )
     try:
-        layers = parse_json(metadata[_LAYERS_KEY])
-        return {
+        described = parse_json(metadata[_LAYERS_KEY])
+        layers = {
             str(name): {"shape": tuple(layer["shape"]), "dtype": layer["dtype"]}
-            for name, layer in layers.items()
+            for name, layer in described.items()
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileFormatError(
             f"the metadata {_LAYERS_KEY!r} does not describe layers ({error!r}); save it again"
         ) from error
+    for name, layer in layers.items():
+        if layer["dtype"] not in _VALUE_TYPES[version]:
+            raise FileFormatError(
+                f"layer {name!r}: dtype {layer['dtype']!r} is none of "
+                f"{', '.join(_VALUE_TYPES[version])}"
+            )
+    return layers
 
 
-def take_weight(
-    arrays: dict[str, NDArray[Any]], name: str, layer: Mapping[str, Any]
-) -> CondensedWeight:
+def take_weight(arrays: dict[str, NDArray[Any]], name: str, layer: Mapping[str, Any]) -> Weight:
     """Remove a layer's stored arrays from `arrays`, and return its weight.
 
     Raises
@@ -257,29 +279,28 @@ def take_weight(
     FileFormatError
         If an array is missing, or the arrays are not a valid weight.
     """
-    missing = [key for key in array_names(name) if key not in arrays]
+    names = array_names(name, layer)
+    missing = [key for key in names if key not in arrays]
     if missing:
         raise FileFormatError(f"layer {name!r} lacks {', '.join(map(repr, missing))}")
     try:
-        return _weight(*(arrays.pop(key) for key in array_names(name)), **layer)
+        return _weight(*(arrays.pop(key) for key in names), **layer)
     except SriglError as error:
         raise FileFormatError(f"layer {name!r}: {error}") from error
 
 
 def _weight(
-    values: NDArray[Any],
-    indices: NDArray[Any],
-    active: NDArray[Any],
-    *,
-    shape: tuple[int, int],
-    dtype: str,
-) -> CondensedWeight:
-    if dtype not in VALUE_TYPES:
-        raise FileFormatError(f"dtype {dtype!r} is none of {', '.join(VALUE_TYPES)}")
+    values: NDArray[Any], *others: NDArray[Any], shape: tuple[int, int], dtype: str
+) -> Weight:
     stored = np.dtype(np.uint16) if dtype == "bfloat16" else np.dtype(dtype)
     if values.dtype != stored:
         raise FileFormatError(f"values are {values.dtype}, but {dtype} is stored as {stored}")
-    weight = CondensedWeight(values.view(value_dtype(dtype)), indices, active, shape)
+    *scale, indices, active = others
+    weight: Weight
+    if scale:
+        weight = QuantizedWeight(values, scale[0], indices, active, shape)
+    else:
+        weight = CondensedWeight(values.view(value_dtype(dtype)), indices, active, shape)
     for what, array, expected in (
         ("indices", indices, index_dtype(shape[1])),
         ("active", active, np.dtype(np.int64)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,50 +11,20 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from srigl_core._arrays.checks import as_float_array, as_mask, check_generator
 from srigl_core._arrays.dtypes import as_float_view, is_half, round_to, value_dtype
 from srigl_core._arrays.float_mode import honour_subnormals
-from srigl_core._arrays.immutable import immutable
 from srigl_core._format.connections import Connections, checked_shape
+from srigl_core._format.packed_weight import PackedWeight, checked_connections
 from srigl_core.errors import SriglError, ValueTypeError
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
 
-__all__ = ["CondensedWeight", "MemoryReport", "check_condensed"]
+    from srigl_core._format.quantized_weight import QuantizedWeight
 
-
-@dataclass(frozen=True)
-class MemoryReport:
-    """Bytes of a layer in three forms. It prints as a small table.
-
-    Parameters
-    ----------
-    values, indices, active : int
-        Bytes of the three arrays of the condensed form.
-    dense : int
-        Bytes of the dense weight in the same dtype.
-    csr : int
-        Bytes of a CSR matrix of the same values with int32 column numbers and row pointers.
-    """
-
-    values: int
-    indices: int
-    active: int
-    dense: int
-    csr: int
-
-    @property
-    def condensed(self) -> int:
-        """Bytes of the condensed form."""
-        return self.values + self.indices + self.active
-
-    def __str__(self) -> str:
-        rows = (("condensed", self.condensed), ("CSR", self.csr), ("dense", self.dense))
-        return "\n".join(
-            f"{name:<10}{size:>14,} bytes{size / self.condensed:>8.2f}x" for name, size in rows
-        )
+__all__ = ["CondensedWeight", "check_condensed"]
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
-class CondensedWeight:
+class CondensedWeight(PackedWeight):
     """An immutable, packed constant fan-in weight: connections, and one value for each.
 
     Row ``active[i]`` of the dense weight has ``values[i, j]`` at column ``indices[i, j]``, and
@@ -105,33 +75,10 @@ class CondensedWeight:
            [ 0. ,  2. ,  0. ,  0. ]])
     """
 
-    __hash__ = None  # type: ignore[assignment]
-    __array_ufunc__ = None  # so that ndarray @ weight is refused, not taken elementwise
-
-    values: NDArray[Any]
-    connections: Connections
-    _plans: dict[Any, Any] = field(default_factory=dict)
-    """The plans that `srigl_core._plan.plan_of` made, by backend."""
-
     def __init__(
         self, values: ArrayLike, indices: ArrayLike, active: ArrayLike, shape: tuple[int, int]
     ) -> None:
         self._set(as_float_array(values, "values"), Connections(indices, active, shape))
-
-    def _set(self, values: NDArray[Any], connections: Connections) -> None:
-        """Store checked connections and a copy of the values.
-
-        Every weight is made here. A scale for each neuron would be one more array beside `values`,
-        here and in `value_arrays`.
-        """
-        if values.shape != connections.indices.shape:
-            raise SriglError(
-                f"values has shape {values.shape}, but must have one number for each connection, "
-                f"(n_active, k): {connections.indices.shape}"
-            )
-        object.__setattr__(self, "values", immutable(values))
-        object.__setattr__(self, "connections", connections)
-        object.__setattr__(self, "_plans", {})
 
     @classmethod
     def from_connections(cls, values: ArrayLike, connections: Connections) -> CondensedWeight:
@@ -150,13 +97,8 @@ class CondensedWeight:
         ValueTypeError
             If `values` is not an array of a value type, or `connections` is something else.
         """
-        if not isinstance(connections, Connections):
-            raise ValueTypeError(
-                f"connections must be Connections, got {type(connections).__name__}; make them "
-                f"with Connections.from_mask(mask)"
-            )
         weight = object.__new__(cls)
-        weight._set(as_float_array(values, "values"), connections)
+        weight._set(as_float_array(values, "values"), checked_connections(connections))
         return weight
 
     @classmethod
@@ -305,80 +247,49 @@ class CondensedWeight:
         return self.from_connections(values, self.connections)
 
     @property
-    def indices(self) -> NDArray[Any]:
-        """Column numbers, uint16 or uint32, (n_active, k); read-only."""
-        return self.connections.indices
-
-    @property
-    def active(self) -> NDArray[np.int64]:
-        """Row numbers of the active neurons, int64, (n_active,); read-only."""
-        return self.connections.active
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Dense shape, (n_out, n_in)."""
-        return self.connections.shape
-
-    @property
-    def n_active(self) -> int:
-        """Number of active neurons."""
-        return len(self.values)
-
-    @property
-    def fan_in(self) -> int:
-        """Connections of each active neuron, k."""
-        return len(self.values[0])
-
-    @property
-    def nnz(self) -> int:
-        """Number of active weights, ``n_active * fan_in``."""
-        return self.values.size
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Dtype of the values."""
-        return self.values.dtype
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the dense weight that is inactive."""
-        return 1 - self.nnz / (self.shape[0] * self.shape[1])
-
-    @property
-    def ablated(self) -> NDArray[np.int64]:
-        """Row numbers of the ablated neurons, ascending, (n_out - n_active,), int64."""
-        return self.connections.ablated
-
-    @property
     def value_arrays(self) -> dict[str, NDArray[Any]]:
         """The arrays that hold the numbers, by name, as files store them."""
         return {"values": self.values}
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the condensed form."""
-        return self.memory_report().condensed
+    def float_dtype(self) -> np.dtype[Any]:
+        """Dtype of the values, which decides the type of a product."""
+        return self.dtype
 
-    def memory_report(self) -> MemoryReport:
-        """Return the bytes of this layer condensed, as CSR and dense."""
-        item = self.dtype.itemsize
-        return MemoryReport(
-            values=sum(array.nbytes for array in self.value_arrays.values()),
-            indices=self.indices.nbytes,
-            active=self.active.nbytes,
-            dense=self.shape[0] * self.shape[1] * item,
-            csr=self.nnz * (item + 4) + (self.shape[0] + 1) * 4,
-        )
+    def quantize(self) -> QuantizedWeight:
+        """Return this weight with 8-bit values and a scale for each neuron, for inference.
+
+        Returns
+        -------
+        QuantizedWeight
+            On the same connections.
+
+        Raises
+        ------
+        SriglError
+            If a value is not finite, or is too large for float32.
+
+        Notes
+        -----
+        SPEC 6: symmetric, by the largest magnitude of each neuron, rounded to nearest even.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> weight = CondensedWeight(np.array([[0.5, -1.0]]), [[0, 3]], active=[1], shape=(2, 4))
+        >>> weight.quantize().values
+        array([[  64, -127]], dtype=int8)
+        """
+        # Imported here, since the reference imports this module.
+        from srigl_core.reference.quantized_matmul import quantize_weight
+
+        return quantize_weight(self)
 
     def to_dense(self) -> NDArray[Any]:
         """Return the masked dense weight, ``W * M``, (n_out, n_in), a new array."""
         dense = np.zeros(self.shape, self.dtype)
         dense[self.active[:, None], self.indices] = self.values
         return dense
-
-    def to_mask(self) -> NDArray[np.bool_]:
-        """Return the mask, (n_out, n_in), a new array."""
-        return self.connections.to_mask()
 
     def to_csr(self) -> scipy.sparse.csr_array:
         """Return a SciPy CSR array, active zeros stored.
@@ -397,17 +308,6 @@ class CondensedWeight:
             ),
             shape=self.shape,
         )
-
-    def __matmul__(self, x: ArrayLike) -> NDArray[Any]:
-        """Return ``(W*M) @ x`` for x of shape (n_in,) or (n_in, m)."""
-        x = as_float_array(x, "x")
-        if x.ndim not in (1, 2) or x.shape[0] != self.shape[1]:
-            raise SriglError(
-                f"weight of shape {self.shape} @ x needs x of shape ({self.shape[1]},) or "
-                f"({self.shape[1]}, m), got {x.shape}; for batch-first x use condensed_matmul"
-            )
-        product: NDArray[Any] = self._plan()(x.T).T
-        return product
 
     def as_linear_operator(self) -> scipy.sparse.linalg.LinearOperator:
         """Return this weight as a SciPy linear operator, with its transpose.
@@ -446,49 +346,22 @@ class CondensedWeight:
             rmatmat=transposed,
         )
 
-    def _plan(self) -> Any:
-        # Imported here, since the module of plans imports this one.
-        from srigl_core._plan import plan_of
-
-        return plan_of(self)
-
-    def __eq__(self, other: object) -> bool:
-        """Whether shape, dtype, connections and the values' bits are the same."""
-        if not isinstance(other, CondensedWeight):
-            return NotImplemented
-        return (
-            self.dtype == other.dtype
-            and self.connections == other.connections
-            and all(
-                np.array_equal(_bits(array), _bits(other.value_arrays[name]))
-                for name, array in self.value_arrays.items()
-            )
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (CondensedWeight.from_connections, (self.values, self.connections))
-
-    def __repr__(self) -> str:
-        return (
-            f"CondensedWeight({self.shape}, n_active={self.n_active}, fan_in={self.fan_in}, "
-            f"dtype={self.dtype}, {self.sparsity:.1%} sparse, {self.nbytes:,} bytes)"
-        )
-
-
-def _bits(array: NDArray[Any]) -> NDArray[Any]:
-    return array.view(f"u{array.itemsize}")
-
 
 def check_condensed(weight: object) -> None:
-    """Check that `weight` is a condensed weight.
+    """Check that `weight` is a condensed weight of floating-point values.
 
     Raises
     ------
     ValueTypeError
-        If it is anything else, a dense or CSR weight for example.
+        If it is anything else, a dense, CSR or quantised weight for example.
     """
     if not isinstance(weight, CondensedWeight):
+        remedy = "make one with CondensedWeight.from_dense(weight, mask)"
+        if isinstance(weight, PackedWeight):
+            remedy = (
+                "a quantised weight is for inference and has no gradients; pass the weight that it "
+                "was made from"
+            )
         raise ValueTypeError(
-            f"weight must be a CondensedWeight, got {type(weight).__name__}; make one with "
-            f"CondensedWeight.from_dense(weight, mask)"
+            f"weight must be a CondensedWeight, got {type(weight).__name__}; {remedy}"
         )

@@ -22,6 +22,7 @@ from srigl_core.testing.problems import (
     UpdateProblem,
     array_of,
 )
+from srigl_core.testing.quantized_problems import QuantizedProblem
 from srigl_core.testing.report import ConformanceError, Failure, LawResult, Report
 from srigl_core.testing.targets import as_backend
 from srigl_core.testing.update_trace import UpdateTrace, check_trace
@@ -44,6 +45,7 @@ __all__ = [
     "LawViolation",
     "MatmulProblem",
     "NotApplicable",
+    "QuantizedProblem",
     "Report",
     "UpdateProblem",
     "UpdateSettings",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,16 @@ class Outcome:
     terms: NDArray[np.int64]  # the number of products in each sum, n; broadcastable to z
     accumulator: np.dtype[Any]
     activation: str = "none"
+    is_rounded: bool = False  # whether `z` is a result's own sum, rounding included (SPEC 6)
+
+    def of_neurons(self, neurons: NDArray[np.int64]) -> Outcome:
+        """Return the outcome of some neurons, by their row numbers."""
+        return replace(
+            self,
+            z=self.z[..., neurons],
+            scale=self.scale[..., neurons],
+            terms=np.broadcast_to(self.terms, self.z.shape)[..., neurons],
+        )
 
     @property
     def y(self) -> NDArray[np.float64]:
@@ -69,6 +79,7 @@ class Outcome:
         with np.errstate(all="ignore"):
             n = self.terms + 2.0
             inside = 2 * n * acc.roundoff * self.scale + n * acc.smallest
+            inside *= not self.is_rounded
             if self.activation != "none":
                 inside *= ACTIVATIONS[self.activation].lipschitz
                 inside += 8 * acc.roundoff * (z + y)

@@ -19,6 +19,7 @@ __all__ = [
     "assert_near",
     "assert_neighbours_untouched",
     "assert_same_bits",
+    "assert_same_numbers",
     "assert_same_update",
     "assert_unwritten",
     "assert_within",
@@ -66,6 +67,15 @@ def assert_same_bits(result: NDArray[Any], expected: NDArray[Any], what: str) ->
         raise LawViolation(
             f"{what}: at {where} expected {expected[where]!r}, got {result[where]!r}"
         )
+
+
+def assert_same_numbers(result: NDArray[Any], expected: NDArray[Any], what: str) -> None:
+    """Raise `LawViolation` as `assert_same_bits` does, but let one NaN be as good as another."""
+    assert_same_bits(_with_one_nan(result), _with_one_nan(expected), what)
+
+
+def _with_one_nan(array: NDArray[Any]) -> NDArray[Any]:
+    return np.where(np.isnan(array), array.dtype.type(np.nan), array)
 
 
 def _bits(array: NDArray[Any]) -> NDArray[Any]:

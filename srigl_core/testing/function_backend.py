@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import VALUE_TYPES, result_dtype, round_to
 from srigl_core._arrays.operations import HOST_ARRAYS
+from srigl_core._format.packed_weight import PackedWeight
+from srigl_core._format.quantized_weight import QuantizedWeight
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._update import CondensedUpdate, GradientRows, MaskUpdate, UpdateSettings
 from srigl_core.contract import Capabilities, MatmulGradients
@@ -35,6 +37,9 @@ _SETTINGS = ("settings", *(part.name for part in fields(UpdateSettings)))
 PARAMETERS = {
     "condensed_matmul": ("x", *_WEIGHT, "bias", "activation", "compact", "out", "threads"),
     "condensed_matmul_backward": ("grad", "x", *_WEIGHT, "threads"),
+    "quantized_matmul": (
+        *("x", *_WEIGHT, "scale", "inputs", "bias", "activation", "compact", "out", "threads"),
+    ),
     "update_mask": ("weight", "grad", "mask", *_SETTINGS, "threads"),
     "update_condensed": (*_WEIGHT, "gradient_rows", "block_rows", *_SETTINGS, "threads"),
     "remap_state": ("state", "mask", "new_mask", "start"),
@@ -56,6 +61,10 @@ class FunctionBackend:
       `compact`; `out`, an array to write to. The function returns (batch, n_out), or
       (batch, n_active) if `compact`, in dtype ``np.result_type(x, values)``, or it writes to
       `out`;
+    - for ``quantized_matmul``: the same, where `weight` is the `QuantizedWeight`, with its part
+      `scale`, (n_active,), and `inputs` is "float" or "int8". It returns dtype
+      ``np.result_type(x, scale)``. A function without the parameter `inputs` computes the one
+      product that its capabilities declare as `quantized_inputs`;
     - for ``condensed_matmul_backward``: `grad`, (batch, n_out), and `x`. It returns dx,
       (batch, n_in), dvalues, (n_active, k), and dbias, (n_out,), each of any value type;
     - for ``update_mask``: `weight`, `grad` and `mask`, (n_out, n_in), and the settings, by name or
@@ -155,6 +164,10 @@ class FunctionBackend:
         """Return the weight, to be passed to the function at each call."""
         return _FunctionWeight(self, weight)
 
+    def prepare_quantized(self, weight: QuantizedWeight, inputs: str) -> _FunctionProduct:
+        """Return the weight, to be passed to the function at each call."""
+        return _FunctionProduct(self, weight, {"scale": weight.scale, "inputs": inputs})
+
     def call(self, **arguments: Any) -> Any:
         """Call the function with those of the arguments that it has parameters for."""
         taken = {name: self._converted(name, arguments[name]) for name in self._parameters}
@@ -248,26 +261,25 @@ class FunctionBackend:
         return self._asarray(np.array(argument, order="C"))  # a copy, that the function may write
 
 
-def _parts(weight: CondensedWeight) -> dict[str, Any]:
+def _parts(weight: PackedWeight) -> dict[str, Any]:
     n_out, n_in = weight.shape
     parts = {name: getattr(weight, name) for name in ("values", "indices", "active")}
     return {"weight": weight, **parts, "n_out": n_out, "n_in": n_in}
 
 
-class _FunctionWeight:
+class _FunctionProduct:
     """A weight, multiplied by a function."""
 
-    def __init__(self, backend: FunctionBackend, weight: CondensedWeight) -> None:
-        self._backend, self._weight, self._parts = backend, weight, _parts(weight)
+    def __init__(
+        self, backend: FunctionBackend, weight: PackedWeight, others: Mapping[str, Any] | None
+    ) -> None:
+        self._backend, self._weight = backend, weight
+        self._parts = {**_parts(weight), **(others or {})}
 
     def describe(self) -> Mapping[str, object]:
         """Describe the layout."""
         nbytes = self._weight.values.nbytes + self._weight.indices.nbytes
         return {"kernel": self._backend.name, "layout": "condensed", "bytes": nbytes}
-
-    def with_values(self, weight: CondensedWeight) -> _FunctionWeight:
-        """Return another weight, multiplied by the function."""
-        return _FunctionWeight(self._backend, weight)
 
     def matmul(
         self,
@@ -290,13 +302,24 @@ class _FunctionWeight:
         result = self._backend.call(x=x, bias=bias, out=product, **options, **self._parts)
         if "out" not in parameters or (result is not None and result is not product):
             product = _as_numpy(result, "the product", shape)
-            dtype = result_dtype(x.dtype, self._weight.dtype)
+            dtype = result_dtype(x.dtype, self._weight.float_dtype)
             if product.dtype != dtype:
                 raise LawViolation(f"the product has dtype {product.dtype}, expected {dtype}")
         if product is not out:
             if shape != out.shape:
                 product = product[:, self._weight.active]
             out[...] = round_to(product, out.dtype)
+
+
+class _FunctionWeight(_FunctionProduct):
+    """A condensed weight, multiplied by a function, or whose gradients it computes."""
+
+    def __init__(self, backend: FunctionBackend, weight: CondensedWeight) -> None:
+        super().__init__(backend, weight, None)
+
+    def with_values(self, weight: CondensedWeight) -> _FunctionWeight:
+        """Return another weight, multiplied by the function."""
+        return _FunctionWeight(self._backend, weight)
 
     def backward(
         self,
@@ -428,7 +451,9 @@ def _narrowed(
     if op.startswith("remap"):
         settings = capabilities.settings - (REMAP_SETTINGS - parameters)
         return replace(capabilities, out=False, layouts=layouts, settings=settings)
-    if op == "condensed_matmul":
+    if op == "quantized_matmul" and "inputs" not in parameters:
+        _check_one_product(capabilities.quantized_inputs)
+    if op in ("condensed_matmul", "quantized_matmul"):
         if "activation" not in parameters:
             capabilities = replace(capabilities, activations=frozenset({"none"}))
         if "bias" not in parameters:
@@ -440,6 +465,14 @@ def _narrowed(
         layouts=layouts,
         out=capabilities.out and "out" in parameters,
     )
+
+
+def _check_one_product(quantized_inputs: frozenset[str]) -> None:
+    if len(quantized_inputs) != 1:
+        raise SriglError(
+            "a function for quantized_matmul needs a parameter 'inputs', or capabilities that "
+            "declare the one product that it computes, such as quantized_inputs={'int8'}"
+        )
 
 
 def _as_numpy(result: Any, what: str, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -6,7 +6,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
 from srigl_core._arrays.dtypes import VALUE_TYPES
-from srigl_core.contract import ACTIVATIONS, OPERATIONS, Backend, Capabilities
+from srigl_core.contract import (
+    ACTIVATIONS,
+    OPERATIONS,
+    QUANTIZED_INPUTS,
+    Backend,
+    Capabilities,
+)
 from srigl_core.errors import SriglError
 from srigl_core.testing.problem_sizes import classes_too_large
 
@@ -53,7 +59,7 @@ class KernelCapabilities(Capabilities):
 
     Parameters
     ----------
-    device, value_dtypes, input_dtypes, index_dtypes, priority, largest_problem
+    device, value_dtypes, input_dtypes, index_dtypes, quantized_inputs, priority, largest_problem
         As in `Capabilities`.
     operations : frozenset of str
         The operations that it implements: those of `Capabilities`, "remap_state" and
@@ -90,6 +96,7 @@ class KernelCapabilities(Capabilities):
             "operations": KERNEL_OPERATIONS,
             "value_dtypes": VALUE_TYPES,
             "index_dtypes": INDEX_TYPES,
+            "quantized_inputs": QUANTIZED_INPUTS,
             "activations": ACTIVATIONS,
             "layouts": LAYOUTS,
             "settings": OPTIONAL_SETTINGS | REMAP_SETTINGS,
@@ -139,7 +146,10 @@ def left_out(capabilities: KernelCapabilities) -> list[str]:
         missing += layouts if len(capabilities.layouts) > 1 else ["strides"]
     if capabilities.operations - updates - remaps:
         missing += ["out="] * (not capabilities.out)
-    if "condensed_matmul" in capabilities.operations:
+    if "quantized_matmul" in capabilities.operations:
+        kinds = _missing(QUANTIZED_INPUTS, capabilities.quantized_inputs)
+        missing += [f"{kind} inputs of a quantised weight" for kind in kinds]
+    if capabilities.operations & {"condensed_matmul", "quantized_matmul"}:
         missing += ["bias"] * (not capabilities.bias)
         missing += [f"activation {n}" for n in _missing(ACTIVATIONS, capabilities.activations)]
     if capabilities.operations & updates:

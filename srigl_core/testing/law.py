@@ -10,6 +10,7 @@ from srigl_core._format.weight import CondensedWeight
 from srigl_core.contract import Backend
 from srigl_core.testing.kernel_capabilities import KernelCapabilities, capabilities_of
 from srigl_core.testing.problems import DataSource, MatmulProblem
+from srigl_core.testing.quantized_problems import QuantizedProblem
 
 __all__ = ["Law", "LawViolation", "NotApplicable", "check", "law_decorator"]
 
@@ -45,6 +46,9 @@ class Law:
         Takes a `DataSource` and a kernel's capabilities; returns a problem within these.
     holds : callable
         Takes a backend and a problem; raises `LawViolation` or `NotApplicable`.
+    inputs : str or None
+        Of the operation "quantized_matmul", the product that the law is about, one of
+        `srigl_core.contract.QUANTIZED_INPUTS`; None is each that a backend declares.
     """
 
     name: str
@@ -54,6 +58,15 @@ class Law:
     operation: str
     build: Build
     holds: Callable[[Backend, Any], None]
+    inputs: str | None = None
+
+    def not_offered(self, capabilities: KernelCapabilities) -> str:
+        """Return what a kernel does not offer that the law is about; "" if it offers all."""
+        if self.operation not in capabilities.operations:
+            return f"it does not offer {self.operation}"
+        if self.inputs is not None and self.inputs not in capabilities.quantized_inputs:
+            return f"it does not take {self.inputs} inputs"
+        return ""
 
 
 def law_decorator(
@@ -61,15 +74,18 @@ def law_decorator(
 ) -> Callable[..., Callable[[Holds], Holds]]:
     """Return a decorator that appends a function to `laws`.
 
-    The decorator takes `against` and `tolerance`, and another `build` if the law needs one. The
-    function's docstring is the law's statement.
+    The decorator takes `against` and `tolerance`, and another `build` and `inputs` if the law needs
+    them. The function's docstring is the law's statement.
     """
     default_build = build
 
-    def law(against: str, tolerance: str, *, build: Build = default_build) -> Any:
+    def law(
+        against: str, tolerance: str, *, build: Build = default_build, inputs: str | None = None
+    ) -> Any:
         def register(holds: Holds) -> Holds:
             statement = (holds.__doc__ or "").strip()
-            laws.append(Law(holds.__name__, statement, against, tolerance, operation, build, holds))
+            about = (holds.__name__, statement, against, tolerance, operation)
+            laws.append(Law(*about, build, holds, inputs))
             return holds
 
         return register
@@ -80,8 +96,8 @@ def law_decorator(
 def check(backend: Backend, law: Law, problem: Any) -> None:
     """Raise `LawViolation` if a law does not hold for a problem, or `NotApplicable`."""
     capabilities = capabilities_of(backend)
-    if law.operation not in capabilities.operations:
-        raise NotApplicable(f"{backend.name!r} does not offer {law.operation}")
+    if missing := law.not_offered(capabilities):
+        raise NotApplicable(missing)
     dtypes = {"values": problem.weight.dtype}
     if isinstance(problem, MatmulProblem):
         dtypes["inputs"] = problem.x.dtype
@@ -91,4 +107,8 @@ def check(backend: Backend, law: Law, problem: Any) -> None:
         taken = capabilities.value_dtypes | capabilities.index_dtypes
         if dtype.name not in taken:
             raise NotApplicable(f"{backend.name!r} does not take {what} of {dtype}")
+    if isinstance(problem, QuantizedProblem) and (
+        problem.inputs not in capabilities.quantized_inputs
+    ):
+        raise NotApplicable(f"{backend.name!r} does not take {problem.inputs} inputs")
     law.holds(backend, problem)

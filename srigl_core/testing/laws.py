@@ -5,14 +5,21 @@ from __future__ import annotations
 from srigl_core.testing.gradient_laws import GRADIENT_LAWS
 from srigl_core.testing.law import Law
 from srigl_core.testing.product_laws import PRODUCT_LAWS
+from srigl_core.testing.quantized_laws import QUANTIZED_LAWS
 from srigl_core.testing.remap_laws import REMAP_LAWS
 from srigl_core.testing.update_laws import UPDATE_LAWS
 
 __all__ = ["LAWS", "laws_page"]
 
-LAWS: tuple[Law, ...] = (*PRODUCT_LAWS, *GRADIENT_LAWS, *UPDATE_LAWS, *REMAP_LAWS)
-"""The laws of the product, of its gradients, of the mask updates and of remapped optimiser state; \
-each name is unique."""
+LAWS: tuple[Law, ...] = (
+    *PRODUCT_LAWS,
+    *GRADIENT_LAWS,
+    *QUANTIZED_LAWS,
+    *UPDATE_LAWS,
+    *REMAP_LAWS,
+)
+"""The laws of the products, of gradients, of mask updates and of remapped optimiser state; each \
+name is unique."""
 
 
 def laws_page() -> str:

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import accumulator_dtype
+from srigl_core._format.quantized_weight import QuantizedWeight
 from srigl_core._format.weight import CondensedWeight
-from srigl_core.testing.bounds import Outcome
+from srigl_core.testing.bounds import Outcome, float_limits
 
 __all__ = ["expected_gradients", "expected_product"]
 
@@ -20,28 +21,41 @@ _CHUNK = 2**18
 
 
 def expected_product(
-    weight: CondensedWeight, x: NDArray[Any], bias: NDArray[Any] | None, activation: str
+    weight: CondensedWeight | QuantizedWeight,
+    x: NDArray[Any],
+    bias: NDArray[Any] | None,
+    activation: str,
 ) -> Outcome:
-    """Return the product in extended precision, (..., n_out); `bias` has the product's dtype."""
+    """Return the product in extended precision, (..., n_out); `bias` has the product's dtype.
+
+    With a quantised weight it is the product with the inputs as they are. Its scale may be applied
+    to the terms or to their sum, so neither may come near overflow (SPEC 6).
+    """
+    accumulator = accumulator_dtype(x.dtype, weight.float_dtype)
+    scales = np.ones(weight.n_active, np.longdouble)
+    if isinstance(weight, QuantizedWeight):
+        scales = weight.scale.astype(np.longdouble)
     with np.errstate(all="ignore"):
         z = np.zeros((*x.shape[:-1], weight.shape[0]), np.longdouble)
-        scale = np.zeros_like(z)
+        magnitude = np.zeros_like(z)
         terms = np.zeros(weight.shape[0], np.int64)
         terms[weight.active] = weight.fan_in
         inputs = x.astype(np.longdouble)
         for neurons in _chunks(weight, inputs.size // x.shape[-1]):
             values = weight.values[neurons].astype(np.longdouble)
             products = inputs[..., weight.indices[neurons]] * values
-            rows = weight.active[neurons]
-            z[..., rows] = products.sum(axis=-1)
-            scale[..., rows] = _magnitudes(products).sum(axis=-1)
+            rows, scale = weight.active[neurons], scales[neurons]
+            z[..., rows] = scale * products.sum(axis=-1)
+            size = _magnitudes(products).sum(axis=-1)
+            is_large = size > float_limits(accumulator).largest / 2
+            magnitude[..., rows] = np.where(is_large, np.inf, scale * size)
         if bias is not None:
             z += bias.astype(np.longdouble)
-            scale += _magnitudes(bias.astype(np.longdouble))
-        return Outcome(z, scale, terms, accumulator_dtype(x.dtype, weight.dtype), activation)
+            magnitude += _magnitudes(bias.astype(np.longdouble))
+        return Outcome(z, magnitude, terms, accumulator, activation)
 
 
-def _chunks(weight: CondensedWeight, batch: int) -> Iterator[slice]:
+def _chunks(weight: CondensedWeight | QuantizedWeight, batch: int) -> Iterator[slice]:
     """Yield slices of neurons that have few products each."""
     step = max(1, _CHUNK // max(1, batch * weight.fan_in))
     for start in range(0, weight.n_active, step):

@@ -17,6 +17,7 @@ from srigl_core.testing.function_backend import FunctionBackend
 from srigl_core.testing.kernel_capabilities import completed
 from srigl_core.testing.law import Law
 from srigl_core.testing.problems import CondensedUpdateProblem, MatmulProblem, UpdateProblem
+from srigl_core.testing.quantized_problems import QuantizedProblem
 
 __all__ = ["kernel_code", "reproduction"]
 
@@ -25,9 +26,10 @@ _MOST_NUMBERS = 16
 
 _IMPORTED = (
     *("CondensedUpdateProblem", "CondensedWeight", "FunctionBackend", "KernelCapabilities"),
-    *("MatmulProblem", "UpdateProblem", "UpdateSettings", "array_of", "value_dtype", "check_law"),
+    *("MatmulProblem", "QuantizedProblem", "UpdateProblem", "UpdateSettings"),
+    *("array_of", "value_dtype", "check_law"),
 )
-_WRITTEN = (MatmulProblem, UpdateProblem, CondensedUpdateProblem)
+_WRITTEN = (MatmulProblem, QuantizedProblem, UpdateProblem, CondensedUpdateProblem)
 _LAYOUTS = {"x": "layout", "grad": "grad_layout", "bias": "bias_layout"}
 
 

@@ -183,13 +183,15 @@ def try_law(
     first the next time.
     """
     capabilities = capabilities_of(backend)
-    if law.operation not in capabilities.operations:
-        return LawResult(law, "not applicable", 0, f"it does not offer {law.operation}")
+    if missing := law.not_offered(capabilities):
+        return LawResult(law, "not applicable", 0, missing)
     needed = ["value_dtypes"]
     if law.operation != "update_mask":
         needed.append("index_dtypes")
-    if law.operation.startswith("condensed_matmul"):
+    if law.operation.endswith("matmul") or law.operation == "condensed_matmul_backward":
         needed.append("activations")
+    if law.operation == "quantized_matmul":
+        needed.append("quantized_inputs")
     for name in needed:
         if not getattr(capabilities, name):
             return LawResult(law, "not applicable", 0, f"it declares no {name}")
@@ -213,7 +215,7 @@ def check_law(kernel: Any, law: str | Law, problem: Any) -> None:
     kernel : str, Backend, class or function
         As in `as_backend`.
     law : str or Law
-    problem : MatmulProblem, UpdateProblem, CondensedUpdateProblem or sequence of int
+    problem : MatmulProblem, QuantizedProblem, UpdateProblem, CondensedUpdateProblem or list of int
         The problem, or the integers that it is built from, as a report shows them.
 
     Raises

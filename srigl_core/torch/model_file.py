@@ -317,9 +317,15 @@ def _read(
         layers = read_layers(metadata)
         modules = _read_modules(metadata, layers)
         for name, layer in layers.items():
-            keys = [key for key in array_names(name) if key in tensors]
+            keys = [key for key in array_names(name, layer) if key in tensors]
             arrays = {key: as_numpy(tensors.pop(key)) for key in keys}
-            weights[name] = take_weight(arrays, name, layer)
+            weight = take_weight(arrays, name, layer)
+            if not isinstance(weight, CondensedWeight):
+                raise FileFormatError(
+                    f"layer {name!r} is quantised, which layers of PyTorch are not; read it with "
+                    f"load_condensed"
+                )
+            weights[name] = weight
     except (SriglError, TypeError) as error:  # NumPy does not have all dtypes of PyTorch
         raise FileFormatError(f"{os.fspath(path)!r}: {error}") from error
     return tensors, weights, modules

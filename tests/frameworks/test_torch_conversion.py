@@ -6,10 +6,12 @@ import re
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from training_options import training_options
 
 import srigl_core
 from srigl_core import CondensedWeight, FileFormatError, LayerOptions, SriglError, ValueTypeError
+from srigl_core._format.file import layer_metadata, read_whole, weight_arrays
 
 torch = pytest.importorskip("torch")
 
@@ -555,6 +557,18 @@ def test_a_file_keeps_room_to_spare_and_takes_the_models_dtype(tmp_path):
     save_model(alone, tmp_path / "alone")
     with pytest.raises(SriglError, match="the model itself is a Linear"):
         load_model(tmp_path / "alone", nn.Linear(10, 12))
+
+
+def test_a_file_with_a_quantized_layer_is_not_loaded_into_a_model(tmp_path):
+    path = tmp_path / "model"
+    layer = condensed_layer(10, 12, 3, 8)
+    save_model(nn.Sequential(layer), path)
+    _, metadata = read_whole(path, "np")
+    weight = layer.to_condensed().quantize()
+    metadata |= layer_metadata({"0": weight})
+    save_file(weight_arrays("0", weight), path, metadata=metadata)
+    with pytest.raises(FileFormatError, match=r"layer '0' is quantised, .* load_condensed"):
+        load_model(path, nn.Sequential(nn.Linear(10, 12)))
 
 
 def test_a_layer_in_two_places_is_loaded_into_one_in_two_places(tmp_path):

@@ -31,6 +31,7 @@ from srigl_core import Backend, SriglError
 from srigl_core._machine import machine_facts, package_versions
 from srigl_core._workers import worker_pool
 from srigl_core.testing import LAWS, Law, LawResult
+from srigl_core.testing.kernel_capabilities import capabilities_of
 from srigl_core.testing.targets import as_backend
 from srigl_core.testing.verification import law_named, try_law
 
@@ -52,8 +53,8 @@ class Tally:
 
     @property
     def is_offered(self) -> bool:
-        """Whether the backend has the operation that the law is about."""
-        return self.law.operation in self.backend.capabilities.operations
+        """Whether the backend has what the law is about."""
+        return not self.law.not_offered(capabilities_of(self.backend))
 
     def is_open(self, examples: int) -> bool:
         """Whether it is to have another turn."""

@@ -30,13 +30,33 @@ except ImportError:
     atheris = None
 
 with atheris.instrument_imports(include=["srigl_core"]) if atheris else nullcontext():
-    from srigl_core import CondensedWeight, FileFormatError, load_condensed, save_condensed
+    from srigl_core import (
+        CondensedWeight,
+        FileFormatError,
+        QuantizedWeight,
+        load_condensed,
+        save_condensed,
+    )
 
 ALLOWED_BYTES = 4 << 20  # of Python's and NumPy's memory, on top of 64 times the file
 MOST_MEMORY_MB = 1500
 NUMBERS = (0, 1, 2, 3, 4, 8, 255, 65535, 65536, 2**31, 2**32, 2**40, 2**53, 10**18, 2**63 - 1)
 NUMBERS += (2**64 - 1, 2**80, -1, -(2**40))
-DTYPES = ("F16", "BF16", "F32", "F64", "U8", "U16", "U32", "I16", "I64", "BOOL", "F8_E4M3", "C64")
+DTYPES = (
+    "F16",
+    "BF16",
+    "F32",
+    "F64",
+    "U8",
+    "U16",
+    "U32",
+    "I8",
+    "I16",
+    "I64",
+    "BOOL",
+    "F8_E4M3",
+    "C64",
+)
 ODD = (None, True, -1, 0.5, float("nan"), float("inf"), "", "34", "\ud800", [], [[]], {}, "float32")
 
 
@@ -80,13 +100,14 @@ def check_bytes(content: bytes, path: Path) -> str:
 def _check_tensor(name: str, tensor: object) -> None:
     if isinstance(tensor, np.ndarray):
         return
-    if not isinstance(tensor, CondensedWeight):
+    if not isinstance(tensor, CondensedWeight | QuantizedWeight):
         raise Find(f"{name!r} is a {type(tensor).__name__}")
     try:
-        again = CondensedWeight(tensor.values, tensor.indices, tensor.active, tensor.shape)
+        arrays = tensor.value_arrays
+        again = type(tensor)(*arrays.values(), tensor.indices, tensor.active, tensor.shape)
     except ValueError as error:
         raise Find(f"the weight {name!r} does not pass validation: {error}") from error
-    if again != tensor or tensor.values.flags.writeable:
+    if again != tensor or any(array.flags.writeable for array in arrays.values()):
         raise Find(f"the weight {name!r} is not what validation makes of it")
 
 
@@ -100,6 +121,7 @@ def seed_files(folder: Path) -> list[bytes]:
             weight,
             {"a": weight, "b": wide, "a.bias": np.arange(4.0)},
             {"": weight, "n": np.array(3), "seen": np.array([True]), "none": np.zeros((0, 3))},
+            {"a": weight.quantize(), "b": wide},
         ):
             save_condensed(folder / "seed", tensors)
             contents.append((folder / "seed").read_bytes())
@@ -169,7 +191,9 @@ def _other_layers(header: dict, body: bytearray, rng: random.Random) -> tuple[by
     metadata = header["__metadata__"]
     if rng.random() < 0.15:
         key = rng.choice(list(metadata))
-        metadata[key] = rng.choice(("", "2", "[", "[" * 3000, "9" * 5000, "null", "NaN", "{}", key))
+        metadata[key] = rng.choice(
+            ("", "1", "2", "3", "[", "[" * 3000, "9" * 5000, "null", "NaN", "{}", key)
+        )
         return _dumped(header), body
     layers = json.loads(metadata["srigl_core.layers"])
     name = rng.choice(list(layers))
