@@ -11,8 +11,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import accumulator_dtype, round_to
-from srigl_core._format.quantized_weight import QuantizedWeight
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core.contract import Capabilities, MatmulGradients
 from srigl_core.reference.activations import activate
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core._format.quantized_weight import QuantizedWeight
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core._update import CondensedUpdate, GradientRows, MaskUpdate, UpdateSettings
 from srigl_core.contract import OPERATIONS, Capabilities, MatmulGradients
 from srigl_core.reference import condensed_matmul, quantized_matmul

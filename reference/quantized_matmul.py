@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import accumulator_dtype, round_to
 from srigl_core._arrays.float_mode import honour_subnormals
-from srigl_core._format.quantized_weight import QuantizedWeight
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core.errors import SriglError
 from srigl_core.reference.activations import activate
 

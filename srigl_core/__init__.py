@@ -14,8 +14,7 @@ from srigl_core._api import (
 from srigl_core._format.connections import Connections
 from srigl_core._format.file import load_condensed, save_condensed
 from srigl_core._format.packed_weight import MemoryReport
-from srigl_core._format.quantized_weight import QuantizedWeight
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core._plan import Plan, QuantizedPlan, prepare
 from srigl_core._recommendation import Recommendation, recommend
 from srigl_core._registry import BackendStatus, get_backend, list_backends

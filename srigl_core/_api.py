@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 
 from srigl_core._arrays.libraries import common_library, device_of
 from srigl_core._arrays.operations import HOST_ARRAYS
-from srigl_core._format.quantized_weight import QuantizedWeight
-from srigl_core._format.weight import CondensedWeight, check_condensed
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight, check_condensed
 from srigl_core._plan import plan_of
 from srigl_core._product_plan import ProductPlan
 from srigl_core._product_spec import checked_threads

@@ -11,8 +11,7 @@ from numpy.typing import ArrayLike
 
 from srigl_core._arrays.checks import check_choice
 from srigl_core._arrays.libraries import common_library
-from srigl_core._format.quantized_weight import QuantizedWeight
-from srigl_core._format.weight import CondensedWeight, check_condensed
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight, check_condensed
 from srigl_core._product_plan import ProductPlan, merged_rows
 from srigl_core._product_spec import (
     QUANTIZED_INPUTS,

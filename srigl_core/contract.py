@@ -15,8 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from srigl_core._activations import ACTIVATIONS, Activation
 from srigl_core._arrays.dtypes import VALUE_TYPES, accumulator_dtype, round_to
 from srigl_core._arrays.operations import ArrayOps
-from srigl_core._format.quantized_weight import QuantizedWeight
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core._product_spec import QUANTIZED_INPUTS
 from srigl_core._update import CondensedUpdate, MaskUpdate, UpdateSettings
 

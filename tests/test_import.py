@@ -106,12 +106,10 @@ def test_all_that_is_promised_is_there():
 
 
 def module_level_imports(path, modules):
-    """Return those of `modules` that a file imports outside of functions, when it is run."""
+    """Return those of `modules` that a file imports outside of functions."""
     names, statements = set(), list(ast.parse(path.read_text()).body)
     while statements:
         node = statements.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue  # two classes that convert to each other name each other in annotations
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import VALUE_TYPES, index_dtype, value_dtype
 from srigl_core._files import file_errors, parse_json, regular_file, write_whole
-from srigl_core._format.quantized_weight import QuantizedWeight
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
 
 __all__ = [

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from srigl_core._arrays.dtypes import VALUE_TYPES, result_dtype, round_to
 from srigl_core._arrays.operations import HOST_ARRAYS
 from srigl_core._format.packed_weight import PackedWeight
-from srigl_core._format.quantized_weight import QuantizedWeight
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core._update import CondensedUpdate, GradientRows, MaskUpdate, UpdateSettings
 from srigl_core.contract import Capabilities, MatmulGradients
 from srigl_core.errors import SriglError, ValueTypeError

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core._format.quantized_weight import QuantizedWeight
+from srigl_core._format.weight import QuantizedWeight
 
 __all__ = ["exact_int8_product", "nearest_float32"]
 

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import accumulator_dtype
-from srigl_core._format.quantized_weight import QuantizedWeight
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core.testing.bounds import Outcome, float_limits
 
 __all__ = ["expected_gradients", "expected_product"]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from srigl_core._arrays.dtypes import round_to
 from srigl_core._arrays.float_mode import subnormals_are_flushed
 from srigl_core._format.connections import Connections
-from srigl_core._format.quantized_weight import QuantizedWeight
+from srigl_core._format.weight import QuantizedWeight
 from srigl_core._plan import QuantizedPlan, prepare
 from srigl_core.contract import Backend
 from srigl_core.testing.bounds import Outcome

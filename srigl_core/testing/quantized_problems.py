@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from srigl_core._arrays.dtypes import result_dtype
-from srigl_core._format.quantized_weight import QuantizedWeight
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core._product_spec import INT8_FAN_IN
 from srigl_core.contract import QUANTIZED_INPUTS
 from srigl_core.testing.bounds import float_limits
