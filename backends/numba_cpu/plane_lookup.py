@@ -1,0 +1,132 @@
+"""Numbers split into planes of bytes, and looked up there 64 at a time; needs AVX-512 VBMI.
+
+A block of 64 float32 becomes four planes, each one register of 64 bytes: plane p has byte p of each
+number. One instruction looks up 64 bytes in a plane of two blocks. Four of them, one for each
+plane, give the bytes of 64 numbers. A block, and its planes, are 64 lanes of int32 here.
+
+Compiling these functions for a processor without the instruction ends the process. Check
+`processor.has_byte_lookup` first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.errors import TypingError
+from numba.extending import intrinsic
+
+from srigl_core.backends.numba_cpu.simd import VectorType
+
+__all__ = ["BLOCK", "INDEX_WORDS", "PADDING", "look_up", "place_of_lane", "split"]
+
+BLOCK = 64
+"""Numbers in a block, and lanes of a lookup."""
+
+INDEX_WORDS = BLOCK // 4
+"""Numbers of int32 that hold the indices of a lookup, one byte each."""
+
+PADDING = 1 << 7
+"""Index of no number: a lane with it gets 0.0, whatever the planes hold."""
+
+_NUMBERS, _PLANES = VectorType(types.float32, BLOCK), VectorType(types.int32, BLOCK)
+_INDICES = VectorType(types.int32, INDEX_WORDS)
+_LOOK_UP = "llvm.x86.avx512.vpermi2var.qi.512"
+
+
+def _vector(bits: int, lanes: int) -> Any:
+    return ir.VectorType(ir.IntType(bits), lanes)
+
+
+def place_of_lane() -> Any:
+    """Return, for each lane of a lookup, the place of its index among the 64 index bytes.
+
+    Bytes become numbers within each quarter of a register, which takes one cycle less.
+    """
+    register, lane = np.divmod(np.arange(BLOCK), BLOCK // 4)
+    return 16 * (lane // 4) + 4 * register + lane % 4
+
+
+@intrinsic
+def split(typing_context: Any, numbers: Any) -> Any:
+    """Return the planes of 64 float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        words, octets = _vector(32, BLOCK), _vector(8, BLOCK)
+        bits = builder.bitcast(args[0], words)
+        shifts = [ir.Constant(words, [8 * plane] * BLOCK) for plane in range(4)]
+        planes = [builder.trunc(builder.lshr(bits, shift), octets) for shift in shifts]
+        return builder.bitcast(_concatenated(builder, planes), words)
+
+    if numbers != _NUMBERS:
+        raise TypingError(f"cannot split {numbers}")
+    return _PLANES(numbers), generate
+
+
+@intrinsic
+def look_up(typing_context: Any, low: Any, indices: Any, high: Any) -> Any:
+    """Return 64 float32 from the planes of two blocks.
+
+    Byte ``place_of_lane()[i]`` of `indices` is the index of lane i: 0 to 63 for a number of the
+    first block, 64 to 127 for one of the second, `PADDING` for 0.0.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        register = _vector(8, BLOCK)
+        first, last = (_registers(builder, args[i], register) for i in (0, 2))
+        index, zero = builder.bitcast(args[1], register), ir.Constant(register, None)
+        is_connected = builder.icmp_signed(">=", index, zero)
+        signature = ir.FunctionType(register, [register] * 3)
+        permute = cgutils.get_or_insert_function(builder.module, signature, _LOOK_UP)
+        looked_up = [
+            builder.select(is_connected, builder.call(permute, [a, index, b]), zero)
+            for a, b in zip(first, last, strict=True)
+        ]
+        numbers = _concatenated(builder, _joined(builder, looked_up))
+        return builder.bitcast(numbers, ir.VectorType(ir.FloatType(), BLOCK))
+
+    if (low, indices, high) != (_PLANES, _INDICES, _PLANES):
+        raise TypingError(f"cannot look up {indices} in {low} and {high}")
+    return _NUMBERS(low, indices, high), generate
+
+
+def _joined(builder: Any, planes: list[Any]) -> list[Any]:
+    """Return four registers of numbers from the four registers of their bytes."""
+
+    def interleaved(a: Any, b: Any) -> list[Any]:
+        """Interleave the first halves of each quarter of two registers, then the last halves."""
+        n = a.type.count
+        halves = []
+        for skip in (0, n // 8):
+            places = [start + skip + i for start in range(0, n, n // 4) for i in range(n // 8)]
+            halves.append(_shuffle(builder, a, b, [p + q for p in places for q in (0, n)]))
+        return halves
+
+    pairs = zip(interleaved(*planes[:2]), interleaved(*planes[2:]), strict=True)
+    numbers = []
+    for pair in pairs:
+        numbers += interleaved(*(builder.bitcast(half, _vector(16, BLOCK // 2)) for half in pair))
+    return numbers
+
+
+def _registers(builder: Any, block: Any, register: Any) -> list[Any]:
+    """Return the four registers of 64 lanes of 32 bits."""
+    quarter = BLOCK // 4
+    return [
+        builder.bitcast(_shuffle(builder, block, block, list(range(i, i + quarter))), register)
+        for i in range(0, BLOCK, quarter)
+    ]
+
+
+def _concatenated(builder: Any, parts: list[Any]) -> Any:
+    while len(parts) > 1:
+        lanes = list(range(2 * parts[0].type.count))
+        parts = [_shuffle(builder, *parts[i : i + 2], lanes) for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
+def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(_vector(32, len(lanes)), lanes))
