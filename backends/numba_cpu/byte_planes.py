@@ -76,38 +76,41 @@ def _planes_of(x, planes, at):
 
 
 @kernel()
-def _places(blocks, step):
-    """Return where the two blocks of a step begin."""
-    low, high = blocks[step + step], blocks[step + step + np.uint64(1)]
-    return np.uint64(low) * np.uint64(BLOCK), np.uint64(high) * np.uint64(BLOCK)
+def _load_block(planes, block, row):
+    """Return the planes of a block; those of its batch row begin at `row`."""
+    return load(planes, row + np.uint64(block) * np.uint64(BLOCK), BLOCK)
 
 
 @kernel()
 def _sum_row(first, last, values, lookups, blocks, planes, like):
-    """Return the sums of a group over steps `first` to `last`."""
+    """Return the sums of a group over steps `first` to `last`, whose blocks are `blocks`."""
+    u = np.uint64
     total = zeros(like, LANES)
+    low = _load_block(planes, blocks[0], u(0))
     for step in range(first, last):
-        low, high = _places(blocks, step)
-        index = load(lookups, step * np.uint64(INDEX_WORDS), INDEX_WORDS)
-        x = look_up(load(planes, low, BLOCK), index, load(planes, high, BLOCK))
-        total = fma(load(values, step * np.uint64(LANES), LANES), x, total)
+        high = _load_block(planes, blocks[step - first + u(1)], u(0))
+        index = load(lookups, step * u(INDEX_WORDS), INDEX_WORDS)
+        weights = load(values, step * u(LANES), LANES)
+        total = fma(weights, look_up(low, index, high), total)
+        low = high
     return total
 
 
 @kernel()
-def _sum_two_rows(first, last, values, lookups, blocks, planes, row_size, like):
-    """Return the sums of a group for two batch rows, whose planes are `row_size` lanes apart."""
-    total, other = zeros(like, LANES), zeros(like, LANES)
+def _sum_two_rows(first, last, values, lookups, blocks, planes, size, like):
+    """Return the sums of a group for two batch rows, whose planes have `size` lanes each."""
+    u = np.uint64
+    a, b = zeros(like, LANES), zeros(like, LANES)
+    low_a, low_b = _load_block(planes, blocks[0], u(0)), _load_block(planes, blocks[0], size)
     for step in range(first, last):
-        low, high = _places(blocks, step)
-        index = load(lookups, step * np.uint64(INDEX_WORDS), INDEX_WORDS)
-        weights = load(values, step * np.uint64(LANES), LANES)
-        x = look_up(load(planes, low, BLOCK), index, load(planes, high, BLOCK))
-        total = fma(weights, x, total)
-        low, high = low + row_size, high + row_size
-        x = look_up(load(planes, low, BLOCK), index, load(planes, high, BLOCK))
-        other = fma(weights, x, other)
-    return total, other
+        block = blocks[step - first + u(1)]
+        high_a, high_b = _load_block(planes, block, u(0)), _load_block(planes, block, size)
+        index = load(lookups, step * u(INDEX_WORDS), INDEX_WORDS)
+        weights = load(values, step * u(LANES), LANES)
+        a = fma(weights, look_up(low_a, index, high_a), a)
+        b = fma(weights, look_up(low_b, index, high_b), b)
+        low_a, low_b = high_a, high_b
+    return a, b
 
 
 @kernel()
@@ -123,13 +126,14 @@ def _sum_rows(groups, rows, values, arrays, x, n_in, columns, bias, out):
             _planes_of(x[(row + 1) * n_in : (row + 2) * n_in], planes, u(row_size))
         for group in range(groups[0], groups[1]):
             first, last, neuron = u(ends[group]), u(ends[group + 1]), group * LANES
+            near = uncounted(blocks[ends[group] + group :])
             if is_pair:
                 total, other = _sum_two_rows(
-                    first, last, values, lookups, blocks, planes, u(row_size), x
+                    first, last, values, lookups, near, planes, u(row_size), x
                 )
                 deliver_sums(other, LANES, neuron, columns, bias, out, place + n_columns, spare)
             else:
-                total = _sum_row(first, last, values, lookups, blocks, planes, x)
+                total = _sum_row(first, last, values, lookups, near, planes, x)
             deliver_sums(total, LANES, neuron, columns, bias, out, place, spare)
 
 

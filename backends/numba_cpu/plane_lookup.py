@@ -55,11 +55,9 @@ def split(typing_context: Any, numbers: Any) -> Any:
     """Return the planes of 64 float32."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        words, octets = _vector(32, BLOCK), _vector(8, BLOCK)
-        bits = builder.bitcast(args[0], words)
-        shifts = [ir.Constant(words, [8 * plane] * BLOCK) for plane in range(4)]
-        planes = [builder.trunc(builder.lshr(bits, shift), octets) for shift in shifts]
-        return builder.bitcast(_concatenated(builder, planes), words)
+        octets = builder.bitcast(args[0], _vector(8, 4 * BLOCK))
+        order = [4 * number + plane for plane in range(4) for number in range(BLOCK)]
+        return builder.bitcast(_shuffle(builder, octets, octets, order), _vector(32, BLOCK))
 
     if numbers != _NUMBERS:
         raise TypingError(f"cannot split {numbers}")

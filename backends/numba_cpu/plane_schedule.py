@@ -1,9 +1,9 @@
-"""Which two blocks of the input each step of `byte_planes` loads, and what each lane takes.
+"""Which two blocks of the input each step of `byte_planes` looks up in, and what each lane takes.
 
-A greedy schedule, made once for a mask. The first block of a step is the one with the longest
-backlog in some lane. The second serves most of the lanes for which the first has nothing; lanes
-that lag behind have more weight. A lane takes a connection from the block where its backlog is
-longer.
+A greedy schedule, made once for a mask. The first block of a step is the second of the step before,
+so that each step loads one. Beside it comes a block with a long backlog in some lane, which serves
+many of the lanes for which the first one has nothing; lanes that lag behind have more weight. A
+lane takes a connection from the block where its backlog is longer.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def scheduled(indices: Any, n_in: int) -> tuple[Any, Any, Any, Any]:
         Position among the condensed values of what each lane multiplies, negative for padding.
     lookups : ndarray of int32, (steps * 16,)
         The indices for `look_up`, four to a number.
-    blocks : ndarray of uint16, (steps * 2,)
+    blocks : ndarray of uint16, (steps + groups,)
+        Step s of group g looks up in the blocks ``blocks[s + g]`` and ``blocks[s + g + 1]``.
     ends : ndarray of int64, (groups + 1,)
         Group g has the steps ``range(ends[g], ends[g + 1])``.
     """
@@ -59,30 +60,27 @@ def scheduled(indices: Any, n_in: int) -> tuple[Any, Any, Any, Any]:
     n_blocks = -(-n_in // BLOCK)
     ends = np.zeros(n_groups + 1, np.int64)
     most_steps = n_groups * (fan_in + fan_in // 2 + n_blocks // 2)
-    group, arrays = 0, _arrays(most_steps)
+    group, arrays = 0, _arrays(most_steps, n_groups)
     while True:
         group = _schedule(indices, n_blocks, group, *arrays, ends)
         if group == n_groups:
             break
         # These masks need more steps than most: go on with twice the memory.
         most_steps *= 2
-        arrays = _copies(arrays, _arrays(most_steps), int(ends[group]))
-    steps = int(ends[-1])
-    positions, octets, blocks = _copies(arrays, _arrays(steps), steps)
+        arrays = _copies(arrays, _arrays(most_steps, n_groups))
+    positions, octets, blocks = _copies(arrays, _arrays(int(ends[-1]), n_groups))
     return positions, octets.view(np.int32), blocks, ends
 
 
-def _arrays(steps: int) -> tuple[Any, Any, Any]:
-    return (
-        np.empty(steps * LANES, np.int32),
-        aligned_empty(steps * LANES, np.uint8),
-        np.empty(steps * 2, np.uint16),
-    )
+def _arrays(steps: int, n_groups: int) -> tuple[Any, Any, Any]:
+    octets = aligned_empty(steps * LANES, np.uint8)
+    return np.empty(steps * LANES, np.int32), octets, np.empty(steps + n_groups, np.uint16)
 
 
-def _copies(sources: tuple[Any, ...], targets: tuple[Any, ...], steps: int) -> Any:
-    for source, target, width in zip(sources, targets, (LANES, LANES, 2), strict=True):
-        target[: steps * width] = source[: steps * width]
+def _copies(sources: tuple[Any, ...], targets: tuple[Any, ...]) -> Any:
+    for source, target in zip(sources, targets, strict=True):
+        size = min(source.size, target.size)
+        target[:size] = source[:size]
     return targets
 
 
@@ -104,7 +102,7 @@ def _schedule(indices, n_blocks, first_group, positions, octets, blocks, ends):
             row,
             positions[first * LANES :],
             octets[first * LANES :],
-            blocks[2 * first :],
+            blocks[first + group : blocks.size - (ends.size - 2 - group)],
             block_of[:n_places],
             backlog,
             nearest,
@@ -151,13 +149,13 @@ def _schedule_group(indices, row, positions, octets, blocks, block_of, backlog, 
             gains[lane, place] = _gain(backlog[lane, place])
     missing = np.zeros(LANES, np.int32)
     missing[:n_lanes] = fan_in
-    left, step = fan_in * n_lanes, 0
+    left, step, second = fan_in * n_lanes, 0, _first_maximum(need)
+    blocks[0] = block_of[second]
     while left > 0:
-        if 2 * step == blocks.size:
+        if step + 1 == blocks.size:
             return -1
-        first = _first_maximum(need)
-        second = _best_partner(backlog, gains, first, missing, scores)
-        blocks[2 * step], blocks[2 * step + 1] = block_of[first], block_of[second]
+        first, second = second, _best_partner(backlog, gains, need, second, missing, scores)
+        blocks[step + 1] = block_of[second]
         for lane in range(LANES):
             at, octet = step * LANES + lane, step * LANES + _PLACE_OF_LANE[lane]
             from_first = backlog[lane, first] >= backlog[lane, second]
@@ -196,15 +194,16 @@ def _gain(waiting):
 
 
 @kernel()
-def _best_partner(backlog, gains, first, missing, scores):
-    """Return the block that serves most of the lanes for which block `first` has nothing."""
+def _best_partner(backlog, gains, need, first, missing, scores):
+    """Return the block that helps most beside block `first`."""
     most = missing.max()
-    scores[:] = 0
+    scores[:] = need
     for lane in range(LANES):
         if missing[lane] > 0 and backlog[lane, first] == 0:
             urgency = np.float32(max(MOST_URGENCY - (most - missing[lane]), 1))
             for place in range(scores.size):
                 scores[place] += gains[lane, place] * urgency
+    scores[first] = -1
     return _first_maximum(scores)
 
 
