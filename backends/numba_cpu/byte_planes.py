@@ -16,11 +16,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from srigl_core.backends.numba_cpu.calling import uncounted
 from srigl_core.backends.numba_cpu.compiling import kernel
-from srigl_core.backends.numba_cpu.compressed_rows import position_dtype
-from srigl_core.backends.numba_cpu.plane_lookup import BLOCK, INDEX_WORDS, look_up, split
+from srigl_core.backends.numba_cpu.compressed_rows import aligned_empty, position_dtype
+from srigl_core.backends.numba_cpu.plane_lookup import BLOCK, INDEX_WORDS, look_up, split, widen_pairs
 from srigl_core.backends.numba_cpu.plane_schedule import LANES, fewest_steps, scheduled
 from srigl_core.backends.numba_cpu.results import deliver_sums
 from srigl_core.backends.numba_cpu.row_layout import RowLayout, row_launcher
@@ -31,6 +33,7 @@ __all__ = ["BytePlanes"]
 
 STEP_NANOSECONDS = 3.3
 MOST_BLOCKS = 1 << 16
+PAIRS = LANES // 2
 
 
 class BytePlanes(RowLayout):
@@ -49,6 +52,15 @@ class BytePlanes(RowLayout):
             most_rows=4,
             nanoseconds=STEP_NANOSECONDS * positions.size / LANES,
         )
+
+    def arrange(self, bits: Any, dtype: Any) -> Any:
+        """Return the values in order; bfloat16 in pairs, see `widen_pairs`."""
+        values = super().arrange(bits, dtype)
+        if values.dtype != np.int16:
+            return values
+        pairs = aligned_empty(values.size // 2, np.int32)
+        pairs.view(np.int16).reshape(-1, 16, 2)[...] = values.reshape(-1, 2, 16).swapaxes(1, 2)
+        return pairs
 
     @staticmethod
     def can_beat(nanoseconds: float, indices: Any, n_in: int, dtype: Any) -> bool:
@@ -75,6 +87,24 @@ def _planes_of(x, planes, at):
         store(planes, at + np.uint64(whole), split(load(rest, np.uint64(0), BLOCK)))
 
 
+def _load_weights(values, step):
+    """Return the values of a step as 64 float32."""
+    raise NotImplementedError  # Numba compiles one of the two below, by the dtype of `values`
+
+
+@overload(_load_weights)
+def _load_weights_of_type(values, step):
+    return _load_pairs if values.dtype == types.int32 else _load_numbers
+
+
+def _load_pairs(values, step):
+    return widen_pairs(load(values, step * np.uint64(PAIRS), PAIRS))
+
+
+def _load_numbers(values, step):
+    return load(values, step * np.uint64(LANES), LANES)
+
+
 @kernel()
 def _load_block(planes, block, row):
     """Return the planes of a block; those of its batch row begin at `row`."""
@@ -90,7 +120,7 @@ def _sum_row(first, last, values, lookups, blocks, planes, like):
     for step in range(first, last):
         high = _load_block(planes, blocks[step - first + u(1)], u(0))
         index = load(lookups, step * u(INDEX_WORDS), INDEX_WORDS)
-        weights = load(values, step * u(LANES), LANES)
+        weights = _load_weights(values, step)
         total = fma(weights, look_up(low, index, high), total)
         low = high
     return total
@@ -106,7 +136,7 @@ def _sum_two_rows(first, last, values, lookups, blocks, planes, size, like):
         block = blocks[step - first + u(1)]
         high_a, high_b = _load_block(planes, block, u(0)), _load_block(planes, block, size)
         index = load(lookups, step * u(INDEX_WORDS), INDEX_WORDS)
-        weights = load(values, step * u(LANES), LANES)
+        weights = _load_weights(values, step)
         a = fma(weights, look_up(low_a, index, high_a), a)
         b = fma(weights, look_up(low_b, index, high_b), b)
         low_a, low_b = high_a, high_b
@@ -118,7 +148,7 @@ def _sum_rows(groups, rows, values, arrays, x, n_in, columns, bias, out):
     u = np.uint64
     lookups, blocks, ends = arrays
     n_columns, row_size = bias.size, (n_in + BLOCK - 1) // BLOCK * BLOCK
-    planes, spare = uncounted(scratch(2 * row_size, lookups)), uncounted(scratch(LANES, x))
+    planes, spare = scratch(2 * row_size, lookups), scratch(LANES, x)
     for row in range(rows[0], rows[1], 2):
         place, is_pair = row * n_columns, row + 1 < rows[1]
         _planes_of(x[row * n_in : (row + 1) * n_in], planes, u(0))

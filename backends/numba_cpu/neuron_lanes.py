@@ -90,7 +90,7 @@ def _launcher(lanes: int) -> Launcher:
     @kernel()
     def sum_rows(groups, rows, values, arrays, x, n_in, columns, bias, out):
         (indices,) = arrays
-        n_columns, spare = bias.size, uncounted(scratch(lanes, x))
+        n_columns, spare = bias.size, scratch(lanes, x)
         size = values.size // ((columns.size + lanes - 1) // lanes)
         row = rows[0]
         while row < rows[1]:

@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 from srigl_core.backends.numba_cpu.simd import VectorType
 
-__all__ = ["BLOCK", "INDEX_WORDS", "PADDING", "look_up", "place_of_lane", "split"]
+__all__ = ["BLOCK", "INDEX_WORDS", "PADDING", "look_up", "place_of_lane", "split", "widen_pairs"]
 
 BLOCK = 64
 """Numbers in a block, and lanes of a lookup."""
@@ -51,13 +51,43 @@ def place_of_lane() -> Any:
 
 
 @intrinsic
+def widen_pairs(typing_context: Any, pairs: Any) -> Any:
+    """Return 64 float32 from 32 pairs of bfloat16, each an int32.
+
+    The first 32 numbers are those of the first 16 pairs: first all that lie in the low bits, then
+    those in the high bits. Loading 16-bit numbers in order would take an instruction more for each
+    register.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        quarter = _vector(32, 16)
+        registers = []
+        for start in (0, 16):
+            both = _shuffle(builder, args[0], args[0], list(range(start, start + 16)))
+            registers.append(builder.shl(both, ir.Constant(quarter, [16] * 16)))
+            registers.append(builder.and_(both, ir.Constant(quarter, [0xFFFF0000] * 16)))
+        numbers = _concatenated(builder, registers)
+        return builder.bitcast(numbers, ir.VectorType(ir.FloatType(), BLOCK))
+
+    if pairs != VectorType(types.int32, BLOCK // 2):
+        raise TypingError(f"cannot widen {pairs}")
+    return _NUMBERS(pairs), generate
+
+
+@intrinsic
 def split(typing_context: Any, numbers: Any) -> Any:
     """Return the planes of 64 float32."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        octets = builder.bitcast(args[0], _vector(8, 4 * BLOCK))
-        order = [4 * number + plane for plane in range(4) for number in range(BLOCK)]
-        return builder.bitcast(_shuffle(builder, octets, octets, order), _vector(32, BLOCK))
+        registers = _registers(builder, args[0], _vector(8, BLOCK))
+        planes = []
+        for pair in ((0, 1), (2, 3)):
+            order = [4 * number + plane for plane in pair for number in range(BLOCK // 2)]
+            halves = [_shuffle(builder, *registers[i : i + 2], order) for i in (0, 2)]
+            for start in (0, BLOCK // 2):
+                lanes = [half + start + i for half in (0, BLOCK) for i in range(BLOCK // 2)]
+                planes.append(_shuffle(builder, *halves, lanes))
+        return builder.bitcast(_concatenated(builder, planes), _vector(32, BLOCK))
 
     if numbers != _NUMBERS:
         raise TypingError(f"cannot split {numbers}")

@@ -24,8 +24,8 @@ LANES = BLOCK
 MOST_URGENCY = 24
 """Weight of the lanes that have most connections left; one less for each connection fewer."""
 
-SERVED, MOST_DEPTH = 16, 8
-"""Score of a lane that a block serves; its backlog counts beside that, up to a limit."""
+SERVED = 16
+"""Score of a lane that a block serves, beside the scores of `_need`."""
 
 _PLACE_OF_LANE = place_of_lane()
 
@@ -142,11 +142,8 @@ def _schedule_group(indices, row, positions, octets, blocks, block_of, backlog, 
     """Schedule the steps of a group; return their number, or -1 if there is no space for them."""
     n_lanes, fan_in = min(LANES, indices.shape[0] - row), indices.shape[1]
     need, scores = np.empty(block_of.size, np.float32), np.empty(block_of.size, np.float32)
-    gains = np.empty((LANES, block_of.size), np.float32)
     for place in range(need.size):
         need[place] = _need(backlog, place)
-        for lane in range(LANES):
-            gains[lane, place] = _gain(backlog[lane, place])
     missing = np.zeros(LANES, np.int32)
     missing[:n_lanes] = fan_in
     left, step, second = fan_in * n_lanes, 0, _first_maximum(need)
@@ -154,7 +151,7 @@ def _schedule_group(indices, row, positions, octets, blocks, block_of, backlog, 
     while left > 0:
         if step + 1 == blocks.size:
             return -1
-        first, second = second, _best_partner(backlog, gains, need, second, missing, scores)
+        first, second = second, _best_partner(backlog, need, second, missing, scores)
         blocks[step + 1] = block_of[second]
         for lane in range(LANES):
             at, octet = step * LANES + lane, step * LANES + _PLACE_OF_LANE[lane]
@@ -169,7 +166,6 @@ def _schedule_group(indices, row, positions, octets, blocks, block_of, backlog, 
             positions[at] = (row + lane) * fan_in + j
             nearest[lane, place] += 1
             backlog[lane, place] -= 1
-            gains[lane, place] = _gain(backlog[lane, place])
             missing[lane] -= 1
             left -= 1
         need[first], need[second] = _need(backlog, first), _need(backlog, second)
@@ -188,21 +184,17 @@ def _need(backlog, place):
 
 
 @kernel()
-def _gain(waiting):
-    """Return what a lane with a backlog counts for a block beside one that has nothing for it."""
-    return np.float32(min(waiting, np.float32(MOST_DEPTH)) + SERVED if waiting > 0 else 0)
-
-
-@kernel()
-def _best_partner(backlog, gains, need, first, missing, scores):
+def _best_partner(backlog, need, first, missing, scores):
     """Return the block that helps most beside block `first`."""
-    most = missing.max()
-    scores[:] = need
+    most, nothing = missing.max(), np.float32(0)
+    for place in range(scores.size):
+        scores[place] = need[place]
     for lane in range(LANES):
         if missing[lane] > 0 and backlog[lane, first] == 0:
-            urgency = np.float32(max(MOST_URGENCY - (most - missing[lane]), 1))
+            urgency = np.float32(SERVED * max(MOST_URGENCY - (most - missing[lane]), 1))
+            waiting = backlog[lane, : scores.size]
             for place in range(scores.size):
-                scores[place] += gains[lane, place] * urgency
+                scores[place] += urgency if waiting[place] > 0 else nothing
     scores[first] = -1
     return _first_maximum(scores)
 
