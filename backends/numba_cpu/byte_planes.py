@@ -22,7 +22,13 @@ from numba.extending import overload
 from srigl_core.backends.numba_cpu.calling import uncounted
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.compressed_rows import aligned_empty, position_dtype
-from srigl_core.backends.numba_cpu.plane_lookup import BLOCK, INDEX_WORDS, look_up, split, widen_pairs
+from srigl_core.backends.numba_cpu.plane_lookup import (
+    BLOCK,
+    INDEX_WORDS,
+    look_up,
+    split,
+    widen_pairs,
+)
 from srigl_core.backends.numba_cpu.plane_schedule import LANES, fewest_steps, scheduled
 from srigl_core.backends.numba_cpu.results import deliver_sums
 from srigl_core.backends.numba_cpu.row_layout import RowLayout, row_launcher

@@ -133,7 +133,7 @@ class NumbaPrepared:
             if batch <= layout.most_rows:
                 work = batch * layout.nanoseconds
                 if threads == 1 or is_small(threads, work):
-                    product(layout.n_items(batch), (*arrays, x, offset, active, out, code))
+                    product(layout.n_items(batch), (x, offset, active, out, code, *arrays))
                 else:
                     with pool(threads, work) as n:
                         layout.multiply(arrays[0], x, offset, active, out, code, n)
@@ -143,8 +143,8 @@ class NumbaPrepared:
     def _make_ready(self, x: Array, bias: Array, out: Array) -> Any:
         """Return the layout, its compiled kernel for inputs like `x`, and its arrays."""
         layout = self._layouts.for_rows(self._dtype)
-        arrays = (self._values(layout, self._dtype), layout.arrays)
-        arguments = (*arrays, x, bias, self.weight.active, out, 0)
+        arrays = (self._values(layout, self._dtype), *layout.arrays)
+        arguments = (x, bias, self.weight.active, out, 0, *arrays)
         self._ready[x.ndim] = layout, layout.launch.serial(arguments), arrays
         return self._ready[x.ndim]
 

@@ -1,4 +1,4 @@
-"""Base class of the layouts whose kernels process the rows of a batch one by one, or a few at once."""
+"""Base class of the layouts whose kernels process one batch row at a time, or a few."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS = 64
 class RowLayout:
     """Connections of a mask in the order of one kernel, which sums groups of neurons.
 
-    The kernel's arguments are ``(values, arrays, x, bias, columns, out, code)``.
+    The kernel's arguments are ``(x, bias, columns, out, code, values, *arrays)``.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ class RowLayout:
     ) -> None:
         """Write the product to `out`; `x` and `out` have a batch axis or none."""
         batch = 1 if x.ndim == 1 else len(x)
-        arguments = (values, self.arrays, x, bias, columns, out, code)
+        arguments = (x, bias, columns, out, code, values, *self.arrays)
         self.launch(self.n_items(batch), n_threads, arguments)
 
 
@@ -107,7 +107,7 @@ def row_launcher(lanes: int, sum_rows: Any) -> Launcher:
     """
 
     @kernel()
-    def run(first, last, values, arrays, x, bias, columns, out, code):
+    def run(first, last, x, bias, columns, out, code, values, *arrays):
         n_in, line, offset, result = x.shape[x.ndim - 1], flat(x), flat(bias), flat(out)
         n_neurons, n_columns = columns.size, offset.size
         n_groups = (n_neurons + lanes - 1) // lanes
