@@ -2,8 +2,8 @@
 
 The kernel of a product depends on the batch, the mask and the processor:
 
-- up to a few rows: `byte_planes` with AVX-512 VBMI, `neuron_lanes` on other processors and for
-  float64. Layers of a few neurons use `neuron_lanes` for any batch;
+- up to a few rows: `byte_planes` with AVX-512 VBMI, `neuron_lanes` on other processors, for
+  float64, and where connections are few, as in small output layers, for any batch;
 - larger batches: `column_blocks`, in tiles of 8 to 64 batch rows. It also computes the gradient of
   x, with the connections transposed;
 - `value_gradient` for the gradient of the values.
@@ -37,7 +37,7 @@ __all__ = ["NumbaPrepared"]
 Array = NDArray[Any]
 
 MOST_ROWS = 4
-"""Largest batch for which rows can be faster than tiles of eight, unless neurons are few."""
+"""Largest batch for which rows can be faster than tiles, unless connections are few."""
 
 CALL_NANOSECONDS, TILES_CALL_NANOSECONDS = 2_500, 8_000
 VISIT_NANOSECONDS, LANE_NANOSECONDS, ROW_NANOSECONDS = 0.2, 0.025, 0.12
@@ -58,9 +58,9 @@ class _Layouts:
         self.every_input = np.arange(self._n_in)
         n_neurons, fan_in = self._indices.shape
         moves = (self._n_in + n_neurons) * ROW_NANOSECONDS
-        tiles = moves + n_neurons * fan_in * LANE_NANOSECONDS
-        has_few = NeuronLanes.estimate(n_neurons, fan_in) < tiles
-        self.most_rows = np.inf if has_few else MOST_ROWS
+        row_of_tile = moves + n_neurons * fan_in * LANE_NANOSECONDS
+        has_few_connections = NeuronLanes.estimate(n_neurons, fan_in) < row_of_tile
+        self.most_rows = np.inf if has_few_connections else MOST_ROWS
         self._made: dict[Any, Any] = {}
 
     def for_rows(self, dtype: np.dtype[Any]) -> Any:
@@ -71,7 +71,8 @@ class _Layouts:
     def _best_for_rows(self, dtype: np.dtype[Any]) -> Any:
         indices, n_in = self._indices, self._n_in
         nanoseconds = NeuronLanes.estimate(*indices.shape)
-        if has_byte_lookup() and BytePlanes.can_beat(nanoseconds, indices, n_in, dtype):
+        can_look_up = self.most_rows == MOST_ROWS and has_byte_lookup()
+        if can_look_up and BytePlanes.can_beat(nanoseconds, indices, n_in, dtype):
             planes = BytePlanes(indices, n_in)
             if planes.nanoseconds <= nanoseconds:
                 return planes
