@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -41,8 +41,8 @@ COMPILED = ("numba_cpu", "cupy_gpu")
 """Kernels that are compiled, so that a mutant takes seconds."""
 
 WITHOUT_KERNELS = ("backends/numba_cpu/condensed_matmul.py",)
-"""Files of numba_cpu without kernels. For other files only float32 is tried, since each dtype
-compiles their kernels anew."""
+"""Files of numba_cpu without kernels. For other files only float32 is tried, and bfloat16 where the
+bug is one of bfloat16, since each dtype compiles their kernels anew."""
 
 LAUNCHES = "srigl_core.backends.numba_cpu.calling"
 """A module that is loaded anew for each mutant, since what the installed one compiles is cached on
@@ -90,7 +90,8 @@ class Mutant:
     def load(self) -> Any:
         """Return the wrong backend."""
         change = functools.partial(apply_diff, self.diff, file=self.file)
-        backend = load_backend(self.kernel, self.file, change)
+        dtypes = ("bfloat16",) if "bfloat16" in self.bug else ("float32",)
+        backend = load_backend(self.kernel, self.file, change, dtypes)
         backend.name = f"mutant {self}"
         return backend
 
@@ -122,9 +123,12 @@ def _hunks(diff: str) -> list[list[str]]:
     return [hunk.splitlines() for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:]]
 
 
-def load_backend(kernel: str, file: str, change: Change) -> Any:
+def load_backend(
+    kernel: str, file: str, change: Change, dtypes: Iterable[str] = ("float32",)
+) -> Any:
     """Return a new backend for which `change` was applied to the text of one file.
 
+    `dtypes` are the types of values to try of a file of numba_cpu with kernels.
     Raises `MutantError` if the backend does not use that file.
     """
     if kernel == "cupy_gpu":
@@ -136,7 +140,7 @@ def load_backend(kernel: str, file: str, change: Change) -> Any:
         raise MutantError(f"the backend of {kernel} does not use {file}")
     backend = getattr(_Modules(changed, change)(module), name)()
     if kernel == "numba_cpu" and file not in WITHOUT_KERNELS:
-        backend.capabilities = KernelCapabilities(value_dtypes=frozenset({"float32"}))
+        backend.capabilities = KernelCapabilities(value_dtypes=frozenset(dtypes))
     return backend
 
 

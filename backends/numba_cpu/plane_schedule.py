@@ -31,10 +31,10 @@ _PLACE_OF_LANE = place_of_lane()
 
 
 def fewest_steps(indices: Any) -> int:
-    """Return a lower bound of the steps: a lane needs k, and each step loads two blocks."""
+    """Return a lower bound of the steps: a lane needs k, and each step loads one more block."""
     n_rows, fan_in = indices.shape
     n_blocks = np.unique(indices[:LANES] // BLOCK).size
-    return -(-n_rows // LANES) * max(fan_in, n_blocks // 2)
+    return -(-n_rows // LANES) * max(fan_in, n_blocks - 1)
 
 
 def scheduled(indices: Any, n_in: int) -> tuple[Any, Any, Any, Any]:
@@ -59,7 +59,7 @@ def scheduled(indices: Any, n_in: int) -> tuple[Any, Any, Any, Any]:
     n_groups, fan_in = -(-len(indices) // LANES), indices.shape[1]
     n_blocks = -(-n_in // BLOCK)
     ends = np.zeros(n_groups + 1, np.int64)
-    most_steps = n_groups * (fan_in + fan_in // 2 + n_blocks // 2)
+    most_steps = n_groups * (2 * fan_in + 16)
     group, arrays = 0, _arrays(most_steps, n_groups)
     while True:
         group = _schedule(indices, n_blocks, group, *arrays, ends)
