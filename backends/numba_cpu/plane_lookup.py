@@ -83,10 +83,10 @@ def split(typing_context: Any, numbers: Any) -> Any:
         planes = []
         for pair in ((0, 1), (2, 3)):
             order = [4 * number + plane for plane in pair for number in range(BLOCK // 2)]
-            halves = [_shuffle(builder, *registers[i : i + 2], order) for i in (0, 2)]
+            halves = [_shuffle(builder, registers[i], registers[i + 1], order) for i in (0, 2)]
             for start in (0, BLOCK // 2):
                 lanes = [half + start + i for half in (0, BLOCK) for i in range(BLOCK // 2)]
-                planes.append(_shuffle(builder, *halves, lanes))
+                planes.append(_shuffle(builder, halves[0], halves[1], lanes))
         return builder.bitcast(_concatenated(builder, planes), _vector(32, BLOCK))
 
     if numbers != _NUMBERS:
@@ -152,7 +152,8 @@ def _registers(builder: Any, block: Any, register: Any) -> list[Any]:
 def _concatenated(builder: Any, parts: list[Any]) -> Any:
     while len(parts) > 1:
         lanes = list(range(2 * parts[0].type.count))
-        parts = [_shuffle(builder, *parts[i : i + 2], lanes) for i in range(0, len(parts), 2)]
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        parts = [_shuffle(builder, a, b, lanes) for a, b in pairs]
     return parts[0]
 
 

@@ -33,7 +33,7 @@ _PLACE_OF_LANE = place_of_lane()
 def fewest_steps(indices: Any) -> int:
     """Return a lower bound of the steps: a lane needs k, and each step loads one more block."""
     n_rows, fan_in = indices.shape
-    n_blocks = np.unique(indices[:LANES] // BLOCK).size
+    n_blocks = int(np.unique(indices[:LANES] // BLOCK).size)
     return -(-n_rows // LANES) * max(fan_in, n_blocks - 1)
 
 
