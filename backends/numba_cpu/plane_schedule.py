@@ -33,8 +33,8 @@ _PLACE_OF_LANE = place_of_lane()
 def fewest_steps(indices: Any) -> int:
     """Return a lower bound of the steps: a lane needs k, and each step loads one more block."""
     n_rows, fan_in = indices.shape
-    n_blocks = int(np.unique(indices[:LANES] // BLOCK).size)
-    return -(-n_rows // LANES) * max(fan_in, n_blocks - 1)
+    n_blocks = np.unique(indices[:LANES] // BLOCK).size
+    return int(-(-n_rows // LANES) * max(fan_in, n_blocks - 1))
 
 
 def scheduled(indices: Any, n_in: int) -> tuple[Any, Any, Any, Any]:
