@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -60,8 +60,8 @@ COMPILED = ("numba_cpu", "cupy_gpu")
 """Kernels that are compiled, so that a mutant takes seconds."""
 
 WITHOUT_KERNELS = ("backends/numba_cpu/condensed_matmul.py",)
-"""Files of numba_cpu without kernels. For other files only float32 is tried, since each dtype
-compiles their kernels anew."""
+"""Files of numba_cpu without kernels. For other files only float32 is tried, and bfloat16 where the
+bug is one of bfloat16, since each dtype compiles their kernels anew."""
 
 BESIDE_KERNELS = ("srigl_core._activations", "srigl_core._update")
 """Modules that may be changed although they belong to no kernel."""
@@ -133,7 +133,8 @@ class Mutant:
     def load(self) -> Any:
         """Return the wrong backend."""
         change = functools.partial(apply_diff, self.diff, file=self.file)
-        backend = load_backend(self.kernel, self.file, change)
+        dtypes = ("bfloat16",) if "bfloat16" in self.bug else ("float32",)
+        backend = load_backend(self.kernel, self.file, change, dtypes)
         backend.name = f"mutant {self}"
         return backend
 
@@ -165,9 +166,12 @@ def _hunks(diff: str) -> list[list[str]]:
     return [hunk.splitlines() for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:]]
 
 
-def load_backend(kernel: str, file: str, change: Change) -> Any:
+def load_backend(
+    kernel: str, file: str, change: Change, dtypes: Iterable[str] = ("float32",)
+) -> Any:
     """Return a new backend for which `change` was applied to the text of one file.
 
+    `dtypes` are the types of values to try of a file of numba_cpu with kernels.
     Raises `MutantError` if the backend does not use that file.
     """
     if kernel == "cupy_gpu":
@@ -182,7 +186,7 @@ def load_backend(kernel: str, file: str, change: Change) -> Any:
         return FunctionBackend(find(loaded), kernel)
     backend = getattr(loaded, find)()
     if kernel == "numba_cpu" and file not in WITHOUT_KERNELS:
-        backend.capabilities = KernelCapabilities(value_dtypes=frozenset({"float32"}))
+        backend.capabilities = KernelCapabilities(value_dtypes=frozenset(dtypes))
     # The reference limits its problems to save time; a bug that large ones show must be seen too.
     most = max(Capabilities.largest_problem, backend.capabilities.largest_problem)
     backend.capabilities = replace(backend.capabilities, largest_problem=most)

@@ -59,36 +59,32 @@ class Launcher:
     Parameters
     ----------
     compute : kernel
-        Called as ``compute(first, last, *arguments)`` for the items ``range(first, last)``. It
-        returns whether the result is valid. It must not write to its inputs, since nothing checks
-        whether they are read-only.
+        Called as ``compute(first, last, *arguments)`` for the items ``range(first, last)``. It must
+        not write to its inputs, since nothing checks whether they are read-only.
     """
 
     def __init__(self, compute: Any) -> None:
         @kernel()
         def serial(n_items, arguments):
             mode = honour_subnormals()
-            is_good = compute(0, n_items, *uncounted(arguments))
+            compute(0, n_items, *uncounted(arguments))
             restore_float_mode(mode)
-            return is_good
 
         @kernel(parallel=True)
         def parallel(n_items, n_threads, arguments):
-            n_bad = 0
             for t in prange(n_threads):
                 mode = honour_subnormals()
                 # Without the cast Numba compiles twice, for signed and for unsigned t.
                 part = np.int64(t)
                 first, last = n_items * part // n_threads, n_items * (part + 1) // n_threads
-                n_bad += not compute(first, last, *uncounted(arguments))
+                compute(first, last, *uncounted(arguments))
                 restore_float_mode(mode)
-            return n_bad == 0
 
         self._serial, self._parallel = serial, parallel
-        self._codes: dict[Hashable, Callable[..., bool]] = {}
+        self._codes: dict[Hashable, Callable[..., None]] = {}
 
-    def __call__(self, n_items: int, n_threads: int, arguments: Arguments) -> bool:
-        """Compute all items, and return whether the result is valid.
+    def __call__(self, n_items: int, n_threads: int, arguments: Arguments) -> None:
+        """Compute all items.
 
         Parameters
         ----------
@@ -99,18 +95,19 @@ class Launcher:
             Contiguous, aligned arrays, and ints.
         """
         if n_threads == 1:
-            return self.serial(arguments)(n_items, arguments)
-        code = self._code(self._parallel, (n_items, n_threads, arguments))
-        return code(n_items, n_threads, arguments)
+            self.serial(arguments)(n_items, arguments)
+        else:
+            code = self._code(self._parallel, (n_items, n_threads, arguments))
+            code(n_items, n_threads, arguments)
 
-    def serial(self, arguments: Arguments) -> Callable[[int, Arguments], bool]:
+    def serial(self, arguments: Arguments) -> Callable[[int, Arguments], None]:
         """Return the compiled code for one thread, called as ``code(n_items, arguments)``.
 
         It takes all arguments with the same dtypes and numbers of axes.
         """
         return self._code(self._serial, (0, arguments))
 
-    def _code(self, compiled: Any, arguments: Arguments) -> Callable[..., bool]:
+    def _code(self, compiled: Any, arguments: Arguments) -> Callable[..., None]:
         key = _key(arguments)
         code = self._codes.get((compiled, key))
         if code is None:

@@ -2,8 +2,8 @@
 
 The kernel of a product depends on the batch, the mask and the processor:
 
-- up to a few rows: `register_lookup` with AVX-512, `neuron_lanes` on other processors and at very
-  high sparsity, `row_sums` for layers of a few neurons;
+- up to a few rows: `byte_planes` with AVX-512 VBMI, `neuron_lanes` on other processors, for
+  float64, and where connections are few, as in small output layers, for any batch;
 - larger batches: `column_blocks`, in tiles of 8 to 64 batch rows. It also computes the gradient of
   x, with the connections transposed;
 - `value_gradient` for the gradient of the values.
@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import accumulator_dtype, round_to
 from srigl_core._format.weight import CondensedWeight
+from srigl_core.backends.numba_cpu.byte_planes import BytePlanes
 from srigl_core.backends.numba_cpu.column_blocks import ColumnBlocks, lanes_of, widest_lanes
 from srigl_core.backends.numba_cpu.compressed_rows import CompressedRows
-from srigl_core.backends.numba_cpu.neuron_lanes import LANES, NeuronLanes
-from srigl_core.backends.numba_cpu.processor import has_avx512
-from srigl_core.backends.numba_cpu.register_lookup import RegisterLookup
-from srigl_core.backends.numba_cpu.row_sums import RowSums
+from srigl_core.backends.numba_cpu.neuron_lanes import NeuronLanes
+from srigl_core.backends.numba_cpu.processor import has_byte_lookup
 from srigl_core.backends.numba_cpu.threads import is_small, pool
 from srigl_core.backends.numba_cpu.value_gradient import value_gradient
 from srigl_core.backends.numba_cpu.value_types import as_bits
@@ -37,11 +36,8 @@ __all__ = ["NumbaPrepared"]
 
 Array = NDArray[Any]
 
-MOST_PADDING = 2.4
-"""If the register lookup has this many times the necessary steps, plain loads are faster."""
-
 MOST_ROWS = 4
-"""Largest batch for which a layout that processes rows one by one can beat tiles of eight."""
+"""Largest batch for which rows can be faster than tiles, unless connections are few."""
 
 CALL_NANOSECONDS, TILES_CALL_NANOSECONDS = 2_500, 8_000
 VISIT_NANOSECONDS, LANE_NANOSECONDS, ROW_NANOSECONDS = 0.2, 0.025, 0.12
@@ -60,7 +56,11 @@ class _Layouts:
         self.is_full = weight.n_active == weight.shape[0]
         self.every_neuron = np.arange(weight.n_active)
         self.every_input = np.arange(self._n_in)
-        self.row_sums = RowSums(self._indices)
+        n_neurons, fan_in = self._indices.shape
+        moves = (self._n_in + n_neurons) * ROW_NANOSECONDS
+        row_of_tile = moves + n_neurons * fan_in * LANE_NANOSECONDS
+        has_few_connections = NeuronLanes.estimate(n_neurons, fan_in) < row_of_tile
+        self.most_rows = np.inf if has_few_connections else MOST_ROWS
         self._made: dict[Any, Any] = {}
 
     def for_rows(self, dtype: np.dtype[Any]) -> Any:
@@ -69,13 +69,15 @@ class _Layouts:
         return self._made.get(key) or self._keep(key, self._best_for_rows(dtype))
 
     def _best_for_rows(self, dtype: np.dtype[Any]) -> Any:
-        if len(self._indices) < LANES // 2:
-            return self.row_sums
-        if has_avx512() and RegisterLookup.takes(self._indices.size, self._n_in, dtype):
-            lookup = RegisterLookup(self._indices, self._n_in)
-            if lookup.padding <= MOST_PADDING:
-                return lookup
-        return self._made.get("lanes") or self._keep("lanes", NeuronLanes(self._indices))
+        indices, n_in = self._indices, self._n_in
+        nanoseconds = NeuronLanes.estimate(*indices.shape)
+        can_look_up = self.most_rows == MOST_ROWS and has_byte_lookup()
+        if can_look_up and BytePlanes.can_beat(nanoseconds, indices, n_in, dtype):
+            planes = BytePlanes(indices, n_in)
+            if planes.nanoseconds <= nanoseconds:
+                return planes
+        made = self._made.get("lanes")
+        return made or self._keep("lanes", NeuronLanes(indices, self.most_rows))
 
     def for_tiles(self, lanes: int, dtype: np.dtype[Any], *, of_columns: bool = False) -> Any:
         """Return the layout for tiles of `lanes` batch rows; all share two block sizes."""
@@ -127,18 +129,15 @@ class NumbaPrepared:
         offset = self._no_bias if bias is None else bias
         active, rank = self._active, x.ndim
         batch = 1 if rank == 1 else len(x)
-        if batch <= MOST_ROWS:
+        if batch <= self._layouts.most_rows:
             layout, product, arrays = self._ready.get(rank) or self._make_ready(x, offset, out)
             if batch <= layout.most_rows:
                 work = batch * layout.nanoseconds
                 if threads == 1 or is_small(threads, work):
-                    arguments = (*arrays, x, offset, active, out, code)
-                    good = product(layout.n_items, arguments)
+                    product(layout.n_items(batch), (x, offset, active, out, code, *arrays))
                 else:
                     with pool(threads, work) as n:
-                        good = layout.multiply(arrays[0], x, offset, active, out, code, n)
-                if not good:
-                    self._layouts.row_sums.multiply(self._bits, x, offset, active, out, code, 1)
+                        layout.multiply(arrays[0], x, offset, active, out, code, n)
                 return
         self._multiply(x, batch, offset, active, out, code, threads)
 
@@ -146,7 +145,7 @@ class NumbaPrepared:
         """Return the layout, its compiled kernel for inputs like `x`, and its arrays."""
         layout = self._layouts.for_rows(self._dtype)
         arrays = (self._values(layout, self._dtype), *layout.arrays)
-        arguments = (*arrays, x, bias, self.weight.active, out, 0)
+        arguments = (x, bias, self.weight.active, out, 0, *arrays)
         self._ready[x.ndim] = layout, layout.launch.serial(arguments), arrays
         return self._ready[x.ndim]
 
@@ -154,8 +153,9 @@ class NumbaPrepared:
         """Return kernels, layout, and bytes in addition to the weight's own."""
         dtype = accumulator_dtype(self.weight.dtype)
         layout = self._layouts.for_rows(dtype)
+        beyond = f" up to batch {layout.most_rows}, column blocks beyond"
         return {
-            "kernel": f"{layout.name} up to batch {layout.most_rows}, column blocks beyond",
+            "kernel": layout.name + ("" if layout.most_rows == np.inf else beyond),
             "layout": "condensed",
             "padding": round(layout.padding, 3),
             "bytes": self._layouts.nbytes + sum(array.nbytes for array in self._arranged.values()),
@@ -163,7 +163,7 @@ class NumbaPrepared:
 
     def nanoseconds(self, batch: int) -> float:
         """Estimate the single-threaded time of a product, by a model fitted to float32."""
-        if batch <= MOST_ROWS:
+        if batch <= self._layouts.most_rows:
             layout = self._layouts.for_rows(self._dtype)
             if batch <= layout.most_rows:
                 return CALL_NANOSECONDS + batch * float(layout.nanoseconds)
@@ -214,15 +214,12 @@ class NumbaPrepared:
         threads: int | None,
     ) -> None:
         """Compute a product; all arrays have one dtype and are in C order."""
-        if batch <= MOST_ROWS:
+        if batch <= self._layouts.most_rows:
             layout = self._layouts.for_rows(x.dtype)
             if batch <= layout.most_rows:
                 values = self._values(layout, x.dtype)
                 with pool(threads, batch * layout.nanoseconds) as n_threads:
-                    good = layout.multiply(values, x, bias, columns, out, code, n_threads)
-                if not good:
-                    # A sum is not finite: padding may have multiplied 0 by NaN or infinity.
-                    self._layouts.row_sums.multiply(self._bits, x, bias, columns, out, code, 1)
+                    layout.multiply(values, x, bias, columns, out, code, n_threads)
                 return
         with pool(threads, batch * self.weight.nnz * LANE_NANOSECONDS) as n_threads:
             self._multiply_tiles(x, bias, columns, out, code, n_threads)

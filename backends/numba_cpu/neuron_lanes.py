@@ -1,45 +1,42 @@
-"""Small batches on any processor: one neuron in each lane of a vector.
+"""Small batches on any processor, and layers of few neurons: one neuron in each lane of a vector.
 
 Layout: a group has as many neurons as a vector has lanes. Step j of a group holds connection j of
 each of its neurons, (groups, k, lanes). With constant fan-in all lanes end together, so that only
-the last group may need padding. Each step loads the lanes' inputs one by one, which is faster than
-the gather instructions.
+the last group may need padding: it repeats the last neuron. Each step loads the lanes' inputs one
+by one, which is faster than the gather instructions. Four batch rows at a time share the indices.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
-from srigl_core.backends.numba_cpu.calling import Launcher
+from srigl_core.backends.numba_cpu.calling import Launcher, uncounted
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.compressed_rows import aligned_empty, position_dtype
-from srigl_core.backends.numba_cpu.results import (
-    are_side_by_side,
-    fill_ablated,
-    finish_row,
-    first_column,
-    scatter_sums,
-)
-from srigl_core.backends.numba_cpu.row_layout import RowLayout
-from srigl_core.backends.numba_cpu.simd import add, flat, fma, gather, load, store, zeros
+from srigl_core.backends.numba_cpu.results import deliver_sums
+from srigl_core.backends.numba_cpu.row_layout import RowLayout, row_launcher
+from srigl_core.backends.numba_cpu.scratch import scratch
+from srigl_core.backends.numba_cpu.simd import fma, gather, load, zeros
 
-__all__ = ["LANES", "NeuronLanes"]
+__all__ = ["NeuronLanes"]
 
-LANES = 16
+NANOSECONDS = 0.18
+"""Measured time of a connection of one batch row."""
 
 
 class NeuronLanes(RowLayout):
     """Connections, interleaved by neuron."""
 
     name = "neuron lanes"
-    most_rows = 2
 
-    def __init__(self, indices: Any) -> None:
+    def __init__(self, indices: Any, most_rows: float = 4) -> None:
         n_rows, fan_in = indices.shape
-        n_groups = -(-n_rows // LANES)
-        rows = np.minimum(np.arange(n_groups * LANES), n_rows - 1).reshape(n_groups, 1, LANES)
+        lanes = lanes_of(n_rows)
+        n_groups = -(-n_rows // lanes)
+        rows = np.minimum(np.arange(n_groups * lanes), n_rows - 1).reshape(n_groups, 1, lanes)
         positions = (rows * fan_in + np.arange(fan_in)[:, None]).ravel()
         positions = positions.astype(position_dtype(indices.size))
         columns = aligned_empty(positions.size, indices.dtype)
@@ -47,47 +44,72 @@ class NeuronLanes(RowLayout):
         super().__init__(
             positions,
             (columns,),
-            n_items=n_groups,
+            launch=_launcher(lanes),
+            n_groups=n_groups,
             padding=positions.size / indices.size,
-            nanoseconds=0.18 * positions.size,
+            most_rows=most_rows if most_rows == np.inf else 2,
+            nanoseconds=self.estimate(n_rows, fan_in),
         )
 
-
-@kernel()
-def _compute(first, last, values, indices, x, bias, columns, out, code):
-    n_in, rows, offset, result = x.shape[x.ndim - 1], flat(x), flat(bias), flat(out)
-    lanes, n_neurons, n_columns = np.uint64(LANES), columns.size, offset.size
-    step = np.uint64(values.size // ((n_neurons + LANES - 1) // LANES))
-    low, high = min(first * LANES, n_neurons), min(last * LANES, n_neurons)
-    begin, end = first_column(low, columns, n_columns), first_column(high, columns, n_columns)
-    spare = np.empty(LANES, rows.dtype)
-    if n_neurons != n_columns:
-        fill_ablated(result, 0, rows.size // n_in, columns, low, high, offset)
-    for b in range(rows.size // n_in):
-        row, inputs = b * n_columns, rows[b * n_in : (b + 1) * n_in]
-        for group in range(first, last):
-            even, odd = zeros(rows, LANES), zeros(rows, LANES)
-            at, stop = np.uint64(group) * step, np.uint64(group + 1) * step
-            while at + lanes < stop:
-                even = _add_step(values, indices, at, inputs, even)
-                odd = _add_step(values, indices, at + lanes, inputs, odd)
-                at += lanes + lanes
-            if at < stop:
-                even = _add_step(values, indices, at, inputs, even)
-            total, neuron = add(even, odd), group * LANES
-            if are_side_by_side(columns, neuron, LANES):
-                column = columns[neuron]
-                total = add(total, load(offset, np.uint64(column), LANES))
-                store(result, np.uint64(row + column), total)
-            else:
-                scatter_sums(total, LANES, neuron, columns, offset, result, row, spare)
-        finish_row(result, row, begin, end, code)
-    return True
+    @staticmethod
+    def estimate(n_neurons: int, fan_in: int) -> float:
+        """Return the estimated nanoseconds of a batch row."""
+        lanes = lanes_of(n_neurons)
+        return NANOSECONDS * fan_in * lanes * -(-n_neurons // lanes)
 
 
-@kernel()
-def _add_step(values, indices, at, inputs, total):
-    return fma(load(values, at, LANES), gather(inputs, indices, at, LANES), total)
+def lanes_of(n_neurons: int) -> int:
+    """Return the lanes of a group: 16, or fewer if all neurons fit in them."""
+    return 4 if n_neurons <= 4 else 8 if n_neurons <= 8 else 16
 
 
-NeuronLanes.launch = Launcher(_compute)
+@functools.cache
+def _launcher(lanes: int) -> Launcher:
+    width = np.uint64(lanes)
+
+    @kernel()
+    def sum_row(first, last, values, indices, x):
+        """Return the sums of a group, whose values begin and end at `first` and `last`."""
+        total = zeros(x, lanes)
+        for at in range(first, last, width):
+            total = fma(load(values, at, lanes), gather(x, indices, at, lanes), total)
+        return total
+
+    @kernel()
+    def sum_four_rows(first, last, values, indices, a, b, c, d):
+        """Return the sums of a group for four inputs."""
+        of_a, of_b, of_c, of_d = zeros(a, lanes), zeros(a, lanes), zeros(a, lanes), zeros(a, lanes)
+        for at in range(first, last, width):
+            weights = load(values, at, lanes)
+            of_a = fma(weights, gather(a, indices, at, lanes), of_a)
+            of_b = fma(weights, gather(b, indices, at, lanes), of_b)
+            of_c = fma(weights, gather(c, indices, at, lanes), of_c)
+            of_d = fma(weights, gather(d, indices, at, lanes), of_d)
+        return of_a, of_b, of_c, of_d
+
+    @kernel()
+    def sum_rows(groups, rows, values, arrays, x, n_in, columns, bias, out):
+        (indices,) = arrays
+        n_columns, spare = bias.size, scratch(lanes, x)
+        size = values.size // ((columns.size + lanes - 1) // lanes)
+        row = rows[0]
+        while row < rows[1]:
+            n_rows = 4 if row + 4 <= rows[1] else 1
+            a = uncounted(x[row * n_in : (row + 1) * n_in])
+            b = uncounted(x[(row + 1) * n_in : (row + 2) * n_in])
+            c = uncounted(x[(row + 2) * n_in : (row + 3) * n_in])
+            d = uncounted(x[(row + 3) * n_in : (row + 4) * n_in])
+            for group in range(groups[0], groups[1]):
+                neuron, place = group * lanes, row * n_columns
+                first, last = np.uint64(group * size), np.uint64((group + 1) * size)
+                if n_rows == 4:
+                    sums = sum_four_rows(first, last, values, indices, a, b, c, d)
+                    for total in sums:
+                        deliver_sums(total, lanes, neuron, columns, bias, out, place, spare)
+                        place += n_columns
+                else:
+                    total = sum_row(first, last, values, indices, a)
+                    deliver_sums(total, lanes, neuron, columns, bias, out, place, spare)
+            row += n_rows
+
+    return row_launcher(lanes, sum_rows)

@@ -15,6 +15,7 @@ __all__ = [
     "cache_bytes",
     "describe_processor",
     "has_avx512",
+    "has_byte_lookup",
     "has_half_precision",
     "target_features",
     "vector_bytes",
@@ -41,8 +42,13 @@ def target_features() -> frozenset[str]:
 
 
 def has_avx512() -> bool:
-    """Whether registers hold 16 float32, and one instruction looks up in two of them."""
+    """Whether registers hold 16 float32."""
     return "avx512f" in target_features()
+
+
+def has_byte_lookup() -> bool:
+    """Whether one instruction looks up 64 bytes in two registers."""
+    return target_features() >= {"avx512f", "avx512bw", "avx512vbmi"}
 
 
 def has_half_precision() -> bool:
@@ -73,8 +79,8 @@ def cache_bytes() -> tuple[int, int]:
 
 
 def describe_processor() -> dict[str, object]:
-    """Return the target processor, and whether it can run the register lookup."""
+    """Return the target processor, and whether it can run the byte planes."""
     return {
         "compiles for": numba.config.CPU_NAME or llvm.get_host_cpu_name(),
-        "register lookup": "yes" if has_avx512() else "no: needs AVX-512",
+        "byte planes": "yes" if has_byte_lookup() else "no: needs AVX-512 VBMI",
     }

@@ -6,9 +6,11 @@ import numpy as np
 
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.epilogue import activate_row
-from srigl_core.backends.numba_cpu.simd import store
+from srigl_core.backends.numba_cpu.simd import add, load, store
 
-__all__ = ["are_side_by_side", "fill_ablated", "finish_row", "first_column", "scatter_sums"]
+__all__ = ["are_side_by_side", "deliver_sums", "fill_ablated", "finish_row", "first_column"]
+
+_WIDTH = 16
 
 
 @kernel()
@@ -33,14 +35,23 @@ def are_side_by_side(columns, first, count):
 
 
 @kernel()
-def scatter_sums(sums, lanes, neuron, columns, bias, out, row, spare):
+def deliver_sums(sums, lanes, neuron, columns, bias, out, row, spare):
     """Add the bias to the sums of `lanes` neurons from `neuron` on, and write each to its column.
 
-    The result row starts at ``out[row]``. `spare` is working memory for the vector.
+    The result row starts at ``out[row]``. `spare` is working memory for the vector, whose lanes are
+    a multiple of 16. Lanes behind the last neuron are not written.
     """
     store(spare, np.uint64(0), sums)
-    for i in range(neuron, min(neuron + lanes, columns.size)):
-        out[row + columns[i]] = spare[i - neuron] + bias[columns[i]]
+    for lane in range(0, lanes, _WIDTH):
+        first = neuron + lane
+        if are_side_by_side(columns, first, _WIDTH):
+            column = columns[first]
+            total = load(spare, np.uint64(lane), _WIDTH)
+            total = add(total, load(bias, np.uint64(column), _WIDTH))
+            store(out, np.uint64(row + column), total)
+        else:
+            for i in range(first, min(first + _WIDTH, columns.size)):
+                out[row + columns[i]] = spare[i - neuron] + bias[columns[i]]
 
 
 @kernel()

@@ -28,12 +28,9 @@ __all__ = [
     "fma",
     "fold_product",
     "gather",
-    "is_finite",
     "load",
     "load_four",
     "load_quad",
-    "look_up_pair",
-    "shift_right",
     "splat",
     "splat_lane",
     "store",
@@ -216,33 +213,6 @@ def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
     return a(a, b, c), generate
 
 
-@intrinsic
-def shift_right(typing_context: Any, vector: Any, bits: Any) -> Any:
-    """Return an int32 vector with each lane shifted right by `bits`, filled with zeros."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        count = builder.trunc(args[1], _I32)
-        return builder.lshr(args[0], _repeat(builder, count, vector.lanes))
-
-    return vector(vector, types.uintp), generate
-
-
-@intrinsic
-def look_up_pair(typing_context: Any, low: Any, indices: Any, high: Any) -> Any:
-    """Return lane i of ``concatenate(low, high)[indices[i] % 32]``; needs AVX-512.
-
-    This is the instruction ``vpermi2ps``. Compiling it for a processor without it ends the process;
-    check `processor.has_avx512` first.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        signature = ir.FunctionType(args[0].type, [arg.type for arg in args])
-        name = "llvm.x86.avx512.vpermi2var.ps.512"
-        return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args)
-
-    return low(low, indices, high), generate
-
-
 @intrinsic(prefer_literal=True)
 def transpose(
     typing_context: Any,
@@ -409,16 +379,3 @@ def first_lane(typing_context: Any, vector: Any) -> Any:
         return builder.extract_element(args[0], _I32(0))
 
     return vector.element(vector), generate
-
-
-@intrinsic
-def is_finite(typing_context: Any, vector: Any) -> Any:
-    """Whether no lane is NaN or infinite."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        zero = builder.fsub(args[0], args[0])  # NaN if the number is not finite
-        lanes = builder.fcmp_unordered("une", zero, ir.Constant(zero.type, None))
-        packed = builder.bitcast(lanes, ir.IntType(vector.lanes))
-        return builder.icmp_unsigned("==", packed, packed.type(0))
-
-    return types.boolean(vector), generate

@@ -17,7 +17,7 @@ from srigl_core.errors import BackendUnavailableError
 
 __all__ = ["SMALLEST_PARALLEL_WORK", "describe_threads", "is_small", "pool"]
 
-SMALLEST_PARALLEL_WORK = 8_000
+SMALLEST_PARALLEL_WORK = 50_000
 """Nanoseconds of work below which waking other threads costs more than they save."""
 
 LAYERS = ("omp", "tbb", "workqueue")

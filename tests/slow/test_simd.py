@@ -8,8 +8,8 @@ pytest.importorskip("numba")
 from numba import njit
 
 from srigl_core._arrays.dtypes import value_dtype
-from srigl_core.backends.numba_cpu import simd
-from srigl_core.backends.numba_cpu.processor import has_avx512
+from srigl_core.backends.numba_cpu import plane_lookup, simd
+from srigl_core.backends.numba_cpu.processor import has_byte_lookup
 from srigl_core.backends.numba_cpu.value_types import as_bits
 
 
@@ -151,20 +151,6 @@ def test_sums_over_lanes(dtype, lanes):
     assert first == a @ b
 
 
-@both
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_is_finite_sees_every_lane(dtype, bad):
-    @njit
-    def finite(source):
-        return simd.is_finite(simd.load(source, U(0), 16))
-
-    assert finite(np.full(16, np.finfo(dtype).max, dtype))
-    for lane in range(16):
-        source = np.zeros(16, dtype)
-        source[lane] = bad
-        assert not finite(source)
-
-
 def test_flat_sees_the_same_memory_whatever_the_axes():
     @njit
     def flatten(array):
@@ -178,25 +164,52 @@ def test_flat_sees_the_same_memory_whatever_the_axes():
     np.testing.assert_array_equal(flatten(array), array.ravel())
 
 
-@pytest.mark.skipif("not has_avx512()", reason="this processor, or NUMBA_CPU_NAME, lacks AVX-512")
-def test_a_lookup_takes_from_both_blocks_by_the_low_five_bits():
-    @njit
-    def look_up(low, words, high, out):
-        word = simd.load(words, U(0), 16)
-        simd.store(out, U(0), simd.look_up_pair(simd.load(low, U(0), 16), word, high_of(high)))
-        word = simd.shift_right(word, U(5))
-        simd.store(out, U(16), simd.look_up_pair(simd.load(low, U(0), 16), word, high_of(high)))
+needs_byte_lookup = pytest.mark.skipif(
+    not has_byte_lookup(), reason="this processor, or NUMBA_CPU_NAME, lacks AVX-512 VBMI"
+)
 
-    @njit
-    def high_of(high):
-        return simd.load(high, U(0), 16)
 
-    low, high = np.arange(16, dtype=np.float32), np.arange(16, 32, dtype=np.float32)
+@needs_byte_lookup
+def test_a_lookup_takes_from_both_blocks_and_padding_is_zero_whatever_they_hold():
+    @njit
+    def look_up(x, indices, out):
+        low = plane_lookup.split(simd.load(x, U(0), 64))
+        high = plane_lookup.split(simd.load(x, U(64), 64))
+        simd.store(out, U(0), plane_lookup.look_up(low, simd.load(indices, U(0), 16), high))
+
     rng = np.random.default_rng(3)
-    first, second = rng.integers(0, 32, 16), rng.integers(0, 32, 16)
-    first[0], second[0] = 31, 31
-    words = (first | second << 5 | 1 << 31).astype(np.uint32).view(np.int32)
-    out = np.empty(32, np.float32)
-    look_up(low, words, high, out)
-    np.testing.assert_array_equal(out, np.concatenate([first, second]))
-    assert has_avx512()
+    bits = rng.integers(0, 1 << 32, 128, np.uint32)  # NaN, infinity and subnormal numbers too
+    bits[:4] = 0x7FC00001, 0xFF800000, 1, 0x80000000
+    chosen = rng.permutation(128)[:64]
+    expected = bits[chosen]
+    for lanes in (range(0, 64, 3), range(0), range(64)):
+        octets, out = np.empty(64, np.uint8), np.empty(64, np.float32)
+        chosen[lanes], expected[lanes] = 0x80 | chosen[lanes], 0
+        octets[plane_lookup.place_of_lane()] = chosen
+        look_up(bits.view(np.float32), octets.view(np.int32), out)
+        np.testing.assert_array_equal(out.view(np.uint32), expected)
+
+
+@needs_byte_lookup
+def test_planes_hold_one_byte_of_each_number():
+    @njit
+    def split(x, planes):
+        simd.store(planes, U(0), plane_lookup.split(simd.load(x, U(0), 64)))
+
+    octets = np.random.default_rng(0).integers(0, 256, (64, 4), np.uint8)
+    planes = np.empty(64, np.int32)
+    split(octets.view(np.float32).ravel(), planes)
+    np.testing.assert_array_equal(planes.view(np.uint8).reshape(4, 64), octets.T)
+
+
+@needs_byte_lookup
+def test_pairs_of_bfloat16_become_the_low_ones_and_then_the_high_ones():
+    @njit
+    def widen(pairs, out):
+        simd.store(out, U(0), plane_lookup.widen_pairs(simd.load(pairs, U(0), 32)))
+
+    halves = np.random.default_rng(0).integers(0, 1 << 16, 64, np.uint16)
+    out = np.empty(64, np.float32)
+    widen(halves.view(np.int32), out)
+    expected = halves.reshape(2, 16, 2).swapaxes(1, 2).ravel().astype(np.uint32) << 16
+    np.testing.assert_array_equal(out.view(np.uint32), expected)
