@@ -179,7 +179,7 @@ class _Product:
         n_in = max(_about(rng, *self.n_in), fan_in)
         n_out = max(_about(rng, *self.n_out), n_active)
         if rng.random() < 0.5:
-            n_out += int(rng.integers(1, max(2, n_active // 3)))
+            n_out += 1 if rng.random() < 0.5 else int(rng.integers(1, max(2, n_active // 3)))
         return ProductSizes(_any_lead(rng, batch), batch, n_out, n_active, n_in, fan_in)
 
 
@@ -197,10 +197,12 @@ def _about(rng: Draw, least: int, most: int) -> int:
 
 
 _LARGE = (
-    *2 * (_Product("three large sizes", (65, 140), (130, 300), (300, 1_200), (2, 10)),),
+    _Product("three large sizes", (65, 140), (130, 300), (300, 1_200), (2, 10)),
+    *2 * (_Product("one row of a large layer", (1, 4), (65, 600), (130, 2_100), (4, 90)),),
     _Product("a large batch and many neurons", (65, 200), (130, 600), (1, 70), (1, 9)),
     _Product("a large batch and many inputs", (65, 200), (1, 33), (600, 2_100), (1, 40)),
     _Product("many neurons and inputs", (4, 16), (130, 600), (600, 2_100), (1, 12)),
+    _Product("many inputs and connections", (1, 4), (65, 130), (16_385, 20_000), (200, 800)),
     _Product("work for several threads", (130, 200), (128, 160), (129, 300), (60, 90)),
     _Product("nnz > 131,072", (1, 2), (500, 1_100), nnz=(131_073, 150_000)),
     _Product("nnz > 262,144", (1, 1), (700, 1_500), nnz=(262_145, 280_000)),
@@ -219,7 +221,7 @@ _LARGE = (
     *2 * (_Product("n_in > 131,072", (1, 2), (1, 9), (131_073, 140_000), (1, 5)),),
     _Product("x of more than 2^20 numbers", (1_030, 1_101), (1, 9), (1_025, 1_040), (1, 5)),
 )
-_SMALL_SHARE, _DENSE_SHARE, _SQUARE_SHARE = 17, 2, 4
+_SMALL_SHARE, _DENSE_SHARE, _SQUARE_SHARE = 17, 2, 3
 _FIRST_BOUNDARY = _SMALL_SHARE + _DENSE_SHARE + _SQUARE_SHARE
 
 
@@ -235,7 +237,7 @@ def product_sizes(schedule: Schedule, most: int, *, ablation: bool) -> ProductSi
     elif _SMALL_SHARE <= slot < _FIRST_BOUNDARY:
         sizes = _square(rng)
     elif _FIRST_BOUNDARY <= slot < ROUND - len(_LARGE):
-        sizes = _at_a_boundary(rng, slot % 4)
+        sizes = _at_a_boundary(rng, int(rng.integers(4)))
         if slot == _FIRST_BOUNDARY:
             sizes = replace(sizes, lead=1 + LEADS.index("no rows"))
     else:

@@ -141,13 +141,20 @@ def non_finite_inputs_reach_their_neurons_only(backend: Backend, problem: Matmul
         x = problem.x.copy()
         x[..., column] = problem.special_numbers(x[..., column].shape, column)
         _assert_product(backend, replace(problem, x=x), f"with NaN or inf in column {column}")
+    neuron = int(problem.rng().integers(problem.weight.n_active))
+    others = np.ones(problem.x.shape[-1], bool)
+    others[problem.weight.indices[neuron]] = False
+    x = problem.x.copy()
+    x[..., others] = problem.special_numbers(x[..., others].shape, 1)
+    what = f"with NaN or inf at all inputs but those of active neuron {neuron}"
+    _assert_product(backend, replace(problem, x=x), what)
 
 
 @_law("extended precision", "within the error bound of SPEC 2")
 def non_finite_weights_and_biases_propagate(backend: Backend, problem: MatmulProblem) -> None:
     """NaN and infinity in values or bias reach their own neuron's output, and no other's."""
     values = problem.weight.values.copy()
-    values[0, -1], values[-1, 0] = problem.special_numbers((2,))
+    values[0, 0], values[0, -1], values[-1, 0] = problem.special_numbers((3,))
     bias = np.zeros(problem.weight.shape[0], problem.result_dtype)
     bias[-1], bias[0] = problem.special_numbers((2,), 1)
     weight = problem.weight.with_values(values)
