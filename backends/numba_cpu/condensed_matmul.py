@@ -4,7 +4,7 @@ The kernel of a product depends on the batch, the mask and the processor:
 
 - up to a few rows: `register_lookup` with AVX-512, `neuron_lanes` on other processors and at very
   high sparsity, `row_sums` for layers of a few neurons;
-- larger batches: `column_blocks`, in tiles of 8 to 64 batch rows. It also computes the gradient of
+- larger batches: `lockstep`, in tiles of 8 to 32 batch rows. It also computes the gradient of
   x, with the connections transposed;
 - `value_gradient` for the gradient of the values.
 
@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import accumulator_dtype, round_to
 from srigl_core._format.weight import CondensedWeight
-from srigl_core.backends.numba_cpu.column_blocks import ColumnBlocks, lanes_of, widest_lanes
+from srigl_core.backends.numba_cpu.batch_tiles import lanes_of, widest_lanes
 from srigl_core.backends.numba_cpu.compressed_rows import CompressedRows
+from srigl_core.backends.numba_cpu.lockstep import Lockstep
 from srigl_core.backends.numba_cpu.neuron_lanes import LANES, NeuronLanes
 from srigl_core.backends.numba_cpu.processor import has_avx512
 from srigl_core.backends.numba_cpu.register_lookup import RegisterLookup
@@ -78,14 +79,12 @@ class _Layouts:
         return self._made.get("lanes") or self._keep("lanes", NeuronLanes(self._indices))
 
     def for_tiles(self, lanes: int, dtype: np.dtype[Any], *, of_columns: bool = False) -> Any:
-        """Return the layout for tiles of `lanes` batch rows; all share two block sizes."""
-        widest = widest_lanes(dtype)
-        lanes = widest if lanes > widest // 4 else widest // 4
+        """Return the layout for tiles of `lanes` batch rows."""
         key = ("tiles", lanes, dtype.itemsize, of_columns)
         made = self._made.get(key)
         if made is None:
             connect = CompressedRows.of_columns if of_columns else CompressedRows.of_neurons
-            made = self._keep(key, ColumnBlocks(connect(self._indices, self._n_in), lanes, dtype))
+            made = self._keep(key, Lockstep(connect(self._indices, self._n_in), lanes, dtype))
         return made
 
     def _keep(self, key: Any, made: Any) -> Any:
@@ -155,7 +154,7 @@ class NumbaPrepared:
         dtype = accumulator_dtype(self.weight.dtype)
         layout = self._layouts.for_rows(dtype)
         return {
-            "kernel": f"{layout.name} up to batch {layout.most_rows}, column blocks beyond",
+            "kernel": f"{layout.name} up to batch {layout.most_rows}, lockstep beyond",
             "layout": "condensed",
             "padding": round(layout.padding, 3),
             "bytes": self._layouts.nbytes + sum(array.nbytes for array in self._arranged.values()),
@@ -242,8 +241,6 @@ class NumbaPrepared:
         batch, widest = x.shape[0], widest_lanes(x.dtype)
         whole, left = divmod(batch, widest)
         lanes = lanes_of(left, x.dtype)
-        if whole:
-            lanes = max(lanes, widest // 2)
         if left and lanes == widest:
             whole, left = whole + 1, 0
         parts = [(0, whole, widest)] if whole else []
@@ -260,7 +257,6 @@ class NumbaPrepared:
                 code,
                 first=first,
                 tiles=tiles,
-                lanes=lanes,
                 n_threads=n_threads,
             )
 
@@ -314,7 +310,6 @@ class NumbaPrepared:
             np.require(grad, dtype, ["C", "A"]),
             np.require(x, dtype, ["C", "A"]),
             result,
-            lanes=lanes,
             n_threads=n_threads,
         )
         if not direct:
