@@ -16,24 +16,79 @@ from srigl_core.backends.numba_cpu.processor import vector_bytes
 from srigl_core.backends.numba_cpu.scratch import scratch
 from srigl_core.backends.numba_cpu.simd import transpose
 
-__all__ = ["LEAST_LANES", "lanes_of", "square_of", "stager", "tile_for", "widest_lanes"]
+__all__ = [
+    "LANE_NANOSECONDS",
+    "ROW_NANOSECONDS",
+    "lanes_of",
+    "square_of",
+    "stager",
+    "tile_for",
+    "tile_parts",
+    "tiles_nanoseconds",
+    "widest_lanes",
+]
 
 LEAST_LANES = 8
 WIDEST_BYTES = 128
 """Bytes of a tile's row in the widest kernel; wider ones are never faster."""
 
+VISIT_NANOSECONDS, ROW_NANOSECONDS = 0.1, 0.1
+_LANE_NANOSECONDS = {64: 0.0235, 32: 0.0235, 16: 0.06}
+"""Times of a connection in a tile, of an input or output of a batch row, and of a connection in a
+lane, by the bytes of a vector register.
 
-def widest_lanes(dtype: np.dtype[Any]) -> int:
+Fitted by least squares to the times of one tile of 8, 16 and 32 float32 lanes, on a 3072 x 768
+layer at 90% sparsity, on one core of a Zen 4 processor.
+"""
+LANE_NANOSECONDS = _LANE_NANOSECONDS[vector_bytes()]
+
+
+def widest_lanes(itemsize: int) -> int:
     """Return the number of batch rows in a tile of the widest kernel."""
-    return WIDEST_BYTES // dtype.itemsize
+    return WIDEST_BYTES // itemsize
 
 
-def lanes_of(batch: int, dtype: np.dtype[Any]) -> int:
+def lanes_of(batch: int, itemsize: int) -> int:
     """Return the lanes of a tile for up to `batch` rows: a power of two, at least 8."""
     lanes = LEAST_LANES
-    while lanes < min(batch, widest_lanes(dtype)):
+    while lanes < min(batch, widest_lanes(itemsize)):
         lanes *= 2
     return lanes
+
+
+@functools.lru_cache(maxsize=1024)
+def tile_parts(batch: int, itemsize: int) -> tuple[tuple[int, int, int], ...]:
+    """Divide a batch into tiles, as (first row, number of tiles, lanes), the widest ones first.
+
+    The rest of a batch takes the tiles of different widths that hold it and take least time. The
+    last one may extend past the end of the batch.
+    """
+    widest = widest_lanes(itemsize)
+    whole, rest = divmod(batch, widest)
+    widths = [widest >> i for i in range((widest // LEAST_LANES).bit_length())]
+    choices = [
+        [width for i, width in enumerate(widths) if chosen >> i & 1]
+        for chosen in range(1 << len(widths))
+    ]
+    enough = [choice for choice in choices if sum(choice) >= rest]
+    tiles = [widest] * whole + min(enough, key=_nanoseconds)
+    parts, first = [], 0
+    for width in widths:
+        n = tiles.count(width)
+        if n:
+            parts.append((first, n, width))
+        first += n * width
+    return tuple(parts)
+
+
+def tiles_nanoseconds(batch: int, itemsize: int) -> float:
+    """Return the estimated time of a connection in all tiles of a batch."""
+    parts = tile_parts(batch, itemsize)
+    return _nanoseconds([lanes for _, n, lanes in parts for _ in range(n)]) * itemsize / 4
+
+
+def _nanoseconds(tiles: list[int]) -> float:
+    return sum(VISIT_NANOSECONDS + LANE_NANOSECONDS * lanes for lanes in tiles)
 
 
 def square_of(lanes: int) -> int:

@@ -22,7 +22,13 @@ from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import accumulator_dtype, round_to
 from srigl_core._format.weight import CondensedWeight
-from srigl_core.backends.numba_cpu.batch_tiles import lanes_of, widest_lanes
+from srigl_core.backends.numba_cpu.batch_tiles import (
+    LANE_NANOSECONDS,
+    ROW_NANOSECONDS,
+    lanes_of,
+    tile_parts,
+    tiles_nanoseconds,
+)
 from srigl_core.backends.numba_cpu.compressed_rows import CompressedRows
 from srigl_core.backends.numba_cpu.lockstep import Lockstep
 from srigl_core.backends.numba_cpu.neuron_lanes import LANES, NeuronLanes
@@ -30,7 +36,11 @@ from srigl_core.backends.numba_cpu.processor import has_avx512
 from srigl_core.backends.numba_cpu.register_lookup import RegisterLookup
 from srigl_core.backends.numba_cpu.row_sums import RowSums
 from srigl_core.backends.numba_cpu.threads import is_small, pool
-from srigl_core.backends.numba_cpu.value_gradient import value_gradient
+from srigl_core.backends.numba_cpu.value_gradient import (
+    MOST_GATHERED,
+    gathered_gradient,
+    value_gradient,
+)
 from srigl_core.backends.numba_cpu.value_types import as_bits
 from srigl_core.contract import ACTIVATIONS, MatmulGradients
 
@@ -44,13 +54,8 @@ MOST_PADDING = 2.4
 MOST_ROWS = 4
 """Largest batch for which a layout that processes rows one by one can beat tiles of eight."""
 
-CALL_NANOSECONDS, TILES_CALL_NANOSECONDS = 2_500, 8_000
-VISIT_NANOSECONDS, LANE_NANOSECONDS, ROW_NANOSECONDS = 0.2, 0.025, 0.12
-"""Times of a call, of a connection in a tile, of a lane of it, and of an input or result of a row.
-
-They were measured on one machine with AVX-512. They decide whether threads are worth waking, and
-serve recommendations.
-"""
+CALL_NANOSECONDS = 2_500
+"""Time of a call, measured on one machine with AVX-512. It serves recommendations."""
 
 
 class _Layouts:
@@ -107,6 +112,7 @@ class NumbaPrepared:
         "_layouts",
         "_no_bias",
         "_ready",
+        "_tiled",
         "weight",
     )
 
@@ -118,6 +124,7 @@ class NumbaPrepared:
         self._no_bias = np.zeros(weight.shape[0], self._dtype)
         self._arranged: dict[Any, Array] = {}
         self._ready: dict[int, Any] = {}
+        self._tiled: dict[tuple[int, int, bool], Any] = {}
 
     def matmul_fast(
         self, x: Array, bias: Array | None, code: int, out: Array, threads: int | None
@@ -139,7 +146,12 @@ class NumbaPrepared:
                 if not good:
                     self._layouts.row_sums.multiply(self._bits, x, offset, active, out, code, 1)
                 return
-        self._multiply(x, batch, offset, active, out, code, threads)
+        work = batch * self.weight.nnz * LANE_NANOSECONDS
+        if threads == 1 or is_small(threads, work):
+            self._multiply_tiles(x, offset, active, out, code, 1)
+        else:
+            with pool(threads, work) as n:
+                self._multiply_tiles(x, offset, active, out, code, n)
 
     def _make_ready(self, x: Array, bias: Array, out: Array) -> Any:
         """Return the layout, its compiled kernel for inputs like `x`, and its arrays."""
@@ -166,11 +178,9 @@ class NumbaPrepared:
             layout = self._layouts.for_rows(self._dtype)
             if batch <= layout.most_rows:
                 return CALL_NANOSECONDS + batch * float(layout.nanoseconds)
-        tiles = -(-batch // widest_lanes(self._dtype))
-        lanes = tiles * lanes_of(-(-batch // tiles), self._dtype)
-        sums = (tiles * VISIT_NANOSECONDS + lanes * LANE_NANOSECONDS) * self.weight.nnz
-        moves = lanes * sum(self.weight.shape) * ROW_NANOSECONDS
-        return TILES_CALL_NANOSECONDS + (sums + moves) * self._dtype.itemsize / 4
+        sums = tiles_nanoseconds(batch, self._dtype.itemsize) * self.weight.nnz
+        moves = batch * sum(self.weight.shape) * ROW_NANOSECONDS * self._dtype.itemsize / 4
+        return CALL_NANOSECONDS + sums + moves
 
     def with_values(self, weight: CondensedWeight) -> NumbaPrepared:
         """Return this layout for other values; they share everything that depends on the mask."""
@@ -237,28 +247,28 @@ class NumbaPrepared:
         *,
         of_columns: bool = False,
     ) -> None:
-        """Compute a product in tiles: the widest tiles first, a narrower one for the rest."""
-        batch, widest = x.shape[0], widest_lanes(x.dtype)
-        whole, left = divmod(batch, widest)
-        lanes = lanes_of(left, x.dtype)
-        if left and lanes == widest:
-            whole, left = whole + 1, 0
-        parts = [(0, whole, widest)] if whole else []
-        if left:
-            parts.append((whole * widest, 1, lanes))
-        for first, tiles, lanes in parts:
-            layout = self._layouts.for_tiles(lanes, x.dtype, of_columns=of_columns)
-            layout.multiply(
-                self._values(layout, x.dtype),
-                x,
-                bias,
-                columns,
-                out,
-                code,
-                first=first,
-                tiles=tiles,
-                n_threads=n_threads,
-            )
+        """Compute a product in tiles."""
+        itemsize = x.itemsize
+        others = x, bias, columns, out, code
+        for first, tiles, lanes in tile_parts(len(x), itemsize):
+            key = (lanes, itemsize, of_columns)
+            layout, arrays, serial = self._tiled.get(key) or self._make_tiled(key, others)
+            if n_threads == 1:
+                runs = layout.least_runs
+                serial(tiles * runs, (runs, first, *arrays, *others))
+            else:
+                runs = layout.runs(tiles, n_threads)
+                layout.launch(tiles * runs, n_threads, (runs, first, *arrays, *others))
+
+    def _make_tiled(self, key: tuple[int, int, bool], others: tuple[Any, ...]) -> Any:
+        """Return the layout for tiles, its arrays, and its compiled code for one thread."""
+        lanes, _, of_columns = key
+        dtype = others[0].dtype
+        layout = self._layouts.for_tiles(lanes, dtype, of_columns=of_columns)
+        arrays = (*layout.arrays, self._values(layout, dtype))
+        serial = layout.launch.serial((1, 0, *arrays, *others))
+        self._tiled[key] = tiled = layout, arrays, serial
+        return tiled
 
     def _values(self, layout: Any, dtype: np.dtype[Any]) -> Array:
         """Return the values in a layout's order."""
@@ -304,13 +314,11 @@ class NumbaPrepared:
         dtype = accumulator_dtype(grad.dtype, x.dtype, self.weight.dtype)
         direct = out.dtype == dtype and out.flags.carray
         result = out if direct else np.empty(out.shape, dtype)
-        lanes = lanes_of(grad.shape[0], dtype)
-        value_gradient(
-            self._layouts.for_tiles(lanes, dtype),
-            np.require(grad, dtype, ["C", "A"]),
-            np.require(x, dtype, ["C", "A"]),
-            result,
-            n_threads=n_threads,
-        )
+        arrays = (*(np.require(array, dtype, ["C", "A"]) for array in (grad, x)), result)
+        if len(x) <= MOST_GATHERED:
+            gathered_gradient(self.weight.indices, *arrays, n_threads=n_threads)
+        else:
+            layout = self._layouts.for_tiles(lanes_of(len(x), dtype.itemsize), dtype)
+            value_gradient(layout, *arrays, n_threads=n_threads)
         if not direct:
             out[...] = round_to(result, out.dtype)

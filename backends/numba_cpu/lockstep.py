@@ -77,12 +77,11 @@ class Lockstep:
     """
 
     def __init__(self, connections: CompressedRows, lanes: int, dtype: np.dtype[Any]) -> None:
-        self.lanes, self._dtype = lanes, dtype
-        self.n_rows = connections.n_rows
+        self.lanes = lanes
         row_bytes = lanes * dtype.itemsize
         self.together = together = neurons_in_lockstep(lanes, dtype.itemsize)
         self.block = _block_columns(connections, row_bytes)
-        self.group = _group_rows(self.n_rows, together)
+        self.group = _group_rows(connections.n_rows, together)
         counts, order = _sorted_counts(connections, self.block, self.group, together)
         n_blocks, n_padded = order.shape
         tuples = (n_blocks, n_padded // together)
@@ -105,13 +104,17 @@ class Lockstep:
             self.positions,
             self.offsets,
         )
-        self.steps = self.steps.astype(np.uint16 if self.block <= 65535 else np.uint32)
+        narrow = np.uint16 if self.block <= 65535 else np.uint32
+        self.steps = self.steps.astype(narrow)
+        self.counts = np.take_along_axis(counts, order, axis=1).astype(narrow)
         self.rows = (order % self.group).astype(np.uint16)
         n_groups = -(-n_padded // self.group)
         edges = np.minimum(np.arange(n_groups + 1) * self.group, n_padded) // together
         self.visits = firsts[np.arange(n_blocks)[:, None] * tuples[1] + edges]
         self.arrays = (self.block, self.group, self.offsets, self.rows, self.steps, self.visits)
         self.launch = _launcher(lanes, together)
+        self._most_runs = n_groups
+        self.least_runs = min(-(-n_padded * row_bytes // (cache_bytes()[1] // 4)), n_groups)
 
     @property
     def nbytes(self) -> int:
@@ -123,38 +126,16 @@ class Lockstep:
         """Return the values in this layout's order, for sums in `dtype`; 16-bit ones stay so."""
         return arranged(bits, self.positions, dtype if dtype == np.float64 else bits.dtype)
 
-    def multiply(
-        self,
-        values: Any,
-        x: Any,
-        bias: Any,
-        columns: Any,
-        out: Any,
-        code: int,
-        *,
-        first: int,
-        tiles: int,
-        n_threads: int,
-    ) -> None:
-        """Write the product of `tiles` tiles of batch rows, from row `first` on, to `out`.
-
-        The last tile may extend past the end of the batch.
-        """
-        runs = self.runs(tiles, n_threads)
-        arguments = (runs, first, *self.arrays, values, x, bias, columns, out, code)
-        self.launch(tiles * runs, n_threads, arguments)
-
     def runs(self, tiles: int, n_threads: int) -> int:
         """Return the number of parts that a tile's groups are split into.
 
         Parts are small enough for their sums to stay in the cache, and numerous enough for all
         threads to have work. Each part of a tile transposes x again.
         """
-        bytes_of_sums = self.n_rows * self.lanes * self._dtype.itemsize
-        runs = -(-bytes_of_sums // (cache_bytes()[1] // 4))
+        runs = self.least_runs
         while tiles * runs % n_threads and tiles * runs < 8 * n_threads:
             runs += 1
-        return min(runs, int(self.visits.shape[1]) - 1)
+        return min(runs, self._most_runs)
 
 
 def _block_columns(connections: CompressedRows, row_bytes: int) -> int:

@@ -13,16 +13,36 @@ from typing import Any
 
 import numpy as np
 
-from srigl_core.backends.numba_cpu.batch_tiles import stager, tile_for
+from srigl_core.backends.numba_cpu.batch_tiles import stager
 from srigl_core.backends.numba_cpu.calling import Launcher
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.compressed_rows import aligned_empty
 from srigl_core.backends.numba_cpu.lockstep import Lockstep
 from srigl_core.backends.numba_cpu.processor import vector_bytes
-from srigl_core.backends.numba_cpu.simd import add, flat, load, store
+from srigl_core.backends.numba_cpu.scratch import scratch
+from srigl_core.backends.numba_cpu.simd import (
+    add,
+    flat,
+    fma,
+    gather,
+    load,
+    splat,
+    store,
+    transpose,
+    zeros,
+)
 from srigl_core.backends.numba_cpu.vector_tuples import load_each, multiply
 
-__all__ = ["value_gradient"]
+__all__ = ["MOST_GATHERED", "gathered_gradient", "value_gradient"]
+
+MOST_GATHERED = 2
+"""Largest batch for which it is faster to gather the connected inputs than to transpose x."""
+
+GATHERED_LANES = 16
+"""Connections of a neuron that are computed at once from gathered inputs."""
+
+MOST_TILES = 8
+"""Tiles of a block of x that are computed together, so that they stay in the cache."""
 
 
 def value_gradient(layout: Lockstep, grad: Any, x: Any, out: Any, *, n_threads: int) -> None:
@@ -44,8 +64,7 @@ def value_gradient(layout: Lockstep, grad: Any, x: Any, out: Any, *, n_threads: 
     n_tiles = -(-len(x) // lanes)
     grads = aligned_empty(n_tiles * lanes * n_padded, grad.dtype)
     stage_grads(n_tiles, n_threads, (n_padded, grad, grads))
-    sums = aligned_empty(layout.positions.size, out.dtype)
-    arguments = (*layout.arrays, layout.positions, grads, x, sums, out)
+    arguments = (*layout.arrays, layout.counts, layout.positions, grads, x, out)
     sum_products(len(layout.rows), n_threads, arguments)
 
 
@@ -73,17 +92,29 @@ def _launchers(lanes: int, together: int, part: int) -> tuple[Launcher, Launcher
                 tile[column * width + lane] = 0
 
     @kernel()
-    def visit(offsets, at, rows, steps, tile, grads, base, sums, is_first):
-        """Add a tile's products to the sums of each row's connections in one block."""
-        for i in range(u(steps.size)):
-            own = load_each(grads, base, rows, i * u(together), together, lanes)
-            end = at + u(steps[i]) * u(at_once)
-            while at < end:
-                products = multiply(own, offsets, at, tile, part)
-                if not is_first:
-                    products = add(products, load(sums, at, at_once))
-                store(sums, at, products)
-                at += u(at_once)
+    def visit(offsets, at, n, own, tiles, tile, sums, is_first):
+        """Add a tile's products with the gradients `own` to the sums of `n` connections."""
+        for place in range(u(0), n, u(at_once)):
+            products = multiply(own, offsets, at + place, tiles, tile, part)
+            if not is_first:
+                products = add(products, load(sums, place, at_once))
+            store(sums, place, products)
+
+    @kernel()
+    def deliver(sums, n, turned, starts, counts, is_first, out):
+        """Move sums of neurons in lockstep to their places, or add them to what is there."""
+        longest = u(turned.size // together)
+        for first in range(u(0), n // u(together), u(together)):
+            source = (first * u(together), u(together), u(together - 1))
+            transpose(sums, source, turned, first, longest, together)
+        for n in range(together):
+            start, own = u(starts[n]), u(n) * longest
+            if is_first:
+                for i in range(u(counts[n])):
+                    out[start + i] = turned[own + i]
+            else:
+                for i in range(u(counts[n])):
+                    out[start + i] += turned[own + i]
 
     @kernel()
     def run(
@@ -95,28 +126,40 @@ def _launchers(lanes: int, together: int, part: int) -> tuple[Launcher, Launcher
         rows,
         steps,
         visits,
+        counts,
         positions,
         grads,
         x,
-        sums,
         out,
     ):
         n_in, line, result = x.shape[1], flat(x), flat(out)
         n_groups, n_rows = visits.shape[1] - 1, rows.shape[1]
         n_tiles = (x.shape[0] + lanes - 1) // lanes
-        tile = tile_for(block, lanes, line)
+        size = (block + 1) * lanes
+        tiles = scratch(min(n_tiles, MOST_TILES) * size, line)
+        most = (np.int64(steps.max()) * at_once // together + together) * together
+        sums, turned = scratch(most, line), scratch(most, line)
         for b in range(first, last):
             begin, end = b * block, min((b + 1) * block, n_in)
-            for t in range(n_tiles):
-                stage_tile(line, n_in, t, begin, end, tile)
+            members = rows[b]
+            for first_tile in range(0, n_tiles, MOST_TILES):
+                last_tile = min(first_tile + MOST_TILES, n_tiles)
+                for t in range(first_tile, last_tile):
+                    near = (t - first_tile) * size
+                    stage_tile(line, n_in, t, begin, end, tiles[near : near + size])
                 for group in range(n_groups):
                     low, high = group * group_rows, min((group + 1) * group_rows, n_rows)
-                    at, base = u(visits[b, group]), u((t * n_rows + low) * lanes)
-                    members, sizes = rows[b, low:high], steps[b, low // together : high // together]
-                    visit(offsets, at, members, sizes, tile, grads, base, sums, t == 0)
-            for place in range(visits[b, 0], visits[b, n_groups]):
-                if positions[place] >= 0:
-                    result[positions[place]] = sums[place]
+                    at = u(visits[b, group])
+                    for row in range(low, high, together):
+                        n = u(steps[b, row // together]) * u(at_once)
+                        for t in range(first_tile, last_tile):
+                            base, tile = (t * n_rows + low) * lanes, (t - first_tile) * size
+                            own = load_each(grads, u(base), members, u(row), together, lanes)
+                            visit(offsets, at, n, own, tiles, u(tile), sums, t == first_tile)
+                        starts = positions[at : at + u(together)]
+                        own_counts = counts[b, row : row + together]
+                        deliver(sums, n, turned, starts, own_counts, first_tile == 0, result)
+                        at += n
         return True
 
     @kernel()
@@ -128,3 +171,40 @@ def _launchers(lanes: int, together: int, part: int) -> tuple[Launcher, Launcher
         return True
 
     return Launcher(stage_grads), Launcher(run)
+
+
+def gathered_gradient(indices: Any, grad: Any, x: Any, out: Any, *, n_threads: int) -> None:
+    """Write the gradient of a batch of a few rows to `out`, without a layout.
+
+    Parameters
+    ----------
+    indices : ndarray of uint16 or uint32, (n_active, k)
+    grad, x, out : ndarray
+    n_threads : int
+        As for `value_gradient`.
+    """
+    _gather_launcher(len(indices), n_threads, (indices, grad, x, out))
+
+
+@kernel()
+def _gather(first, last, indices, grad, x, out):
+    u, lanes = np.uint64, np.uint64(GATHERED_LANES)
+    fan_in, n_in, n_active = u(indices.shape[1]), x.shape[1], grad.shape[1]
+    line, columns, grads, result = flat(x), flat(indices), flat(grad), flat(out)
+    for neuron in range(first, last):
+        for b in range(x.shape[0]):
+            at, end = u(neuron) * fan_in, u(neuron + 1) * fan_in
+            row, own = line[b * n_in : (b + 1) * n_in], grads[b * n_active + neuron]
+            while at + lanes <= end:
+                total = load(result, at, GATHERED_LANES) if b else zeros(line, GATHERED_LANES)
+                inputs = gather(row, columns, at, GATHERED_LANES)
+                store(result, at, fma(splat(own, GATHERED_LANES), inputs, total))
+                at += lanes
+            while at < end:
+                total_before = result[at] if b else line.dtype.type(0)
+                result[at] = total_before + own * row[u(columns[at])]
+                at += u(1)
+    return True
+
+
+_gather_launcher = Launcher(_gather)

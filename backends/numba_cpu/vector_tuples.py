@@ -116,7 +116,8 @@ def accumulate(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         sums = cgutils.unpack_tuple(builder, args[0], totals.count)
-        tiles = _tile_rows(context, builder, signature.args[4], args[4], vector)
+        first_row = _address(context, builder, tile, args[4], _I64(0))
+        tiles = _tile_rows(context, builder, first_row, vector)
         for first in range(0, max(4, totals.count), 4):
             place = builder.add(args[3], _I64(first))
             four = _four_values(context, builder, values, args[1], place, vector)
@@ -134,11 +135,9 @@ def _four_offsets(context: Any, builder: Any, offsets: Any, array: Any, at: Any)
     return _read(builder, _address(context, builder, offsets, array, at), _I64, 2)
 
 
-def _tile_rows(context: Any, builder: Any, tile: Any, array: Any, vector: VectorType) -> Any:
+def _tile_rows(context: Any, builder: Any, first_row: Any, vector: VectorType) -> Any:
     """Return a function that reads the four rows of a tile that a uint64 has the offsets of."""
-    start = builder.bitcast(
-        _address(context, builder, tile, array, _I64(0)), ir.IntType(8).as_pointer()
-    )
+    start = builder.bitcast(first_row, ir.IntType(8).as_pointer())
     llvm_vector = context.get_value_type(vector)
     align = min(64, vector.lanes * vector.element.bitwidth // 8)
 
@@ -186,11 +185,11 @@ def _spread(builder: Any, four: Any, chosen: int, lanes: int) -> Any:
 
 @intrinsic(prefer_literal=True)
 def multiply(
-    typing_context: Any, factors: Any, offsets: Any, at: Any, tile: Any, lanes: Any
+    typing_context: Any, factors: Any, offsets: Any, at: Any, tile: Any, start: Any, lanes: Any
 ) -> Any:
     """Return the sums over the lanes of ``factors * rows``, one for each connection of a step.
 
-    The connections of a step are those of `accumulate`. The products are first added to vectors of
+    The connections of a step are those of `accumulate`, and the tile starts at ``tile[start]``. The products are first added to vectors of
     `lanes` lanes, in order, and then lane by lane.
     """
     vector, part = factors.dtype, _constant_lanes(lanes)
@@ -199,7 +198,8 @@ def multiply(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         own = cgutils.unpack_tuple(builder, args[0], factors.count)
-        tiles = _tile_rows(context, builder, signature.args[3], args[3], vector)
+        first_row = _address(context, builder, tile, args[3], args[4])
+        tiles = _tile_rows(context, builder, first_row, vector)
         products: list[Any] = []
         for first in range(0, n_sums, 4):
             place = builder.add(args[2], _I64(first))
@@ -214,7 +214,7 @@ def multiply(
             sums = [_shuffle(builder, *sums[i : i + 2], both) for i in range(0, len(sums), 2)]
         return sums[0]
 
-    return result(factors, offsets, types.uintp, tile, lanes), generate
+    return result(factors, offsets, types.uintp, tile, types.uintp, lanes), generate
 
 
 def _folded_product(builder: Any, a: Any, b: Any, lanes: int) -> Any:
@@ -232,32 +232,39 @@ def _folded_product(builder: Any, a: Any, b: Any, lanes: int) -> Any:
 def _lane_sums(builder: Any, vectors: list[Any]) -> Any:
     """Return the lane sums of vectors, a power of two of at most as many as they have lanes.
 
-    Each round adds the halves of chunks of lanes, and merges two vectors. A chunk is at first a
-    register of 128 bits, since instructions that move numbers within it are the fastest.
+    Each round adds two halves of each vector, and merges two vectors. The first rounds move numbers
+    within parts of 128 bits, the others move such parts; processors have fast instructions for both.
     """
     n = vectors[0].type.count
-    chunk, piece = min(n, 16 // (8 if vectors[0].type.element == ir.DoubleType() else 4)), 1
-    while len(vectors) > 1:
-        chunk = max(chunk, 2 * piece)
+    in_part = 16 // (8 if vectors[0].type.element == ir.DoubleType() else 4)
+    piece = 1
+    while piece < in_part:
         firsts = [
             source * n + start + at + i
-            for start in range(0, n, chunk)
-            for at in range(0, chunk // 2, piece)
+            for start in range(0, n, in_part)
+            for at in range(0, in_part // 2, piece)
             for source in (0, 1)
             for i in range(piece)
         ]
-        seconds = [lane + chunk // 2 for lane in firsts]
-        pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [
-            builder.fadd(_shuffle(builder, *pair, firsts), _shuffle(builder, *pair, seconds))
-            for pair in pairs
-        ]
+        seconds = [lane + in_part // 2 for lane in firsts]
+        vectors = _merged_pairs(builder, vectors, firsts, seconds)
         piece *= 2
-    (total,) = vectors
-    while total.type.count > piece:
-        half = total.type.count // 2
-        total = builder.fadd(
-            _shuffle(builder, total, total, list(range(half))),
-            _shuffle(builder, total, total, list(range(half, 2 * half))),
-        )
-    return total
+    while vectors[0].type.count > piece:
+        count = len(vectors)
+        lanes = [i for i in range(min(count, 2) * vectors[0].type.count)]
+        firsts = [i for i in lanes if i // in_part % 2 == 0]
+        seconds = [i for i in lanes if i // in_part % 2]
+        vectors = _merged_pairs(builder, vectors, firsts, seconds)
+        piece *= 2 if count > 1 else 1
+    return vectors[0]
+
+
+def _merged_pairs(
+    builder: Any, vectors: list[Any], firsts: list[int], seconds: list[int]
+) -> list[Any]:
+    """Return lanes `firsts` plus lanes `seconds` of each pair of vectors, or of the last one."""
+    pairs = zip(vectors[::2], vectors[1::2] or vectors, strict=True)
+    return [
+        builder.fadd(_shuffle(builder, *pair, firsts), _shuffle(builder, *pair, seconds))
+        for pair in pairs
+    ]
