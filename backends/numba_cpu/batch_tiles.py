@@ -19,8 +19,8 @@ from srigl_core.backends.numba_cpu.simd import transpose
 __all__ = [
     "LANE_NANOSECONDS",
     "ROW_NANOSECONDS",
+    "SQUARE",
     "lanes_of",
-    "square_of",
     "stager",
     "tile_for",
     "tile_parts",
@@ -28,7 +28,10 @@ __all__ = [
     "widest_lanes",
 ]
 
-LEAST_LANES = 8
+SQUARE = LEAST_LANES = 8
+"""Rows and columns of the squares in which tiles are transposed. Wider squares read from more rows
+of x at a time than a set of the first-level cache has places, if the rows are some KiB apart."""
+
 WIDEST_BYTES = 128
 """Bytes of a tile's row in the widest kernel; wider ones are never faster."""
 
@@ -91,11 +94,6 @@ def _nanoseconds(tiles: list[int]) -> float:
     return sum(VISIT_NANOSECONDS + LANE_NANOSECONDS * lanes for lanes in tiles)
 
 
-def square_of(lanes: int) -> int:
-    """Return the rows of the squares in which tiles of `lanes` batch rows are transposed."""
-    return min(lanes, max(8, vector_bytes() // 4))
-
-
 @kernel()
 def tile_for(n_columns, lanes, like):
     """Return memory for a tile of `n_columns` columns and a column of zeros behind them.
@@ -110,7 +108,6 @@ def tile_for(n_columns, lanes, like):
 @functools.cache
 def stager(lanes: int) -> Any:
     """Return the kernel that transposes a block of x into a tile of `lanes` batch rows."""
-    square = square_of(lanes)
     width = np.uint64(lanes)
     u = np.uint64
 
@@ -120,14 +117,14 @@ def stager(lanes: int) -> Any:
 
         Lanes past the last row repeat that row; their results are not stored.
         """
-        whole = begin + (end - begin) // u(square) * u(square)
-        for lane in range(u(0), width, u(square)):
+        whole = begin + (end - begin) // u(SQUARE) * u(SQUARE)
+        for lane in range(u(0), width, u(SQUARE)):
             top = min(row + lane, last_row)
-            for column in range(begin, whole, u(square)):
+            for column in range(begin, whole, u(SQUARE)):
                 source = (top * n_in + column, n_in, last_row - top)
-                transpose(x, source, tile, (column - begin) * width + lane, width, square)
+                transpose(x, source, tile, (column - begin) * width + lane, width, SQUARE)
             for column in range(whole, end):
-                for i in range(u(square)):
+                for i in range(u(SQUARE)):
                     source_row = min(top + i, last_row)
                     tile[(column - begin) * width + lane + i] = x[source_row * n_in + column]
 

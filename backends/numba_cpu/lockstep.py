@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from srigl_core.backends.numba_cpu.batch_tiles import square_of, stager, tile_for
+from srigl_core.backends.numba_cpu.batch_tiles import SQUARE, stager, tile_for
 from srigl_core.backends.numba_cpu.calling import Launcher
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.compressed_rows import CompressedRows, aligned_empty, arranged
@@ -54,6 +54,8 @@ little."""
 NARROW_BYTES = 32
 """A tile with rows of up to this size fills half of the first-level cache, and a wider one three
 quarters: a kernel needs the rest for values and offsets, which a narrow tile reads faster."""
+
+MOST_OFFSET = 65535
 
 CONNECTIONS_PER_VISIT = 8
 """Connections of a row in a block that make up for loading and storing its sums."""
@@ -104,9 +106,8 @@ class Lockstep:
             self.positions,
             self.offsets,
         )
-        narrow = np.uint16 if self.block <= 65535 else np.uint32
-        self.steps = self.steps.astype(narrow)
-        self.counts = np.take_along_axis(counts, order, axis=1).astype(narrow)
+        self.steps = self.steps.astype(np.uint16)
+        self.counts = np.take_along_axis(counts, order, axis=1).astype(np.uint16)
         self.rows = (order % self.group).astype(np.uint16)
         n_groups = -(-n_padded // self.group)
         edges = np.minimum(np.arange(n_groups + 1) * self.group, n_padded) // together
@@ -142,10 +143,10 @@ def _block_columns(connections: CompressedRows, row_bytes: int) -> int:
     first_level, second_level = cache_bytes()
     in_cache = int(first_level * (1 / 2 if row_bytes <= NARROW_BYTES else 3 / 4)) // row_bytes
     wanted = CONNECTIONS_PER_VISIT / max(connections.density, 1e-9)
-    most = max(16, min(second_level // 2, UNIT * 65535) // row_bytes - 1)
-    block = min(max(in_cache, wanted), most, connections.n_inputs)
+    most = max(min(second_level // 2, UNIT * MOST_OFFSET) // row_bytes - 1, SQUARE)
+    block = min(max(in_cache, wanted), most // SQUARE * SQUARE, connections.n_inputs)
     n_blocks = -(-connections.n_inputs // int(block))
-    return -(-connections.n_inputs // n_blocks)
+    return -(-connections.n_inputs // (n_blocks * SQUARE)) * SQUARE
 
 
 def _group_rows(n_rows: int, together: int) -> int:
@@ -204,7 +205,6 @@ def _launcher(lanes: int, together: int) -> Launcher:
 
     An item is one of the `runs` parts of a tile.
     """
-    square = square_of(lanes)
     at_once = max(4, together)
     width = np.uint64(lanes)
     u = np.uint64
@@ -232,31 +232,31 @@ def _launcher(lanes: int, together: int) -> Launcher:
         n_columns = u(bias.size)
         begin = first_column(first, columns, bias.size)
         end = first_column(last, columns, bias.size)
-        for lane in range(u(0), width, u(square)):
+        for lane in range(u(0), width, u(SQUARE)):
             top = row + lane
             if top > last_row:
                 break
-            height = min(u(square), last_row + u(1) - top)
+            height = min(u(SQUARE), last_row + u(1) - top)
             if columns.size != bias.size:
                 start = np.int64(top * n_columns)
                 fill_ablated(out, start, height, columns, first, last, bias)
-            for neuron in range(u(first), u(last), u(square)):
+            for neuron in range(u(first), u(last), u(SQUARE)):
                 near = u(last) - neuron
                 source = ((neuron - u(first)) * width + lane, width, near - u(1))
-                transpose(sums, source, corner, u(0), u(square), square)
-                whole = are_side_by_side(columns, np.int64(neuron), square)
-                whole = whole and near >= u(square)
+                transpose(sums, source, corner, u(0), u(SQUARE), SQUARE)
+                whole = are_side_by_side(columns, np.int64(neuron), SQUARE)
+                whole = whole and near >= u(SQUARE)
                 for i in range(height):
                     place = (top + i) * n_columns
                     if whole:
                         column = u(columns[neuron])
-                        total = load(corner, i * u(square), square)
-                        total = add(total, load(bias, column, square))
+                        total = load(corner, i * u(SQUARE), SQUARE)
+                        total = add(total, load(bias, column, SQUARE))
                         store(out, place + column, total)
                     else:
-                        for j in range(min(near, u(square))):
+                        for j in range(min(near, u(SQUARE))):
                             column = columns[neuron + j]
-                            out[place + u(column)] = corner[i * u(square) + j] + bias[column]
+                            out[place + u(column)] = corner[i * u(SQUARE) + j] + bias[column]
             for i in range(height):
                 finish_row(out, np.int64((top + i) * n_columns), begin, end, code)
 
@@ -284,7 +284,7 @@ def _launcher(lanes: int, together: int) -> Launcher:
         last_row = u(x.shape[0] - 1)
         longest = (n_groups + runs - 1) // runs * group_rows
         tile, sums = tile_for(block, lanes, line), scratch(longest * lanes, line)
-        corner = scratch(square * square, line)
+        corner = scratch(SQUARE * SQUARE, line)
         for item in range(first_item, last_item):
             part = item % runs
             row = u(first_row + item // runs * lanes)
