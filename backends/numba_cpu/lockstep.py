@@ -124,8 +124,12 @@ class Lockstep:
         return sum(array.nbytes for array in arrays)
 
     def arrange(self, bits: Any, dtype: Any) -> Any:
-        """Return the values in this layout's order, for sums in `dtype`; 16-bit ones stay so."""
-        return arranged(bits, self.positions, dtype if dtype == np.float64 else bits.dtype)
+        """Return the values in this layout's order, for sums in `dtype`.
+
+        16-bit values are widened by the kernel that sums float32.
+        """
+        stays = bits.itemsize == 2 and dtype == np.float32
+        return arranged(bits, self.positions, bits.dtype if stays else dtype)
 
     def runs(self, tiles: int, n_threads: int) -> int:
         """Return the number of parts that a tile's groups are split into.
