@@ -120,7 +120,7 @@ class Lockstep:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays that depend on the mask."""
-        arrays = (self.positions, self.offsets, self.rows, self.steps, self.visits)
+        arrays = (self.positions, self.offsets, self.rows, self.steps, self.counts, self.visits)
         return sum(array.nbytes for array in arrays)
 
     def arrange(self, bits: Any, dtype: Any) -> Any:

@@ -18,7 +18,7 @@ from srigl_core.backends.numba_cpu.calling import Launcher
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.compressed_rows import aligned_empty
 from srigl_core.backends.numba_cpu.lockstep import Lockstep
-from srigl_core.backends.numba_cpu.processor import vector_bytes
+from srigl_core.backends.numba_cpu.processor import cache_bytes, vector_bytes
 from srigl_core.backends.numba_cpu.scratch import scratch
 from srigl_core.backends.numba_cpu.simd import (
     add,
@@ -42,7 +42,7 @@ GATHERED_LANES = 16
 """Connections of a neuron that are computed at once from gathered inputs."""
 
 MOST_TILES = 8
-"""Tiles of a block of x that are computed together, so that they stay in the cache."""
+"""Tiles of a block of x that are computed together, if they fit in the second-level cache."""
 
 
 def value_gradient(layout: Lockstep, grad: Any, x: Any, out: Any, *, n_threads: int) -> None:
@@ -64,7 +64,9 @@ def value_gradient(layout: Lockstep, grad: Any, x: Any, out: Any, *, n_threads: 
     n_tiles = -(-len(x) // lanes)
     grads = aligned_empty(n_tiles * lanes * n_padded, grad.dtype)
     stage_grads(n_tiles, n_threads, (n_padded, grad, grads))
-    arguments = (*layout.arrays, layout.counts, layout.positions, grads, x, out)
+    tile_bytes = layout.block * lanes * x.itemsize
+    at_a_time = max(1, min(MOST_TILES, cache_bytes()[1] // 2 // tile_bytes))
+    arguments = (*layout.arrays, layout.counts, layout.positions, at_a_time, grads, x, out)
     sum_products(len(layout.rows), n_threads, arguments)
 
 
@@ -107,13 +109,13 @@ def _launchers(lanes: int, together: int, part: int) -> tuple[Launcher, Launcher
         for first in range(u(0), n // u(together), u(together)):
             source = (first * u(together), u(together), u(together - 1))
             transpose(sums, source, turned, first, longest, together)
-        for n in range(together):
-            start, own = u(starts[n]), u(n) * longest
+        for neuron in range(u(together)):
+            start, own = u(starts[neuron]), neuron * longest
             if is_first:
-                for i in range(u(counts[n])):
+                for i in range(u(counts[neuron])):
                     out[start + i] = turned[own + i]
             else:
-                for i in range(u(counts[n])):
+                for i in range(u(counts[neuron])):
                     out[start + i] += turned[own + i]
 
     @kernel()
@@ -128,6 +130,7 @@ def _launchers(lanes: int, together: int, part: int) -> tuple[Launcher, Launcher
         visits,
         counts,
         positions,
+        at_a_time,
         grads,
         x,
         out,
@@ -136,14 +139,14 @@ def _launchers(lanes: int, together: int, part: int) -> tuple[Launcher, Launcher
         n_groups, n_rows = visits.shape[1] - 1, rows.shape[1]
         n_tiles = (x.shape[0] + lanes - 1) // lanes
         size = (block + 1) * lanes
-        tiles = scratch(min(n_tiles, MOST_TILES) * size, line)
+        tiles = scratch(min(n_tiles, at_a_time) * size, line)
         most = (np.int64(steps.max()) * at_once // together + together) * together
         sums, turned = scratch(most, line), scratch(most, line)
         for b in range(first, last):
             begin, end = b * block, min((b + 1) * block, n_in)
             members = rows[b]
-            for first_tile in range(0, n_tiles, MOST_TILES):
-                last_tile = min(first_tile + MOST_TILES, n_tiles)
+            for first_tile in range(0, n_tiles, at_a_time):
+                last_tile = min(first_tile + at_a_time, n_tiles)
                 for t in range(first_tile, last_tile):
                     near = (t - first_tile) * size
                     stage_tile(line, n_in, t, begin, end, tiles[near : near + size])
@@ -152,6 +155,8 @@ def _launchers(lanes: int, together: int, part: int) -> tuple[Launcher, Launcher
                     at = u(visits[b, group])
                     for row in range(low, high, together):
                         n = u(steps[b, row // together]) * u(at_once)
+                        if n == u(0):
+                            continue
                         for t in range(first_tile, last_tile):
                             base, tile = (t * n_rows + low) * lanes, (t - first_tile) * size
                             own = load_each(grads, u(base), members, u(row), together, lanes)

@@ -72,9 +72,7 @@ def load_each(
 
 
 @intrinsic
-def store_each(
-    typing_context: Any, array: Any, base: Any, rows: Any, at: Any, vectors: Any
-) -> Any:
+def store_each(typing_context: Any, array: Any, base: Any, rows: Any, at: Any, vectors: Any) -> Any:
     """Write each of the vectors to where `load_each` reads it."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -189,8 +187,8 @@ def multiply(
 ) -> Any:
     """Return the sums over the lanes of ``factors * rows``, one for each connection of a step.
 
-    The connections of a step are those of `accumulate`, and the tile starts at ``tile[start]``. The products are first added to vectors of
-    `lanes` lanes, in order, and then lane by lane.
+    The connections of a step are those of `accumulate`, and the tile starts at ``tile[start]``. The
+    products are first added to vectors of `lanes` lanes, in order, and then lane by lane.
     """
     vector, part = factors.dtype, _constant_lanes(lanes)
     n_sums = max(4, factors.count)
@@ -206,9 +204,7 @@ def multiply(
             for row in tiles(_four_offsets(context, builder, offsets, args[1], place)):
                 factor = own[len(products) % factors.count]
                 products.append(_folded_product(builder, factor, row, part))
-        sums = [
-            _lane_sums(builder, products[i : i + part]) for i in range(0, n_sums, part)
-        ]
+        sums = [_lane_sums(builder, products[i : i + part]) for i in range(0, n_sums, part)]
         while len(sums) > 1:
             both = list(range(2 * sums[0].type.count))
             sums = [_shuffle(builder, *sums[i : i + 2], both) for i in range(0, len(sums), 2)]
@@ -233,7 +229,8 @@ def _lane_sums(builder: Any, vectors: list[Any]) -> Any:
     """Return the lane sums of vectors, a power of two of at most as many as they have lanes.
 
     Each round adds two halves of each vector, and merges two vectors. The first rounds move numbers
-    within parts of 128 bits, the others move such parts; processors have fast instructions for both.
+    within parts of 128 bits, the others move such parts: processors have quick instructions for
+    both.
     """
     n = vectors[0].type.count
     in_part = 16 // (8 if vectors[0].type.element == ir.DoubleType() else 4)
@@ -251,7 +248,7 @@ def _lane_sums(builder: Any, vectors: list[Any]) -> Any:
         piece *= 2
     while vectors[0].type.count > piece:
         count = len(vectors)
-        lanes = [i for i in range(min(count, 2) * vectors[0].type.count)]
+        lanes = range(min(count, 2) * vectors[0].type.count)
         firsts = [i for i in lanes if i // in_part % 2 == 0]
         seconds = [i for i in lanes if i // in_part % 2]
         vectors = _merged_pairs(builder, vectors, firsts, seconds)

@@ -14,10 +14,10 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import Function
 
 from srigl_core.torch.ops import (
+    compute_gradients,
     condensed_inference,
     condensed_linear,
     condensed_linear_backward,
-    compute_gradients,
     gradients,
     keep_for_backward,
     multiply,

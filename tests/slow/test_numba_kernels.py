@@ -326,17 +326,15 @@ def test_tiles_along_the_columns_sum_each_connection_once_however_uneven(
 
 
 @pytest.mark.parametrize(("lanes", "kind"), [(8, F32), (16, F32), (32, F32), (8, F64), (16, F64)])
-def test_tiles_take_blocks_of_as_many_columns_as_their_offsets_can_number(
-    monkeypatch, lanes, kind
-):
+def test_tiles_take_blocks_of_as_many_columns_as_their_offsets_can_number(monkeypatch, lanes, kind):
     rng = np.random.default_rng(0)
-    weight = with_integers(CondensedWeight.random((3, 65_530), fan_in=500, rng=rng), rng)
-    monkeypatch.setattr(lockstep, "cache_bytes", lambda: (1 << 30, 1 << 30))
-    connections = CompressedRows.of_neurons(weight.indices, weight.shape[1])
-    layout = Lockstep(connections, lanes, kind)
     units = lanes * kind.itemsize // 8
-    assert 60_000 < layout.offsets.max() == layout.block * units <= 65_535
-    x = rng.integers(-8, 9, (9, 65_530)).astype(kind)
+    n_in = (65_535 // units - 1) // 8 * 8 * 3
+    weight = with_integers(CondensedWeight.random((3, n_in), fan_in=500, rng=rng), rng)
+    monkeypatch.setattr(lockstep, "cache_bytes", lambda: (1 << 30, 1 << 30))
+    layout = Lockstep(CompressedRows.of_neurons(weight.indices, n_in), lanes, kind)
+    assert 65_000 < layout.offsets.max() == layout.block * units <= 65_535
+    x = rng.integers(-8, 9, (9, n_in)).astype(kind)
     got = tile_product(layout, weight.values, x, np.zeros(3, kind), weight.active)
     np.testing.assert_array_equal(got, exact_product(weight, x))
 
@@ -404,7 +402,9 @@ def test_the_gradient_from_gathered_inputs_is_right_whatever_the_shape(kind, ind
         x, grad = (rng.integers(-8, 9, (batch, n)).astype(kind) for n in (50, n_active))
         out = surrounded(np.full(weight.values.shape, np.nan, kind), CANARY)
         indices = weight.indices.astype(index_type)
-        gathered_gradient(indices, surrounded(grad, np.nan), surrounded(x, np.nan), out, n_threads=1)
+        gathered_gradient(
+            indices, surrounded(grad, np.nan), surrounded(x, np.nan), out, n_threads=1
+        )
         assert_surroundings_are_left(out)
         dense = grad.astype(np.float64).T @ x
         np.testing.assert_array_equal(out, dense[np.arange(n_active)[:, None], weight.indices])
