@@ -35,15 +35,16 @@ of x at a time than a set of the first-level cache has places, if the rows are s
 WIDEST_BYTES = 128
 """Bytes of a tile's row in the widest kernel; wider ones are never faster."""
 
-VISIT_NANOSECONDS, ROW_NANOSECONDS = 0.1, 0.1
-_LANE_NANOSECONDS = {64: 0.0235, 32: 0.0235, 16: 0.06}
-"""Times of a connection in a tile, of an input or output of a batch row, and of a connection in a
-lane, by the bytes of a vector register.
+ROW_NANOSECONDS = 0.1
+_TILE_NANOSECONDS = {64: (0.084, 0.0237), 32: (0.062, 0.0251), 16: (0.013, 0.0608)}
+"""Time of an input or output of a batch row; and by the bytes of a vector register, the times of a
+connection in a tile and of each of its lanes.
 
-Fitted by least squares to the times of one tile of 8, 16 and 32 float32 lanes, on a 3072 x 768
-layer at 90% sparsity, on one core of a Zen 4 processor.
+The latter were fitted by least squares to the shortest times of batches of 8, 16 and 32 rows, in
+float32, with a layer of 3072 inputs and 768 neurons at 90% sparsity, on one core of a Zen 4
+processor. Numba compiled for all its features, for those of Haswell, and for none.
 """
-LANE_NANOSECONDS = _LANE_NANOSECONDS[vector_bytes()]
+VISIT_NANOSECONDS, LANE_NANOSECONDS = _TILE_NANOSECONDS[vector_bytes()]
 
 
 def widest_lanes(itemsize: int) -> int:
