@@ -55,7 +55,7 @@ class RegisterLookup(RowLayout):
     """Connections, scheduled for lookup in pairs of blocks."""
 
     name = "register lookup"
-    most_rows = 4
+    most_rows = 3
 
     def __init__(self, indices: Any, n_in: int) -> None:
         n_rows, fan_in = indices.shape
