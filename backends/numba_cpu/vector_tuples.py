@@ -207,7 +207,7 @@ def multiply(
         sums = [_lane_sums(builder, products[i : i + part]) for i in range(0, n_sums, part)]
         while len(sums) > 1:
             both = list(range(2 * sums[0].type.count))
-            sums = [_shuffle(builder, *sums[i : i + 2], both) for i in range(0, len(sums), 2)]
+            sums = [_shuffle(builder, sums[i], sums[i + 1], both) for i in range(0, len(sums), 2)]
         return sums[0]
 
     return result(factors, offsets, types.uintp, tile, types.uintp, lanes), generate
