@@ -114,7 +114,7 @@ class Lockstep:
         self.visits = firsts[np.arange(n_blocks)[:, None] * tuples[1] + edges]
         self.arrays = (self.block, self.group, self.offsets, self.rows, self.steps, self.visits)
         self.launch = _launcher(lanes, together)
-        self._most_runs = n_groups
+        self._most_runs: int = n_groups
         self.least_runs: int = min(-(-n_padded * row_bytes // (cache_bytes()[1] // 4)), n_groups)
 
     @property
