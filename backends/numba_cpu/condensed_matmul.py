@@ -4,7 +4,7 @@ The kernel of a product depends on the batch, the mask and the processor:
 
 - up to a few rows: `byte_planes` with AVX-512 VBMI, `neuron_lanes` on other processors, for
   float64, and where connections are few, as in small output layers, for any batch;
-- larger batches: `column_blocks`, in tiles of 8 to 64 batch rows. It also computes the gradient of
+- larger batches: `lockstep`, in tiles of 8 to 32 batch rows. It also computes the gradient of
   x, with the connections transposed;
 - `value_gradient` for the gradient of the values.
 
@@ -22,13 +22,24 @@ from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import accumulator_dtype, round_to
 from srigl_core._format.weight import CondensedWeight
+from srigl_core.backends.numba_cpu.batch_tiles import (
+    LANE_NANOSECONDS,
+    ROW_NANOSECONDS,
+    lanes_of,
+    tile_parts,
+    tiles_nanoseconds,
+)
 from srigl_core.backends.numba_cpu.byte_planes import BytePlanes
-from srigl_core.backends.numba_cpu.column_blocks import ColumnBlocks, lanes_of, widest_lanes
 from srigl_core.backends.numba_cpu.compressed_rows import CompressedRows
+from srigl_core.backends.numba_cpu.lockstep import Lockstep
 from srigl_core.backends.numba_cpu.neuron_lanes import NeuronLanes
 from srigl_core.backends.numba_cpu.processor import has_byte_lookup
 from srigl_core.backends.numba_cpu.threads import is_small, pool
-from srigl_core.backends.numba_cpu.value_gradient import value_gradient
+from srigl_core.backends.numba_cpu.value_gradient import (
+    MOST_GATHERED,
+    gathered_gradient,
+    value_gradient,
+)
 from srigl_core.backends.numba_cpu.value_types import as_bits
 from srigl_core.contract import ACTIVATIONS, MatmulGradients
 
@@ -39,13 +50,8 @@ Array = NDArray[Any]
 MOST_ROWS = 4
 """Largest batch for which rows can be faster than tiles, unless connections are few."""
 
-CALL_NANOSECONDS, TILES_CALL_NANOSECONDS = 2_500, 8_000
-VISIT_NANOSECONDS, LANE_NANOSECONDS, ROW_NANOSECONDS = 0.2, 0.025, 0.12
-"""Times of a call, of a connection in a tile, of a lane of it, and of an input or result of a row.
-
-They were measured on one machine with AVX-512. They decide whether threads are worth waking, and
-serve recommendations.
-"""
+CALL_NANOSECONDS = 2_500
+"""Time of a call, measured on one machine with AVX-512. It serves recommendations."""
 
 
 class _Layouts:
@@ -80,14 +86,12 @@ class _Layouts:
         return made or self._keep("lanes", NeuronLanes(indices, self.most_rows))
 
     def for_tiles(self, lanes: int, dtype: np.dtype[Any], *, of_columns: bool = False) -> Any:
-        """Return the layout for tiles of `lanes` batch rows; all share two block sizes."""
-        widest = widest_lanes(dtype)
-        lanes = widest if lanes > widest // 4 else widest // 4
+        """Return the layout for tiles of `lanes` batch rows."""
         key = ("tiles", lanes, dtype.itemsize, of_columns)
         made = self._made.get(key)
         if made is None:
             connect = CompressedRows.of_columns if of_columns else CompressedRows.of_neurons
-            made = self._keep(key, ColumnBlocks(connect(self._indices, self._n_in), lanes, dtype))
+            made = self._keep(key, Lockstep(connect(self._indices, self._n_in), lanes, dtype))
         return made
 
     def _keep(self, key: Any, made: Any) -> Any:
@@ -110,6 +114,7 @@ class NumbaPrepared:
         "_layouts",
         "_no_bias",
         "_ready",
+        "_tiled",
         "weight",
     )
 
@@ -121,6 +126,7 @@ class NumbaPrepared:
         self._no_bias = np.zeros(weight.shape[0], self._dtype)
         self._arranged: dict[Any, Array] = {}
         self._ready: dict[int, Any] = {}
+        self._tiled: dict[tuple[int, int, bool], Any] = {}
 
     def matmul_fast(
         self, x: Array, bias: Array | None, code: int, out: Array, threads: int | None
@@ -139,7 +145,12 @@ class NumbaPrepared:
                     with pool(threads, work) as n:
                         layout.multiply(arrays[0], x, offset, active, out, code, n)
                 return
-        self._multiply(x, batch, offset, active, out, code, threads)
+        work = batch * self.weight.nnz * LANE_NANOSECONDS
+        if threads == 1 or is_small(threads, work):
+            self._multiply_tiles(x, offset, active, out, code, 1)
+        else:
+            with pool(threads, work) as n:
+                self._multiply_tiles(x, offset, active, out, code, n)
 
     def _make_ready(self, x: Array, bias: Array, out: Array) -> Any:
         """Return the layout, its compiled kernel for inputs like `x`, and its arrays."""
@@ -153,7 +164,7 @@ class NumbaPrepared:
         """Return kernels, layout, and bytes in addition to the weight's own."""
         dtype = accumulator_dtype(self.weight.dtype)
         layout = self._layouts.for_rows(dtype)
-        beyond = f" up to batch {layout.most_rows}, column blocks beyond"
+        beyond = f" up to batch {layout.most_rows}, lockstep beyond"
         return {
             "kernel": layout.name + ("" if layout.most_rows == np.inf else beyond),
             "layout": "condensed",
@@ -167,11 +178,9 @@ class NumbaPrepared:
             layout = self._layouts.for_rows(self._dtype)
             if batch <= layout.most_rows:
                 return CALL_NANOSECONDS + batch * float(layout.nanoseconds)
-        tiles = -(-batch // widest_lanes(self._dtype))
-        lanes = tiles * lanes_of(-(-batch // tiles), self._dtype)
-        sums = (tiles * VISIT_NANOSECONDS + lanes * LANE_NANOSECONDS) * self.weight.nnz
-        moves = lanes * sum(self.weight.shape) * ROW_NANOSECONDS
-        return TILES_CALL_NANOSECONDS + (sums + moves) * self._dtype.itemsize / 4
+        sums = tiles_nanoseconds(batch, self._dtype.itemsize) * self.weight.nnz
+        moves = batch * sum(self.weight.shape) * ROW_NANOSECONDS * self._dtype.itemsize / 4
+        return CALL_NANOSECONDS + sums + moves
 
     def with_values(self, weight: CondensedWeight) -> NumbaPrepared:
         """Return this layout for other values; they share everything that depends on the mask."""
@@ -235,31 +244,28 @@ class NumbaPrepared:
         *,
         of_columns: bool = False,
     ) -> None:
-        """Compute a product in tiles: the widest tiles first, a narrower one for the rest."""
-        batch, widest = x.shape[0], widest_lanes(x.dtype)
-        whole, left = divmod(batch, widest)
-        lanes = lanes_of(left, x.dtype)
-        if whole:
-            lanes = max(lanes, widest // 2)
-        if left and lanes == widest:
-            whole, left = whole + 1, 0
-        parts = [(0, whole, widest)] if whole else []
-        if left:
-            parts.append((whole * widest, 1, lanes))
-        for first, tiles, lanes in parts:
-            layout = self._layouts.for_tiles(lanes, x.dtype, of_columns=of_columns)
-            layout.multiply(
-                self._values(layout, x.dtype),
-                x,
-                bias,
-                columns,
-                out,
-                code,
-                first=first,
-                tiles=tiles,
-                lanes=lanes,
-                n_threads=n_threads,
-            )
+        """Compute a product in tiles."""
+        itemsize = x.itemsize
+        others = x, bias, columns, out, code
+        for first, tiles, lanes in tile_parts(len(x), itemsize):
+            key = (lanes, itemsize, of_columns)
+            layout, arrays, serial = self._tiled.get(key) or self._make_tiled(key, others)
+            if n_threads == 1:
+                runs = layout.least_runs
+                serial(tiles * runs, (runs, first, *arrays, *others))
+            else:
+                runs = layout.runs(tiles, n_threads)
+                layout.launch(tiles * runs, n_threads, (runs, first, *arrays, *others))
+
+    def _make_tiled(self, key: tuple[int, int, bool], others: tuple[Any, ...]) -> Any:
+        """Return the layout for tiles, its arrays, and its compiled code for one thread."""
+        lanes, _, of_columns = key
+        dtype = others[0].dtype
+        layout = self._layouts.for_tiles(lanes, dtype, of_columns=of_columns)
+        arrays = (*layout.arrays, self._values(layout, dtype))
+        serial = layout.launch.serial((1, 0, *arrays, *others))
+        self._tiled[key] = tiled = layout, arrays, serial
+        return tiled
 
     def _values(self, layout: Any, dtype: np.dtype[Any]) -> Array:
         """Return the values in a layout's order."""
@@ -305,14 +311,11 @@ class NumbaPrepared:
         dtype = accumulator_dtype(grad.dtype, x.dtype, self.weight.dtype)
         direct = out.dtype == dtype and out.flags.carray
         result = out if direct else np.empty(out.shape, dtype)
-        lanes = lanes_of(grad.shape[0], dtype)
-        value_gradient(
-            self._layouts.for_tiles(lanes, dtype),
-            np.require(grad, dtype, ["C", "A"]),
-            np.require(x, dtype, ["C", "A"]),
-            result,
-            lanes=lanes,
-            n_threads=n_threads,
-        )
+        arrays = (*(np.require(array, dtype, ["C", "A"]) for array in (grad, x)), result)
+        if len(x) <= MOST_GATHERED:
+            gathered_gradient(self.weight.indices, *arrays, n_threads=n_threads)
+        else:
+            layout = self._layouts.for_tiles(lanes_of(len(x), dtype.itemsize), dtype)
+            value_gradient(layout, *arrays, n_threads=n_threads)
         if not direct:
             out[...] = round_to(result, out.dtype)

@@ -19,6 +19,7 @@ __all__ = [
     "has_half_precision",
     "target_features",
     "vector_bytes",
+    "vector_registers",
 ]
 
 _FIRST_LEVEL, _SECOND_LEVEL = 32 << 10, 512 << 10
@@ -57,8 +58,15 @@ def has_half_precision() -> bool:
 
 
 def vector_bytes() -> int:
-    """Return the bytes of a vector register; there are 32 of 64 bytes, or 16 of 32 bytes."""
-    return 64 if has_avx512() else 32
+    """Return the bytes of a vector register: 64 with AVX-512, 32 with AVX, else 16."""
+    if has_avx512():
+        return 64
+    return 32 if "avx" in target_features() else 16
+
+
+def vector_registers() -> int:
+    """Return the number of vector registers: 32 with AVX-512 and on ARM, else 16."""
+    return 32 if has_avx512() or "neon" in target_features() else 16
 
 
 @functools.cache

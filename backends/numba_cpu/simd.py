@@ -26,16 +26,13 @@ __all__ = [
     "first_lane",
     "flat",
     "fma",
-    "fold_product",
     "gather",
     "load",
-    "load_four",
     "load_quad",
     "splat",
-    "splat_lane",
     "store",
-    "sum_each",
     "transpose",
+    "widened",
     "zeros",
 ]
 
@@ -112,18 +109,6 @@ def splat(typing_context: Any, scalar: Any, lanes: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def splat_lane(typing_context: Any, source: Any, lane: Any, lanes: Any) -> Any:
-    """Return a vector with lane `lane` of `source`, a constant, in each lane."""
-    vector = VectorType(source.element, _constant_lanes(lanes))
-    chosen = _constant_lanes(lane)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _shuffle(builder, args[0], args[0], [chosen] * vector.lanes)
-
-    return vector(source, lane, lanes), generate
-
-
-@intrinsic(prefer_literal=True)
 def load(typing_context: Any, array: Any, offset: Any, lanes: Any) -> Any:
     """Return ``array[offset : offset + lanes]``.
 
@@ -137,30 +122,25 @@ def load(typing_context: Any, array: Any, offset: Any, lanes: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = _address(context, builder, signature.args[0], args[0], args[1])
-        stored = context.get_data_type(dtype)
-        raw = _read(builder, address, ir.VectorType(stored, n), dtype.bitwidth // 8)
-        if dtype == types.int16:
-            return from_bfloat16(builder, raw)
-        if dtype == types.uint16 and has_half_precision():
-            halves = builder.bitcast(raw, ir.VectorType(ir.HalfType(), n))
-            return builder.fpext(halves, ir.VectorType(ir.FloatType(), n))
-        if dtype == types.uint16:
-            return from_half(builder, raw)
-        return raw
+        raw = _read(
+            builder, address, ir.VectorType(context.get_data_type(dtype), n), dtype.bitwidth // 8
+        )
+        return widened(builder, raw, dtype)
 
     return vector(array, types.uintp, lanes), generate
 
 
-@intrinsic
-def load_four(typing_context: Any, array: Any, offset: Any) -> Any:
-    """Return ``array[offset : offset + 4]``, for `splat_lane`."""
-    vector = VectorType(array.dtype, 4)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address = _address(context, builder, signature.args[0], args[0], args[1])
-        return _read(builder, address, context.get_value_type(vector), array.dtype.bitwidth // 8)
-
-    return vector(array, types.uintp), generate
+def widened(builder: Any, raw: Any, dtype: Any) -> Any:
+    """Return a vector as it was read from an array of `dtype`, with 16-bit numbers as float32."""
+    if dtype == types.int16:
+        return from_bfloat16(builder, raw)
+    if dtype == types.uint16 and has_half_precision():
+        n = raw.type.count
+        halves = builder.bitcast(raw, ir.VectorType(ir.HalfType(), n))
+        return builder.fpext(halves, ir.VectorType(ir.FloatType(), n))
+    if dtype == types.uint16:
+        return from_half(builder, raw)
+    return raw
 
 
 @intrinsic
@@ -324,51 +304,6 @@ def gather(typing_context: Any, array: Any, indices: Any, offset: Any, lanes: An
     if indices.dtype not in (types.uint16, types.uint32):
         raise TypingError(f"no gather by indices of {indices.dtype}")
     return vector(array, indices, types.uintp, lanes), generate
-
-
-@intrinsic(prefer_literal=True)
-def fold_product(typing_context: Any, a: Any, b: Any, lanes: Any) -> Any:
-    """Return the sum, in order, of the parts of ``a * b`` that have `lanes` lanes each."""
-    n = _constant_lanes(lanes)
-    result = VectorType(a.element, n)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        total = None
-        for start in range(0, a.lanes, n):
-            part = list(range(start, start + n))
-            product = builder.fmul(
-                _shuffle(builder, args[0], args[0], part),
-                _shuffle(builder, args[1], args[1], part),
-                flags=_NO_NAN_RULES,
-            )
-            total = product if total is None else builder.fadd(total, product, flags=_NO_NAN_RULES)
-        return total
-
-    return result(a, b, lanes), generate
-
-
-@intrinsic
-def sum_each(typing_context: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """Return a vector of the lane sums of four vectors; each sum adds halves to halves."""
-    result = VectorType(a.element, 4)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        def halved(numbers: int, pieces: int, left: Any, right: Any) -> Any:
-            """Add the second half of each piece to the first, for `numbers` lanes in all."""
-            size = left.type.count // pieces
-            first = [i for i in range(numbers) if i % size < size // 2]
-            second = [i for i in range(numbers) if i % size >= size // 2]
-            return builder.fadd(
-                _shuffle(builder, left, right, first), _shuffle(builder, left, right, second)
-            )
-
-        both = 2 * a.lanes
-        total = halved(both, 2, halved(both, 1, *args[:2]), halved(both, 1, *args[2:]))
-        while total.type.count > 4:
-            total = halved(total.type.count, 4, total, total)
-        return total
-
-    return result(a, b, c, d), generate
 
 
 @intrinsic

@@ -18,6 +18,10 @@ from srigl_core.torch.sharded_tensors import is_sharded
 __all__ = ["Captured", "is_capturing", "record", "start"]
 
 
+_PRODUCT_NODES = ("condensed_linear", "CondensedLinearFunction")
+"""Parts of the names of autograd's nodes for products, as operators and in eager mode."""
+
+
 class Captured(list[tuple[Any, Any]]):
     """The input, (rows, n_in), and output gradient, (rows, n_out), of each product of a layer.
 
@@ -91,7 +95,7 @@ def _will_be_executed(node: Any) -> bool:
 def _accumulator_of_current_product() -> Any | None:
     """Return the node that accumulates the gradient of the values in the running product."""
     node = torch._C._current_autograd_node()
-    if node is None or "condensed_linear" not in node.name():
+    if node is None or not any(name in node.name() for name in _PRODUCT_NODES):
         return None  # for example in a compiled graph
     accumulator = node.next_functions[1][0]
     return accumulator if hasattr(accumulator, "variable") else None

@@ -17,7 +17,7 @@ from srigl_core.reference.distributions import nnz_budget as budget_of
 from srigl_core.reference.init import sparse_init
 from srigl_core.torch.activations import ACTIVATION_FUNCTIONS
 from srigl_core.torch.capture import is_capturing
-from srigl_core.torch.ops import condensed_inference, condensed_linear
+from srigl_core.torch.eager import condensed_product, inference_product
 from srigl_core.torch.packing import condensed_weight
 from srigl_core.torch.sharded_tensors import is_sharded, laid_out, whole
 from srigl_core.torch.tensors import as_numpy, from_numpy, numpy_dtype, torch_dtype
@@ -337,8 +337,8 @@ class CondensedLinear(HasDenseWeight, nn.Module):  # type: ignore[misc] # torch 
         )
         activation = self.activation or "none"
         if torch.is_grad_enabled():
-            return ACTIVATION_FUNCTIONS[activation](condensed_linear(*tensors))
-        return condensed_inference(*tensors, activation)
+            return ACTIVATION_FUNCTIONS[activation](condensed_product(*tensors))
+        return inference_product(*tensors, activation)
 
     def extra_repr(self) -> str:
         """Return sizes, activation and whether there is a bias."""

@@ -25,11 +25,14 @@ from srigl_core.torch.sharded_tensors import may_be_viewed
 from srigl_core.torch.tensors import as_numpy, numpy_dtype, on_device_of, spec_of, torch_dtype
 
 __all__ = [
+    "compute_gradients",
     "condensed_inference",
     "condensed_linear",
     "condensed_linear_backward",
     "double_gradients",
     "gradients",
+    "keep_for_backward",
+    "multiply",
 ]
 
 _WEIGHT = "Tensor values, Tensor indices, Tensor active, Tensor counts"
@@ -64,7 +67,7 @@ condensed_inference = torch.ops.srigl_core.condensed_inference.default
 # ---------------------------------------------------------------- forward
 
 
-def _multiply(x: Any, *layer: Any) -> Any:
+def multiply(x: Any, *layer: Any) -> Any:
     """Return the product in a new tensor: the kernel of CPU and CUDA."""
     y = _empty_product(x, *layer)
     values, indices, active, counts, bias, in_features, *activation = layer
@@ -101,7 +104,7 @@ def _empty_product(x: Any, *layer: Any) -> Any:
 # ---------------------------------------------------------------- backward
 
 
-def _gradients(grad: Any, x: Any, *layer: Any) -> tuple[Any, Any, Any]:
+def compute_gradients(grad: Any, x: Any, *layer: Any) -> tuple[Any, Any, Any]:
     """Return new tensors with the gradients: the kernel of CPU and CUDA."""
     dx, dvalues, dbias = results = _empty_gradients(grad, x, *layer)
     values, indices, active, counts, in_features, needs_x, needs_values, needs_bias = layer
@@ -148,17 +151,18 @@ def _empty_gradients(grad: Any, x: Any, *layer: Any) -> tuple[Any, Any, Any]:
     )
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep the inputs of ``condensed_linear`` that its gradients need."""
     x, values, indices, active, counts, _, ctx.in_features = inputs
     # Only the gradient of the values needs x, which is often large.
     saved = x if ctx.needs_input_grad[1] else x.new_empty(0)
     ctx.save_for_backward(saved, values, indices, active, counts)
 
 
-def gradients(ctx: Any, grad: Any) -> tuple[Any, ...]:
-    """Return the gradients of ``condensed_linear`` by its arguments."""
+def gradients(ctx: Any, grad: Any, op: Any = condensed_linear_backward) -> tuple[Any, ...]:
+    """Return the gradients of ``condensed_linear`` by its arguments, as `op` computes them."""
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[5]
-    parts = condensed_linear_backward(grad, *ctx.saved_tensors, ctx.in_features, *needs)
+    parts = op(grad, *ctx.saved_tensors, ctx.in_features, *needs)
     dx, dvalues, dbias = (
         part if needed else None for part, needed in zip(parts, needs, strict=True)
     )
@@ -242,15 +246,15 @@ def _restore_threads(threads: int) -> None:
 # ---------------------------------------------------------------- registration
 
 for _name, _kernel, _fake in (
-    ("condensed_linear", _multiply, _empty_product),
-    ("condensed_linear_backward", _gradients, _empty_gradients),
-    ("condensed_inference", _multiply, _empty_product),
+    ("condensed_linear", multiply, _empty_product),
+    ("condensed_linear_backward", compute_gradients, _empty_gradients),
+    ("condensed_inference", multiply, _empty_product),
 ):
     for _device in ("CPU", "CUDA"):
         _library.impl(_name, _kernel, _device)
     library.register_fake(f"srigl_core::{_name}", _fake, lib=_library)
 library.register_autograd(
-    "srigl_core::condensed_linear", gradients, setup_context=_keep_for_backward, lib=_library
+    "srigl_core::condensed_linear", gradients, setup_context=keep_for_backward, lib=_library
 )
 library.register_autograd(
     "srigl_core::condensed_linear_backward",

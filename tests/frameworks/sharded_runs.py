@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
 
 def attention():
-    torch.manual_seed(0)
+    torch.manual_seed(2)  # with others, a gradient that is zero but for rounding decides a mask
     return Attention().double()
 
 

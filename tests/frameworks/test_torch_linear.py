@@ -1251,3 +1251,38 @@ def test_tensors_and_arrays_share_their_memory(dtype):
     assert copied.data_ptr() != tensor.data_ptr()
     if dtype.is_floating_point:
         assert as_numpy(tensor.requires_grad_()).shape == (3, 2)
+
+
+def test_plain_tensors_go_past_the_dispatcher_with_the_bits_of_the_operators():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(str(op))
+            return op(*args, **kwargs or {})
+
+    seen = []
+    layer = CondensedLinear(20, 9, fan_in=4, rng=0)
+    x = torch.randn(6, 20, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def results():
+        y = layer(x)
+        return y, *torch.autograd.grad(y.square().sum(), (x, layer.values, layer.bias))
+
+    plain = results()
+    assert "CondensedLinearFunction" in plain[0].grad_fn.name()
+    with Seen():
+        dispatched = results()
+    assert {
+        "srigl_core.condensed_linear.default",
+        "srigl_core.condensed_linear_backward.default",
+    } <= {*seen}
+    for got, expected in zip(plain, dispatched, strict=True):
+        assert torch.equal(got, expected)
+    with torch.no_grad():
+        assert torch.equal(layer(x), plain[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype is torch.bfloat16
+    y = layer(x).square().sum()
+    (dx,) = torch.autograd.grad(y, x, create_graph=True)
+    assert dx.requires_grad

@@ -704,5 +704,5 @@ def test_kernels_of_one_factory_have_symbols_that_differ_by_more_than_a_count():
         return re.sub(count, "", compiled.fndesc.mangled_name)
 
     typeof = importlib.import_module("numba").typeof
-    stager = importlib.import_module("srigl_core.backends.numba_cpu.column_blocks").stager
+    stager = importlib.import_module("srigl_core.backends.numba_cpu.batch_tiles").stager
     assert symbol(8) != symbol(16)

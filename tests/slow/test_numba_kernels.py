@@ -19,13 +19,18 @@ pytest.importorskip("numba")
 import srigl_core
 from srigl_core import CondensedWeight
 from srigl_core._arrays.dtypes import value_dtype
-from srigl_core.backends.numba_cpu import column_blocks, condensed_matmul, processor, threads
+from srigl_core.backends.numba_cpu import condensed_matmul, lockstep, processor, threads
+from srigl_core.backends.numba_cpu.batch_tiles import tile_parts, widest_lanes
 from srigl_core.backends.numba_cpu.byte_planes import BytePlanes
-from srigl_core.backends.numba_cpu.column_blocks import GROUP_ROWS, ColumnBlocks
 from srigl_core.backends.numba_cpu.compressed_rows import CompressedRows
+from srigl_core.backends.numba_cpu.lockstep import Lockstep
 from srigl_core.backends.numba_cpu.neuron_lanes import NeuronLanes
 from srigl_core.backends.numba_cpu.processor import has_avx512, has_byte_lookup
-from srigl_core.backends.numba_cpu.value_gradient import value_gradient
+from srigl_core.backends.numba_cpu.value_gradient import (
+    MOST_TILES,
+    gathered_gradient,
+    value_gradient,
+)
 from srigl_core.backends.numba_cpu.value_types import as_bits
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.testing.bounds import first_violation
@@ -218,65 +223,60 @@ def test_a_schedule_that_outgrows_its_memory_goes_on_in_more():
 
 
 @pytest.fixture
-def caches(monkeypatch):
-    """Return a function that sets the caches' sizes, to cut small problems into many parts."""
+def layout_of(monkeypatch):
+    """Return a function that makes a layout with blocks of `block` columns, or a few more."""
 
-    def set_sizes(first_level, second_level):
-        monkeypatch.setattr(column_blocks, "cache_bytes", lambda: (first_level, second_level))
+    def make(connections, lanes, kind, block):
+        size = lanes * kind.itemsize * (block + 1)
+        monkeypatch.setattr(lockstep, "cache_bytes", lambda: (2 * size, 2 * size))
+        layout = Lockstep(connections, lanes, kind)
+        assert layout.block <= max(8, block)
+        return layout
 
-    return set_sizes
-
-
-def blocks_of(caches, connections, lanes, kind, block):
-    """Return a layout with blocks of up to `block` columns."""
-    row_bytes = lanes * kind.itemsize
-    caches(block * row_bytes, 2 * block * row_bytes)
-    layout = ColumnBlocks(connections, lanes, kind)
-    assert layout.block <= max(16, block)
-    return layout
+    return make
 
 
-def tile_product(layout, values, x, bias, columns, caches, **options):
+def tile_product(layout, values, x, bias, columns, **options):
     """Return the product by tiles, all arrays surrounded, the sums cut into `runs` parts."""
-    lanes, first, runs = options["lanes"], options.get("first", 0), options.get("runs", 1)
-    n_rows = layout.counts.shape[1]
-    caches(0, 4 * -(-n_rows * lanes * x.itemsize // runs))
+    first, runs = options.get("first", 0), options.get("runs", 1)
     out = surrounded(np.full((x.shape[0], bias.size), CANARY, x.dtype), CANARY)
+    tiles = -(-(x.shape[0] - first) // layout.lanes)
+    runs = min(runs, layout.visits.shape[1] - 1)
+    arguments = (
+        runs,
+        first,
+        *layout.arrays,
+        layout.arrange(as_bits(values), x.dtype),
+        surrounded(x, np.nan),
+        surrounded(bias, np.nan),
+        columns,
+        out,
+        ACTIVATIONS[options.get("activation", "none")].code,
+    )
     with threads.pool(options.get("n_threads", 1), np.inf) as n:
-        layout.multiply(
-            layout.arrange(as_bits(values), x.dtype),
-            surrounded(x, np.nan),
-            surrounded(bias, np.nan),
-            columns,
-            out,
-            ACTIVATIONS[options.get("activation", "none")].code,
-            first=first,
-            tiles=-(-(x.shape[0] - first) // lanes),
-            lanes=lanes,
-            n_threads=n,
-        )
+        layout.launch(tiles * runs, n, arguments)
     assert_surroundings_are_left(out)
     assert (out[:first] == CANARY).all()
     return out[first:]
 
 
-TILES = [  # lanes, of the layout and the kernel; type of the sums; columns of a block, of all
-    (16, 8, F32, 16, (3, 16, 41)),
-    (16, 16, F32, 304, (600, 607)),
-    (64, 32, F32, 304, (600, 607)),
-    (64, 64, F32, 32, (5, 32, 100)),
-    (8, 8, F64, 16, (3, 16, 41)),
-    (32, 16, F64, 48, (5, 48, 100)),
-    (32, 32, F64, 304, (600, 607)),
+TILES = [  # lanes, type of the sums, columns of a block, of all
+    (8, F32, 16, (3, 16, 41)),
+    (8, F32, 304, (600, 607)),
+    (16, F32, 16, (3, 16, 41)),
+    (32, F32, 304, (600, 607)),
+    (32, F32, 32, (5, 32, 100)),
+    (8, F64, 16, (3, 16, 41)),
+    (16, F64, 48, (5, 48, 100)),
+    (16, F64, 304, (600, 607)),
 ]
-TILE_ROWS = (1, 2, GROUP_ROWS - 1, GROUP_ROWS, GROUP_ROWS + 1, 2 * GROUP_ROWS + 16)
-each_tile = pytest.mark.parametrize(("layout_lanes", "lanes", "kind", "block", "widths"), TILES)
+GROUP_ROWS = lockstep.GROUP_ROWS[0]
+TILE_ROWS = (1, 2, 7, 8, 9, GROUP_ROWS - 1, GROUP_ROWS, GROUP_ROWS + 1, 2 * GROUP_ROWS + 16)
+each_tile = pytest.mark.parametrize(("lanes", "kind", "block", "widths"), TILES)
 
 
 @each_tile
-def test_tiles_sum_each_connection_once_whatever_the_shape(
-    caches, layout_lanes, lanes, kind, block, widths
-):
+def test_tiles_sum_each_connection_once_whatever_the_shape(layout_of, lanes, kind, block, widths):
     rng = np.random.default_rng(lanes)
     batches = [1, lanes - 1, lanes, lanes + 1, 2 * lanes + 5]
     for number, (n_in, n_active) in enumerate(product(widths, TILE_ROWS)):
@@ -285,21 +285,19 @@ def test_tiles_sum_each_connection_once_whatever_the_shape(
         size = first + batch
         weight = CondensedWeight.random((n_out, n_in), fan_in=fan_in, n_active=n_active, rng=rng)
         connections = CompressedRows.of_neurons(weight.indices, weight.shape[1])
-        layout = blocks_of(caches, connections, layout_lanes, kind, block)
-        assert layout.offsets.dtype == (np.uint8 if block <= 256 else np.uint16)
-        assert layout.counts.shape == (-(-n_in // layout.block), n_active)
-        options = {"lanes": lanes, "first": first, "runs": runs}
+        layout = layout_of(connections, lanes, kind, block)
+        options = {"first": first, "runs": runs}
 
         activation = list(ACTIVATIONS)[number % 5]
         x, bias = (rng.standard_normal(shape).astype(kind) for shape in ((size, n_in), n_out))
         got = tile_product(
-            layout, weight.values, x, bias, weight.active, caches, activation=activation, **options
+            layout, weight.values, x, bias, weight.active, activation=activation, **options
         )
         assert_within(got, expected_product(weight, x[first:], bias, activation))
 
         weight = with_integers(weight, rng)
         x, bias = (rng.integers(-8, 9, shape).astype(kind) for shape in ((size, n_in), n_out))
-        got = tile_product(layout, weight.values, x, bias, weight.active, caches, **options)
+        got = tile_product(layout, weight.values, x, bias, weight.active, **options)
         np.testing.assert_array_equal(got, (exact_product(weight, x) + bias)[first:])
 
 
@@ -320,100 +318,130 @@ def unevenly_used(n_out, n_in, fan_in, rng):
 
 @each_tile
 def test_tiles_along_the_columns_sum_each_connection_once_however_uneven(
-    caches, layout_lanes, lanes, kind, block, widths
+    layout_of, lanes, kind, block, widths
 ):
     rng = np.random.default_rng(lanes)
     for number, (n_out, n_in) in enumerate(product(widths, TILE_ROWS)):
         weight = unevenly_used(n_out, n_in, min(n_in - n_in // 4, 6), rng)
         batch = int(rng.integers(1, 2 * lanes + 6))
-        layout = blocks_of(
-            caches,
-            CompressedRows.of_columns(weight.indices, weight.shape[1]),
-            layout_lanes,
-            kind,
-            block,
-        )
-        assert layout.offsets.dtype == (np.uint8 if block <= 256 else np.uint16)
-        options = {"lanes": lanes, "runs": 1 + number % 4}
+        connections = CompressedRows.of_columns(weight.indices, weight.shape[1])
+        layout = layout_of(connections, lanes, kind, block)
+        options = {"runs": 1 + number % 4}
         nought, columns = np.zeros(n_in, kind), np.arange(n_in)
 
         grad = rng.standard_normal((batch, n_out)).astype(kind)
-        got = tile_product(layout, weight.values, grad, nought, columns, caches, **options)
+        got = tile_product(layout, weight.values, grad, nought, columns, **options)
         expected = expected_gradients(weight, grad, np.zeros((batch, n_in), kind))["x"]
         assert_within(got, replace(expected, accumulator=kind))
 
         weight = with_integers(weight, rng)
         grad = rng.integers(-8, 9, (batch, n_out)).astype(kind)
-        got = tile_product(layout, weight.values, grad, nought, columns, caches, **options)
+        got = tile_product(layout, weight.values, grad, nought, columns, **options)
         np.testing.assert_array_equal(got, grad.astype(np.float64) @ weight.to_dense())
 
 
-def test_tiles_take_blocks_of_as_many_columns_as_their_offsets_can_number(caches):
+@pytest.mark.parametrize(("lanes", "kind"), [(8, F32), (16, F32), (32, F32), (8, F64), (16, F64)])
+def test_tiles_take_blocks_of_as_many_columns_as_their_offsets_can_number(monkeypatch, lanes, kind):
     rng = np.random.default_rng(0)
-    weight = with_integers(CondensedWeight.random((3, 65_530), fan_in=500, rng=rng), rng)
-    caches(1 << 30, 1 << 30)
-    layout = ColumnBlocks(CompressedRows.of_neurons(weight.indices, weight.shape[1]), 8, F32)
-    assert (layout.block, layout.counts.dtype) == (65_536, np.uint32)
-    x = rng.integers(-8, 9, (9, 65_530)).astype(F32)
-    got = tile_product(
-        layout, weight.values, x, np.zeros(3, F32), weight.active, caches, lanes=8, runs=1
-    )
+    units = lanes * kind.itemsize // 8
+    n_in = (65_535 // units - 1) // 8 * 8 * 3
+    weight = with_integers(CondensedWeight.random((3, n_in), fan_in=500, rng=rng), rng)
+    monkeypatch.setattr(lockstep, "cache_bytes", lambda: (1 << 30, 1 << 30))
+    layout = Lockstep(CompressedRows.of_neurons(weight.indices, n_in), lanes, kind)
+    assert 65_000 < layout.offsets.max() == layout.block * units <= 65_535
+    x = rng.integers(-8, 9, (9, n_in)).astype(kind)
+    got = tile_product(layout, weight.values, x, np.zeros(3, kind), weight.active)
     np.testing.assert_array_equal(got, exact_product(weight, x))
 
 
-def gradient_of_values(layout, weight, grad, x, lanes):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("lanes", [8, 16, 32])
+def test_tiles_widen_values_of_16_bits_exactly(layout_of, lanes, dtype):
+    rng = np.random.default_rng(0)
+    weight = CondensedWeight.random(
+        (41, 100), fan_in=13, n_active=37, dtype=value_dtype(dtype), rng=rng
+    )
+    connections = CompressedRows.of_neurons(weight.indices, 100)
+    layout = layout_of(connections, lanes, F32, 32)
+    assert layout.arrange(as_bits(weight.values), F32).itemsize == 2
+    wide = layout.arrange(as_bits(weight.values), F64)
+    used = layout.positions >= 0
+    np.testing.assert_array_equal(
+        wide[used], weight.values.ravel()[layout.positions[used]].astype(F64)
+    )
+    assert (wide[~used] == 0).all()
+    x, bias = (rng.standard_normal(size).astype(F32) for size in ((9, 100), 41))
+    got = tile_product(layout, weight.values, x, bias, weight.active)
+    assert_within(got, expected_product(weight, x, bias, "none"))
+
+
+def gradient_of_values(layout, weight, grad, x, n_threads=1):
     out = surrounded(np.full(weight.values.shape, np.nan, x.dtype), CANARY)
     active = np.ascontiguousarray(grad[:, weight.active])
-    value_gradient(
-        layout, surrounded(active, np.nan), surrounded(x, np.nan), out, lanes=lanes, n_threads=1
-    )
+    arrays = surrounded(active, np.nan), surrounded(x, np.nan), out
+    with threads.pool(n_threads, np.inf) as n:
+        value_gradient(layout, *arrays, n_threads=n)
     assert_surroundings_are_left(out)
     return out
 
 
 @each_tile
 def test_the_gradient_of_values_sums_each_batch_row_once_whatever_the_shape(
-    caches, layout_lanes, lanes, kind, block, widths
+    layout_of, lanes, kind, block, widths
 ):
     rng = np.random.default_rng(lanes)
-    batches = [1, lanes - 1, lanes, lanes + 1, 2 * lanes + 5]
+    batches = [1, lanes - 1, lanes, lanes + 1, 2 * lanes + 5, MOST_TILES * lanes + 3]
     for number, (n_in, n_active) in enumerate(product(widths, TILE_ROWS)):
         n_out, fan_in = n_active + 5 * (number % 2), min(n_in, 1 + number % 7)
-        batch = batches[number % 5]
+        batch = batches[number % 6]
         weight = CondensedWeight.random((n_out, n_in), fan_in=fan_in, n_active=n_active, rng=rng)
         connections = CompressedRows.of_neurons(weight.indices, weight.shape[1])
-        layout = blocks_of(caches, connections, layout_lanes, kind, block)
+        layout = layout_of(connections, lanes, kind, block)
 
         x, grad = (rng.standard_normal((batch, n)).astype(kind) for n in (n_in, n_out))
-        got = gradient_of_values(layout, weight, grad, x, lanes)
+        got = gradient_of_values(layout, weight, grad, x)
         assert_within(got, expected_gradients(weight, grad, x)["values"])
 
         x, grad = (rng.integers(-8, 9, (batch, n)).astype(kind) for n in (n_in, n_out))
-        got = gradient_of_values(layout, weight, grad, x, lanes)
+        got = gradient_of_values(layout, weight, grad, x)
         dense = grad.astype(np.float64).T @ x
         np.testing.assert_array_equal(got, dense[weight.active[:, None], weight.indices])
 
 
-@pytest.mark.parametrize("block", [240, 256, 272])
-def test_tiles_take_a_row_that_is_connected_to_every_column_of_a_block(caches, block):
+@pytest.mark.parametrize("kind", [F32, F64])
+@pytest.mark.parametrize("index_type", [np.uint16, np.uint32])
+def test_the_gradient_from_gathered_inputs_is_right_whatever_the_shape(kind, index_type):
     rng = np.random.default_rng(0)
-    n_in, lanes = 2 * block - 3, 8
+    for batch, n_active, fan_in in product((1, 2, 3), (1, 5), (1, 15, 16, 17, 32, 40)):
+        weight = CondensedWeight.random((n_active, 50), fan_in=fan_in, rng=rng)
+        x, grad = (rng.integers(-8, 9, (batch, n)).astype(kind) for n in (50, n_active))
+        out = surrounded(np.full(weight.values.shape, np.nan, kind), CANARY)
+        indices = weight.indices.astype(index_type)
+        gathered_gradient(
+            indices, surrounded(grad, np.nan), surrounded(x, np.nan), out, n_threads=1
+        )
+        assert_surroundings_are_left(out)
+        dense = grad.astype(np.float64).T @ x
+        np.testing.assert_array_equal(out, dense[np.arange(n_active)[:, None], weight.indices])
+
+
+@pytest.mark.parametrize("block", [240, 256, 272])
+def test_tiles_take_a_row_that_is_connected_to_every_column_of_a_block(layout_of, block):
+    rng = np.random.default_rng(0)
+    n_in = 2 * block - 3
     weight = with_integers(CondensedWeight.random((5, n_in), fan_in=n_in, rng=rng), rng)
-    connections = CompressedRows.of_neurons(weight.indices, n_in)
-    layout = blocks_of(caches, connections, lanes, F32, block)
+    layout = layout_of(CompressedRows.of_neurons(weight.indices, n_in), 8, F32, block)
     assert layout.block == block
     x, grad = (rng.integers(-8, 9, (9, n)).astype(F32) for n in (n_in, 5))
-    got = tile_product(
-        layout, weight.values, x, np.zeros(5, F32), weight.active, caches, lanes=lanes
-    )
+    got = tile_product(layout, weight.values, x, np.zeros(5, F32), weight.active)
     np.testing.assert_array_equal(got, exact_product(weight, x))
-    got = gradient_of_values(layout, weight, grad, x, lanes)
+    got = gradient_of_values(layout, weight, grad, x)
     np.testing.assert_array_equal(got, grad.astype(np.float64).T @ x)
 
 
 @each_tile
 def test_numbers_that_are_not_finite_in_the_last_batch_row_reach_their_gradients_as_they_are(
-    caches, layout_lanes, lanes, kind, block, widths
+    layout_of, lanes, kind, block, widths
 ):
     rng = np.random.default_rng(lanes)
     for batch, fan_in, special in product(
@@ -421,13 +449,40 @@ def test_numbers_that_are_not_finite_in_the_last_batch_row_reach_their_gradients
     ):
         weight = CondensedWeight.random((20, widths[-1]), fan_in=fan_in, rng=rng)
         connections = CompressedRows.of_neurons(weight.indices, weight.shape[1])
-        layout = blocks_of(caches, connections, layout_lanes, kind, block)
+        layout = layout_of(connections, lanes, kind, block)
         x, grad = (rng.standard_normal((batch, n)).astype(kind) for n in (widths[-1], 20))
         x[-1, weight.indices[:5].ravel()] = special
         grad[-1, [7, 11]] = special
-        got = gradient_of_values(layout, weight, grad, x, lanes)
+        got = gradient_of_values(layout, weight, grad, x)
         assert np.count_nonzero(~np.isfinite(got)) < got.size
         assert_within(got, expected_gradients(weight, grad, x)["values"])
+
+
+@each_tile
+def test_padding_is_exact_whatever_the_tile_holds(layout_of, lanes, kind, block, widths):
+    """A column that one neuron has and its neighbours in lockstep have not is not finite."""
+    rng = np.random.default_rng(lanes)
+    n_in = widths[-1]
+    weight = CondensedWeight.random((40, n_in), fan_in=3, rng=rng)
+    layout = layout_of(CompressedRows.of_neurons(weight.indices, n_in), lanes, kind, block)
+    assert layout.positions.size > weight.nnz
+    for special in (np.nan, np.inf, -np.inf):
+        x = np.full((lanes, n_in), special, kind)
+        x[:, weight.indices[:39].ravel()] = rng.standard_normal((lanes, 1))
+        got = tile_product(layout, weight.values, x, np.zeros(40, kind), weight.active)
+        assert_within(got, expected_product(weight, x, np.zeros(40, kind), "none"))
+
+
+@pytest.mark.parametrize("itemsize", [4, 8])
+def test_the_tiles_of_a_batch_hold_each_row_once(itemsize):
+    for batch in range(1, 300):
+        rows = 0
+        for first, tiles, lanes in tile_parts(batch, itemsize):
+            assert first == rows
+            assert tiles > 0
+            assert 8 <= lanes <= widest_lanes(itemsize)
+            rows += tiles * lanes
+        assert batch <= rows < batch + lanes
 
 
 # Plans: which kernel, and what holds for all of them
@@ -470,6 +525,27 @@ def test_a_plan_sums_each_row_of_a_batch_once_whatever_its_size(dtype):
         plan.backward(grad, x, out=gradients)
         np.testing.assert_array_equal(out, x @ dense.T)
         np.testing.assert_array_equal(gradients.x, grad @ dense)
+
+
+def test_a_used_plan_gives_the_bits_of_a_fresh_one(monkeypatch):
+    monkeypatch.setattr(threads, "SMALLEST_PARALLEL_WORK", 0)
+    rng = np.random.default_rng(0)
+    weight = CondensedWeight.random((301, 450), fan_in=29, n_active=290, rng=rng)
+    used = srigl_core.prepare(weight, backend="numba")
+    before = threads.numba.get_num_threads()
+    for number, (batch, kind) in enumerate(
+        (b, k) for b in (64, 5, 33, 1, 24, 100, 8) for k in (F32, F64)
+    ):
+        x, grad = (rng.standard_normal((batch, n)).astype(kind) for n in (450, 301))
+        n_threads = 1 + number % threads.numba.config.NUMBA_NUM_THREADS
+        x[0, 7] = (np.nan, np.inf, 1)[number % 3]
+        results = []
+        for plan in (used, srigl_core.prepare(weight, backend="numba")):
+            gradients = plan.backward(grad, x, threads=n_threads)
+            results.append((plan(x, threads=n_threads), gradients.x, gradients.values))
+        for got, fresh in zip(*results, strict=True):
+            assert got.tobytes() == fresh.tobytes()
+        assert threads.numba.get_num_threads() == before
 
 
 @pytest.mark.parametrize("kernel", ROW_KERNELS)
@@ -602,7 +678,7 @@ def test_a_layer_of_usual_size_uses_the_quickest_kernel_for_its_sparsity(sparsit
     weight = CondensedWeight.random((768, 3072), fan_in=fan_in, dtype=value_dtype(dtype), rng=0)
     described = srigl_core.prepare(weight, backend="numba").describe()
     rows = 4 if kernel == "byte planes" else 2
-    assert described["kernel"] == f"{kernel} up to batch {rows}, column blocks beyond"
+    assert described["kernel"] == f"{kernel} up to batch {rows}, lockstep beyond"
 
 
 def test_a_layer_of_few_connections_is_computed_by_rows_whatever_the_batch():

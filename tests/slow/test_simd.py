@@ -9,8 +9,18 @@ from numba import njit
 
 from srigl_core._arrays.dtypes import value_dtype
 from srigl_core.backends.numba_cpu import plane_lookup, simd
+from srigl_core.backends.numba_cpu.compressed_rows import aligned_empty
 from srigl_core.backends.numba_cpu.processor import has_byte_lookup
+from srigl_core.backends.numba_cpu.simd import store
 from srigl_core.backends.numba_cpu.value_types import as_bits
+from srigl_core.backends.numba_cpu.vector_tuples import (
+    UNIT,
+    accumulate,
+    load_each,
+    multiply,
+    store_each,
+    zeros_each,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -73,20 +83,6 @@ def test_arithmetic_is_lane_by_lane(dtype, lanes):
     np.testing.assert_array_equal(out[:lanes], (a * b + a + b[1])[:lanes])
 
 
-@both
-def test_four_numbers_are_told_out_one_by_one(dtype):
-    @njit
-    def tell(source, out):
-        four = simd.load_four(source, U(1))
-        simd.store(out, U(0), simd.splat_lane(four, 0, 8))
-        simd.store(out, U(8), simd.splat_lane(four, 3, 8))
-        simd.store(out, U(16), simd.zeros(source, 8))
-
-    source, out = numbers(5, dtype), np.full(24, 9, dtype)
-    tell(source, out)
-    np.testing.assert_array_equal(out, np.repeat([source[1], source[4], 0], 8))
-
-
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_a_quad_has_the_first_number_lowest(dtype):
     @njit
@@ -129,26 +125,67 @@ def test_transpose_turns_rows_into_columns_and_repeats_the_last_row(dtype, lanes
     assert (target[2:].reshape(16, 18)[:lanes, lanes:] == 0).all()
 
 
-@both
-@pytest.mark.parametrize("lanes", [8, 32, 64])
-def test_sums_over_lanes(dtype, lanes):
-    @njit
-    def total(source, out):
-        a = simd.load(source, U(0), lanes)
-        b = simd.load(source, U(64), lanes)
-        ab = simd.fold_product(a, b, 8)
-        aa = simd.fold_product(a, a, 8)
-        bb = simd.fold_product(b, b, 8)
-        ba = simd.add(bb, aa)
-        four = simd.sum_each(ab, aa, bb, ba)
-        simd.store(out, U(0), four)
-        return simd.first_lane(four)
+neurons = pytest.mark.parametrize("count", [1, 2, 4, 8])
 
-    source, out = numbers(128, dtype), np.empty(4, dtype)
-    first = total(source, out)
-    a, b = source[:lanes], source[64 : 64 + lanes]
-    np.testing.assert_array_equal(out, [a @ b, a @ a, b @ b, a @ a + b @ b])
-    assert first == a @ b
+
+def step_of(dtype, lanes, count):
+    """Return a tile, and the values and rows of the tile of one step."""
+    rng = np.random.default_rng(lanes * count)
+    n = max(4, count)
+    tile = aligned_empty(20 * lanes, dtype)
+    tile[:] = rng.integers(-50, 50, 20 * lanes)
+    return tile, rng.integers(-50, 50, 3 + n).astype(dtype), rng.integers(0, 20, 3 + n)
+
+
+@both
+@neurons
+@pytest.mark.parametrize("lanes", [8, 16, 32])
+def test_a_step_adds_each_connection_to_the_sum_of_its_neuron(dtype, lanes, count):
+    @njit
+    def step(values, offsets, tile, rows, sums):
+        totals = load_each(sums, U(lanes), rows, U(1), count, lanes)
+        totals = accumulate(totals, values, offsets, U(3), tile)
+        store_each(sums, U(0), rows, U(1), totals)
+        store_each(sums, U(0), rows, U(0), zeros_each(sums, 1, lanes))
+
+    tile, values, chosen = step_of(dtype, lanes, count)
+    offsets = (chosen * lanes * tile.itemsize // UNIT).astype(np.uint16)
+    rows = np.concatenate([[0], 1 + np.random.default_rng(0).permutation(count)])
+    sums = numbers((count + 2) * lanes, dtype)
+    expected = sums.reshape(-1, lanes).copy()
+    expected[rows[1:]] = expected[rows[1:] + 1]
+    for e in range(max(4, count)):
+        row = tile.reshape(-1, lanes)[chosen[3 + e]]
+        expected[rows[1 + e % count]] += values[3 + e] * row
+    expected[0] = 0
+    step(values, offsets, tile, rows.astype(np.uint16), sums)
+    np.testing.assert_array_equal(sums.reshape(-1, lanes), expected)
+
+
+@both
+@neurons
+@pytest.mark.parametrize(("lanes", "part"), [(8, 4), (8, 8), (16, 16), (32, 4), (32, 16)])
+def test_a_step_of_the_gradient_sums_each_connection_over_the_lanes(dtype, lanes, part, count):
+    @njit
+    def step(factors, rows, offsets, tile, out):
+        own = load_each(factors, U(0), rows, U(0), count, lanes)
+        store(out, U(1), multiply(own, offsets, U(3), tile, U(lanes), part))
+
+    tile, _, chosen = step_of(dtype, lanes, count)
+    chosen = np.maximum(chosen, 1)
+    offsets = ((chosen - 1) * lanes * tile.itemsize // UNIT).astype(np.uint16)
+    factors = numbers(count * lanes, dtype)
+    rows = np.random.default_rng(0).permutation(count)
+    out = np.full(12, 7, dtype)
+    step(factors, rows.astype(np.uint16), offsets, tile, out)
+    n = max(4, count)
+    expected = [
+        factors.reshape(-1, lanes)[rows[e % count]] @ tile.reshape(-1, lanes)[chosen[3 + e]]
+        for e in range(n)
+    ]
+    np.testing.assert_array_equal(out[1 : 1 + n], expected)
+    assert (out[:1] == 7).all()
+    assert (out[1 + n :] == 7).all()
 
 
 def test_flat_sees_the_same_memory_whatever_the_axes():

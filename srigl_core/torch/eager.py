@@ -1,0 +1,70 @@
+"""Condensed products in eager mode, past PyTorch's dispatcher.
+
+For an operator that is written in Python, the dispatcher and its registered gradient take longer
+than the kernels of a small batch. Nothing but compilers, tracers, transforms, modes and subclasses
+of tensors needs them; a product of plain tensors is an `autograd.Function` that calls the kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import Function
+
+from srigl_core.torch.ops import (
+    compute_gradients,
+    condensed_inference,
+    condensed_linear,
+    condensed_linear_backward,
+    gradients,
+    keep_for_backward,
+    multiply,
+)
+
+__all__ = ["condensed_product", "inference_product"]
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def condensed_product(*inputs: Any) -> Any:
+    """Return the product that has a gradient; the arguments are those of ``condensed_linear``."""
+    return (CondensedLinearFunction.apply if _is_eager(*inputs) else condensed_linear)(*inputs)
+
+
+def inference_product(*inputs: Any) -> Any:
+    """Return the product without a gradient, by the arguments of ``condensed_inference``."""
+    return (multiply if _is_eager(*inputs) else condensed_inference)(*inputs)
+
+
+class CondensedLinearFunction(Function):  # type: ignore[misc] # torch is untyped here
+    """``condensed_linear`` of plain tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        """Return the product."""
+        keep_for_backward(ctx, inputs, None)
+        return multiply(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Return the gradients, which have a gradient themselves where grad mode is on."""
+        is_plain = not torch.is_grad_enabled() and _is_eager(grad)
+        return gradients(ctx, grad, compute_gradients if is_plain else condensed_linear_backward)
+
+
+def _is_eager(*inputs: Any) -> bool:
+    """Return whether the inputs are plain tensors on the CPU, and nothing traces or changes ops."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or peek_interpreter_stack() is not None
+        or torch.is_autocast_enabled("cpu")
+        or any(
+            type(each) not in _PLAIN or not each.is_cpu
+            for each in inputs
+            if isinstance(each, torch.Tensor)
+        )
+    )
