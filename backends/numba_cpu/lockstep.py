@@ -305,6 +305,5 @@ def _launcher(lanes: int, together: int) -> Launcher:
                     visit(values, offsets, at, members, sizes, tile, sums, base, b == 0)
             neurons = (first_neuron, min(end_group * group_rows, columns.size))
             deliver(sums, neurons, row, last, flat(bias), columns, flat(out), corner, code)
-        return True
 
     return Launcher(run)

@@ -165,7 +165,6 @@ def _launchers(lanes: int, together: int, part: int) -> tuple[Launcher, Launcher
                         own_counts = counts[b, row : row + together]
                         deliver(sums, n, turned, starts, own_counts, first_tile == 0, result)
                         at += n
-        return True
 
     @kernel()
     def stage_grads(first, last, n_padded, grad, grads):
@@ -173,7 +172,6 @@ def _launchers(lanes: int, together: int, part: int) -> tuple[Launcher, Launcher
         size = n_padded * lanes
         for t in range(first, last):
             stage_tile(line, n_rows, t, 0, n_rows, grads[t * size : (t + 1) * size])
-        return True
 
     return Launcher(stage_grads), Launcher(run)
 
@@ -209,7 +207,6 @@ def _gather(first, last, indices, grad, x, out):
                 total_before = result[at] if b else line.dtype.type(0)
                 result[at] = total_before + own * row[u(columns[at])]
                 at += u(1)
-    return True
 
 
 _gather_launcher = Launcher(_gather)
