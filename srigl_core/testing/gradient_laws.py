@@ -142,16 +142,20 @@ def a_used_plan_has_the_gradients_of_a_fresh_one(backend: Backend, problem: Matm
     """Gradients of other batches and types, and products, do not change later gradients."""
     used, rng = prepare(problem.weight, backend=backend), problem.rng()
     x, grad = (each.reshape(-1, each.shape[-1]) for each in (problem.x, problem.grad))
-    dtypes = combinable_dtypes(capabilities_of(backend), problem.weight.dtype, problem.grad.dtype)
+    taken = capabilities_of(backend)
     for size in rng.permutation([len(x), min(len(x), 1), int(rng.integers(0, len(x) + 1)), len(x)]):
-        dtype = problem.x.dtype if rng.random() < 0.6 else dtypes[rng.integers(len(dtypes))]
+        dtypes = [problem.x.dtype, problem.grad.dtype]
+        for which in (0, 1):
+            if rng.random() < 0.4:
+                options = combinable_dtypes(taken, problem.weight.dtype, dtypes[1 - which])
+                dtypes[which] = options[rng.integers(len(options))]
         rows = slice(len(x) - size, None)
-        case = replace(problem, x=x[rows].astype(dtype), grad=grad[rows])
-        options: dict[str, Any] = {"threads": int(rng.choice(THREADS))}
+        case = replace(problem, x=x[rows].astype(dtypes[0]), grad=grad[rows].astype(dtypes[1]))
+        call: dict[str, Any] = {"threads": int(rng.choice(THREADS))}
         if rng.random() < 0.5:
-            options["wrt"] = [("x",), ("values",), ("bias",), ("x", "values")][rng.integers(4)]
-        again = _backward(used, case, **options)
-        fresh = _backward(prepare(problem.weight, backend=backend), case, **options)
+            call["wrt"] = [("x",), ("values",), ("bias",), ("x", "values")][rng.integers(4)]
+        again = _backward(used, case, **call)
+        fresh = _backward(prepare(problem.weight, backend=backend), case, **call)
         _assert_same_gradients(again, fresh, f"of a batch of {size} by a used plan, ")
         if "condensed_matmul" in backend.capabilities.operations:
             used(case.x)

@@ -292,7 +292,7 @@ def matmul_problem(
     bias_dtype = source.sampled_from(bias_dtypes) if capabilities.bias else None
     bias_magnitude = source.sampled_from(("normal", magnitude))
     activations = [name for name in ACTIVATIONS if name in capabilities.activations]
-    activation = source.sampled_from(((1 + 4 * is_large) * activations[:1]) + activations)
+    activation = source.sampled_from(4 * is_large * activations[:1] + activations)
     out_dtype = result_dtype(x_dtype, values_dtype)
     if capabilities.out:
         out_dtype = value_dtype(source.sampled_from(ORDERED_DTYPES))
@@ -449,21 +449,22 @@ def update_problem(
     often = 24 * is_tall * ("any",)
     density = source.sampled_from((None, None, None, "any", "any", "any", "none", "all", *often))
     nnz_budget = source.integer(source.sampled_from((n_out, n_out, n_out, 1)), n_out * n_in)
-    if source.sampled_from((False, False, False, True)):  # the same fan-in for each neuron
-        nnz_budget = n_out * max(1, nnz_budget // n_out)
+    whole = source.sampled_from((*9 * (None,), nnz_budget // n_out, nnz_budget // n_out, n_in))
+    if whole is not None:  # each neuron may have the same number of weights
+        nnz_budget = n_out * max(1, whole)
     drop_fraction = source.sampled_from((0.3, 0.0, 0.0, 1.0, 0.05, 0.5, 0.9))
     drop_share = source.sampled_from(_SHARES)
 
     def setting(name: str, options: Sequence[Any], otherwise: Any = None) -> Any:
         return source.sampled_from(options) if name in capabilities.settings else otherwise
 
-    gammas = (0.3, None, 1.0, 0.9, 0.01, 0.6, *8 * is_tall * (0.6,))
+    gammas = (0.3, None, None, 1.0, 0.9, 0.01, 0.6, *8 * is_tall * (0.6,))
     gamma_sal, min_salient = setting("gamma_sal", gammas), None
-    share = source.sampled_from((None, None, None, _just_below_a_count, _decimal))
+    share = source.sampled_from((None, None, None, _just_below_a_count, _decimal, _decimal))
     is_counted = gamma_sal is None and setting("min_salient", (False, True), False)
     counts = (source.integer(0, n_in), source.sampled_from((n_in + 1, 2**40)))
     if is_counted:
-        min_salient = source.sampled_from((*3 * counts[:1], counts[1]))
+        min_salient = source.sampled_from((counts[0], counts[0], counts[1]))
     scope = setting("saliency_scope", ("inactive", "all"), "inactive")
     grown_init = setting("grown_init", (0.0, 0.5, -0.1, 1e-8), 0.0)
     unseen = source.sampled_from((0.0, 0.0, np.nan))
@@ -474,10 +475,15 @@ def update_problem(
     mask = any_mask(rng, (n_out, n_in), constant_fan_in=density is None)
     if density in ("none", "all"):
         mask[...] = density == "all"
+    elif drop_share is _decimal:
+        mask = _connections_of_a_decimal_count(rng, (n_out, n_in)).to_mask()
     weight[~mask & (rng.random(mask.shape) < 0.5)] = unseen
     if drop_share is not None:
         drop_fraction = drop_share(rng, int(np.count_nonzero(mask)))
     if gamma_sal is not None and share is not None:
+        if share is _decimal:
+            counts = [count for count in _DECIMAL_COUNTS if count <= n_in]
+            nnz_budget = n_out * int(rng.choice(counts)) if counts else nnz_budget
         gamma_sal = share(rng, nnz_budget // n_out)
     settings = UpdateSettings(
         nnz_budget,
@@ -502,6 +508,8 @@ def condensed_update_problem(
     block_rows = source.sampled_from((fewest, 2 * fewest, 7 * fewest, n_out, n_out + 1))
     drop_share, rng = source.sampled_from(_SHARES), source.rng()
     connections = Connections.random((n_out, n_in), fan_in=fan_in, n_active=n_active, rng=rng)
+    if drop_share is _decimal and capabilities.ablation:
+        connections = _connections_of_a_decimal_count(rng, (n_out, n_in))
     mask, settings = connections.to_mask(), dense.settings
     if drop_share is not None:
         settings = replace(settings, drop_fraction=drop_share(rng, connections.nnz))
@@ -535,6 +543,25 @@ def _decimal(rng: np.random.Generator, total: int) -> float:
     rounded_down = (part for part in options if float(part) * total < part * total)
     counts = (part for part in rounded_down if (part * total).denominator == 1)
     return float(next(counts, options[0]))
+
+
+_DECIMAL_COUNTS = (50, 90, 100, 150, 170, 180, 200)
+"""Numbers of weights for which `_decimal` has a fraction of which the product is rounded down."""
+
+
+def _connections_of_a_decimal_count(
+    rng: np.random.Generator, shape: tuple[int, int]
+) -> Connections:
+    """Return connections of which there are one of `_DECIMAL_COUNTS`, or any in a small layer."""
+    n_out, n_in = shape
+    options = [
+        (n_active, count // n_active)
+        for count in _DECIMAL_COUNTS
+        for n_active in range(1, min(n_out, count) + 1)
+        if count % n_active == 0 and count // n_active <= n_in
+    ]
+    n_active, fan_in = options[rng.integers(len(options))] if options else (n_out, 1)
+    return Connections.random(shape, fan_in=fan_in, n_active=n_active, rng=rng)
 
 
 _SHARES = (*7 * (None,), _just_below_a_count, _decimal, _decimal)
