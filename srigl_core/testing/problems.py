@@ -482,8 +482,8 @@ def update_problem(
         drop_fraction = drop_share(rng, int(np.count_nonzero(mask)))
     if gamma_sal is not None and share is not None:
         if share is _decimal:
-            counts = [count for count in _DECIMAL_COUNTS if count <= n_in]
-            nnz_budget = n_out * int(rng.choice(counts)) if counts else nnz_budget
+            fan_ins = [count for count in _DECIMAL_COUNTS if count <= n_in]
+            nnz_budget = n_out * int(rng.choice(fan_ins)) if fan_ins else nnz_budget
         gamma_sal = share(rng, nnz_budget // n_out)
     settings = UpdateSettings(
         nnz_budget,
