@@ -8,7 +8,16 @@ import pytest
 
 from srigl_core.errors import SriglError
 from srigl_core.reference import remap_state
-from srigl_core.testing import LAWS, ConformanceError, FunctionBackend, check_kernel, verify
+from srigl_core.testing import (
+    LAWS,
+    ConformanceError,
+    FunctionBackend,
+    KernelCapabilities,
+    check_kernel,
+    verify,
+)
+
+SMALL_PROBLEMS = KernelCapabilities(largest_problem=50_000)
 
 
 def condensed(state, update):
@@ -40,7 +49,7 @@ RIGHT = [
     ("op", "function"), RIGHT, ids=lambda part: getattr(part, "__name__", part)
 )
 def test_the_remaps_of_the_library_obey_the_laws(op, function):
-    report = check_kernel(function, op, max_examples=20)
+    report = check_kernel(function, op, capabilities=SMALL_PROBLEMS, max_examples=20)
     assert report.n_run == sum(law.operation == op for law in LAWS)
 
 
@@ -137,7 +146,7 @@ def test_a_wrong_remap_is_rejected_by_its_law(op, function, law, seed):
 
 def test_a_failure_of_a_remap_can_be_reproduced():
     with pytest.raises(ConformanceError, match=r"check_law\(.*\"remap_state\"") as failed:
-        check_kernel(start_forgotten, "remap_state", max_examples=20)
+        check_kernel(start_forgotten, "remap_state", capabilities=SMALL_PROBLEMS, max_examples=20)
     code = failed.value.report.failures[0].failure.code
     with pytest.raises(AssertionError, match="the state of a new weight"):
         exec(code)
