@@ -32,7 +32,7 @@ help:
 	@echo "make reproduce-quick   the paper's claims on small data, in three minutes"
 	@echo "make reproduce         the same with all data, networks and sweeps, in an hour"
 	@echo "make test    run the fast tests: every law with 50 problems, in about two minutes"
-	@echo "make test-all   install PyTorch, JAX and ONNX for the CPU; run all tests, with 200 problems"
+	@echo "make test-all   install PyTorch, JAX and ONNX for the CPU; run all tests, with 100 problems"
 	@echo "make thorough   run all mutants and fuzz laws and files, for about three hours"
 	@echo "make docs    build the documentation site, and say how to serve it"
 	@echo "make check   run what CI runs"

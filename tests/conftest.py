@@ -17,7 +17,7 @@ from srigl_core.testing import released_updates as released
 
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
-settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
+settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=800, deadline=None, derandomize=True)
 
 pytest.register_assert_rewrite("array_library_tests")

@@ -51,7 +51,7 @@ inputs the smallest example has.
 
 - {n_rejected} of {n} are rejected. {n_naming} of {n_laws} laws reject a mutant that names them.
 - The named law takes {median:g} problems in the median, {most} at most.
-- {n_small} of {n_rejected}, {percent}%, are shrunk to {small} x {small} or smaller.
+- {n_small} of {n_shrunk}, {percent}%, are shrunk to {small} x {small} or smaller.
 
 {fuzzed}
 
@@ -120,8 +120,9 @@ def each_in_a_process(
 def page(content: dict[str, Any], fuzzed: dict[str, Any]) -> str:
     """Return the page, from the content of `RESULTS` and `FUZZED`."""
     results = {result["mutant"]: result for result in content["mutants"]}
-    rejected = {name: result for name, result in results.items() if "shape" in result}
-    n_small = sum(max(result["shape"]) <= SMALL for result in rejected.values())
+    rejected = {name: result for name, result in results.items() if "problems" in result}
+    shapes = [result["shape"] for result in rejected.values() if "shape" in result]
+    n_small = sum(max(shape) <= SMALL for shape in shapes)
     summary = PAGE.format(
         n=len(results),
         n_rejected=len(rejected),
@@ -130,7 +131,8 @@ def page(content: dict[str, Any], fuzzed: dict[str, Any]) -> str:
         median=median(result["problems"] for result in rejected.values()),
         most=max(result["problems"] for result in rejected.values()),
         n_small=n_small,
-        percent=round(100 * n_small / len(rejected)),
+        n_shrunk=len(shapes),
+        percent=round(100 * n_small / len(shapes)),
         small=SMALL,
         max_examples=MAX_EXAMPLES,
         seed=SEED,
@@ -187,7 +189,7 @@ def _table(kernel: str, results: dict[str, Any]) -> str:
     ]
     for mutant in mutants:
         result = results[str(mutant)]
-        law = mutant.law if "shape" in result else f"not by {mutant.law}"
+        law = mutant.law if "problems" in result else f"not by {mutant.law}"
         seeds = result.get("seeds", [])
         most = "" if not seeds else "none" if None in seeds else max(seeds)
         numbers = (result.get("laws", ""), result.get("problems", ""), most)
