@@ -936,12 +936,12 @@ able = capabilities_of(srigl_core.get_backend("numba"))
 
 
 def check_laws(*value_dtypes):  # each type of value, and more so each number of threads, compiles
-    narrowed = replace(able, value_dtypes=value_dtypes)
+    narrowed = replace(able, value_dtypes=value_dtypes, largest_problem=200_000)
     checked = 0
     for law in LAWS:
-        if law.operation.startswith("update"):
+        if not law.operation.startswith("condensed_matmul"):
             continue
-        for seed in range(10):
+        for seed in range(5):
             problem = law.build(SeededSource(seed, len(law.name)), narrowed)
             try:
                 check_law("numba", law, problem)
@@ -952,9 +952,9 @@ def check_laws(*value_dtypes):  # each type of value, and more so each number of
 
 
 threads.SMALLEST_PARALLEL_WORK = 10**12  # one thread
-assert check_laws(*able.value_dtypes) > 200
+assert check_laws(*able.value_dtypes) > 120
 threads.SMALLEST_PARALLEL_WORK = 0  # three
-assert check_laws("float32") > 200
+assert check_laws("float32") > 120
 print("done")
 """,
             **processor,
