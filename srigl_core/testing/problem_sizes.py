@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.random import Generator
 
 __all__ = [
     "LARGEST_SIZE",
@@ -127,7 +128,7 @@ class Schedule:
     seed: tuple[int, ...]
     number: int
 
-    def rng(self) -> np.random.Generator:
+    def rng(self) -> Generator:
         """Return the generator of this problem's sizes."""
         return np.random.default_rng((*self.seed, self.number, ROUND))
 
@@ -147,7 +148,6 @@ class Schedule:
 
 
 Range = tuple[int, int]
-Draw = np.random.Generator
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class _Product:
         n_out, n_in = max(self.n_out[0], n_active), max(self.n_in[0], fan_in)
         return ProductSizes(1, self.batch[0], n_out, n_active, n_in, fan_in).cost
 
-    def sizes(self, rng: Draw) -> ProductSizes:
+    def sizes(self, rng: Generator) -> ProductSizes:
         """Draw sizes."""
         batch, n_active, fan_in = (
             _about(rng, *sizes) for sizes in (self.batch, self.n_active, self.fan_in)
@@ -183,12 +183,12 @@ class _Product:
         return ProductSizes(_any_lead(rng, batch), batch, n_out, n_active, n_in, fan_in)
 
 
-def _any_lead(rng: Draw, batch: int) -> int:
+def _any_lead(rng: Generator, batch: int) -> int:
     """Draw leading axes; one vector only in place of few rows."""
     return int(rng.choice((1, 1, 1, 2, 3, 3) if batch < 10 else (1, 1, 2)))
 
 
-def _about(rng: Draw, least: int, most: int) -> int:
+def _about(rng: Generator, least: int, most: int) -> int:
     """Draw a size: from the whole range, or a boundary in it."""
     boundaries = [size for size in BOUNDARIES if least <= size <= most]
     if boundaries and rng.random() < 0.5:
@@ -245,13 +245,13 @@ def product_sizes(schedule: Schedule, most: int, *, ablation: bool) -> ProductSi
     return sizes.within(most)
 
 
-def _of_residue(rng: Draw, residue: int, least: int = 1) -> int:
+def _of_residue(rng: Generator, residue: int, least: int = 1) -> int:
     """Draw a size of a residue modulo 32, from the `SMALL` sizes that are at least `least`."""
     first = least + (residue - least) % _RESIDUES
     return int(rng.choice(range(first, max(first, SMALL) + 1, _RESIDUES)))
 
 
-def _small(schedule: Schedule, rng: Draw, turn: int) -> ProductSizes:
+def _small(schedule: Schedule, rng: Generator, turn: int) -> ProductSizes:
     batch, n_active, fan_in, n_in, n_out = (schedule.residue(deck, turn) for deck in range(5))
     active, connections = _of_residue(rng, n_active), _of_residue(rng, fan_in)
     inputs = _of_residue(rng, n_in, connections)
@@ -260,7 +260,7 @@ def _small(schedule: Schedule, rng: Draw, turn: int) -> ProductSizes:
     return ProductSizes(int(rng.choice([1, 1, 1, 2])), rows, neurons, active, inputs, connections)
 
 
-def _dense_rows(rng: Draw) -> ProductSizes:
+def _dense_rows(rng: Generator) -> ProductSizes:
     n_active, n_in = (int(rng.integers(9, 200)) for _ in range(2))
     fan_in = n_in if rng.random() < 0.2 else int(rng.integers(n_in // 2 + 1, n_in))
     n_out = n_active + int(rng.integers(2)) * int(rng.integers(1, 40))
@@ -268,7 +268,7 @@ def _dense_rows(rng: Draw) -> ProductSizes:
     return ProductSizes(_any_lead(rng, batch), batch, n_out, n_active, n_in, fan_in)
 
 
-def _square(rng: Draw) -> ProductSizes:
+def _square(rng: Generator) -> ProductSizes:
     """Draw as many neurons as inputs, and sometimes as many rows."""
     size = int(rng.integers(2, SMALL))
     n_active, fan_in = (int(rng.integers(1, size, endpoint=True)) for _ in range(2))
@@ -277,7 +277,7 @@ def _square(rng: Draw) -> ProductSizes:
     return ProductSizes(_any_lead(rng, batch), batch, size, n_active, size, fan_in)
 
 
-def _at_a_boundary(rng: Draw, which: int) -> ProductSizes:
+def _at_a_boundary(rng: Generator, which: int) -> ProductSizes:
     """Draw sizes of which one is at a boundary up to 4,097, and the others often are."""
     sizes = [_about(rng, 1, 33) for _ in range(4)]
     sizes[which] = int(rng.choice([size for size in BOUNDARIES if size <= 4_097]))

@@ -44,10 +44,11 @@ PAGE = """# Wrong kernels, and what rejects them
 
 Each wrong kernel is a kernel of this project with a bug of at most five lines, kept as a diff in
 `tests/mutants/`. The law that the diff names must reject it within {max_examples} problems, with
-seed {seed} (`tests/test_mutants.py`, `tests/slow/test_compiled_mutants.py`). *laws* is how many
-laws of the operation reject it, where all were tried; *problems*, how many the named law takes;
-*at most*, how many it takes with the worst of {n_seeds} seeds; *shrunk to*, how many neurons and
-inputs the smallest example has.
+seed {seed}. `tests/test_mutants.py` tries all that are not compiled, and
+`tests/slow/test_compiled_mutants.py` a sample of the others. *laws* is how many laws of the
+operation reject it, where all were tried; *problems*, how many the named law takes; *at most*, how
+many it takes with the worst of {n_seeds} seeds; *shrunk to*, how many neurons and inputs the
+smallest example has.
 
 - {n_rejected} of {n} are rejected. {n_naming} of {n_laws} laws reject a mutant that names them.
 - The named law takes {median:g} problems in the median, {most} at most.
