@@ -9,15 +9,11 @@ from typer.testing import CliRunner
 from srigl_core.cli.app import app
 from srigl_core.testing import KernelCapabilities, verify
 from srigl_core.testing.coverage import Coverage, traits_of
-from srigl_core.testing.kernel_capabilities import left_out
+from srigl_core.testing.kernel_capabilities import EVERYTHING, left_out
 from srigl_core.testing.problem_sizes import ProductSizes, Schedule, product_sizes, update_sizes
-from srigl_core.testing.problems import (
-    EVERYTHING,
-    SeededSource,
-    condensed_update_problem,
-    matmul_problem,
-    update_problem,
-)
+from srigl_core.testing.problem_sources import SeededSource
+from srigl_core.testing.product_problems import matmul_problem
+from srigl_core.testing.update_problems import condensed_update_problem, update_problem
 
 DEFAULT = 100  # problems of a law
 
