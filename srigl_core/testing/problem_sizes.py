@@ -1,9 +1,9 @@
 """Which sizes the problems have: every residue, boundaries, and several large sizes at once.
 
 The problems of a run go by a schedule. Each `ROUND` of them has every class of sizes once, in an
-order of its own. In the first class all sizes are small, and every `_RESIDUES` of its problems have
-each residue of a batch, of neurons, inputs and connections modulo 8, 16 and 32. The others have
-boundaries, where kernels change what they do, and sizes that are large alone or together.
+order of its own. Some have small sizes, and two rounds of these have each residue of a batch, of
+neurons, inputs and connections modulo 8, 16 and 32. The others have boundaries, where kernels
+change what they do, and sizes that are large alone or together.
 A problem has a cost; classes of a larger cost than a kernel's `largest_problem` are left out.
 """
 
