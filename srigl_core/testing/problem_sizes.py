@@ -231,7 +231,12 @@ _LARGE = (
     _Product("many neurons of a batch", (5, 24), (769, 1_100), (900, 2_100), (24, 40)),
     *2 * (_Product("one row of a large layer", (1, 4), (65, 600), (130, 2_100), (4, 90)),),
     _Product("many inputs and connections", (1, 4), (65, 130), (16_385, 20_000), (200, 800)),
-    *2 * (_Product("work for several threads", (85, 96), (400, 430), (129, 400), (64, 72)),),
+    *2
+    * (
+        _Product(
+            "work for several threads", (85, 96), (400, 430), (129, 400), (64, 72), (440, 600)
+        ),
+    ),
     _Product("nnz > 131,072", (1, 2), (500, 1_100), nnz=(131_073, 150_000)),
     _Product("nnz > 262,144", (1, 1), (700, 1_500), nnz=(262_145, 280_000)),
     _Product("n_active > 2,048", (1, 4), (2_049, 4_200), (1, 70), (1, 5)),
