@@ -181,7 +181,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Product:
-    """A class of products: the range of each size, and the least cost."""
+    """A class of products: the range of each size."""
 
     name: str
     batch: Range = (1, 9)
@@ -192,11 +192,14 @@ class _Product:
     nnz: Range = (1, 10**9)
 
     @property
-    def cost(self) -> int:
-        """What the smallest of them costs."""
-        n_active, fan_in = self.n_active[0], max(self.fan_in[0], self.nnz[0] // self.n_active[1])
+    def smallest(self) -> ProductSizes:
+        """The smallest sizes of the class."""
+        n_active, fan_in = (
+            self.n_active[0],
+            max(self.fan_in[0], -(-self.nnz[0] // self.n_active[0])),
+        )
         n_out, n_in = max(self.n_out[0], n_active), max(self.n_in[0], fan_in)
-        return ProductSizes(1, self.batch[0], n_out, n_active, n_in, fan_in).cost
+        return ProductSizes(1, self.batch[0], n_out, n_active, n_in, fan_in)
 
     def sizes(self, rng: Generator) -> ProductSizes:
         """Draw sizes."""
@@ -265,8 +268,10 @@ def product_sizes(schedule: Schedule, most: int, *, ablation: bool) -> ProductSi
     slot, rng = schedule.slot(), schedule.rng()
     turn = schedule.number // ROUND
     large = slot - (ROUND - len(_LARGE))
-    if large >= 0 and _LARGE[large].cost <= most:
+    if large >= 0 and _LARGE[large].smallest.cost <= most:
         sizes = _LARGE[large].sizes(rng)
+        if sizes.cost > most:
+            sizes = _LARGE[large].smallest
     elif _SMALL_SHARE <= slot < _FIRST_BOUNDARY:
         place = _SMALL_SHARE // 2 + slot - _SMALL_SHARE
         batch = schedule.more_rows(turn * _MORE_ROWS_SHARE + place)
@@ -360,7 +365,7 @@ def update_sizes(schedule: Schedule, most: int) -> UpdateSizes:
 
 def classes_too_large(most: int, *, products: bool, updates: bool) -> list[str]:
     """Return the classes of sizes that cost more than `most`, so that no problem has them."""
-    names = [each.name for each in _LARGE if each.cost > most] if products else []
+    names = [each.name for each in _LARGE if each.smallest.cost > most] if products else []
     if updates:
         names += [
             name for name, n_out, n_in in _UPDATES if UpdateSizes(n_out[0], n_in[0]).cost > most
