@@ -99,8 +99,8 @@ def update_problem(
     )
     n_out, n_in = shape = astuple(UpdateSizes(*sizes).within(most))
     is_plain = source.first_round() and max(shape) > LARGE
-    magnitude = source.sampled_from((*UPDATE_MAGNITUDES, "zeros", "zeros"))
-    magnitude = "normal" if is_plain else magnitude
+    magnitudes = ("normal", "integers") if is_plain else (*UPDATE_MAGNITUDES, "zeros", "zeros")
+    magnitude = source.sampled_from(magnitudes)
     dtypes = combinable_dtypes(capabilities)
     close_ones = [dtype for dtype in dtypes if dtype == np.float64 and magnitude == "close"]
     dtype = source.sampled_from((*dtypes, *3 * close_ones))
