@@ -293,7 +293,7 @@ def _simulated_backend(file: str, change: Change) -> Any:
             with run_in_order(next(self._orders)):
                 super().launch(*arguments)
 
-    backend = GpuBackend(Device(), "simulated", Capabilities(largest_problem=400_000))
+    backend = GpuBackend(Device(), "simulated", Capabilities(largest_problem=900_000))
     backend.arrays = TightArrays()
     return backend
 

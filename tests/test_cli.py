@@ -11,7 +11,7 @@ from srigl_core.cli.app import app
 from srigl_core.errors import BackendUnavailableError
 from srigl_core.testing import laws
 from srigl_core.testing.law import Law, LawViolation, NotApplicable
-from srigl_core.testing.problems import matmul_problem
+from srigl_core.testing.product_problems import matmul_problem
 
 runner = CliRunner()
 

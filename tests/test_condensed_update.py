@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from srigl_core import CondensedWeight, SriglError, UpdateSettings, ValueTypeError, update_mask
 from srigl_core.reference import remap_state, update_condensed
-from srigl_core.testing.problems import SeededSource, condensed_update_problem
+from srigl_core.testing.problem_sources import SeededSource
+from srigl_core.testing.update_problems import condensed_update_problem
 
 
 @given(st.integers(0, 10**6))

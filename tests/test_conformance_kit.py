@@ -41,8 +41,8 @@ from srigl_core.testing import (
     strategies,
     verify,
 )
-from srigl_core.testing.kernel_capabilities import left_out
-from srigl_core.testing.problems import EVERYTHING, SeededSource
+from srigl_core.testing.kernel_capabilities import EVERYTHING, left_out
+from srigl_core.testing.problem_sources import SeededSource
 from srigl_core.testing.targets import as_backend
 
 SMALL_PROBLEMS = KernelCapabilities(largest_problem=20_000)

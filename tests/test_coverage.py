@@ -3,21 +3,24 @@
 from collections import Counter
 from dataclasses import astuple, replace
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from srigl_core.cli.app import app
 from srigl_core.testing import KernelCapabilities, verify
 from srigl_core.testing.coverage import Coverage, traits_of
-from srigl_core.testing.kernel_capabilities import left_out
-from srigl_core.testing.problem_sizes import ProductSizes, Schedule, product_sizes, update_sizes
-from srigl_core.testing.problems import (
-    EVERYTHING,
-    SeededSource,
-    condensed_update_problem,
-    matmul_problem,
-    update_problem,
+from srigl_core.testing.kernel_capabilities import EVERYTHING, left_out
+from srigl_core.testing.problem_sizes import (
+    LARGE,
+    ProductSizes,
+    Schedule,
+    product_sizes,
+    update_sizes,
 )
+from srigl_core.testing.problem_sources import SeededSource
+from srigl_core.testing.product_problems import matmul_problem
+from srigl_core.testing.update_problems import condensed_update_problem, update_problem
 
 DEFAULT = 100  # problems of a law
 
@@ -63,6 +66,35 @@ def test_a_run_has_every_residue(build, modulus, n_problems):
         drawn = [sizes_of(build, seed, number) for number in range(n_problems)]
         for name in names:
             assert {getattr(sizes, name) % modulus for sizes in drawn} == set(range(modulus))
+
+
+def test_every_round_has_each_batch_of_up_to_eight_rows():
+    for seed in range(20):
+        for first in (0, 50):
+            problems = [
+                sizes_of(matmul_problem, seed, number) for number in range(first, first + 50)
+            ]
+            small = [each for each in problems if max(astuple(each)) <= LARGE]
+            assert {each.batch for each in small} >= set(range(1, 9))
+
+
+def test_large_products_of_the_first_fifty_show_each_wrong_number():
+    for number in range(50):
+        problem = matmul_problem(SeededSource(0, number))
+        x, weight = problem.x, problem.weight
+        if max(*x.shape[:-1], *weight.shape) > LARGE:
+            values = weight.values.astype(float)
+            assert problem.activation == "none"
+            assert np.abs(x).min() >= 0.5 or "shared" in problem.layout
+            assert np.all((values == 0) | (np.abs(values) >= 0.5))
+            assert (np.count_nonzero(values, axis=1) <= 8 * 32).all()
+
+
+def test_as_many_problems_as_a_list_has_options_have_each_of_them():
+    for seed in range(5):
+        for n_options in (2, 7, 17):
+            drawn = [SeededSource(seed, n).sampled_from(range(n_options)) for n in range(n_options)]
+            assert sorted(drawn) == list(range(n_options))
 
 
 def test_problems_cost_no_more_than_a_kernel_allows():

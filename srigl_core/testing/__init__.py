@@ -16,15 +16,12 @@ from srigl_core.testing.function_backend import FunctionBackend, declare
 from srigl_core.testing.kernel_capabilities import KernelCapabilities
 from srigl_core.testing.law import Law, LawViolation, NotApplicable
 from srigl_core.testing.laws import LAWS
-from srigl_core.testing.problems import (
-    CondensedUpdateProblem,
-    MatmulProblem,
-    UpdateProblem,
-    array_of,
-)
+from srigl_core.testing.problem_arrays import array_of
+from srigl_core.testing.product_problems import MatmulProblem
 from srigl_core.testing.quantized_problems import QuantizedProblem
 from srigl_core.testing.report import ConformanceError, Failure, LawResult, Report
 from srigl_core.testing.targets import as_backend
+from srigl_core.testing.update_problems import CondensedUpdateProblem, UpdateProblem
 from srigl_core.testing.update_trace import UpdateTrace, check_trace
 from srigl_core.testing.verification import check_kernel, check_law, verify
 

@@ -13,7 +13,8 @@ from srigl_core._format.weight import CondensedWeight
 from srigl_core._update import CondensedUpdate, MaskUpdate
 from srigl_core.testing.bounds import Outcome, first_violation
 from srigl_core.testing.law import LawViolation
-from srigl_core.testing.problems import BETWEEN, MatmulProblem, laid_out
+from srigl_core.testing.problem_arrays import BETWEEN, laid_out
+from srigl_core.testing.product_problems import MatmulProblem
 
 __all__ = [
     "assert_near",

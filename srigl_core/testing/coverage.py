@@ -11,15 +11,10 @@ from typing import Any
 
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.testing.kernel_capabilities import LAYOUTS, KernelCapabilities
+from srigl_core.testing.problem_arrays import ORDERED_DTYPES
 from srigl_core.testing.problem_sizes import ProductSizes, UpdateSizes
-from srigl_core.testing.problems import (
-    DTYPE_PAIRS,
-    ORDERED_DTYPES,
-    SPECIAL_NUMBERS,
-    CondensedUpdateProblem,
-    MatmulProblem,
-    UpdateProblem,
-)
+from srigl_core.testing.product_problems import DTYPE_PAIRS, SPECIAL_NUMBERS, MatmulProblem
+from srigl_core.testing.update_problems import CondensedUpdateProblem, UpdateProblem
 
 __all__ = ["Coverage", "Trait", "traits_of"]
 

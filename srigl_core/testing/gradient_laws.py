@@ -26,12 +26,8 @@ from srigl_core.testing.flush_mode import flushing_subnormals
 from srigl_core.testing.kernel_capabilities import capabilities_of
 from srigl_core.testing.law import Law, LawViolation, NotApplicable, law_decorator
 from srigl_core.testing.oracles import expected_gradients, expected_product
-from srigl_core.testing.problems import (
-    MatmulProblem,
-    combinable_dtypes,
-    matmul_problem,
-    subnormal_problem,
-)
+from srigl_core.testing.problem_arrays import combinable_dtypes
+from srigl_core.testing.product_problems import MatmulProblem, matmul_problem, subnormal_problem
 from srigl_core.testing.thread_calls import THREADS, assert_repeatable, assert_same_in_threads
 
 __all__ = ["GRADIENT_LAWS"]

@@ -18,6 +18,7 @@ from srigl_core.testing.problem_sizes import classes_too_large
 
 __all__ = [
     "DISTINCT_LAYOUTS",
+    "EVERYTHING",
     "KERNEL_OPERATIONS",
     "LAYOUTS",
     "OPTIONAL_SETTINGS",
@@ -120,6 +121,9 @@ class KernelCapabilities(Capabilities):
                 names = isinstance(value, frozenset)
                 arguments.append(f"{part.name}={sorted(value) if names else value!r}")
         return f"KernelCapabilities({', '.join(arguments)})"
+
+
+EVERYTHING = KernelCapabilities()
 
 
 def capabilities_of(backend: Backend) -> KernelCapabilities:

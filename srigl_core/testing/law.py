@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.contract import Backend
 from srigl_core.testing.kernel_capabilities import KernelCapabilities, capabilities_of
-from srigl_core.testing.problems import DataSource, MatmulProblem
+from srigl_core.testing.problem_sources import DataSource
+from srigl_core.testing.product_problems import MatmulProblem
 from srigl_core.testing.quantized_problems import QuantizedProblem
 
 __all__ = ["Law", "LawViolation", "NotApplicable", "check", "law_decorator"]

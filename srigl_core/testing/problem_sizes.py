@@ -1,9 +1,9 @@
 """Which sizes the problems have: every residue, boundaries, and several large sizes at once.
 
 The problems of a run go by a schedule. Each `ROUND` of them has every class of sizes once, in an
-order of its own. In the first class all sizes are small, and every `_RESIDUES` of its problems have
-each residue of a batch, of neurons, inputs and connections modulo 8, 16 and 32. The others have
-boundaries, where kernels change what they do, and sizes that are large alone or together.
+order of its own. Some have small sizes, and two rounds of these have each residue of a batch, of
+neurons, inputs and connections modulo 8, 16 and 32. The others have boundaries, where kernels
+change what they do, and sizes that are large alone or together.
 A problem has a cost; classes of a larger cost than a kernel's `largest_problem` are left out.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.random import Generator
 
 __all__ = [
+    "LARGE",
     "LARGEST_SIZE",
     "ROUND",
     "SMALL",
@@ -32,6 +33,9 @@ ROUND = 50
 SMALL = 70
 """The largest of the small sizes."""
 
+LARGE = 256
+"""From this size on, most kernels split a layer or a batch."""
+
 LARGEST_SIZE = 300_000
 """No size of a problem is larger."""
 
@@ -42,6 +46,8 @@ _ROW = 10
 """What a row costs that holds no numbers."""
 
 _RESIDUES = 32
+_FEW_ROWS = 8
+_MORE_ROWS = _RESIDUES - _FEW_ROWS
 BOUNDARIES = tuple(
     sorted(
         {
@@ -137,6 +143,29 @@ class Schedule:
         turn, place = divmod(self.number, ROUND)
         return int(np.random.default_rng((*self.seed, turn)).permutation(ROUND)[place])
 
+    def option(self, draw: int, n_options: int) -> int:
+        """Return one of `n_options`: as many problems have each of them once, at this draw."""
+        turn, place = divmod(self.number, n_options)
+        rng = np.random.default_rng((*self.seed, draw, n_options, turn))
+        return int(rng.permutation(n_options)[place])
+
+    def few_rows(self, turn: int) -> int:
+        """Return a batch of 1 to 8 rows: 8 turns have each of them."""
+        rng = np.random.default_rng((*self.seed, _FEW_ROWS, turn // _FEW_ROWS))
+        return 1 + int(rng.permutation(_FEW_ROWS)[turn % _FEW_ROWS])
+
+    def more_rows(self, turn: int) -> int:
+        """Return a batch of more than 8 rows, and up to `SMALL`.
+
+        With batches of 1 to 8 rows, 8 turns have each residue modulo 16, and 24 turns each one
+        modulo 32.
+        """
+        rng = np.random.default_rng((*self.seed, _RESIDUES, turn // _MORE_ROWS))
+        first = rng.permutation(np.arange(9, 17)) + 16 * rng.integers(2, size=_FEW_ROWS)
+        others = np.setdiff1d(np.arange(9, 33), first)
+        residues = [*first, *rng.permutation(others)]
+        return _of_residue(self.rng(), int(residues[turn % _MORE_ROWS]), 9)
+
     def residue(self, deck: int, turn: int) -> int:
         """Return a residue modulo 32: 8, 16 and 32 turns have all modulo 8, 16 and 32."""
         rng = np.random.default_rng((*self.seed, deck, turn // _RESIDUES))
@@ -152,7 +181,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Product:
-    """A class of products: the range of each size, and the least cost."""
+    """A class of products: the range of each size."""
 
     name: str
     batch: Range = (1, 9)
@@ -163,11 +192,14 @@ class _Product:
     nnz: Range = (1, 10**9)
 
     @property
-    def cost(self) -> int:
-        """What the smallest of them costs."""
-        n_active, fan_in = self.n_active[0], max(self.fan_in[0], self.nnz[0] // self.n_active[1])
+    def smallest(self) -> ProductSizes:
+        """The smallest sizes of the class."""
+        n_active, fan_in = (
+            self.n_active[0],
+            max(self.fan_in[0], -(-self.nnz[0] // self.n_active[0])),
+        )
         n_out, n_in = max(self.n_out[0], n_active), max(self.n_in[0], fan_in)
-        return ProductSizes(1, self.batch[0], n_out, n_active, n_in, fan_in).cost
+        return ProductSizes(1, self.batch[0], n_out, n_active, n_in, fan_in)
 
     def sizes(self, rng: Generator) -> ProductSizes:
         """Draw sizes."""
@@ -197,30 +229,38 @@ def _about(rng: Generator, least: int, most: int) -> int:
 
 
 _LARGE = (
-    *3 * (_Product("three large sizes", (65, 140), (130, 400), (300, 1_500), (2, 10)),),
+    *2 * (_Product("three large sizes", (65, 140), (130, 400), (300, 1_500), (2, 10)),),
+    _Product("four large sizes", (5, 40), (193, 600), (900, 2_100), (24, 60)),
+    _Product("many neurons of a batch", (5, 24), (769, 1_100), (900, 2_100), (24, 40)),
     *2 * (_Product("one row of a large layer", (1, 4), (65, 600), (130, 2_100), (4, 90)),),
-    _Product("many neurons and inputs", (4, 16), (130, 600), (600, 2_100), (1, 12)),
     _Product("many inputs and connections", (1, 4), (65, 130), (16_385, 20_000), (200, 800)),
-    _Product("work for several threads", (110, 140), (193, 230), (129, 300), (50, 65)),
+    *2
+    * (
+        _Product(
+            "work for several threads", (85, 96), (400, 430), (129, 400), (64, 72), (440, 600)
+        ),
+    ),
     _Product("nnz > 131,072", (1, 2), (500, 1_100), nnz=(131_073, 150_000)),
     _Product("nnz > 262,144", (1, 1), (700, 1_500), nnz=(262_145, 280_000)),
-    _Product("n_active > 2,048", (1, 17), (2_049, 4_200), (1, 70), (1, 5)),
+    _Product("n_active > 2,048", (1, 4), (2_049, 4_200), (1, 70), (1, 5)),
+    _Product("n_active > 2,048", (9, 17), (2_049, 4_200), (1, 70), (1, 5)),
     _Product("n_active > 65,536", (1, 2), (65_537, 66_000), (1, 70), (1, 2)),
     _Product("n_out > 65,536", (1, 2), (1, 300), (1, 70), (1, 9), (65_537, 66_000)),
     _Product("batch > 1,100", (1_101, 2_047), (1, 17), (1, 33), (1, 9)),
     _Product("batch > 2,048", (2_049, 4_200), (1, 17), (1, 17), (1, 5)),
-    _Product("batch > 65,535", (65_536, 65_700), (1, 2), (1, 2), (1, 2)),
+    _Product("batch > 65,535", (65_600, 65_700), (1, 2), (1, 2), (1, 2)),
     _Product("fan_in > 1,024", (1, 9), (1, 9), (1_025, 2_100), (1_025, 2_048)),
     _Product("fan_in > 2,048", (1, 9), (1, 9), (2_049, 9_000), (2_049, 4_096)),
     _Product("fan_in > 4,096", (1, 5), (1, 5), (4_097, 9_000), (4_097, 8_200)),
     _Product("n_in > 32,768", (1, 3), (1, 9), (32_769, 65_536), (1, 5)),
-    *2 * (_Product("n_in = 65,537", (1, 3), (1, 9), (65_537, 65_537), (1, 5)),),
+    _Product("n_in = 65,537", (1, 3), (1, 9), (65_537, 65_537), (1, 5)),
     _Product("n_in > 65,537", (1, 3), (1, 9), (65_538, 131_072), (1, 5)),
-    *2 * (_Product("n_in > 131,072", (1, 2), (1, 9), (131_073, 140_000), (1, 5)),),
+    _Product("n_in > 131,072", (1, 2), (1, 9), (131_073, 140_000), (1, 5)),
     _Product("x of more than 2^20 numbers", (1_030, 1_101), (1, 9), (1_025, 1_040), (1, 5)),
 )
 _SMALL_SHARE, _DENSE_SHARE, _SQUARE_SHARE = 17, 2, 3
 _FIRST_BOUNDARY = _SMALL_SHARE + _DENSE_SHARE + _SQUARE_SHARE
+_MORE_ROWS_SHARE = _SMALL_SHARE // 2 + _DENSE_SHARE + _SQUARE_SHARE
 
 
 def product_sizes(schedule: Schedule, most: int, *, ablation: bool) -> ProductSizes:
@@ -228,18 +268,21 @@ def product_sizes(schedule: Schedule, most: int, *, ablation: bool) -> ProductSi
     slot, rng = schedule.slot(), schedule.rng()
     turn = schedule.number // ROUND
     large = slot - (ROUND - len(_LARGE))
-    if large >= 0 and _LARGE[large].cost <= most:
+    if large >= 0 and _LARGE[large].smallest.cost <= most:
         sizes = _LARGE[large].sizes(rng)
-    elif _SMALL_SHARE <= slot < _SMALL_SHARE + _DENSE_SHARE:
-        sizes = _dense_rows(rng)
+        if sizes.cost > most:
+            sizes = _LARGE[large].smallest
     elif _SMALL_SHARE <= slot < _FIRST_BOUNDARY:
-        sizes = _square(rng)
+        place = _SMALL_SHARE // 2 + slot - _SMALL_SHARE
+        batch = schedule.more_rows(turn * _MORE_ROWS_SHARE + place)
+        is_square = slot >= _SMALL_SHARE + _DENSE_SHARE
+        sizes = _square(rng, batch) if is_square else _dense_rows(rng, batch)
     elif _FIRST_BOUNDARY <= slot < ROUND - len(_LARGE):
         sizes = _at_a_boundary(rng, int(rng.integers(4)))
         if slot == _FIRST_BOUNDARY:
             sizes = replace(sizes, lead=1 + LEADS.index("no rows"))
     else:
-        sizes = _small(schedule, rng, turn * _SMALL_SHARE + slot)
+        sizes = _small(schedule, rng, turn, slot)
     if not ablation:
         sizes = replace(sizes, n_out=sizes.n_active)
     return sizes.within(most)
@@ -251,28 +294,31 @@ def _of_residue(rng: Generator, residue: int, least: int = 1) -> int:
     return int(rng.choice(range(first, max(first, SMALL) + 1, _RESIDUES)))
 
 
-def _small(schedule: Schedule, rng: Generator, turn: int) -> ProductSizes:
-    batch, n_active, fan_in, n_in, n_out = (schedule.residue(deck, turn) for deck in range(5))
+def _small(schedule: Schedule, rng: Generator, turn: int, slot: int) -> ProductSizes:
+    place = turn * _SMALL_SHARE + slot
+    n_active, fan_in, n_in, n_out = (schedule.residue(deck, place) for deck in range(4))
     active, connections = _of_residue(rng, n_active), _of_residue(rng, fan_in)
     inputs = _of_residue(rng, n_in, connections)
     neurons = _of_residue(rng, n_out, active) if rng.random() < 0.5 else active
-    rows = _of_residue(rng, batch)
-    return ProductSizes(int(rng.choice([1, 1, 1, 2])), rows, neurons, active, inputs, connections)
+    # A large class that costs too much has small sizes in its place.
+    if slot % 2 and slot < _SMALL_SHARE:
+        batch = schedule.more_rows(turn * _MORE_ROWS_SHARE + slot // 2)
+    else:
+        batch = schedule.few_rows(2 * turn * _FEW_ROWS + slot // 2)
+    return ProductSizes(int(rng.choice([1, 1, 1, 2])), batch, neurons, active, inputs, connections)
 
 
-def _dense_rows(rng: Generator) -> ProductSizes:
+def _dense_rows(rng: Generator, batch: int) -> ProductSizes:
     n_active, n_in = (int(rng.integers(9, 200)) for _ in range(2))
     fan_in = n_in if rng.random() < 0.2 else int(rng.integers(n_in // 2 + 1, n_in))
     n_out = n_active + int(rng.integers(2)) * int(rng.integers(1, 40))
-    batch = _about(rng, 1, 40)
     return ProductSizes(_any_lead(rng, batch), batch, n_out, n_active, n_in, fan_in)
 
 
-def _square(rng: Generator) -> ProductSizes:
+def _square(rng: Generator, batch: int) -> ProductSizes:
     """Draw as many neurons as inputs, and sometimes as many rows."""
-    size = int(rng.integers(2, SMALL))
+    size = batch if rng.random() < 0.3 else int(rng.integers(2, SMALL))
     n_active, fan_in = (int(rng.integers(1, size, endpoint=True)) for _ in range(2))
-    batch = size if rng.random() < 0.3 else _about(rng, 1, 33)
     n_active = size if rng.random() < 0.6 else n_active
     return ProductSizes(_any_lead(rng, batch), batch, size, n_active, size, fan_in)
 
@@ -319,7 +365,7 @@ def update_sizes(schedule: Schedule, most: int) -> UpdateSizes:
 
 def classes_too_large(most: int, *, products: bool, updates: bool) -> list[str]:
     """Return the classes of sizes that cost more than `most`, so that no problem has them."""
-    names = [each.name for each in _LARGE if each.cost > most] if products else []
+    names = [each.name for each in _LARGE if each.smallest.cost > most] if products else []
     if updates:
         names += [
             name for name, n_out, n_in in _UPDATES if UpdateSizes(n_out[0], n_in[0]).cost > most

@@ -28,14 +28,8 @@ from srigl_core.testing.flush_mode import can_flush_subnormals, flushing_subnorm
 from srigl_core.testing.kernel_capabilities import DISTINCT_LAYOUTS, capabilities_of
 from srigl_core.testing.law import Law, LawViolation, NotApplicable, law_decorator
 from srigl_core.testing.oracles import expected_product
-from srigl_core.testing.problems import (
-    ORDERED_DTYPES,
-    MatmulProblem,
-    combinable_dtypes,
-    laid_out,
-    matmul_problem,
-    subnormal_problem,
-)
+from srigl_core.testing.problem_arrays import ORDERED_DTYPES, combinable_dtypes, laid_out
+from srigl_core.testing.product_problems import MatmulProblem, matmul_problem, subnormal_problem
 from srigl_core.testing.thread_calls import (
     THREADS,
     assert_same_in_threads,
@@ -188,10 +182,11 @@ def non_finite_weights_and_biases_propagate(backend: Backend, problem: MatmulPro
 def same_inputs_give_the_same_bits(backend: Backend, problem: MatmulProblem) -> None:
     """A repeated product has the same bits, on any number of threads, and after other work."""
     plan = prepare(problem.weight, backend=backend)
-    first = _call(plan, problem)
-    for threads in (*problem.rng().permutation(THREADS)[:4].tolist(), None):
+    for salt, threads in enumerate((*problem.rng().permutation(THREADS).tolist(), None)):
+        case = _any_activation(backend, problem, salt)
+        first = _call(plan, case, threads=1)
         with same_threads_afterwards():
-            again = _call(plan, problem, threads=threads)
+            again = _call(plan, case, threads=threads)
         assert_same_bits(again, first, f"the product on threads={threads}")
         _call(plan, replace(problem, x=-problem.x))
 

@@ -30,7 +30,7 @@ from srigl_core.testing.int8_oracle import exact_int8_product
 from srigl_core.testing.kernel_capabilities import DISTINCT_LAYOUTS, capabilities_of
 from srigl_core.testing.law import Law, LawViolation, NotApplicable, law_decorator
 from srigl_core.testing.oracles import expected_product
-from srigl_core.testing.problems import laid_out
+from srigl_core.testing.problem_arrays import laid_out
 from srigl_core.testing.quantized_problems import (
     FLOAT32,
     QuantizedProblem,

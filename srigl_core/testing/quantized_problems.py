@@ -13,8 +13,9 @@ from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core._product_spec import INT8_FAN_IN
 from srigl_core.contract import QUANTIZED_INPUTS
 from srigl_core.testing.bounds import float_limits
-from srigl_core.testing.kernel_capabilities import KernelCapabilities
-from srigl_core.testing.problems import EVERYTHING, DataSource, MatmulProblem, matmul_problem
+from srigl_core.testing.kernel_capabilities import EVERYTHING, KernelCapabilities
+from srigl_core.testing.problem_sources import DataSource
+from srigl_core.testing.product_problems import MatmulProblem, matmul_problem
 
 __all__ = ["QuantizedProblem", "int8_problem", "quantized_problem", "weight_only_problem"]
 

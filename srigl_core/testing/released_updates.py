@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._update import UpdateSettings
-from srigl_core.testing.problems import UpdateProblem
+from srigl_core.testing.update_problems import UpdateProblem
 
 __all__ = ["ReleasedUpdate", "released_updates"]
 

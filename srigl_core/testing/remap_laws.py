@@ -20,18 +20,14 @@ from srigl_core.reference.mask_update import srigl_update
 from srigl_core.testing.comparisons import assert_same_bits, assert_unwritten
 from srigl_core.testing.kernel_capabilities import (
     DISTINCT_LAYOUTS,
+    EVERYTHING,
     KernelCapabilities,
     capabilities_of,
 )
 from srigl_core.testing.law import Law, LawViolation, NotApplicable, law_decorator
-from srigl_core.testing.problems import (
-    EVERYTHING,
-    DataSource,
-    combinable_dtypes,
-    condensed_update_problem,
-    laid_out,
-    update_problem,
-)
+from srigl_core.testing.problem_arrays import combinable_dtypes, laid_out
+from srigl_core.testing.problem_sources import DataSource
+from srigl_core.testing.update_problems import condensed_update_problem, update_problem
 
 __all__ = [
     "REMAP_LAWS",

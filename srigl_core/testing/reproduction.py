@@ -16,8 +16,9 @@ from srigl_core.contract import Backend
 from srigl_core.testing.function_backend import FunctionBackend
 from srigl_core.testing.kernel_capabilities import completed
 from srigl_core.testing.law import Law
-from srigl_core.testing.problems import CondensedUpdateProblem, MatmulProblem, UpdateProblem
+from srigl_core.testing.product_problems import MatmulProblem
 from srigl_core.testing.quantized_problems import QuantizedProblem
+from srigl_core.testing.update_problems import CondensedUpdateProblem, UpdateProblem
 
 __all__ = ["kernel_code", "reproduction"]
 

@@ -17,24 +17,24 @@ from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import value_dtype
 from srigl_core._format.weight import CondensedWeight
-from srigl_core.testing.kernel_capabilities import LAYOUTS, KernelCapabilities
-from srigl_core.testing.problem_sizes import SMALL
-from srigl_core.testing.problems import (
-    EVERYTHING,
+from srigl_core.testing.kernel_capabilities import EVERYTHING, LAYOUTS, KernelCapabilities
+from srigl_core.testing.problem_arrays import (
     MAGNITUDES,
-    SPECIAL_NUMBERS,
     UPDATE_MAGNITUDES,
-    DataSource,
-    MatmulProblem,
-    UpdateProblem,
     any_mask,
     combinable_dtypes,
     laid_out,
+    random_numbers,
+)
+from srigl_core.testing.problem_sizes import SMALL
+from srigl_core.testing.problem_sources import DataSource
+from srigl_core.testing.product_problems import (
+    SPECIAL_NUMBERS,
+    MatmulProblem,
     matmul_problem,
     random_inputs,
-    random_numbers,
-    update_problem,
 )
+from srigl_core.testing.update_problems import UpdateProblem, update_problem
 
 __all__ = [
     "HypothesisSource",

@@ -21,15 +21,15 @@ from srigl_core.reference.mask_update import srigl_update
 from srigl_core.testing.comparisons import assert_same_bits, assert_same_update, assert_unwritten
 from srigl_core.testing.kernel_capabilities import KernelCapabilities, capabilities_of
 from srigl_core.testing.law import Law, LawViolation, NotApplicable, law_decorator
-from srigl_core.testing.problems import (
+from srigl_core.testing.problem_sources import DataSource
+from srigl_core.testing.released_updates import ReleasedUpdate, released_updates
+from srigl_core.testing.thread_calls import assert_repeatable, assert_same_in_threads
+from srigl_core.testing.update_problems import (
     CondensedUpdateProblem,
-    DataSource,
     UpdateProblem,
     condensed_update_problem,
     update_problem,
 )
-from srigl_core.testing.released_updates import ReleasedUpdate, released_updates
-from srigl_core.testing.thread_calls import assert_repeatable, assert_same_in_threads
 
 __all__ = ["UPDATE_LAWS"]
 

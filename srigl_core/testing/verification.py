@@ -23,7 +23,7 @@ from srigl_core.testing.coverage import Coverage, Trait, traits_of
 from srigl_core.testing.function_backend import FunctionBackend
 from srigl_core.testing.kernel_capabilities import capabilities_of, left_out
 from srigl_core.testing.law import Law, LawViolation, NotApplicable, check
-from srigl_core.testing.problems import DataSource, RecordedSource, SeededSource
+from srigl_core.testing.problem_sources import DataSource, RecordedSource, SeededSource
 from srigl_core.testing.report import ConformanceError, Failure, LawResult, Report
 from srigl_core.testing.reproduction import kernel_code, reproduction
 from srigl_core.testing.targets import as_backend

@@ -27,7 +27,8 @@ from srigl_core.reference import random_mask
 from srigl_core.reference.mask_update import remap_state as reference_remap
 from srigl_core.testing.bounds import first_violation
 from srigl_core.testing.oracles import expected_gradients, expected_product
-from srigl_core.testing.problems import SeededSource, matmul_problem
+from srigl_core.testing.problem_sources import SeededSource
+from srigl_core.testing.product_problems import matmul_problem
 
 
 def test_without_jax_it_says_what_to_install():

@@ -23,7 +23,8 @@ from srigl_core import CondensedWeight, SriglError, ValueTypeError
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.testing.bounds import first_violation
 from srigl_core.testing.oracles import expected_gradients, expected_product
-from srigl_core.testing.problems import SeededSource, matmul_problem
+from srigl_core.testing.problem_sources import SeededSource
+from srigl_core.testing.product_problems import matmul_problem
 
 torch = pytest.importorskip("torch")
 

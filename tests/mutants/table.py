@@ -2,9 +2,9 @@
 
     PYTHONPATH=tests:tests/gpu python tests/mutants/table.py [--only NAME] [--quick]
 
-Writes benchmarks/results/mutants.json. Every law of a mutant's operation is tried on it; on kernels
-that are compiled, only the law that its diff names. That law is tried with ten seeds. Each mutant
-has a process of its own: one that crashes is reported at the end, and its old results stay.
+Writes benchmarks/results/mutants.json. The law that a mutant's diff names is tried with ten seeds,
+and its failure with the first one is shrunk. Each mutant has a process of its own: one that crashes
+is reported at the end, and its old results stay.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-from mutant_corpus import COMPILED, MUTANTS, Mutant
+from mutant_corpus import MUTANTS, Mutant
 
 from srigl_core._workers import worker_pool
 from srigl_core.testing import LAWS, verify
@@ -45,10 +45,9 @@ PAGE = """# Wrong kernels, and what rejects them
 Each wrong kernel is a kernel of this project with a bug of at most five lines, kept as a diff in
 `tests/mutants/`. The law that the diff names must reject it within {max_examples} problems, with
 seed {seed}. `tests/test_mutants.py` tries all that are not compiled, and
-`tests/slow/test_compiled_mutants.py` a sample of the others. *laws* is how many laws of the
-operation reject it, where all were tried; *problems*, how many the named law takes; *at most*, how
-many it takes with the worst of {n_seeds} seeds; *shrunk to*, how many neurons and inputs the
-smallest example has.
+`tests/slow/test_compiled_mutants.py` a sample of the others. *problems* is how many the named law
+takes; *at most*, how many it takes with the worst of {n_seeds} seeds; *shrunk to*, how many neurons
+and inputs the smallest example has.
 
 - {n_rejected} of {n} are rejected. {n_naming} of {n_laws} laws reject a mutant that names them.
 - The named law takes {median:g} problems in the median, {most} at most.
@@ -74,17 +73,10 @@ the mutants were written against.
 
 
 def measured(mutant: Mutant, *, quick: bool) -> dict[str, Any]:
-    """Try the laws of the operation on a mutant, and shrink the failure of the named law.
-
-    With `quick` only the named law is tried, with one seed.
-    """
+    """Try the named law on a mutant, and shrink its failure; with `quick` only with one seed."""
     (named,) = (law for law in LAWS if law.name == mutant.law)
     options = {"max_examples": MAX_EXAMPLES, "seed": SEED}
     backend, result = mutant.load(), {"mutant": str(mutant)}
-    if mutant.kernel not in COMPILED and not quick:
-        tried = [law for law in LAWS if law.operation == named.operation]
-        report = verify(backend, laws=tried, shrink=False, **options)
-        result["laws"] = f"{len(report.failures)} of {len(tried)}"
     failure = verify(backend, laws=[named], **options).results[0].failure
     if failure is not None:
         result |= {"problems": failure.examples, "shape": failure.shape, "number": failure.number}
@@ -185,15 +177,15 @@ def _table(kernel: str, results: dict[str, Any]) -> str:
     mutants = [mutant for mutant in MUTANTS if mutant.kernel == kernel and str(mutant) in results]
     lines = [
         f"## {kernel}: {len(mutants)}\n",
-        "| mutant | file | bug | rejected by | laws | problems | at most | shrunk to |",
-        "|-|-|-|-|-:|-:|-:|-:|",
+        "| mutant | file | bug | rejected by | problems | at most | shrunk to |",
+        "|-|-|-|-|-:|-:|-:|",
     ]
     for mutant in mutants:
         result = results[str(mutant)]
         law = mutant.law if "problems" in result else f"not by {mutant.law}"
         seeds = result.get("seeds", [])
         most = "" if not seeds else "none" if None in seeds else max(seeds)
-        numbers = (result.get("laws", ""), result.get("problems", ""), most)
+        numbers = (result.get("problems", ""), most)
         size = " x ".join(map(str, result.get("shape", ())))
         cells = (f"`{mutant.name}`", f"`{Path(mutant.file).name}`", mutant.bug, law, *numbers, size)
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -214,7 +206,7 @@ def main() -> None:
     for mutant, future in each_in_a_process(function, mutants, options.processes):
         name, error = str(mutant), future.exception()
         if error is None:
-            kept = ("before", "seeds", "laws") if options.quick else ("before",)
+            kept = ("before", "seeds") if options.quick else ("before",)
             before = {key: part for key, part in results.get(name, {}).items() if key in kept}
             results[name] = future.result() | before
             print(json.dumps(results[name]), flush=True)

@@ -926,7 +926,7 @@ from srigl_core.backends.numba_cpu import threads
 from srigl_core.backends.numba_cpu.processor import has_byte_lookup
 from srigl_core.testing import LAWS, NotApplicable, check_law
 from srigl_core.testing.kernel_capabilities import capabilities_of
-from srigl_core.testing.problems import SeededSource
+from srigl_core.testing.problem_sources import SeededSource
 
 assert not has_byte_lookup()
 weight = srigl_core.CondensedWeight.random((768, 3072), fan_in=307, rng=0)
