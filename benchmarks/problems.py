@@ -53,6 +53,8 @@ class Precision:
     inputs: str = ""  # dtype of inputs, bias and result
     of_products: float = 0.0  # relative error of products and partial sums, besides the sum's own
     of_result: float = 0.0  # relative error from rounding the result
+    of_inputs: float = 0.0  # error of an input, as a share of the batch's largest magnitude
+    of_weights: float = 0.0  # error of a weight, as a share of its neuron's largest magnitude
 
 
 FULL = Precision()
@@ -83,6 +85,7 @@ class _Exact(NamedTuple):
     numbers: Any
     sizes: Any  # sums of the magnitudes of the terms
     terms: int  # most terms in a sum
+    quantization: Any = 0.0  # largest error from rounding inputs and weights to int8
 
 
 _ALL = slice(0, None)
@@ -240,10 +243,12 @@ class Problem:
         takes, after rounding to its types. The bound of each entry is ``precision.of_result`` times
         its magnitude, plus the sum of the magnitudes of its terms times ``precision.of_products``
         and the error of a sum in the accumulator: of as many terms, in any order, truncated and not
-        rounded, as tensor cores do.
+        rounded, as tensor cores do. Where inputs or weights are rounded to int8, their largest
+        errors are added: half a step of the contender's own scale for each connection.
         """
-        dtypes = (self.precision.values, self.precision.inputs)
-        key = (operation, len(batch.x), batch.number, *dtypes)
+        precision = self.precision
+        of_exact = (precision.values, precision.inputs, precision.of_inputs, precision.of_weights)
+        key = (operation, len(batch.x), batch.number, *of_exact)
         expected = self._exact.get(key)
         if expected is None:
             expected = self._expected(operation, batch)
@@ -277,7 +282,19 @@ class Problem:
             part = slice(first, first + neurons)
             weight, bias = (self._cast(each[part], "float64") for each in (self.dense, self.bias))
             y, sizes = _product(x, weight.T)
-            yield _Exact("y", part, y + bias, sizes + abs(bias), self._terms)
+            rounding = self._quantization(x, weight)
+            yield _Exact("y", part, y + bias, sizes + abs(bias), self._terms, rounding)
+
+    def _quantization(self, x: Any, weight: Any) -> Any:
+        """Return the largest error of each result from rounding x and weight; 0 stays 0."""
+        precision = self.precision
+        if not (precision.of_inputs or precision.of_weights):
+            return 0.0
+        of_inputs = precision.of_inputs * abs(x).max()
+        of_weights = precision.of_weights * abs(weight).max(1)
+        connected = self._cast(weight != 0, "float64")
+        of_both = abs(x) @ connected.T + of_inputs * connected.sum(1)
+        return of_inputs * abs(weight).sum(1) + of_weights * of_both
 
     def _exact_gradients(self, x: Any, grad: Any) -> Iterator[_Exact]:
         weight = self._cast(self.dense, "float64")
@@ -297,7 +314,8 @@ class Problem:
         precision = self.precision
         unit = 2.0**-53 if (precision.inputs or self.dtype) == "float64" else 2.0**-24
         of_sums = precision.of_products + 4 * (exact.terms + 3) * unit
-        bound = precision.of_result * abs(exact.numbers) + of_sums * exact.sizes
+        sizes = exact.sizes + exact.quantization
+        bound = precision.of_result * abs(exact.numbers) + of_sums * sizes + exact.quantization
         part = result[:, exact.columns]
         wrong = ~(abs(self._cast(part, "float64") - exact.numbers) <= bound)
         if wrong.any():

@@ -37,8 +37,9 @@ class Contender:
     returns new arrays: the product, a pair of the gradients of x and of the values, or the mask.
 
     Ours is compared with the best contender of each family: "external" (the kernel that the user
-    names), "dense" (in the dtype of the case), "tf32", "fp16", "bf16", "csr", "gather", "fewer
-    neurons", "other".
+    names), "dense" (in the dtype of the case), "int8", "tf32", "fp16", "bf16", "active rows" (dense
+    products of the neurons that are not ablated), "csr", "csr, x transposed", "gather", "fewer
+    neurons" (which compute less), "other".
     """
 
     name: str

@@ -26,7 +26,14 @@ from srigl_core.benchmarks.devices import cpu_peaks
 from srigl_core.benchmarks.devices.cpu import Flush, cache_sizes
 from srigl_core.benchmarks.devices.pools import environment
 from srigl_core.benchmarks.overhead import PICTURE
-from srigl_core.benchmarks.problems import RESULTS, TF32, Problem, WrongResultError
+from srigl_core.benchmarks.problems import (
+    FULL,
+    RESULTS,
+    TF32,
+    Precision,
+    Problem,
+    WrongResultError,
+)
 from srigl_core.benchmarks.report import page, write_report
 from srigl_core.benchmarks.results import OURS, load_results, save_results
 from srigl_core.benchmarks.roofline import CpuPeaks, Work, least_time, work_of
@@ -218,14 +225,47 @@ def test_a_problem_is_drawn_again_the_same_and_another_seed_changes_only_the_wei
 
 
 def test_a_library_that_is_not_installed_is_listed_with_its_install_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "srigl_core.benchmarks.contenders.pytorch", None)
+    hidden = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+    for module in ("pytorch", "pytorch_int8", "onnxruntime_int8", "openvino_int8"):
+        monkeypatch.setitem(sys.modules, f"srigl_core.benchmarks.contenders.{module}", None)
     contenders, absent = load_contenders("cpu")
-    (torch,) = [library for library in absent if library["library"] == "PyTorch"]
-    assert torch["install"] == "pip install torch"
-    assert "pytorch halted" in torch["reason"]
-    names = {contender.name for contender in contenders}
-    assert not [name for name in names if "torch" in name]
-    assert {"NumPy x @ W.T", "SciPy CSR", OURS["cpu"]} <= names
+    for package, name in hidden.items():
+        (library,) = [library for library in absent if library["library"] == name]
+        assert library["install"].startswith(f"pip install {package}")
+        assert "halted" in library["reason"]
+    families = {contender.family for contender in contenders}
+    assert "int8" not in families
+    assert {"dense", "csr", "active rows"} <= families
+
+
+@pytest.mark.parametrize("layer", [TINY, ABLATED], ids=["all active", "some ablated"])
+def test_an_int8_result_is_refused_beyond_its_own_rounding(layer):
+    """Every input and weight is off by half a step, in the direction that hurts most."""
+    of_inputs, of_weights = 1 / 255, 1 / 254
+    problem = Problem(layer, Arrays()).at(Precision(of_inputs=of_inputs, of_weights=of_weights))
+    batch = problem.batch(9)
+    x, weight = batch.x.astype(np.float64), problem.dense.astype(np.float64)
+    connected = weight != 0
+    step_of_x, step_of_w = of_inputs * np.abs(x).max(), of_weights * np.abs(weight).max(1)
+    exact = x @ weight.T + problem.bias
+    bound = step_of_x * np.abs(weight).sum(1) + step_of_w * (
+        np.abs(x) @ connected.T + step_of_x * connected.sum(1)
+    )
+    problem.check("at the bound", "forward", exact + bound, batch)
+    outside = exact + 1.1 * bound + 1e-5
+    with pytest.raises(WrongResultError, match="y is wrong"):
+        problem.check("outside", "forward", outside, batch)
+    with pytest.raises(WrongResultError, match="y is wrong"):
+        problem.at(FULL).check("float32", "forward", exact + bound + 1e-3, batch)
+
+
+def test_contenders_of_a_learned_mask_drop_its_ablated_neurons():
+    contenders, _ = load_contenders("cpu")
+    dropped = [each for each in contenders if each.name.endswith(", ablated rows dropped")]
+    assert "NumPy x @ V, V = W.T stored, ablated rows dropped" in {each.name for each in dropped}
+    for contender in dropped:
+        assert contender.unfit(Case("forward", TINY, 1, 9)) == "no neuron is ablated"
+        assert not contender.unfit(Case("forward", ABLATED, 1, 9))
 
 
 # How a CPU is timed; tests/gpu/test_gpu_benchmark.py has the GPU
