@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import math
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -355,10 +356,56 @@ def test_a_flush_reads_twice_the_largest_cache(tmp_path):
     assert cache_sizes(tmp_path / "none") == {}
 
 
-def test_avx2_holds_every_library_back_and_native_none():
-    assert environment(2, "avx2")["NUMBA_CPU_NAME"] == "haswell"
-    assert "NUMBA_CPU_NAME" not in environment(2, "native")
-    assert environment(3, "native")["NUMBA_NUM_THREADS"] == "3"
+LOOP = """
+import numba
+import numpy as np
+from threadpoolctl import threadpool_info
+from srigl_core.backends.numba_cpu.processor import vector_bytes
+
+@numba.njit(fastmath=True)
+def total(x):
+    s = np.float32(0)
+    for number in x:
+        s += number
+    return s
+
+total(np.ones(9, np.float32))
+(assembly,) = total.inspect_asm().values()
+kernels = {each.get("architecture") for each in threadpool_info()} - {None}
+print(vector_bytes(), "ymm" in assembly, "zmm" in assembly, *kernels)
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX2 is of x86")
+def test_avx2_rows_are_measured_with_avx2_alone():
+    command, variables = [sys.executable, "-c", LOOP], environment(1, "avx2")
+    options = {"capture_output": True, "text": True, "timeout": 120, "check": True}
+    done = subprocess.run(command, env=variables, **options)
+    assert done.stdout.split()[:3] == ["32", "True", "False"]
+    assert done.stdout.split()[3:] in (["Haswell"], [])  # a BLAS that is not OpenBLAS is not listed
+
+
+def test_native_rows_are_measured_without_limits(monkeypatch):
+    limits = {
+        "OPENBLAS_CORETYPE": "Haswell",
+        "OPENBLAS_L2_SIZE": "512",
+        "NUMBA_CPU_NAME": "generic",
+    }
+    for name, value in limits.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SRIGL_CACHE_DIR", "elsewhere")
+    native, avx2 = (environment(3, instructions) for instructions in ("native", "avx2"))
+    assert native["NUMBA_NUM_THREADS"] == avx2["NUMBA_NUM_THREADS"] == "3"
+    assert native["SRIGL_CACHE_DIR"] == "elsewhere"
+    assert not limits.keys() & native.keys()
+    assert avx2["NUMBA_CPU_NAME"] == "haswell"
+
+
+def test_what_cannot_be_held_to_avx2_has_no_such_row():
+    contenders, _ = load_contenders("cpu")
+    case = Case("forward", TINY, 1, 9, is_avx2=True)
+    unfit = {c.name for c in contenders if c.operation == "forward" and "AVX2" in c.unfit(case)}
+    assert unfit <= {"ONNX Runtime int8"}
 
 
 # The roofline
