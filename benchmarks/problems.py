@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -85,7 +85,6 @@ class _Exact(NamedTuple):
     numbers: Any
     sizes: Any  # sums of the magnitudes of the terms
     terms: int  # most terms in a sum
-    quantization: Any = 0.0  # largest error from rounding inputs and weights to int8
 
 
 _ALL = slice(0, None)
@@ -116,7 +115,7 @@ class Problem:
     def _use(self, dense: Any, bias: Any, terms: int) -> None:
         self._terms = terms
         self._rounded = {("dense", self.dtype): dense, ("bias", self.dtype): self._cast(bias)}
-        self._exact: dict[Any, Iterable[_Exact]] = {}
+        self._exact: dict[Any, Any] = {}  # also what depends on neither dtype
 
     def _other(self, dense: Any, bias: Any, terms: int) -> Problem:
         """Return a problem of another dense weight and the same inputs, for products only."""
@@ -246,9 +245,8 @@ class Problem:
         rounded, as tensor cores do. Where inputs or weights are rounded to int8, their largest
         errors are added: half a step of the contender's own scale for each connection.
         """
-        precision = self.precision
-        of_exact = (precision.values, precision.inputs, precision.of_inputs, precision.of_weights)
-        key = (operation, len(batch.x), batch.number, *of_exact)
+        dtypes = (self.precision.values, self.precision.inputs)
+        key = (operation, len(batch.x), batch.number, *dtypes)
         expected = self._exact.get(key)
         if expected is None:
             expected = self._expected(operation, batch)
@@ -265,7 +263,7 @@ class Problem:
                 array = array.reshape(-1, self.layer.fan_in)
             elif exact.name == "dvalues" and array.shape == self.dense.shape:
                 array = array[self.rows, self.columns]
-            self._compare(name, array, exact)
+            self._compare(name, array, exact, batch)
 
     def _expected(self, operation: str, batch: Batch) -> Iterator[_Exact]:
         if operation == "update":
@@ -282,19 +280,28 @@ class Problem:
             part = slice(first, first + neurons)
             weight, bias = (self._cast(each[part], "float64") for each in (self.dense, self.bias))
             y, sizes = _product(x, weight.T)
-            rounding = self._quantization(x, weight)
-            yield _Exact("y", part, y + bias, sizes + abs(bias), self._terms, rounding)
+            yield _Exact("y", part, y + bias, sizes + abs(bias), self._terms)
 
-    def _quantization(self, x: Any, weight: Any) -> Any:
-        """Return the largest error of each result from rounding x and weight; 0 stays 0."""
-        precision = self.precision
-        if not (precision.of_inputs or precision.of_weights):
+    def _rounding(self, exact: _Exact, batch: Batch) -> Any:
+        """Return the largest error of each result from rounding inputs and weights to int8.
+
+        An entry of the weight that is 0 stays 0.
+        """
+        of_inputs, of_weights = self.precision.of_inputs, self.precision.of_weights
+        if not (of_inputs or of_weights):
             return 0.0
-        of_inputs = precision.of_inputs * abs(x).max()
-        of_weights = precision.of_weights * abs(weight).max(1)
-        connected = self._cast(weight != 0, "float64")
-        of_both = abs(x) @ connected.T + of_inputs * connected.sum(1)
-        return of_inputs * abs(weight).sum(1) + of_weights * of_both
+        key = ("rounding", len(batch.x), batch.number, exact.columns.start)
+        if key not in self._exact:
+            of_columns = self.dense[exact.columns]
+            x, weight = (abs(self._cast(a, "float64")) for a in (batch.x, of_columns))
+            connected = self._cast(weight != 0, "float64")
+            of_x, of_w = x.max(), weight.max(1)
+            self._exact[key] = (
+                *(of_x * weight.sum(1), of_w * (x @ connected.T)),
+                of_x * of_w * connected.sum(1),
+            )
+        by_x, by_weight, by_both = self._exact[key]
+        return of_inputs * by_x + of_weights * by_weight + of_inputs * of_weights * by_both
 
     def _exact_gradients(self, x: Any, grad: Any) -> Iterator[_Exact]:
         weight = self._cast(self.dense, "float64")
@@ -303,7 +310,7 @@ class Problem:
         dvalues, sizes = (each[connections] for each in _product(grad.T, x))
         yield _Exact("dvalues", _ALL, dvalues, sizes, len(x))
 
-    def _compare(self, name: str, result: Any, exact: _Exact) -> None:
+    def _compare(self, name: str, result: Any, exact: _Exact, batch: Batch) -> None:
         shape = tuple(exact.numbers.shape)
         if exact.name == "y":
             shape = (shape[0], len(self.dense))
@@ -314,8 +321,9 @@ class Problem:
         precision = self.precision
         unit = 2.0**-53 if (precision.inputs or self.dtype) == "float64" else 2.0**-24
         of_sums = precision.of_products + 4 * (exact.terms + 3) * unit
-        sizes = exact.sizes + exact.quantization
-        bound = precision.of_result * abs(exact.numbers) + of_sums * sizes + exact.quantization
+        rounding = self._rounding(exact, batch)
+        bound = precision.of_result * abs(exact.numbers) + rounding
+        bound = bound + of_sums * (exact.sizes + rounding)
         part = result[:, exact.columns]
         wrong = ~(abs(self._cast(part, "float64") - exact.numbers) <= bound)
         if wrong.any():

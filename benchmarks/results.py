@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from srigl_core._cost_model import ACTIVE_ROWS, DENSE, INT8
 from srigl_core._files import parse_json, write_whole
 from srigl_core.benchmarks.tables import number
 from srigl_core.errors import FileFormatError
@@ -28,12 +29,7 @@ FORMAT = 1
 OURS = {"cpu": "srigl numba", "gpu": "srigl cupy"}
 """Our contender on each device."""
 
-FAMILIES = {
-    "dense": "dense",
-    "active rows": "dense without ablated rows",
-    "int8": "dense int8",
-    "csr": "CSR",
-}
+FAMILIES = {"dense": DENSE, "active rows": ACTIVE_ROWS, "int8": INT8, "csr": "CSR"}
 """Families that compute the same product, and their names in tables. Int8 rounds the inputs."""
 
 _USUAL: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from srigl_core.benchmarks.contenders.contender import Contender, unless
 from srigl_core.benchmarks.problems import Precision, Problem
 
-__all__ = ["OF_WEIGHTS", "dense_int8", "int8_weight"]
+__all__ = ["OF_WEIGHTS", "dense_int8", "int8_weight", "is_float32"]
 
 OF_WEIGHTS = 1 / 254
 """Half a step, as a share of a neuron's largest weight, which is 127 steps."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender, unless
+from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender, unless, unless_long
 from srigl_core.benchmarks.contenders.scipy_csr import csr_matrix
 from srigl_core.benchmarks.problems import Batch, Problem
 
@@ -48,7 +48,7 @@ def contenders(device: str) -> list[Contender]:
             "csr, x transposed",
             "forward",
             _product(copies=False),
-            unfit=lambda case: is_float32(case) or has_rows(case),
+            unfit=lambda case: is_float32(case) or has_rows(case) or unless_long(case),
         ),
     ]
 

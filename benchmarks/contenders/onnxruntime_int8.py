@@ -9,6 +9,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from srigl_core.benchmarks.cases import Case
+from srigl_core.benchmarks.contenders.active_rows import without_ablated_rows
 from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender
 from srigl_core.benchmarks.contenders.dense_int8 import dense_int8, int8_weight, is_float32
 from srigl_core.benchmarks.problems import Batch, Problem
@@ -20,8 +21,9 @@ _OF_INPUTS = 1 / 255
 
 
 def contenders(device: str) -> list[Contender]:
-    """Return the product."""
-    return [dense_int8("ONNX Runtime int8", _product, of_inputs=_OF_INPUTS, unfit=_unfit)]
+    """Return the product, and with the active neurons alone."""
+    made = dense_int8("ONNX Runtime int8", _product, of_inputs=_OF_INPUTS, unfit=_unfit)
+    return [made, without_ablated_rows(made, "int8")]
 
 
 def _product(problem: Problem) -> Bind:

@@ -6,8 +6,11 @@ import numpy as np
 import openvino
 from openvino import opset13 as operations
 
+from srigl_core.backends.numba_cpu.processor import target_features
+from srigl_core.benchmarks.cases import Case
+from srigl_core.benchmarks.contenders.active_rows import without_ablated_rows
 from srigl_core.benchmarks.contenders.contender import Bind, Call, Contender
-from srigl_core.benchmarks.contenders.dense_int8 import dense_int8, int8_weight
+from srigl_core.benchmarks.contenders.dense_int8 import dense_int8, int8_weight, is_float32
 from srigl_core.benchmarks.problems import Batch, Problem
 
 __all__ = ["contenders"]
@@ -16,17 +19,19 @@ _STEPS = 254
 _OF_INPUTS = 1 / _STEPS
 """Half of the steps from minus the largest magnitude to the largest."""
 
-_MOST_COMPILED = 1 << 25
-"""Entries of the largest weight here: compiling more takes seconds in each case."""
+_EXACT_SUMS = {"avx512vnni", "avxvnni", "dotprod"}
+"""Features of processors with instructions that add products in 32 bits."""
 
 
 def contenders(device: str) -> list[Contender]:
-    """Return the product.
+    """Return the product, and with the active neurons alone.
 
     The range of the inputs is that of the batch, measured beforehand, as by a calibration that
     misses nothing. The result is OpenVINO's own, which the next call overwrites.
     """
-    return [dense_int8("OpenVINO int8, range known", _product, of_inputs=_OF_INPUTS)]
+    name = "OpenVINO int8, range known"
+    made = dense_int8(name, _product, of_inputs=_OF_INPUTS, unfit=_unfit)
+    return [made, without_ablated_rows(made, "int8")]
 
 
 def _product(problem: Problem) -> Bind:
@@ -61,3 +66,8 @@ def _product(problem: Problem) -> Bind:
         return call
 
     return bind
+
+
+def _unfit(case: Case) -> str:
+    saturates = not _EXACT_SUMS & target_features()
+    return is_float32(case) or ("its 16-bit sums saturate without VNNI" if saturates else "")

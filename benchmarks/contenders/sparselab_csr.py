@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sparselab
 
-from srigl_core.benchmarks.contenders.contender import Bind, Contender, unless
+from srigl_core.benchmarks.cases import Case
+from srigl_core.benchmarks.contenders.contender import Bind, Contender, unless, unless_long
 from srigl_core.benchmarks.problems import Problem
 
 __all__ = ["contenders"]
@@ -13,7 +14,11 @@ __all__ = ["contenders"]
 def contenders(device: str) -> list[Contender]:
     """Return the product."""
     is_float32 = unless(lambda case: case.dtype == "float32", "has float32 only")
-    return [Contender("sparselab", "csr", "forward", _product, Problem.tensor, unfit=is_float32)]
+
+    def unfit(case: Case) -> str:
+        return is_float32(case) or unless_long(case)
+
+    return [Contender("sparselab", "csr", "forward", _product, Problem.tensor, unfit=unfit)]
 
 
 def _product(problem: Problem) -> Bind:

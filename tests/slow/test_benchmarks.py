@@ -405,7 +405,7 @@ def test_what_cannot_be_held_to_avx2_has_no_such_row():
     contenders, _ = load_contenders("cpu")
     case = Case("forward", TINY, 1, 9, is_avx2=True)
     unfit = {c.name for c in contenders if c.operation == "forward" and "AVX2" in c.unfit(case)}
-    assert unfit <= {"ONNX Runtime int8"}
+    assert unfit <= {"ONNX Runtime int8"}  # OpenVINO's processor is that of the process
 
 
 # The roofline
@@ -627,8 +627,11 @@ def test_the_readme_gets_the_figures_between_its_markers_and_keeps_the_rest(save
     assert text.startswith(f"before\n{readme.BEGIN}\n| layer |")
     assert text.endswith(f"{readme.END}\nafter\n")
     assert "stale" not in text
-    assert "| 3072→768, weights cold | 90% | 1 | 70.0 |" in text
-    assert "| 768→768, learned mask | 90% | 1 | 7.0 |" in readme.long_table(made_up("cpu"))
+    assert "| layer | sparsity | batch | srigl, µs | dense | dense int8 | CSR |" in text
+    assert "| 3072→768, weights cold | 90% | 1 | 70.0 | 4.9x | 2.4x fast | 2.9x |" in text
+    assert "slower than the best dense in 0, the best dense without ablated rows in 0, " in text
+    table = readme.long_table(made_up("cpu"))
+    assert "| 768→768, learned mask | 90% | 1 | 7.0 | 4.3x | 3.6x |  | 5.7x |" in table
     assert readme.replaced(text, made_up("cpu")) == text
     picture = path.with_name(readme.PICTURE).read_text()
     for words in (
@@ -636,6 +639,7 @@ def test_the_readme_gets_the_figures_between_its_markers_and_keeps_the_rest(save
         "srigl 20.0 µs",
         "best CSR 90.0 µs, 4.5x",
         "best dense 120 µs, 6.0x",
+        "best dense int8 60.0 µs, 3.0x",
     ):
         assert words in picture
     refused = command("readme", saved(made_up("gpu")), target)
@@ -662,12 +666,37 @@ def test_a_page_says_in_words_what_is_good_and_what_is_bad():
     results = made_up("cpu")
     words = verdict(results)
     assert "faster than the best dense product in 6 of 6 cases" in words
+    assert "faster than the best dense int8 product in 4 of 4 cases" in words
+    assert "faster than the best dense without ablated rows product in 1 of 1 cases" in words
     assert "faster than the best CSR product in 5 of 6 cases" in words
     assert "| CSR | 3072→768 | 99% | hot | 1 | 1.1x |" in words
     results.processes[0]["cases"][:] = results.processes[0]["cases"][1:5]
     assert "no forward product was measured in which srigl is slower" in verdict(results)
     results.processes[0]["cases"].clear()
     assert verdict(results) == ""
+
+
+def test_the_model_of_dense_products_is_made_of_a_result(saved, tmp_path):
+    module = tmp_path / "times.py"
+    result = command("model", saved(made_up("cpu")), module)
+    assert result.exit_code == 0, result.output
+    names = {}
+    exec(module.read_text(), names)
+    assert names["BATCHES"] == (1, 256)
+    assert names["CALL_NANOSECONDS"] == {"dense": 1000.0, "int8": 500.0}
+    for kind, call, times in (("dense", 1.0, (120, 6000)), ("int8", 0.5, (60, 3000))):
+        weights = [1e3 * (time - call) / (3072 * 768) for time in times]
+        assert names["WEIGHT_NANOSECONDS"][kind] == pytest.approx(weights, rel=1e-3)
+
+
+def test_a_result_without_dense_int8_makes_no_model(saved, tmp_path):
+    results = made_up("cpu")
+    for case in results.processes[0]["cases"]:
+        case["contenders"] = {n: e for n, e in case["contenders"].items() if e["family"] != "int8"}
+    result = command("model", saved(results), tmp_path / "times.py")
+    assert result.exit_code == 1
+    assert "the model needs dense and dense int8 products" in result.output
+    assert not (tmp_path / "times.py").exists()
 
 
 # Comparing two runs
@@ -749,6 +778,8 @@ def test_a_run_writes_json_page_and_plot(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, **options)
     assert done.returncode == 0, done.stderr
     assert "[1/1] forward 16-16" in done.stdout
+    for library in load_contenders("cpu")[1]:
+        assert f"not installed: {library['library']}: {library['install']}" in done.stdout
     assert "In out: cpu.json, cpu.md, cpu.png" in done.stdout
     results = load_results(tmp_path / "out" / "cpu.json")
     (row,) = results.rows
@@ -801,6 +832,19 @@ def test_cliffs_alone_are_looked_for_on_demand(tmp_path, monkeypatch):
     (settings,) = asked
     assert settings.cliffs
     assert measure.chosen(settings) == []
+
+
+def test_a_run_ends_with_what_the_machine_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_in_own_process", lambda one: made_up("cpu").processes[0])
+    monkeypatch.setenv("COLUMNS", "200")
+    result = command("cpu", "--quick", "--threads", "1", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    last = " ".join(result.output.split())
+    assert "best dense, us best dense without ablated rows, us best dense int8, us" in last
+    assert "forward 3072→768 90% batch 1 hot 20 120 60 90" in last
+    assert "best dense int8: fast int8 in 4" in last
+    assert "faster than the best dense int8 product in 4 of 4 cases" in last
+    assert "not installed: PyTorch: pip install torch" in last
 
 
 def test_a_process_that_fails_is_an_error_and_writes_nothing(tmp_path, monkeypatch):
