@@ -224,11 +224,11 @@ def _show_times(rows: Iterable[Row], kernel: str = "") -> None:
 
     rows = list(rows)
     families = [family for family in FAMILIES if any(row.best(family) for row in rows)]
-    names = [*([kernel] if kernel else []), "srigl", *(f"best {FAMILIES[f]}" for f in families)]
-    table = Table("case", *(f"{name}, us" for name in names), box=None)
+    ours = [f"{kernel}, us"] if kernel else []
+    table = Table("case", *ours, "srigl, us", *(f"{FAMILIES[f]}, us" for f in families), box=None)
     for row in rows:
         times = [row.time(kernel)] if kernel else []
-        times += [row.ours, *((row.best(family) or (None, None))[1] for family in families)]
+        times += [row.ours, *((row.best(family) or ("", None))[1] for family in families)]
         table.add_row(row.label, *("" if time is None else f"{time:,.4g}" for time in times))
     if rows:
         make_console().print(table)

@@ -840,7 +840,7 @@ def test_a_run_ends_with_what_the_machine_measured(tmp_path, monkeypatch):
     result = command("cpu", "--quick", "--threads", "1", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     last = " ".join(result.output.split())
-    assert "best dense, us best dense without ablated rows, us best dense int8, us" in last
+    assert "srigl, us dense, us dense without ablated rows, us dense int8, us CSR, us" in last
     assert "forward 3072→768 90% batch 1 hot 20 120 60 90" in last
     assert "best dense int8: fast int8 in 4" in last
     assert "faster than the best dense int8 product in 4 of 4 cases" in last
