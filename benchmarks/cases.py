@@ -131,7 +131,7 @@ class Case:
 
 
 def cpu_cases(*, quick: bool, threads: Sequence[int], masks: Path | None = None) -> list[Case]:
-    """Return the cases of a run on the CPU, layer by layer; `quick` is a run of a minute.
+    """Return the cases of a run on the CPU, layer by layer; `quick` is a run of two minutes.
 
     If `masks` is a folder of files that `srigl_core.save_condensed` wrote, each of their layers is
     measured beside a random layer of the same size and sparsity.

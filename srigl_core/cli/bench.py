@@ -36,7 +36,7 @@ bench = typer.Typer(
     no_args_is_help=True,
 )
 
-_Quick = Annotated[bool, typer.Option("--quick", help="A few cases, in a minute.")]
+_Quick = Annotated[bool, typer.Option("--quick", help="A few cases, in two minutes.")]
 _Out = Annotated[Path, typer.Option(help="Folder for the JSON, the page and, for a CPU, the plot.")]
 _Threads = Annotated[
     str, typer.Option(help="Numbers of threads, such as 1,2; at most the number of cores.")
