@@ -158,7 +158,7 @@ class Row:
         """Return our time, and how many times as long the best of each family takes."""
         if self.ours is None:
             return "srigl was not measured"
-        families = (*FAMILIES, "tf32", "fp16")
+        families = ("dense", "tf32", "fp16", *(family for family in FAMILIES if family != "dense"))
         ratios = ((family, self.ratio(family)) for family in families)
         words = [f"{ratio:.2f}x {family}" for family, ratio in ratios if ratio is not None]
         return ", ".join([f"{self.ours:.4g} us", *words])
