@@ -131,7 +131,7 @@ class Case:
 
 
 def cpu_cases(*, quick: bool, threads: Sequence[int], masks: Path | None = None) -> list[Case]:
-    """Return the cases of a run on the CPU, layer by layer; `quick` is a run of a minute.
+    """Return the cases of a run on the CPU, layer by layer; `quick` is a run of two minutes.
 
     If `masks` is a folder of files that `srigl_core.save_condensed` wrote, each of their layers is
     measured beside a random layer of the same size and sparsity.
@@ -151,7 +151,7 @@ def avx2_cases(threads: Sequence[int]) -> list[Case]:
     return [
         replace(case, threads=n, narrow=False, compiled=False, is_avx2=True)
         for n in threads
-        for case in _forward(layer, (1, 8, 64, 256), threads=1)
+        for case in _forward(layer, _CPU_BATCHES[:-1], threads=1)
     ]
 
 
@@ -194,6 +194,7 @@ def _all_cpu_cases() -> list[Case]:
             cases += _backward(layer, (8, 64, 256, 2048) if shape == HEADLINE else (64, 256), 1)
             if shape == HEADLINE or sparsity == 0.9:
                 cases.append(Case("update", layer, 1))
+    cases += _forward(_ablated_layer(*HEADLINE, 0.9), _CPU_BATCHES[:-1], threads=1)
     headline = Layer.random(*HEADLINE, 0.9)
     cases += [Case("forward", headline, 1, batch, dtype="float64") for batch in (1, 8, 256)]
     batches = [batch for batch in _CPU_BATCHES if batch * _OUTPUT_LAYER.n_out <= _MOST_RESULTS]
@@ -202,13 +203,14 @@ def _all_cpu_cases() -> list[Case]:
 
 def _quick_cpu_cases() -> list[Case]:
     headline = Layer.random(*HEADLINE, 0.9)
-    products = _forward(headline, (1, 8, 64, 256), threads=1, cold=(1,))
+    products = _forward(headline, (1, 8, 16, 64, 256), threads=1, cold=(1,))
     return [
         *_forward(_TINY_LAYER, (1,), threads=1),
         *(replace(case, compiled=False) for case in products),
         *_backward(headline, (256,), 1),
         Case("update", headline, 1),
         *_forward(Layer.random(*HEADLINE, 0.99), (1, 256), threads=1),
+        *_forward(_ablated_layer(*HEADLINE, 0.9), (64,), threads=1),
     ]
 
 

@@ -100,6 +100,8 @@ def measure(
     the device may fail, for example after a fault in a kernel.
     """
     cases, device = chosen(settings), bench.device
+    for library in bench.absent:
+        print("not installed: {library}: {install} ({reason})".format(**library), flush=True)
     records: list[dict[str, Any]] = []
     process: dict[str, Any] = {
         "instructions": "gpu" if settings.device == "gpu" else settings.instructions,

@@ -11,13 +11,13 @@ from html import escape
 from typing import Any, NamedTuple
 
 from srigl_core.benchmarks.cases import HEADLINE
-from srigl_core.benchmarks.results import Results
+from srigl_core.benchmarks.results import FAMILIES, Results
 from srigl_core.benchmarks.tables import number, plural
 
 __all__ = ["Bar", "bar_chart", "calls", "speedup"]
 
 # The first of each family is drawn in the palette of Okabe and Ito, as in the plots.
-_COLOURS = {"srigl": "#0072B2", "CSR": "#E69F00", "dense": "#8C8C8C"}
+_COLOURS = {"srigl": "#0072B2", "CSR": "#E69F00", "dense int8": "#CC79A7", "dense": "#8C8C8C"}
 _BATCHES = (1, 8, 64, 256, 2048)
 _WIDTH, _LABELS = 520, 96  # narrow, so that a phone shows letters that can be read
 _BAR, _GAP, _LINE = 18, 10, 16
@@ -33,7 +33,7 @@ class Bar(NamedTuple):
 
 
 def speedup(results: Results) -> str:
-    """Return the times of srigl, the best CSR and the best dense product, by batch.
+    """Return the times of srigl and of the best CSR, dense int8 and dense product, by batch.
 
     The layer is the headline layer at 90% sparsity on the fewest threads measured. In each batch a
     bar is as long as the time, in units of srigl's.
@@ -47,11 +47,11 @@ def speedup(results: Results) -> str:
         if row is None or row.ours is None:
             continue
         bars = [Bar("srigl", 1.0, f"srigl {number(row.ours)} µs")]
-        for family in ("CSR", "dense"):
-            best, ratio = row.best(family.lower()), row.ratio(family.lower())
+        for family in ("csr", "int8", "dense"):
+            best, ratio, name = row.best(family), row.ratio(family), FAMILIES[family]
             if best is not None and ratio is not None:
-                text = f"best {family} {number(best[1])} µs, {ratio:.1f}x"
-                bars.append(Bar(family, ratio, text))
+                text = f"best {name} {number(best[1])} µs, {ratio:.1f}x"
+                bars.append(Bar(name, ratio, text))
         groups.append((f"batch {batch}", bars))
     machine = results.content["machine"]
     return bar_chart(

@@ -69,7 +69,7 @@ def save_plot(results: Results, path: Path) -> Path:
 
 def _best_times(row: Row) -> dict[str, float | None]:
     """Return our time and the best time of each family."""
-    families = ("dense", "csr", "gather", "fewer neurons")
+    families = ("dense", "int8", "csr", "gather", "fewer neurons")
     bests = {f"best {family}": row.best(family) for family in families}
     return {row.main: row.ours, **{name: best and best[1] for name, best in bests.items()}}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -53,6 +53,8 @@ class Precision:
     inputs: str = ""  # dtype of inputs, bias and result
     of_products: float = 0.0  # relative error of products and partial sums, besides the sum's own
     of_result: float = 0.0  # relative error from rounding the result
+    of_inputs: float = 0.0  # error of an input, as a share of the batch's largest magnitude
+    of_weights: float = 0.0  # error of a weight, as a share of its neuron's largest magnitude
 
 
 FULL = Precision()
@@ -113,7 +115,7 @@ class Problem:
     def _use(self, dense: Any, bias: Any, terms: int) -> None:
         self._terms = terms
         self._rounded = {("dense", self.dtype): dense, ("bias", self.dtype): self._cast(bias)}
-        self._exact: dict[Any, Iterable[_Exact]] = {}
+        self._exact: dict[Any, Any] = {}  # also what depends on neither dtype
 
     def _other(self, dense: Any, bias: Any, terms: int) -> Problem:
         """Return a problem of another dense weight and the same inputs, for products only."""
@@ -240,7 +242,8 @@ class Problem:
         takes, after rounding to its types. The bound of each entry is ``precision.of_result`` times
         its magnitude, plus the sum of the magnitudes of its terms times ``precision.of_products``
         and the error of a sum in the accumulator: of as many terms, in any order, truncated and not
-        rounded, as tensor cores do.
+        rounded, as tensor cores do. Where inputs or weights are rounded to int8, their largest
+        errors are added: half a step of the contender's own scale for each connection.
         """
         dtypes = (self.precision.values, self.precision.inputs)
         key = (operation, len(batch.x), batch.number, *dtypes)
@@ -260,7 +263,7 @@ class Problem:
                 array = array.reshape(-1, self.layer.fan_in)
             elif exact.name == "dvalues" and array.shape == self.dense.shape:
                 array = array[self.rows, self.columns]
-            self._compare(name, array, exact)
+            self._compare(name, array, exact, batch)
 
     def _expected(self, operation: str, batch: Batch) -> Iterator[_Exact]:
         if operation == "update":
@@ -279,6 +282,27 @@ class Problem:
             y, sizes = _product(x, weight.T)
             yield _Exact("y", part, y + bias, sizes + abs(bias), self._terms)
 
+    def _rounding(self, exact: _Exact, batch: Batch) -> Any:
+        """Return the largest error of each result from rounding inputs and weights to int8.
+
+        An entry of the weight that is 0 stays 0.
+        """
+        of_inputs, of_weights = self.precision.of_inputs, self.precision.of_weights
+        if not (of_inputs or of_weights):
+            return 0.0
+        key = ("rounding", len(batch.x), batch.number, exact.columns.start)
+        if key not in self._exact:
+            of_columns = self.dense[exact.columns]
+            x, weight = (abs(self._cast(a, "float64")) for a in (batch.x, of_columns))
+            connected = self._cast(weight != 0, "float64")
+            of_x, of_w = x.max(), weight.max(1)
+            self._exact[key] = (
+                *(of_x * weight.sum(1), of_w * (x @ connected.T)),
+                of_x * of_w * connected.sum(1),
+            )
+        by_x, by_weight, by_both = self._exact[key]
+        return of_inputs * by_x + of_weights * by_weight + of_inputs * of_weights * by_both
+
     def _exact_gradients(self, x: Any, grad: Any) -> Iterator[_Exact]:
         weight = self._cast(self.dense, "float64")
         yield _Exact("dx", _ALL, *_product(grad, weight), int((weight != 0).sum(0).max()))
@@ -286,7 +310,7 @@ class Problem:
         dvalues, sizes = (each[connections] for each in _product(grad.T, x))
         yield _Exact("dvalues", _ALL, dvalues, sizes, len(x))
 
-    def _compare(self, name: str, result: Any, exact: _Exact) -> None:
+    def _compare(self, name: str, result: Any, exact: _Exact, batch: Batch) -> None:
         shape = tuple(exact.numbers.shape)
         if exact.name == "y":
             shape = (shape[0], len(self.dense))
@@ -297,7 +321,9 @@ class Problem:
         precision = self.precision
         unit = 2.0**-53 if (precision.inputs or self.dtype) == "float64" else 2.0**-24
         of_sums = precision.of_products + 4 * (exact.terms + 3) * unit
-        bound = precision.of_result * abs(exact.numbers) + of_sums * exact.sizes
+        rounding = self._rounding(exact, batch)
+        bound = precision.of_result * abs(exact.numbers) + rounding
+        bound = bound + of_sums * (exact.sizes + rounding)
         part = result[:, exact.columns]
         wrong = ~(abs(self._cast(part, "float64") - exact.numbers) <= bound)
         if wrong.any():

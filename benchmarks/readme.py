@@ -8,7 +8,7 @@ from typing import Any
 
 from srigl_core.benchmarks.cases import HEADLINE
 from srigl_core.benchmarks.pictures import speedup
-from srigl_core.benchmarks.results import Results, Row, load_results
+from srigl_core.benchmarks.results import FAMILIES, Results, Row, load_results
 from srigl_core.errors import FileFormatError
 
 __all__ = ["BEGIN", "END", "PICTURE", "block", "long_table", "replaced", "write_readme"]
@@ -19,15 +19,15 @@ PICTURE = "speedup.svg"
 """The name of the picture, beside the JSON."""
 
 _HEADLINE_ROWS = (
-    *((0.9, batch) for batch in (1, 8, 64, 256, 2048)),
+    *((0.9, batch) for batch in (1, 2, 4, 8, 16, 64, 256, 2048)),
     *((sparsity, batch) for sparsity in (0.8, 0.95, 0.99) for batch in (1, 256)),
 )
 _OTHER_LAYERS = ((768, 3072, 0.9), (4096, 4096, 0.9), (1024, 1024, 0.9), (768, 100_000, 0.96))
 _README_ROWS = frozenset(
     {
         ("3072→768", 0.9, 1),
+        ("3072→768", 0.9, 8),
         ("3072→768", 0.9, 256),
-        ("3072→768", 0.8, 1),
         ("3072→768", 0.99, 1),
         ("4096→4096", 0.9, 1),
         ("768→100000", 0.96, 1),
@@ -41,23 +41,18 @@ _THREADS = (1, 2)
 
 def block(results: Results) -> str:
     """Return the lines between the markers: a short table, and where it was measured."""
-    head = ["| layer | sparsity | batch | srigl, µs | dense | CSR |", "|-|-:|-:|-:|-:|-:|"]
-    lines = [
-        _line(label, row, [row])
+    shown = [
+        (label, [row])
         for label, (row, *_) in _rows(results)
         if row is not None and (label, row.sparsity, row.batch) in _README_ROWS
     ]
-    return "\n".join([*head, *lines, "", _caption(results)])
+    return f"{_table(shown, ['srigl, µs'])}\n\n{_caption(results)}"
 
 
 def long_table(results: Results) -> str:
     """Return the table of the site, with two numbers of threads, and where it was measured."""
-    head = "| layer | sparsity | batch | srigl, µs | dense | CSR | 2 threads, µs | dense | CSR |"
-    lines = [
-        _line(label, next(row for row in rows if row is not None), rows)
-        for label, rows in _rows(results)
-    ]
-    return "\n".join([head, "|-|-:|-:|-:|-:|-:|-:|-:|-:|", *lines, "", _caption(results)])
+    table = _table(list(_rows(results)), ["srigl, µs", "2 threads, µs"])
+    return f"{table}\n\n{_caption(results)}"
 
 
 def replaced(page: str, results: Results) -> str:
@@ -87,12 +82,14 @@ def _rows(results: Results) -> Iterator[tuple[str, list[Row | None]]]:
     layers += [(*layer, b) for layer in _OTHER_LAYERS for b in (1, 256)]
     keys = ("n_in", "n_out", "sparsity", "batch")
     cases = [{"operation": "forward", **dict(zip(keys, v, strict=True))} for v in layers]
-    batch_1, batch_256 = cases[0], cases[3]
+    some = {batch: {**cases[0], "batch": batch} for batch in (1, 8, 64, 256)}
+    ablated = sorted({row.ablated for row in results.rows if row.mask == "random"} - {0})
     labelled = [
         *(("", case) for case in cases),
-        (", weights cold", {**batch_1, "weights": "cold"}),
-        (", AVX2 only", {**batch_1, "instructions": "avx2"}),
-        (", backward", {**batch_256, "operation": "backward"}),
+        (", weights cold", {**some[1], "weights": "cold"}),
+        *((", AVX2 only", {**case, "instructions": "avx2"}) for case in some.values()),
+        (", backward", {**some[256], "operation": "backward"}),
+        *((f", {n} ablated", {**case, "ablated": n}) for n in ablated for case in some.values()),
         *((", learned mask", case) for case in _learned(results)),
     ]
     for label, case in labelled:
@@ -101,9 +98,22 @@ def _rows(results: Results) -> Iterator[tuple[str, list[Row | None]]]:
             yield f"{case['n_in']}→{case['n_out']}{label}", rows
 
 
-def _line(label: str, case: Row, rows: Sequence[Row | None]) -> str:
-    cells = [label, f"{case.sparsity:.0%}", str(case.batch)]
-    return f"| {' | '.join([*cells, *(cell for row in rows for cell in _cells(row))])} |"
+def _table(lines: Sequence[tuple[str, Sequence[Row | None]]], ours: Sequence[str]) -> str:
+    """Return a table with our time and the ratios to each family that the rows have."""
+    measured = [row for _, rows in lines for row in rows if row is not None]
+    families = [family for family in FAMILIES if any(row.best(family) for row in measured)]
+    head = ["layer", "sparsity", "batch"]
+    for title in ours:
+        head += [title, *(FAMILIES[family] for family in families)]
+    rule = ["-", *["-:"] * (len(head) - 1)]
+    parts = [f"| {' | '.join(head)} |", f"|{'|'.join(rule)}|"]
+    for label, rows in lines:
+        case = next(row for row in rows if row is not None)
+        cells = [label, f"{case.sparsity:.0%}", str(case.batch)]
+        for row in rows:
+            cells += _cells(row, families)
+        parts.append(f"| {' | '.join(cells)} |")
+    return "\n".join(parts)
 
 
 def _learned(results: Results) -> list[dict[str, Any]]:
@@ -115,30 +125,34 @@ def _learned(results: Results) -> list[dict[str, Any]]:
             size = row.n_in * row.n_out
             if file not in largest or size > largest[file].n_in * largest[file].n_out:
                 largest[file] = row
-    keys = ("operation", "n_in", "n_out", "sparsity", "batch", "mask")
-    return [{key: row.case[key] for key in keys} for row in largest.values()]
+    keys = ("operation", "n_in", "n_out", "sparsity", "batch", "mask", "ablated")
+    return [{key: getattr(row, key) for key in keys} for row in largest.values()]
 
 
-def _cells(row: Row | None) -> list[str]:
-    """Return our time, and the ratios to the best dense and the best CSR contender."""
+def _cells(row: Row | None, families: Sequence[str]) -> list[str]:
+    """Return our time and the ratio to the best of each family, which is named if it is int8."""
     if row is None or row.ours is None:
-        return [""] * 3
-    ratios = (row.ratio(family) for family in ("dense", "csr"))
-    time = f"{row.ours:.1f}" if row.ours < 100 else f"{row.ours:,.0f}"
-    return [time, *("" if ratio is None else f"{ratio:.1f}x" for ratio in ratios)]
+        return [""] * (1 + len(families))
+    cells = [f"{row.ours:.1f}" if row.ours < 100 else f"{row.ours:,.0f}"]
+    for family in families:
+        best, ratio = row.best(family), row.ratio(family)
+        name = f" {best[0].replace(' int8', '')}" if best and family == "int8" else ""
+        cells.append("" if ratio is None else f"{ratio:.1f}x{name}")
+    return cells
 
 
 def _caption(results: Results) -> str:
     """Return the machine, and the number of rows in which ours is slower."""
     rows = [row for row in results.rows if row.operation == "forward" and not row.is_empty]
-    lost = {
-        family: sum((row.ratio(family) or 1.0) < 1 for row in rows) for family in ("dense", "csr")
-    }
+    lost = [
+        f"the best {name} in {sum((row.ratio(family) or 1.0) < 1 for row in rows)}"
+        for family, name in FAMILIES.items()
+        if any(row.best(family) for row in rows)
+    ]
     machine = results.content["machine"]
     return (
-        f"Times are medians through the public plan, with bias, in float32. The columns dense and "
-        f"CSR say how many times as long the best dense and the best CSR contender of a row take. "
-        f"Measured on {machine['cpu']}, {machine['cores']} cores, "
-        f"{results.content['started'][:10]}. Of all {len(rows)} forward rows, srigl is slower than "
-        f"the best dense in {lost['dense']} and slower than the best CSR in {lost['csr']}."
+        f"Times are medians through the public plan, with bias, in float32. The other columns say "
+        f"how many times as long the best contender of a kind takes. Measured on {machine['cpu']}, "
+        f"{machine['cores']} cores, {results.content['started'][:10]}. Of all {len(rows)} forward "
+        f"rows, srigl is slower than {', '.join(lost[:-1])} and {lost[-1]}."
     )

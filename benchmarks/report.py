@@ -9,7 +9,7 @@ from typing import Any
 
 from srigl_core.benchmarks.cases import HEADLINE
 from srigl_core.benchmarks.plot import save_plot
-from srigl_core.benchmarks.results import OURS, Results, Row
+from srigl_core.benchmarks.results import FAMILIES, OURS, Results, Row
 from srigl_core.benchmarks.tables import number, plural, table
 from srigl_core.benchmarks.verdict import verdict
 
@@ -20,7 +20,11 @@ _MOST_CLIFFS = 5
 _TITLES = {"forward": "Forward", "backward": "Backward", "update": "Mask update"}
 
 _FAMILIES = {
-    "cpu": {"external": "external kernel", "dense": "dense", "csr": "CSR"},
+    "cpu": {
+        "external": "external kernel",
+        **FAMILIES,
+        "csr, x transposed": "CSR, x transposed beforehand",
+    },
     "gpu": {
         "dense": "dense float32",
         "tf32": "dense TF32",
@@ -80,9 +84,10 @@ cache is read on every core, and the same operation is called with another weigh
 weight comes from memory. With several threads, the process sleeps before each contender until no
 thread of another library spins any more.
 
-*AVX2 only* is a separate process, in which the variables above restrict Numba, oneDNN, MKL,
-OpenBLAS and PyTorch to AVX2. MKL may ignore its variable on processors of other vendors. SciPy's
-CSR is compiled for any processor, so nothing has to be restricted.""",
+*AVX2 only* is a separate process, in which the variables above restrict Numba, oneDNN (also
+OpenVINO's), fbgemm, MKL, OpenBLAS and PyTorch to AVX2. MKL may ignore its variable on processors of
+other vendors, and ONNX Runtime has none, so it has no such rows. SciPy's and sparselab's CSR are
+compiled for any processor, so nothing has to be restricted.""",
         "bounds": """\
 - bandwidth: the bytes of the values, the mask, the inputs, the bias and the results, each moved
   once, over the bandwidth of a working set of that size (cold: of memory). A mask takes the
@@ -91,7 +96,10 @@ CSR is compiled for any processor, so nothing has to be restricted.""",
   over the loads a second from the first-level cache.
 - multiply-adds, over the multiply-adds a second in registers.""",
         "families": """\
-"Fewer neurons" is a dense layer with 60% of the neurons; it does not count as dense.""",
+*Dense int8* rounds weights and inputs to int8; its results were compared within its own rounding.
+"Fewer neurons" is a dense layer with 60% of the neurons; it does not count as dense. *Dense without
+ablated rows* computes the active neurons alone, and then places them among the others' biases.
+*CSR, x transposed beforehand* is given x as columns; it does not count as CSR.""",
     },
     "gpu": {
         "statistic": """\
@@ -341,7 +349,9 @@ def _every_contender(results: Results) -> str:
     rows: Iterable[Row] = (row for row in results.rows if row.operation != "update")
     if results.benchmark == "cpu":
         n_in, n_out = HEADLINE
-        rows = results.find(operation="forward", n_in=n_in, n_out=n_out, sparsity=0.9)
+        headline = {"operation": "forward", "n_in": n_in, "n_out": n_out, "sparsity": 0.9}
+        ablated = sorted({row.ablated for row in results.rows if row.mask == "random"})
+        rows = [row for n in ablated for row in results.find(**headline, ablated=n)]
     groups: dict[str, list[Row]] = {}
     for row in rows:
         case = f"{_TITLES[row.operation]}, {_layer(row)}, {row.sparsity:.0%} sparse"

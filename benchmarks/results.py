@@ -8,18 +8,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from srigl_core._cost_model import ACTIVE_ROWS, DENSE, INT8
 from srigl_core._files import parse_json, write_whole
 from srigl_core.benchmarks.tables import number
 from srigl_core.errors import FileFormatError
 
-__all__ = ["FORMAT", "OURS", "Results", "Row", "Times", "load_results", "rounded", "save_results"]
+__all__ = [
+    "FAMILIES",
+    "FORMAT",
+    "OURS",
+    "Results",
+    "Row",
+    "Times",
+    "load_results",
+    "rounded",
+    "save_results",
+]
 
 FORMAT = 1
 OURS = {"cpu": "srigl numba", "gpu": "srigl cupy"}
 """Our contender on each device."""
 
+FAMILIES = {"dense": DENSE, "active rows": ACTIVE_ROWS, "int8": INT8, "csr": "CSR"}
+"""Families that compute the same product, and their names in tables. Int8 rounds the inputs."""
+
 _USUAL: dict[str, dict[str, Any]] = {
-    "cpu": {"weights": "hot", "dtype": "float32", "mask": "random", "instructions": "native"},
+    "cpu": {
+        **{"weights": "hot", "dtype": "float32", "mask": "random", "ablated": 0},
+        "instructions": "native",
+    },
     "gpu": {"weights": "warm", "mask": "random", "ablated": 0},
 }
 _KEY = (
@@ -138,10 +155,11 @@ class Row:
         return dict(self.case.get(why, {}))
 
     def summary(self) -> str:
-        """Return our time, and how many times as long the best dense and CSR contenders take."""
+        """Return our time, and how many times as long the best of each family takes."""
         if self.ours is None:
             return "srigl was not measured"
-        ratios = ((family, self.ratio(family)) for family in ("dense", "tf32", "fp16", "csr"))
+        families = ("dense", "tf32", "fp16", *(family for family in FAMILIES if family != "dense"))
+        ratios = ((family, self.ratio(family)) for family in families)
         words = [f"{ratio:.2f}x {family}" for family, ratio in ratios if ratio is not None]
         return ", ".join([f"{self.ours:.4g} us", *words])
 
@@ -180,8 +198,8 @@ class Results:
     def find(self, **wanted: Any) -> Iterator[Row]:
         """Yield the rows whose case has these values.
 
-        Unless others are asked for: hot or warm weights, float32, a random mask, all instructions;
-        on a GPU also no ablated neurons.
+        Unless others are asked for: hot or warm weights, a random mask, no ablated neurons; on a
+        CPU also float32 and all instructions.
         """
         case = {**_USUAL[self.benchmark], **wanted}
         for row in self.rows:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -92,7 +91,7 @@ def _in_own_process(settings: Settings) -> dict[str, Any]:
         file, described = Path(folder, "result.json"), json.dumps(dataclasses.asdict(settings))
         command = [sys.executable, "-c", END_WITH_STDIN + _MEASURE, described, str(file)]
         with worker_stdin() as stdin:
-            done = subprocess.run(command, stdin=stdin, env=os.environ | variables, check=False)
+            done = subprocess.run(command, stdin=stdin, env=variables, check=False)
         if done.returncode:
             raise SriglError(
                 f"the process that measures ended with code {done.returncode}; its message is "

@@ -5,31 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 from statistics import median
 
-from srigl_core.benchmarks.results import Results, Row
+from srigl_core.benchmarks.results import FAMILIES, Results, Row
 from srigl_core.benchmarks.tables import table
 
-__all__ = ["verdict"]
+__all__ = ["counts", "verdict"]
 
-_FAMILIES = {"dense": "dense", "csr": "CSR"}
+Ratios = list[tuple[Row, float]]
+
+
+def counts(results: Results) -> list[str]:
+    """Return a sentence for each family: in how many cases srigl is faster, and by how much."""
+    return [_count(name, ratios) for name, ratios in _ratios(results).items()]
 
 
 def verdict(results: Results) -> str:
-    """Return how often srigl is faster than dense and CSR products, and where it is slower."""
-    rows = [row for row in results.rows if row.operation == "forward" and not row.is_empty]
-    good, losses = [], []
-    for family, name in _FAMILIES.items():
-        ratios = [(row, ratio) for row in rows if (ratio := row.ratio(family)) is not None]
-        if not ratios:
-            continue
-        lost = [(row, ratio) for row, ratio in ratios if ratio < 1]
-        typical = median(ratio for _, ratio in ratios)
-        good.append(
-            f"It is faster than the best {name} product in {len(ratios) - len(lost)} of "
-            f"{len(ratios)} cases; in the median, {name} takes {typical:.1f} times as long."
-        )
-        losses += _losses(name, lost)
+    """Return how often srigl is faster than the other forms of a layer, and where it is slower."""
+    good = counts(results)
     if not good:
         return ""
+    losses = [
+        line
+        for name, ratios in _ratios(results).items()
+        for line in _losses(name, ((row, ratio) for row, ratio in ratios if ratio < 1))
+    ]
     text = f"**Good**: srigl's forward product. {' '.join(good)}"
     if not losses:
         return f"{text}\n\n**Bad**: no forward product was measured in which srigl is slower."
@@ -37,6 +35,25 @@ def verdict(results: Results) -> str:
     return (
         f"{text}\n\n**Bad**: srigl is slower in the cases of this table. The last column is its "
         f"time, as a multiple of the other one's.\n\n{table(head, losses)}"
+    )
+
+
+def _ratios(results: Results) -> dict[str, Ratios]:
+    """Return by the name of each family that was measured the ratios of the forward products."""
+    rows = [row for row in results.rows if row.operation == "forward" and not row.is_empty]
+    named = {
+        name: [(row, ratio) for row in rows if (ratio := row.ratio(family)) is not None]
+        for family, name in FAMILIES.items()
+    }
+    return {name: ratios for name, ratios in named.items() if ratios}
+
+
+def _count(name: str, ratios: Ratios) -> str:
+    won = sum(ratio >= 1 for _, ratio in ratios)
+    typical = median(ratio for _, ratio in ratios)
+    return (
+        f"It is faster than the best {name} product in {won} of {len(ratios)} cases; in the "
+        f"median, {name} takes {typical:.1f} times as long."
     )
 
 

@@ -14,7 +14,7 @@ from srigl_core._arrays.checks import check_flag, check_integer
 from srigl_core._arrays.dtypes import accumulator_dtype, value_dtype
 from srigl_core._arrays.libraries import common_library, library_of
 from srigl_core._arrays.operations import HOST_ARRAYS, ArrayOps
-from srigl_core._cost_model import dense_nanoseconds
+from srigl_core._cost_model import compared, dense_nanoseconds
 from srigl_core._format.packed_weight import PackedWeight
 from srigl_core._product_spec import ArraySpec, bias_dtype, checked_threads, product_spec
 from srigl_core._registry import check_dtype, get_backend
@@ -25,7 +25,7 @@ __all__ = ["ProductPlan", "merged_rows"]
 
 Array = TypeVar("Array")
 
-_BATCHES_DESCRIBED = (1, 64, 256)
+_BATCHES_DESCRIBED = (1, 2, 4, 8, 16, 64, 256)
 _PLAIN = 0x101
 """NumPy's flags of an array in C order and aligned: NPY_ARRAY_C_CONTIGUOUS and _ALIGNED."""
 _CODES = {name: activation.code for name, activation in ACTIVATIONS.items()}
@@ -269,7 +269,8 @@ class ProductPlan:
     def describe(self) -> dict[str, object]:
         """Describe the backend, the kernel, the layout and its bytes, in a new dict.
 
-        A backend with a model of its speed adds an estimate of the speed-up over dense products.
+        A backend with a model of its speed adds estimates of the speed-up over dense products, in
+        the weight's numbers and in int8, and says where one of them is faster.
         """
         facts = {
             "backend": self.backend.name,
@@ -279,9 +280,8 @@ class ProductPlan:
         for batch in _BATCHES_DESCRIBED:
             ours = self.nanoseconds(batch)
             if ours is not None:
-                times = dense_nanoseconds(self.weight, batch) / ours
-                verdict = "" if times >= 1 else ": dense is faster"
-                facts[f"estimate at batch {batch}"] = f"{times:.1f}x dense{verdict}"
+                dense = dense_nanoseconds(self.weight, batch)
+                facts[f"estimate at batch {batch}"] = compared(ours, dense)
         return facts
 
     def nanoseconds(self, batch: int) -> float | None:

@@ -1,16 +1,17 @@
-"""Recommend the condensed or the dense form of a layer, by a small model or by measuring."""
+"""Recommend the condensed or a dense form of a layer, by a small model or by measuring."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from srigl_core._arrays.checks import check_flag, check_integer
-from srigl_core._cost_model import dense_nanoseconds
+from srigl_core._cost_model import ACTIVE_ROWS, DENSE, INT8, dense_nanoseconds
 from srigl_core._format.weight import CondensedWeight, check_condensed
 from srigl_core._plan import plan_of
 from srigl_core.contract import Backend
@@ -18,27 +19,39 @@ from srigl_core.errors import SriglError
 
 __all__ = ["Recommendation", "recommend"]
 
+_CONDENSED = "condensed"
 _MEASURED_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The faster form of a layer at a batch size.
+    """The fastest form of a layer at a batch size.
 
     Parameters
     ----------
     batch : int
-    condensed, dense : float
-        Nanoseconds that a product takes.
+    times : dict of str to float
+        Nanoseconds of a product in each form: "condensed", "dense" (the masked weight), "dense
+        without ablated rows" (the active neurons alone, if some are ablated) and "dense int8" (the
+        same with weights and inputs rounded to int8).
     measured : bool
-        True if this process measured both times, each with its default number of threads. False
-        if a model estimated them, for one thread.
+        True if this process measured the times, each with its default number of threads; dense int8
+        is not measured. False if a model estimated them, for one thread.
     """
 
     batch: int
-    condensed: float
-    dense: float
+    times: Mapping[str, float]
     measured: bool
+
+    @property
+    def condensed(self) -> float:
+        """Nanoseconds of the condensed product."""
+        return self.times[_CONDENSED]
+
+    @property
+    def dense(self) -> float:
+        """Nanoseconds of the masked dense product."""
+        return self.times[DENSE]
 
     @property
     def speed_up(self) -> float:
@@ -47,15 +60,21 @@ class Recommendation:
 
     @property
     def use(self) -> str:
-        """The faster form: "condensed" or "dense"."""
-        return "condensed" if self.speed_up >= 1 else "dense"
+        """The fastest form that keeps the weight's numbers, that is any but "dense int8"."""
+        kept = {form: time for form, time in self.times.items() if form != INT8}
+        return min(kept, key=lambda form: kept[form])
 
     def __str__(self) -> str:
         source = "measured" if self.measured else "estimated, one thread"
-        return (
-            f"{self.use} at batch {self.batch}: condensed {self.condensed / 1e3:,.1f} us, dense "
-            f"{self.dense / 1e3:,.1f} us, {self.speed_up:.2f}x ({source})"
+        times = ", ".join(
+            f"{form} {time / 1e3:,.1f} us ({time / self.condensed:.2f}x)"
+            if form != _CONDENSED
+            else f"{form} {time / 1e3:,.1f} us"
+            for form, time in self.times.items()
         )
+        is_int8 = self.times.get(INT8, math.inf) < self.times[self.use]
+        rounded = f"; {INT8} is faster, and rounds weights and inputs" if is_int8 else ""
+        return f"{self.use} at batch {self.batch}: {times}{rounded} ({source})"
 
 
 def recommend(
@@ -65,7 +84,7 @@ def recommend(
     backend: str | Backend | None = None,
     measure: bool = False,
 ) -> Recommendation:
-    """Recommend the condensed or the dense form of a layer.
+    """Recommend the condensed or a dense form of a layer.
 
     Parameters
     ----------
@@ -75,8 +94,9 @@ def recommend(
     backend : str, Backend or None
         As in `srigl_core.get_backend`.
     measure : bool
-        Time both forms of this layer. That takes about 0.1 s, and memory for the dense weight.
-        Otherwise a model estimates the times; it is fitted to measurements on one machine.
+        Time the forms of this layer, those of dense products with NumPy. That takes about 0.1 s,
+        and memory for the dense weight. Otherwise a model estimates the times; it is fitted to
+        measurements on one machine.
 
     Returns
     -------
@@ -100,31 +120,36 @@ def recommend(
     measure = check_flag(measure, "measure")
     plan = plan_of(weight, backend)
     if measure:
-        condensed, dense = _measured(weight, batch, plan)
-    else:
-        estimate = plan.nanoseconds(batch)
-        if estimate is None:
-            raise SriglError(
-                f"backend {plan.backend.name!r} has no model of its speed; pass measure=True"
-            )
-        condensed, dense = estimate, dense_nanoseconds(weight, batch)
-    return Recommendation(batch, condensed, dense, measure)
+        return Recommendation(batch, _measured(weight, batch, plan), True)
+    estimate = plan.nanoseconds(batch)
+    if estimate is None:
+        raise SriglError(
+            f"backend {plan.backend.name!r} has no model of its speed; pass measure=True"
+        )
+    times = {_CONDENSED: estimate, **dense_nanoseconds(weight, batch)}
+    return Recommendation(batch, times, False)
 
 
-def _measured(
-    weight: CondensedWeight, batch: int, plan: Callable[..., object]
-) -> tuple[float, float]:
-    """Time both alternately, so that a disturbance affects both, and return the medians."""
+def _measured(weight: CondensedWeight, batch: int, plan: Callable[..., object]) -> dict[str, float]:
+    """Time the forms alternately, so that a disturbance affects all, and return the medians."""
     dense = weight.to_dense().astype(np.result_type(weight.dtype, np.float32)).T
     x = np.ones((batch, weight.shape[1]), dense.dtype)
-    contenders: tuple[Callable[[], object], ...] = (lambda: plan(x), lambda: x @ dense)
-    for contender in contenders:
-        contender()
-    samples: tuple[list[float], list[float]] = ([], [])
+    forms: dict[str, Callable[[], object]] = {_CONDENSED: lambda: plan(x), DENSE: lambda: x @ dense}
+    if weight.n_active < weight.shape[0]:
+        active, places = np.ascontiguousarray(dense[:, weight.active]), weight.active
+
+        def without_ablated_rows() -> None:
+            y = np.zeros((batch, weight.shape[0]), dense.dtype)
+            y[:, places] = x @ active
+
+        forms[ACTIVE_ROWS] = without_ablated_rows
+    for form in forms.values():
+        form()
+    samples: dict[str, list[float]] = {name: [] for name in forms}
     end = time.perf_counter() + _MEASURED_SECONDS
-    while time.perf_counter() < end or len(samples[0]) < 3:
-        for contender, times in zip(contenders, samples, strict=True):
+    while time.perf_counter() < end or len(samples[DENSE]) < 3:
+        for name, form in forms.items():
             start = time.perf_counter()
-            contender()
-            times.append(time.perf_counter() - start)
-    return 1e9 * statistics.median(samples[0]), 1e9 * statistics.median(samples[1])
+            form()
+            samples[name].append(time.perf_counter() - start)
+    return {name: 1e9 * statistics.median(times) for name, times in samples.items()}

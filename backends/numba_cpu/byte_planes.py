@@ -38,6 +38,9 @@ from srigl_core.backends.numba_cpu.simd import fma, load, store, zeros
 __all__ = ["BytePlanes"]
 
 STEP_NANOSECONDS = 3.3
+PAIR_ROWS = 1.25
+"""Two batch rows together take as long as this many single ones."""
+
 MOST_BLOCKS = 1 << 16
 PAIRS = LANES // 2
 
@@ -67,6 +70,10 @@ class BytePlanes(RowLayout):
         pairs = aligned_empty(values.size // 2, np.int32)
         pairs.view(np.int16).reshape(-1, 16, 2)[...] = values.reshape(-1, 2, 16).swapaxes(1, 2)
         return pairs
+
+    def batch_nanoseconds(self, batch: int) -> float:
+        """Return the estimated single-threaded time of a batch, whose rows go in pairs."""
+        return (batch // 2 * PAIR_ROWS + batch % 2) * self.nanoseconds
 
     @staticmethod
     def can_beat(nanoseconds: float, indices: Any, n_in: int, dtype: Any) -> bool:

@@ -24,6 +24,7 @@ from srigl_core._arrays.dtypes import accumulator_dtype, round_to
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.backends.numba_cpu.batch_tiles import (
     LANE_NANOSECONDS,
+    MOVE_NANOSECONDS,
     ROW_NANOSECONDS,
     lanes_of,
     tile_parts,
@@ -50,7 +51,7 @@ Array = NDArray[Any]
 MOST_ROWS = 4
 """Largest batch for which rows can be faster than tiles, unless connections are few."""
 
-CALL_NANOSECONDS = 2_500
+CALL_NANOSECONDS = 1_500
 """Time of a call, measured on one machine with AVX-512. It serves recommendations."""
 
 
@@ -177,9 +178,9 @@ class NumbaPrepared:
         if batch <= self._layouts.most_rows:
             layout = self._layouts.for_rows(self._dtype)
             if batch <= layout.most_rows:
-                return CALL_NANOSECONDS + batch * float(layout.nanoseconds)
+                return CALL_NANOSECONDS + float(layout.batch_nanoseconds(batch))
         sums = tiles_nanoseconds(batch, self._dtype.itemsize) * self.weight.nnz
-        moves = batch * sum(self.weight.shape) * ROW_NANOSECONDS * self._dtype.itemsize / 4
+        moves = batch * sum(self.weight.shape) * MOVE_NANOSECONDS * self._dtype.itemsize / 4
         return CALL_NANOSECONDS + sums + moves
 
     def with_values(self, weight: CondensedWeight) -> NumbaPrepared:

@@ -70,6 +70,10 @@ class RowLayout:
         """Bytes of the arrays that depend on the mask, without the condensed arrays."""
         return self._positions.nbytes + sum(array.nbytes for array in self.arrays)
 
+    def batch_nanoseconds(self, batch: int) -> float:
+        """Return the estimated single-threaded time of a batch."""
+        return batch * self.nanoseconds
+
     def n_items(self, batch: int) -> int:
         """Return the number of items that threads share."""
         return self._n_groups * -(-batch // ROWS)

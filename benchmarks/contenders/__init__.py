@@ -1,4 +1,4 @@
-"""Everything that computes the same operations: our kernels, dense products, CSR, gathers."""
+"""Everything that computes the same operations: ours, dense products, CSR, gathers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ _LIBRARIES = {
         ("numpy_blas", "NumPy", "pip install numpy"),
         ("scipy_csr", "SciPy", "pip install scipy"),
         ("pytorch", "PyTorch", "pip install torch"),
+        ("pytorch_int8", "PyTorch's int8", "pip install torch"),
+        ("onnxruntime_int8", "ONNX Runtime", "pip install onnxruntime onnx"),
+        ("openvino_int8", "OpenVINO", "pip install openvino"),
+        ("mkl_csr", "MKL", "pip install mkl"),
+        ("sparselab_csr", "sparselab", "pip install sparselab"),
         ("jax_brainevent", "brainevent", "pip install brainevent jax"),
     ),
     "gpu": (

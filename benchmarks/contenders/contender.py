@@ -11,7 +11,17 @@ from srigl_core.benchmarks.cases import Case
 from srigl_core.benchmarks.problems import FULL, Batch, Precision, Problem
 from srigl_core.benchmarks.timing import Call, Context
 
-__all__ = ["Bind", "Call", "Contender", "unless", "unless_ablated", "unless_compiled"]
+__all__ = [
+    "Bind",
+    "Call",
+    "Contender",
+    "unless",
+    "unless_ablated",
+    "unless_compiled",
+    "unless_long",
+]
+
+_MOST_WORK = 1 << 28
 
 Bind = Callable[[Batch], Call]
 Unfit = Callable[[Case], str]
@@ -26,6 +36,7 @@ unless_ablated = unless(lambda case: case.layer.is_ablated, "no neuron is ablate
 unless_compiled = unless(
     lambda case: case.compiled, "compiles for each shape; measured in a few cases only"
 )
+unless_long = unless(lambda case: case.batch * case.layer.nnz <= _MOST_WORK, "takes seconds")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +48,9 @@ class Contender:
     returns new arrays: the product, a pair of the gradients of x and of the values, or the mask.
 
     Ours is compared with the best contender of each family: "external" (the kernel that the user
-    names), "dense" (in the dtype of the case), "tf32", "fp16", "bf16", "csr", "gather", "fewer
-    neurons", "other".
+    names), "dense" (in the dtype of the case), "int8", "tf32", "fp16", "bf16", "active rows" (dense
+    products of the neurons that are not ablated), "csr", "csr, x transposed", "gather", "fewer
+    neurons" (which compute less), "other".
     """
 
     name: str

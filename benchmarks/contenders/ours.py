@@ -13,6 +13,7 @@ from srigl_core.benchmarks.contenders.contender import (
     Contender,
     unless,
     unless_ablated,
+    unless_long,
 )
 from srigl_core.benchmarks.problems import BFLOAT16, FLOAT16, FULL, Batch, Precision, Problem
 from srigl_core.benchmarks.results import OURS
@@ -20,7 +21,6 @@ from srigl_core.contract import Backend
 
 __all__ = ["contenders", "gpu_contenders", "gradients", "product", "update"]
 
-_MOST_WORK_FOR_SCIPY = 1 << 28
 _SLOWEST_REFERENCE = 1 << 23
 """Entries of the largest weight that the reference updates here; more takes it seconds."""
 
@@ -138,7 +138,7 @@ def update(backend: str | Backend) -> Callable[[Problem], Bind]:
 def _if_not_for_scipy(case: Case) -> str:
     if case.threads > 1 or case.cold:
         return "measured with hot caches, on one thread"
-    return "takes seconds" if case.batch * case.layer.nnz > _MOST_WORK_FOR_SCIPY else ""
+    return unless_long(case)
 
 
 def _if_slow_for_reference(case: Case) -> str:

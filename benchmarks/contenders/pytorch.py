@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from srigl_core.benchmarks.cases import Case
+from srigl_core.benchmarks.contenders.active_rows import without_ablated_rows
 from srigl_core.benchmarks.contenders.contender import (
     Bind,
     Call,
@@ -71,6 +72,7 @@ def _on_cpu() -> list[Contender]:
     torch_dense = Contender("torch F.linear", "dense", "forward", _dense())
     made = [
         *_with_some_neurons(torch_dense),
+        without_ablated_rows(torch_dense),
         Contender("torch dense", "dense", "backward", _dense_gradients),
     ]
     if torch.backends.mkldnn.is_available():
@@ -84,7 +86,7 @@ def _on_cpu() -> list[Contender]:
         whole, some = _with_some_neurons(product)
         packed = replace(product, name="oneDNN, packed weight", prepare=_onednn_packed)
         backward = replace(product, operation="backward", prepare=_onednn_gradients)
-        made += [whole, packed, some, backward]
+        made += [whole, packed, without_ablated_rows(packed), some, backward]
     return made
 
 

@@ -72,7 +72,10 @@ class CpuDevice:
     name = "cpu"
     arrays = Arrays()
     copies = 1
-    packages = ("torch", "jax", "brainevent", "threadpoolctl")
+    packages = (
+        *("torch", "onnxruntime", "openvino", "mkl", "sparselab"),
+        *("jax", "brainevent", "threadpoolctl"),
+    )
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._flush = seconds, Flush(1)

@@ -35,13 +35,19 @@ _SPINNING = 0.15
 """Share of a window below which the process counts as asleep."""
 
 _SIZES = tuple(f"{library}_NUM_THREADS" for library in ("OMP", "OPENBLAS", "MKL", "NUMBA"))
+_AVX2_FEATURES = "sse,sse2,sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,lzcnt,movbe"
 _AVX2 = {
     "NUMBA_CPU_NAME": "haswell",
+    # The name alone leaves Numba all features of this machine.
+    "NUMBA_CPU_FEATURES": ",".join(f"+{name}" for name in _AVX2_FEATURES.split(",")),
     "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "OPENBLAS_CORETYPE": "Haswell",
     "ATEN_CPU_CAPABILITY": "avx2",
 }
+_LIMITS = (*_AVX2, "DNNL_MAX_CPU_ISA", "OPENBLAS_L2_SIZE", "MKL_DEBUG_CPU_TYPE", "MKL_CBWR")
+"""Variables that may keep a library from its best kernel."""
 
 
 def check_threads(threads: int) -> None:
@@ -52,8 +58,13 @@ def check_threads(threads: int) -> None:
 
 
 def environment(threads: int, instructions: str) -> dict[str, str]:
-    """Return the environment variables of a process that measures on at most `threads` threads."""
-    variables = {name: str(threads) for name in _SIZES}
+    """Return the environment of a process that measures on at most `threads` threads.
+
+    It is that of this process without the limits that are set here, so that "native" is the best
+    kernel of each library.
+    """
+    variables = {name: value for name, value in os.environ.items() if name not in _LIMITS}
+    variables |= {name: str(threads) for name in _SIZES}
     variables["OPENBLAS_THREAD_TIMEOUT"] = "18"  # spin for 2**18 cycles, not 2**26
     return variables | (_AVX2 if instructions == "avx2" else {})
 
@@ -99,5 +110,5 @@ def rest() -> None:
 def relevant_environment() -> dict[str, str]:
     """Return the environment variables that are set and affect the libraries."""
     pools = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "NUMBA_THREADING_LAYER")
-    names = (*_SIZES, "OPENBLAS_THREAD_TIMEOUT", *pools, *_AVX2)
+    names = (*_SIZES, "OPENBLAS_THREAD_TIMEOUT", *pools, *_LIMITS)
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,7 @@ from srigl_core.cli.output import make_console, one_line_errors
 from srigl_core.errors import SriglError
 
 if TYPE_CHECKING:
-    from srigl_core.benchmarks.results import Results
+    from srigl_core.benchmarks.results import Results, Row
 
 __all__ = ["bench"]
 
@@ -34,7 +36,7 @@ bench = typer.Typer(
     no_args_is_help=True,
 )
 
-_Quick = Annotated[bool, typer.Option("--quick", help="A few cases, in a minute.")]
+_Quick = Annotated[bool, typer.Option("--quick", help="A few cases, in two minutes.")]
 _Out = Annotated[Path, typer.Option(help="Folder for the JSON, the page and, for a CPU, the plot.")]
 _Threads = Annotated[
     str, typer.Option(help="Numbers of threads, such as 1,2; at most the number of cores.")
@@ -51,6 +53,8 @@ _Seconds = Annotated[float, typer.Option(min=0.0, help="For each case, about.")]
 _Results = Annotated[Path, typer.Argument(help="JSON that srigl bench wrote.")]
 _Runs = Annotated[Path, typer.Argument(help="JSON that srigl bench wrote, or a folder of them.")]
 _OUT = Path("srigl-bench")
+_MOST_SHOWN = 24
+"""Of more rows than these, only the headline layer's are printed."""
 
 
 @bench.command()
@@ -69,7 +73,7 @@ def cpu(
         bool, typer.Option("--cliffs", help="Only the batches 1 to 160 one by one, for jumps.")
     ] = False,
 ) -> None:
-    """Time forward, backward and mask update against dense, CSR and gathers."""
+    """Time forward, backward and mask update against dense, dense int8, CSR and gathers."""
     from srigl_core import get_backend
 
     get_backend("numba")
@@ -86,6 +90,7 @@ def cpu(
     for measured in results.native["cliffs"] if cliffs else []:
         for place in measured["found"]:
             _print(f"threads {measured['threads']}: {place}")
+    _summarize(results)
     _exit_code(results)
 
 
@@ -117,12 +122,7 @@ def kernel(
         seconds=seconds,
         kernel=target,
     )
-    table = Table("case", f"{name}, us", "srigl, us", "best dense, us", "best CSR, us", box=None)
-    for row in results.rows:
-        bests = (row.best(family) for family in ("dense", "csr"))
-        times = (row.time(name), row.ours, *(best and best[1] for best in bests))
-        table.add_row(row.label, *("" if time is None else f"{time:,.4g}" for time in times))
-    make_console().print(table)
+    _show_times(results.rows, name)
     _exit_code(results, name)
 
 
@@ -176,6 +176,17 @@ def readme(results: _Results, page: Annotated[Path, typer.Argument(help="README.
     write_readme(results, page)
 
 
+@bench.command()
+@one_line_errors
+def model(
+    results: _Results, module: Annotated[Path, typer.Argument(help="srigl_core/_dense_times.py")]
+) -> None:
+    """Write the times of dense products that recommend and print(plan) estimate with."""
+    from srigl_core.benchmarks.dense_times import write_dense_times
+
+    write_dense_times(results, module)
+
+
 def _measured(out: Path, *, name: str = "", **settings: Any) -> Results:
     """Measure, print the names of the files, and return their content."""
     from srigl_core.benchmarks.measure import Settings
@@ -185,6 +196,42 @@ def _measured(out: Path, *, name: str = "", **settings: Any) -> Results:
     written = run(Settings(**settings), out, name=name)
     _print(f"In {out}: {', '.join(path.name for path in written)}")
     return load_results(written[0])
+
+
+def _summarize(results: Results) -> None:
+    """Print what the machine measured: times of the headline layer, and who wins how often."""
+    from srigl_core.benchmarks.cases import HEADLINE
+    from srigl_core.benchmarks.verdict import counts
+
+    forward = [row for row in results.rows if row.operation == "forward" and not row.is_empty]
+    if len(forward) > _MOST_SHOWN:
+        n_in, n_out = HEADLINE
+        threads = min(row.threads for row in forward)
+        forward = list(results.find(operation="forward", n_in=n_in, n_out=n_out, threads=threads))
+    _show_times(forward)
+    bests = Counter(best[0] for row in forward if (best := row.best("int8")))
+    if bests:
+        _print("best dense int8: " + ", ".join(f"{name} in {n}" for name, n in bests.items()))
+    for sentence in counts(results):
+        _print(sentence)
+    for library in results.native["absent"]:
+        _print("not installed: {library}: {install}".format(**library))
+
+
+def _show_times(rows: Iterable[Row], kernel: str = "") -> None:
+    """Print a table of our times and the best ones of each family, after those of `kernel`."""
+    from srigl_core.benchmarks.results import FAMILIES
+
+    rows = list(rows)
+    families = [family for family in FAMILIES if any(row.best(family) for row in rows)]
+    ours = [f"{kernel}, us"] if kernel else []
+    table = Table("case", *ours, "srigl, us", *(f"{FAMILIES[f]}, us" for f in families), box=None)
+    for row in rows:
+        times = [row.time(kernel)] if kernel else []
+        times += [row.ours, *((row.best(family) or ("", None))[1] for family in families)]
+        table.add_row(row.label, *("" if time is None else f"{time:,.4g}" for time in times))
+    if rows:
+        make_console().print(table)
 
 
 def _exit_code(results: Results, kernel: str = "") -> None:

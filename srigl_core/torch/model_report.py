@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from srigl_core._cost_model import dense_nanoseconds
+from srigl_core._cost_model import DENSE, dense_nanoseconds
 from srigl_core._plan import plan_of
 from srigl_core.contract import Backend
 from srigl_core.torch.replacement import condensed_modules, linear_of, why_not_condensed
@@ -132,6 +132,6 @@ def _layer_report(name: str, linear: Any, backend: str | Backend | None) -> Laye
     if linear.values.is_cpu:
         plan = plan_of(weight, backend)
         times = [(plan.nanoseconds(batch), dense_nanoseconds(weight, batch)) for batch in BATCHES]
-        speed_ups = tuple(None if ours is None else dense / ours for ours, dense in times)
+        speed_ups = tuple(None if ours is None else dense[DENSE] / ours for ours, dense in times)
     size, counts = weight.memory_report(), (weight.sparsity, weight.fan_in, weight.n_active)
     return LayerReport(name, weight.shape, *counts, size.condensed, size.dense, speed_ups)

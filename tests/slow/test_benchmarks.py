@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import math
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,14 @@ from srigl_core.benchmarks.devices import cpu_peaks
 from srigl_core.benchmarks.devices.cpu import Flush, cache_sizes
 from srigl_core.benchmarks.devices.pools import environment
 from srigl_core.benchmarks.overhead import PICTURE
-from srigl_core.benchmarks.problems import RESULTS, TF32, Problem, WrongResultError
+from srigl_core.benchmarks.problems import (
+    FULL,
+    RESULTS,
+    TF32,
+    Precision,
+    Problem,
+    WrongResultError,
+)
 from srigl_core.benchmarks.report import page, write_report
 from srigl_core.benchmarks.results import OURS, load_results, save_results
 from srigl_core.benchmarks.roofline import CpuPeaks, Work, least_time, work_of
@@ -218,14 +226,47 @@ def test_a_problem_is_drawn_again_the_same_and_another_seed_changes_only_the_wei
 
 
 def test_a_library_that_is_not_installed_is_listed_with_its_install_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "srigl_core.benchmarks.contenders.pytorch", None)
+    hidden = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+    for module in ("pytorch", "pytorch_int8", "onnxruntime_int8", "openvino_int8"):
+        monkeypatch.setitem(sys.modules, f"srigl_core.benchmarks.contenders.{module}", None)
     contenders, absent = load_contenders("cpu")
-    (torch,) = [library for library in absent if library["library"] == "PyTorch"]
-    assert torch["install"] == "pip install torch"
-    assert "pytorch halted" in torch["reason"]
-    names = {contender.name for contender in contenders}
-    assert not [name for name in names if "torch" in name]
-    assert {"NumPy x @ W.T", "SciPy CSR", OURS["cpu"]} <= names
+    for package, name in hidden.items():
+        (library,) = [library for library in absent if library["library"] == name]
+        assert library["install"].startswith(f"pip install {package}")
+        assert "halted" in library["reason"]
+    families = {contender.family for contender in contenders}
+    assert "int8" not in families
+    assert {"dense", "csr", "active rows"} <= families
+
+
+@pytest.mark.parametrize("layer", [TINY, ABLATED], ids=["all active", "some ablated"])
+def test_an_int8_result_is_refused_beyond_its_own_rounding(layer):
+    """Every input and weight is off by half a step, in the direction that hurts most."""
+    of_inputs, of_weights = 1 / 255, 1 / 254
+    problem = Problem(layer, Arrays()).at(Precision(of_inputs=of_inputs, of_weights=of_weights))
+    batch = problem.batch(9)
+    x, weight = batch.x.astype(np.float64), problem.dense.astype(np.float64)
+    connected = weight != 0
+    step_of_x, step_of_w = of_inputs * np.abs(x).max(), of_weights * np.abs(weight).max(1)
+    exact = x @ weight.T + problem.bias
+    bound = step_of_x * np.abs(weight).sum(1) + step_of_w * (
+        np.abs(x) @ connected.T + step_of_x * connected.sum(1)
+    )
+    problem.check("at the bound", "forward", exact + bound, batch)
+    outside = exact + 1.1 * bound + 1e-5
+    with pytest.raises(WrongResultError, match="y is wrong"):
+        problem.check("outside", "forward", outside, batch)
+    with pytest.raises(WrongResultError, match="y is wrong"):
+        problem.at(FULL).check("float32", "forward", exact + bound + 1e-3, batch)
+
+
+def test_contenders_of_a_learned_mask_drop_its_ablated_neurons():
+    contenders, _ = load_contenders("cpu")
+    dropped = [each for each in contenders if each.name.endswith(", ablated rows dropped")]
+    assert "NumPy x @ V, V = W.T stored, ablated rows dropped" in {each.name for each in dropped}
+    for contender in dropped:
+        assert contender.unfit(Case("forward", TINY, 1, 9)) == "no neuron is ablated"
+        assert not contender.unfit(Case("forward", ABLATED, 1, 9))
 
 
 # How a CPU is timed; tests/gpu/test_gpu_benchmark.py has the GPU
@@ -315,10 +356,56 @@ def test_a_flush_reads_twice_the_largest_cache(tmp_path):
     assert cache_sizes(tmp_path / "none") == {}
 
 
-def test_avx2_holds_every_library_back_and_native_none():
-    assert environment(2, "avx2")["NUMBA_CPU_NAME"] == "haswell"
-    assert "NUMBA_CPU_NAME" not in environment(2, "native")
-    assert environment(3, "native")["NUMBA_NUM_THREADS"] == "3"
+LOOP = """
+import numba
+import numpy as np
+from threadpoolctl import threadpool_info
+from srigl_core.backends.numba_cpu.processor import vector_bytes
+
+@numba.njit(fastmath=True)
+def total(x):
+    s = np.float32(0)
+    for number in x:
+        s += number
+    return s
+
+total(np.ones(9, np.float32))
+(assembly,) = total.inspect_asm().values()
+kernels = {each.get("architecture") for each in threadpool_info()} - {None}
+print(vector_bytes(), "ymm" in assembly, "zmm" in assembly, *kernels)
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX2 is of x86")
+def test_avx2_rows_are_measured_with_avx2_alone():
+    command, variables = [sys.executable, "-c", LOOP], environment(1, "avx2")
+    options = {"capture_output": True, "text": True, "timeout": 120, "check": True}
+    done = subprocess.run(command, env=variables, **options)
+    assert done.stdout.split()[:3] == ["32", "True", "False"]
+    assert done.stdout.split()[3:] in (["Haswell"], [])  # a BLAS that is not OpenBLAS is not listed
+
+
+def test_native_rows_are_measured_without_limits(monkeypatch):
+    limits = {
+        "OPENBLAS_CORETYPE": "Haswell",
+        "OPENBLAS_L2_SIZE": "512",
+        "NUMBA_CPU_NAME": "generic",
+    }
+    for name, value in limits.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SRIGL_CACHE_DIR", "elsewhere")
+    native, avx2 = (environment(3, instructions) for instructions in ("native", "avx2"))
+    assert native["NUMBA_NUM_THREADS"] == avx2["NUMBA_NUM_THREADS"] == "3"
+    assert native["SRIGL_CACHE_DIR"] == "elsewhere"
+    assert not limits.keys() & native.keys()
+    assert avx2["NUMBA_CPU_NAME"] == "haswell"
+
+
+def test_what_cannot_be_held_to_avx2_has_no_such_row():
+    contenders, _ = load_contenders("cpu")
+    case = Case("forward", TINY, 1, 9, is_avx2=True)
+    unfit = {c.name for c in contenders if c.operation == "forward" and "AVX2" in c.unfit(case)}
+    assert unfit <= {"ONNX Runtime int8"}  # OpenVINO's processor is that of the process
 
 
 # The roofline
@@ -540,8 +627,11 @@ def test_the_readme_gets_the_figures_between_its_markers_and_keeps_the_rest(save
     assert text.startswith(f"before\n{readme.BEGIN}\n| layer |")
     assert text.endswith(f"{readme.END}\nafter\n")
     assert "stale" not in text
-    assert "| 3072→768, weights cold | 90% | 1 | 70.0 |" in text
-    assert "| 768→768, learned mask | 90% | 1 | 7.0 |" in readme.long_table(made_up("cpu"))
+    assert "| layer | sparsity | batch | srigl, µs | dense | dense int8 | CSR |" in text
+    assert "| 3072→768, weights cold | 90% | 1 | 70.0 | 4.9x | 2.4x fast | 2.9x |" in text
+    assert "slower than the best dense in 0, the best dense without ablated rows in 0, " in text
+    table = readme.long_table(made_up("cpu"))
+    assert "| 768→768, learned mask | 90% | 1 | 7.0 | 4.3x | 3.6x |  | 5.7x |" in table
     assert readme.replaced(text, made_up("cpu")) == text
     picture = path.with_name(readme.PICTURE).read_text()
     for words in (
@@ -549,6 +639,7 @@ def test_the_readme_gets_the_figures_between_its_markers_and_keeps_the_rest(save
         "srigl 20.0 µs",
         "best CSR 90.0 µs, 4.5x",
         "best dense 120 µs, 6.0x",
+        "best dense int8 60.0 µs, 3.0x",
     ):
         assert words in picture
     refused = command("readme", saved(made_up("gpu")), target)
@@ -575,12 +666,37 @@ def test_a_page_says_in_words_what_is_good_and_what_is_bad():
     results = made_up("cpu")
     words = verdict(results)
     assert "faster than the best dense product in 6 of 6 cases" in words
+    assert "faster than the best dense int8 product in 4 of 4 cases" in words
+    assert "faster than the best dense without ablated rows product in 1 of 1 cases" in words
     assert "faster than the best CSR product in 5 of 6 cases" in words
     assert "| CSR | 3072→768 | 99% | hot | 1 | 1.1x |" in words
     results.processes[0]["cases"][:] = results.processes[0]["cases"][1:5]
     assert "no forward product was measured in which srigl is slower" in verdict(results)
     results.processes[0]["cases"].clear()
     assert verdict(results) == ""
+
+
+def test_the_model_of_dense_products_is_made_of_a_result(saved, tmp_path):
+    module = tmp_path / "times.py"
+    result = command("model", saved(made_up("cpu")), module)
+    assert result.exit_code == 0, result.output
+    names = {}
+    exec(module.read_text(), names)
+    assert names["BATCHES"] == (1, 256)
+    assert names["CALL_NANOSECONDS"] == {"dense": 1000.0, "int8": 500.0}
+    for kind, call, times in (("dense", 1.0, (120, 6000)), ("int8", 0.5, (60, 3000))):
+        weights = [1e3 * (time - call) / (3072 * 768) for time in times]
+        assert names["WEIGHT_NANOSECONDS"][kind] == pytest.approx(weights, rel=1e-3)
+
+
+def test_a_result_without_dense_int8_makes_no_model(saved, tmp_path):
+    results = made_up("cpu")
+    for case in results.processes[0]["cases"]:
+        case["contenders"] = {n: e for n, e in case["contenders"].items() if e["family"] != "int8"}
+    result = command("model", saved(results), tmp_path / "times.py")
+    assert result.exit_code == 1
+    assert "the model needs dense and dense int8 products" in result.output
+    assert not (tmp_path / "times.py").exists()
 
 
 # Comparing two runs
@@ -662,6 +778,8 @@ def test_a_run_writes_json_page_and_plot(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, **options)
     assert done.returncode == 0, done.stderr
     assert "[1/1] forward 16-16" in done.stdout
+    for library in load_contenders("cpu")[1]:
+        assert f"not installed: {library['library']}: {library['install']}" in done.stdout
     assert "In out: cpu.json, cpu.md, cpu.png" in done.stdout
     results = load_results(tmp_path / "out" / "cpu.json")
     (row,) = results.rows
@@ -714,6 +832,19 @@ def test_cliffs_alone_are_looked_for_on_demand(tmp_path, monkeypatch):
     (settings,) = asked
     assert settings.cliffs
     assert measure.chosen(settings) == []
+
+
+def test_a_run_ends_with_what_the_machine_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_in_own_process", lambda one: made_up("cpu").processes[0])
+    monkeypatch.setenv("COLUMNS", "200")
+    result = command("cpu", "--quick", "--threads", "1", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    last = " ".join(result.output.split())
+    assert "srigl, us dense, us dense without ablated rows, us dense int8, us CSR, us" in last
+    assert "forward 3072→768 90% batch 1 hot 20 120 60 90" in last
+    assert "best dense int8: fast int8 in 4" in last
+    assert "faster than the best dense int8 product in 4 of 4 cases" in last
+    assert "not installed: PyTorch: pip install torch" in last
 
 
 def test_a_process_that_fails_is_an_error_and_writes_nothing(tmp_path, monkeypatch):
