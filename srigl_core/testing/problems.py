@@ -57,6 +57,7 @@ __all__ = [
     "matmul_problem",
     "random_inputs",
     "random_numbers",
+    "random_weight",
     "subnormal_problem",
     "update_problem",
 ]
@@ -302,7 +303,7 @@ def matmul_problem(
     seed = source.integer(0, 2**16)
     rng = source.rng()
     lead, shape = sizes.leading_shape, (sizes.n_out, sizes.n_in)
-    weight = _random_weight(rng, shape, sizes.fan_in, sizes.n_active, values_dtype, magnitude)
+    weight = random_weight(rng, shape, sizes.fan_in, sizes.n_active, values_dtype, magnitude)
     x = random_inputs(rng, weight, lead, x_dtype, magnitude)
     grad = random_numbers(rng, (*lead, sizes.n_out), grad_dtype, magnitude)
     if thinned:
@@ -378,7 +379,7 @@ def combinable_dtypes(
     return [value_dtype(name) for name in names]
 
 
-def _random_weight(
+def random_weight(
     rng: np.random.Generator,
     shape: tuple[int, int],
     fan_in: int,
