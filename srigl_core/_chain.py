@@ -272,6 +272,10 @@ class Chain(BoundToProcess):
         last: Array = self._call_each(x, out, compact, threads)
         return last
 
+    def is_native_for(self, dtype: np.dtype[Any]) -> bool:
+        """Return whether the backend computes all layers in one call for inputs of that dtype."""
+        return self._matmul_fast is not None and bool(dtype == self._usual[0])
+
     def _multiply_fast(self, x: Any, compact: Any, threads: int | None) -> Any | None:
         """As that of a plan, for the arguments of a chain: there is no time for the others."""
         dtype, n_out, n_in, is_full = self._usual

@@ -30,7 +30,7 @@ from srigl_core.backends.numba_cpu.calling import (
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.scratch import scratch
 from srigl_core.backends.numba_cpu.simd import flat
-from srigl_core.backends.numba_cpu.threads import SMALLEST_PARALLEL_WORK, is_small
+from srigl_core.backends.numba_cpu.threads import is_small
 
 __all__ = ["Chained"]
 
@@ -76,7 +76,7 @@ class Chained:
     def __call__(self, x: Array, bias: None, code: int, out: Array, threads: int | None) -> None:
         """Write the chain's result for `x` to `out`."""
         run, words, work, _ = self._programs.get(x.shape) or self._keep_program(x, out)
-        if threads == 1 or work < SMALLEST_PARALLEL_WORK or is_small(threads, work):
+        if threads == 1 or is_small(threads, work):
             run(words, x, out)
         else:
             self._call_each(x, out, threads)
