@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,9 +46,10 @@ class NumbaBackend:
         """Return `weight` in this backend's layout."""
         return NumbaPrepared(weight)
 
-    def chain(self, layers: Sequence[ChainLayer]) -> Chained | None:
+    def chain(self, layers: Sequence[ChainLayer]) -> Callable[..., None] | None:
         """Return the `matmul_fast` of a chain."""
-        return Chained(layers) if all(hasattr(each.prepared, "calls") for each in layers) else None
+        can_be_chained = all(hasattr(layer.prepared, "calls") for layer in layers)
+        return Chained(layers).matmul_fast if can_be_chained else None
 
     def update_mask(
         self,

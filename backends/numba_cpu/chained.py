@@ -61,7 +61,7 @@ class Program(NamedTuple):
 
 
 class Chained:
-    """The `matmul_fast` of a chain.
+    """A chain, prepared.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ class Chained:
         self._layers = layers
         self._programs: dict[tuple[int, ...], Program] = {}
 
-    def __call__(self, x: Array, bias: None, code: int, out: Array, threads: int | None) -> None:
+    def matmul_fast(self, x: Array, bias: None, code: int, out: Array, threads: int | None) -> None:
         """Write the chain's result for `x` to `out`."""
         run, words, work, _ = self._programs.get(x.shape) or self._keep_program(x, out)
         if threads == 1 or is_small(threads, work):
