@@ -62,6 +62,26 @@ def test_the_laws_hold_where_a_backend_has_no_chains_of_its_own(law, matmul_back
             law.holds(backend, problem)
 
 
+class WithoutThisChain(WithoutChains):
+    """A backend that computes chains, but not these."""
+
+    def __init__(self, backend):
+        super().__init__(backend)
+        operations = self.capabilities.operations | {"chain"}
+        self.capabilities = replace(self.capabilities, operations=operations)
+
+    def chain(self, layers):
+        assert [layer.code for layer in layers] == [1, 0]
+        assert layers[0].bias.tobytes() == BIAS.tobytes()
+
+
+def test_a_backend_may_leave_a_chain_to_its_plans():
+    backend = WithoutThisChain(get_backend("reference"))
+    whole = chain(LAYERS, backend=backend)
+    assert whole(X).tobytes() == one_by_one(LAYERS, X, "reference").tobytes()
+    assert "calls=one for each layer" in str(whole)
+
+
 def test_layers_may_be_quantized():
     layers = [(HIDDEN.quantize(), BIAS, "relu", "int8"), (OUTPUT, None, None)]
     result = chain(layers, backend="reference")(X)

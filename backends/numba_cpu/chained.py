@@ -207,18 +207,17 @@ def _call(context: Any, builder: Any, address: Any, argument_types: Any, args: A
 def _run(program, x, out):
     """Make the calls of a program."""
     # The buffers are an argument, so that they are kept until all calls have ended.
-    _call_all(program, x.ctypes.data, out.ctypes.data, scratch(program[0], flat(x)))
+    ends = np.int64(x.ctypes.data), np.int64(out.ctypes.data)
+    _call_all(program, ends, scratch(program[0], flat(x)))
 
 
 @kernel()
-def _call_all(program, x, out, buffers):
-    memory, at = buffers.ctypes.data, FIRST_CALL
+def _call_all(program, ends, buffers):
+    memory, at = np.int64(buffers.ctypes.data), FIRST_CALL
     while at < program.size:
         call = program[at:]
-        source = x if call[4] == INPUT else memory + call[4]
-        target = out if call[5] == RESULT else memory + call[5]
-        arguments = call[CALL_WORDS:].ctypes.data
-        _call_address(
-            call[1], (call[2], call[3], np.int64(arguments), np.int64(source), np.int64(target))
-        )
+        source = ends[0] if call[4] == INPUT else memory + call[4]
+        target = ends[1] if call[5] == RESULT else memory + call[5]
+        arguments = np.int64(call[CALL_WORDS:].ctypes.data)
+        _call_address(call[1], (call[2], call[3], arguments, source, target))
         at += call[0]

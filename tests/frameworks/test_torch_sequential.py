@@ -5,11 +5,12 @@ import io
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
-from srigl_core import SriglError
+from srigl_core import SriglError, chain
 from srigl_core.torch import (
     CondensedLinear,
     CondensedSequential,
@@ -219,6 +220,24 @@ def test_autocast_tracing_and_compilers_get_the_modules():
             torch.func.vmap(model),
         ):
             torch.testing.assert_close(made(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_chain_of_the_library_takes_tensors(dtype):
+    model = stack(dtype=dtype).eval()
+    layers = [(each.to_condensed(), each.bias, "relu") for each in (model[0], model[3])]
+    whole = chain([*layers, (model[5].to_condensed(), model[5].bias, None)])
+    for x in (inputs(12, dtype=dtype), inputs(3, 12, dtype=dtype), inputs(2, 3, 12, dtype=dtype)):
+        y, out = whole(x), torch.empty(*x.shape[:-1], 5, dtype=dtype)
+        assert y.dtype is dtype
+        with torch.no_grad():
+            torch.testing.assert_close(y, model(x))
+        before = out._version
+        assert whole(x, out=out) is out
+        assert torch.equal(out, y)
+        assert out._version > before
+    with pytest.raises(SriglError, match="pass arrays of one library"):
+        whole(inputs(3, 12, dtype=dtype), out=numpy.empty((3, 5)))
 
 
 def test_frozen_layers_stay_so():
