@@ -171,7 +171,8 @@ def _planned(layer: _Parsed, backend: Backend) -> LayerPlan:
 def _own(bias: Any, arrays: ArrayOps) -> Any:
     """Return a copy of a bias as an array of the backend; a bias on the host may be moved."""
     of = HOST_ARRAYS if device_of(bias) == "cpu" else arrays
-    host = of.to_host(of.as_float_array(bias, "bias"))
+    with of.execution_context(bias):
+        host = of.to_host(of.as_float_array(bias, "bias"))
     return immutable(host) if arrays is HOST_ARRAYS else arrays.from_host(host)
 
 
@@ -269,7 +270,8 @@ class Chain(BoundToProcess):
             )
             if result is not None:
                 return result
-        last: Array = self._call_each(x, out, compact, threads)
+        with self.arrays.execution_context(x):
+            last: Array = self._call_each(x, out, compact, threads)
         return last
 
     def is_native_for(self, dtype: np.dtype[Any]) -> bool:
