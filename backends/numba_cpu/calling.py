@@ -117,6 +117,8 @@ class NativeCode(NamedTuple):
     address: int
     signature: tuple[Any, ...]
     """Numba's types of the arguments."""
+    compiled: Any
+    """What keeps the code."""
 
 
 def compiled_code(compiled: Any, arguments: Arguments) -> Callable[..., Any]:
@@ -135,7 +137,7 @@ def native_code(compiled: Any, signature: tuple[Any, ...]) -> NativeCode:
     """Return the native code of a kernel for arguments of Numba's types."""
     result = _compiled(compiled, signature)
     address = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
-    return NativeCode(address, signature)
+    return NativeCode(address, signature, compiled)
 
 
 def _compiled(compiled: Any, signature: tuple[Any, ...]) -> Any:

@@ -122,7 +122,10 @@ def _call_words(
     ends: tuple[Array, Array],
     places: Sequence[int],
 ) -> list[int]:
-    """Return a call's part of a program; `ends` stand for x and out among the arguments."""
+    """Return a call's part of a program; `ends` stand for x and out among the arguments.
+
+    The layout keeps the code of its kernel, and the cache of `_passing` its own.
+    """
     positions = tuple(
         next(i for i, argument in enumerate(arguments) if argument is end) for end in ends
     )
