@@ -24,7 +24,7 @@ class ReferenceBackend:
 
     name = "reference"
     capabilities = Capabilities(
-        operations=frozenset(OPERATIONS), priority=0, largest_problem=700_000
+        operations=frozenset(OPERATIONS) - {"chain"}, priority=0, largest_problem=700_000
     )
 
     def prepare(self, weight: CondensedWeight) -> ReferencePrepared:

@@ -11,6 +11,7 @@ from srigl_core._api import (
     update_condensed,
     update_mask,
 )
+from srigl_core._chain import Chain, chain
 from srigl_core._format.connections import Connections
 from srigl_core._format.file import load_condensed, save_condensed
 from srigl_core._format.packed_weight import MemoryReport
@@ -37,6 +38,7 @@ __all__ = [
     "BackendStatus",
     "BackendUnavailableError",
     "Capabilities",
+    "Chain",
     "CondensedTrainer",
     "CondensedUpdate",
     "CondensedWeight",
@@ -60,6 +62,7 @@ __all__ = [
     "UpdateSettings",
     "ValueTypeError",
     "__version__",
+    "chain",
     "condensed_matmul",
     "condensed_matmul_backward",
     "get_backend",

@@ -21,18 +21,31 @@ from srigl_core._registry import check_dtype, get_backend
 from srigl_core.contract import ACTIVATIONS, Backend, PreparedProduct
 from srigl_core.errors import SriglError, ValueTypeError
 
-__all__ = ["ProductPlan", "merged_rows"]
+__all__ = ["PLAIN", "BoundToProcess", "ProductPlan", "merged_rows"]
 
 Array = TypeVar("Array")
 
 _BATCHES_DESCRIBED = (1, 2, 4, 8, 16, 64, 256)
-_PLAIN = 0x101
+PLAIN = 0x101
 """NumPy's flags of an array in C order and aligned: NPY_ARRAY_C_CONTIGUOUS and _ALIGNED."""
 _CODES = {name: activation.code for name, activation in ACTIVATIONS.items()}
 
 
+class BoundToProcess:
+    """Base class of plans: immutable, so that a copy is the plan itself, and not pickled."""
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise ValueTypeError("a plan belongs to its process; pickle its weight, and prepare that")
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class ProductPlan:
+class ProductPlan(BoundToProcess):
     """A packed weight laid out for one backend; immutable, callable and printable.
 
     Made by `prepare`. One plan may be called from many threads at once.
@@ -70,15 +83,6 @@ class ProductPlan:
         object.__setattr__(self, "arrays", getattr(self.backend, "arrays", HOST_ARRAYS))
         object.__setattr__(self, "_matmul_fast", fast)
         object.__setattr__(self, "_usual", usual)
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise ValueTypeError("a plan belongs to its process; pickle its weight, and prepare that")
 
     def __call__(
         self,
@@ -138,7 +142,7 @@ class ProductPlan:
             x.dtype is not dtype
             or not 0 < rank < 3
             or shape[-1] != n_in
-            or x.flags.num & _PLAIN != _PLAIN
+            or x.flags.num & PLAIN != PLAIN
             or not (compact is False or is_full)
         ):
             return None
@@ -146,7 +150,7 @@ class ProductPlan:
             type(bias) is np.ndarray
             and bias.dtype is dtype
             and bias.shape == (n_out,)
-            and bias.flags.num & _PLAIN == _PLAIN
+            and bias.flags.num & PLAIN == PLAIN
         ):
             return None
         code = 0 if activation is None else type(activation) is str and _CODES.get(activation, -1)
@@ -233,7 +237,7 @@ class ProductPlan:
         """
         dtype = self._usual[0]
         if self._matmul_fast is not None and all(
-            array.dtype is dtype and array.flags.num & _PLAIN == _PLAIN
+            array.dtype is dtype and array.flags.num & PLAIN == PLAIN
             for array in ((x, out) if bias is None else (x, out, bias))
         ):
             self._matmul_fast(x, bias, _CODES[activation], out, threads)

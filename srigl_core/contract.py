@@ -6,7 +6,7 @@ functions and plans, so arrays have the shapes, dtypes and memory order stated h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,8 @@ __all__ = [
     "ArrayOps",
     "Backend",
     "Capabilities",
+    "ChainLayer",
+    "ChainPreparer",
     "CondensedUpdater",
     "MatmulGradients",
     "PreparedProduct",
@@ -42,8 +44,9 @@ OPERATIONS = (
     "update_mask",
     "update_condensed",
     "quantized_matmul",
+    "chain",
 )
-"""Operations that a backend may declare."""
+"""Operations that a backend may declare. Chains work without "chain", by a call for each layer."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +243,46 @@ class QuantizedPreparer(Protocol):
             With "int8", the fan-in is at most 133,144, so that sums fit int32.
         inputs : {"float", "int8"}
             One of the backend's `Capabilities.quantized_inputs`: the product to lay it out for.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ChainLayer:
+    """A layer of a chain, as a backend receives it.
+
+    Parameters
+    ----------
+    prepared : PreparedProduct
+        What the backend made of the weight.
+    bias : ndarray, (n_out,), or None
+        In C order, of the dtype that all layers of the chain sum.
+    code : int
+        The activation's.
+    """
+
+    prepared: PreparedProduct
+    bias: NDArray[Any] | None
+    code: int
+
+
+class ChainPreparer(Protocol):
+    """The method of a backend that declares the operation "chain" (SPEC 7)."""
+
+    def chain(self, layers: Sequence[ChainLayer]) -> Callable[..., None] | None:
+        """Return the `matmul_fast` of a chain, or None to have it computed layer by layer.
+
+        Parameters
+        ----------
+        layers : sequence of ChainLayer
+            One or more, each with as many inputs as the one before has neurons. All sum one dtype.
+
+        Returns
+        -------
+        callable or None
+            Called as ``matmul_fast(x, None, 0, out, threads)`` with arrays as `PreparedProduct`
+            describes them, from several threads at once. It writes the bits that the layers' own
+            kernels give one after the other, for that batch.
         """
         ...
 

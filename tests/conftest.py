@@ -32,6 +32,7 @@ BACKEND_ARGUMENTS = {
     "update_backend": ("update_mask",),
     "condensed_update_backend": ("update_condensed",),
     "quantized_backend": ("quantized_matmul",),
+    "chain_backend": ("chain",),
 }
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from srigl_core.contract import Capabilities
-from srigl_core.testing import LAWS, FunctionBackend, KernelCapabilities, NotApplicable, verify
+from srigl_core.testing import LAWS, FunctionBackend, NotApplicable, verify
 from srigl_core.testing.kernel_capabilities import capabilities_of
 from srigl_core.testing.law import check
 from srigl_core.testing.verification import source_of
@@ -186,7 +186,8 @@ def load_backend(
         return FunctionBackend(find(loaded), kernel)
     backend = getattr(loaded, find)()
     if kernel == "numba_cpu" and file not in WITHOUT_KERNELS:
-        backend.capabilities = KernelCapabilities(value_dtypes=frozenset(dtypes))
+        its = capabilities_of(backend)
+        backend.capabilities = replace(its, value_dtypes=frozenset(dtypes))
     # The reference limits its problems to save time; a bug that large ones show must be seen too.
     most = max(Capabilities.largest_problem, backend.capabilities.largest_problem)
     backend.capabilities = replace(backend.capabilities, largest_problem=most)

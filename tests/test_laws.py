@@ -37,6 +37,11 @@ def test_quantized_law(law, quantized_backend):
     assert_holds(law, quantized_backend, settings().max_examples)
 
 
+@laws_of("chain")
+def test_chain_law(law, chain_backend):
+    assert_holds(law, chain_backend, settings().max_examples)
+
+
 @laws_of("update_mask")
 def test_update_law(law, update_backend):
     assert_holds(law, update_backend, settings().max_examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._update import MaskUpdate, UpdateSettings
-from srigl_core.contract import Capabilities
+from srigl_core.contract import OPERATIONS, Capabilities, ChainLayer
 from srigl_core.errors import BackendUnavailableError
 
 try:
@@ -27,6 +28,7 @@ if numba.config.DISABLE_JIT:
 
 from srigl_core.backends.numba_cpu import mask_update
 from srigl_core.backends.numba_cpu.cache_folder import describe_cache
+from srigl_core.backends.numba_cpu.chained import Chained
 from srigl_core.backends.numba_cpu.condensed_matmul import NumbaPrepared
 from srigl_core.backends.numba_cpu.processor import describe_processor
 from srigl_core.backends.numba_cpu.threads import describe_threads
@@ -38,11 +40,16 @@ class NumbaBackend:
     """Compiled, parallel CPU kernels."""
 
     name = "numba"
-    capabilities = Capabilities(priority=20)
+    capabilities = Capabilities(operations=frozenset({*OPERATIONS[:3], "chain"}), priority=20)
 
     def prepare(self, weight: CondensedWeight) -> NumbaPrepared:
         """Return `weight` in this backend's layout."""
         return NumbaPrepared(weight)
+
+    def chain(self, layers: Sequence[ChainLayer]) -> Callable[..., None] | None:
+        """Return the `matmul_fast` of a chain."""
+        can_be_chained = all(hasattr(layer.prepared, "calls") for layer in layers)
+        return Chained(layers).matmul_fast if can_be_chained else None
 
     def update_mask(
         self,

@@ -32,7 +32,7 @@ from srigl_core.backends.numba_cpu.plane_lookup import (
 from srigl_core.backends.numba_cpu.plane_schedule import LANES, fewest_steps, scheduled
 from srigl_core.backends.numba_cpu.results import deliver_sums
 from srigl_core.backends.numba_cpu.row_layout import RowLayout, row_launcher
-from srigl_core.backends.numba_cpu.scratch import scratch
+from srigl_core.backends.numba_cpu.scratch import registers, scratch
 from srigl_core.backends.numba_cpu.simd import fma, load, store, zeros
 
 __all__ = ["BytePlanes"]
@@ -161,7 +161,7 @@ def _sum_rows(groups, rows, values, arrays, x, n_in, columns, bias, out):
     u = np.uint64
     lookups, blocks, ends = arrays
     n_columns, row_size = bias.size, (n_in + BLOCK - 1) // BLOCK * BLOCK
-    planes, spare = scratch(2 * row_size, lookups), scratch(LANES, x)
+    planes, spare = scratch(2 * row_size, lookups), registers(LANES, x)
     for row in range(rows[0], rows[1], 2):
         place, is_pair = row * n_columns, row + 1 < rows[1]
         _planes_of(x[row * n_in : (row + 1) * n_in], planes, u(0))

@@ -8,7 +8,7 @@ compiled code by the arguments' dtypes and numbers of axes only.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.float_mode import honour_subnormals, restore_float_mode
 
-__all__ = ["Launcher", "uncounted"]
+__all__ = ["Arguments", "Launcher", "NativeCode", "compiled_code", "native_code", "uncounted"]
 
 Arguments = tuple[Any, ...]
 
@@ -81,7 +81,6 @@ class Launcher:
                 restore_float_mode(mode)
 
         self._serial, self._parallel = serial, parallel
-        self._codes: dict[Hashable, Callable[..., None]] = {}
 
     def __call__(self, n_items: int, n_threads: int, arguments: Arguments) -> None:
         """Compute all items.
@@ -97,7 +96,7 @@ class Launcher:
         if n_threads == 1:
             self.serial(arguments)(n_items, arguments)
         else:
-            code = self._code(self._parallel, (n_items, n_threads, arguments))
+            code = compiled_code(self._parallel, (n_items, n_threads, arguments))
             code(n_items, n_threads, arguments)
 
     def serial(self, arguments: Arguments) -> Callable[[int, Arguments], None]:
@@ -105,16 +104,45 @@ class Launcher:
 
         It takes all arguments with the same dtypes and numbers of axes.
         """
-        return self._code(self._serial, (0, arguments))
+        return compiled_code(self._serial, (0, arguments))
 
-    def _code(self, compiled: Any, arguments: Arguments) -> Callable[..., None]:
-        key = _key(arguments)
-        code = self._codes.get((compiled, key))
-        if code is None:
-            signature = tuple(_numba_type(argument) for argument in arguments)
-            compiled.compile(signature)
-            code = self._codes[compiled, key] = compiled.overloads[signature].entry_point
-        return code
+    def native(self, arguments: Arguments) -> NativeCode:
+        """Return the native code for one thread, of the same arguments as `serial`."""
+        return native_code(self._serial, _numba_type((0, arguments)).types)
+
+
+class NativeCode(NamedTuple):
+    """Code that compiled code calls by its address, in Numba's calling convention."""
+
+    address: int
+    signature: tuple[Any, ...]
+    """Numba's types of the arguments."""
+    compiled: Any
+    """What keeps the code."""
+
+
+def compiled_code(compiled: Any, arguments: Arguments) -> Callable[..., Any]:
+    """Return the code of a kernel for arguments of these dtypes and numbers of axes."""
+    key = (compiled, _key(arguments))
+    code = _codes.get(key)
+    if code is None:
+        code = _codes[key] = _compiled(compiled, _numba_type(arguments).types).entry_point
+    return code
+
+
+_codes: dict[Hashable, Callable[..., Any]] = {}
+
+
+def native_code(compiled: Any, signature: tuple[Any, ...]) -> NativeCode:
+    """Return the native code of a kernel for arguments of Numba's types."""
+    result = _compiled(compiled, signature)
+    address = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
+    return NativeCode(address, signature, compiled)
+
+
+def _compiled(compiled: Any, signature: tuple[Any, ...]) -> Any:
+    compiled.compile(signature)
+    return compiled.overloads[signature]
 
 
 def _key(argument: Any) -> Hashable:

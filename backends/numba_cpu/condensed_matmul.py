@@ -15,6 +15,7 @@ divided among threads. Any number of threads therefore gives the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from srigl_core.backends.numba_cpu.batch_tiles import (
     tiles_nanoseconds,
 )
 from srigl_core.backends.numba_cpu.byte_planes import BytePlanes
+from srigl_core.backends.numba_cpu.calling import Launcher
 from srigl_core.backends.numba_cpu.compressed_rows import CompressedRows
 from srigl_core.backends.numba_cpu.lockstep import Lockstep
 from srigl_core.backends.numba_cpu.neuron_lanes import NeuronLanes
@@ -75,6 +77,14 @@ class _Layouts:
         key = ("rows", dtype.itemsize)
         return self._made.get(key) or self._keep(key, self._best_for_rows(dtype))
 
+    def for_batch(self, batch: int, dtype: np.dtype[Any]) -> Any | None:
+        """Return the layout for batch rows one by one if it is the faster one, else None."""
+        if batch <= self.most_rows:
+            layout = self.for_rows(dtype)
+            if batch <= layout.most_rows:
+                return layout
+        return None
+
     def _best_for_rows(self, dtype: np.dtype[Any]) -> Any:
         indices, n_in = self._indices, self._n_in
         nanoseconds = NeuronLanes.estimate(*indices.shape)
@@ -111,11 +121,12 @@ class NumbaPrepared:
         "_active",
         "_arranged",
         "_bits",
-        "_dtype",
         "_layouts",
         "_no_bias",
         "_ready",
         "_tiled",
+        "_tiles_work",
+        "dtype",
         "weight",
     )
 
@@ -123,8 +134,9 @@ class NumbaPrepared:
         self.weight, self._active = weight, weight.active
         self._bits = as_bits(weight.values)
         self._layouts = layouts or _Layouts(weight)
-        self._dtype = accumulator_dtype(weight.dtype)
-        self._no_bias = np.zeros(weight.shape[0], self._dtype)
+        self.dtype = accumulator_dtype(weight.dtype)
+        self._no_bias = np.zeros(weight.shape[0], self.dtype)
+        self._tiles_work = weight.nnz * LANE_NANOSECONDS  # of a batch row
         self._arranged: dict[Any, Array] = {}
         self._ready: dict[int, Any] = {}
         self._tiled: dict[tuple[int, int, bool], Any] = {}
@@ -146,7 +158,7 @@ class NumbaPrepared:
                     with pool(threads, work) as n:
                         layout.multiply(arrays[0], x, offset, active, out, code, n)
                 return
-        work = batch * self.weight.nnz * LANE_NANOSECONDS
+        work = batch * self._tiles_work
         if threads == 1 or is_small(threads, work):
             self._multiply_tiles(x, offset, active, out, code, 1)
         else:
@@ -155,11 +167,31 @@ class NumbaPrepared:
 
     def _make_ready(self, x: Array, bias: Array, out: Array) -> Any:
         """Return the layout, its compiled kernel for inputs like `x`, and its arrays."""
-        layout = self._layouts.for_rows(self._dtype)
-        arrays = (self._values(layout, self._dtype), *layout.arrays)
+        layout = self._layouts.for_rows(self.dtype)
+        arrays = (self._values(layout, self.dtype), *layout.arrays)
         arguments = (x, bias, self.weight.active, out, 0, *arrays)
         self._ready[x.ndim] = layout, layout.launch.serial(arguments), arrays
         return self._ready[x.ndim]
+
+    def calls(
+        self, x: Array, bias: Array | None, out: Array, code: int
+    ) -> Iterator[tuple[Launcher, int, tuple[Any, ...]]]:
+        """Yield the kernels that `matmul_fast` calls on one thread: their items and arguments."""
+        others = (x, self._no_bias if bias is None else bias, self._active, out, code)
+        layout = self._layouts.for_batch(len(x), x.dtype)
+        if layout is not None:
+            arrays = (self._values(layout, x.dtype), *layout.arrays)
+            yield layout.launch, layout.n_items(len(x)), (*others, *arrays)
+        else:
+            for first, tiles, lanes in tile_parts(len(x), x.itemsize):
+                layout, arrays, _ = self._tiles_of(lanes, others)
+                runs = layout.least_runs
+                yield layout.launch, tiles * runs, (runs, first, *arrays, *others)
+
+    def work(self, batch: int) -> float:
+        """Estimate the nanoseconds of a product's sums on one thread, as `matmul_fast` does."""
+        layout = self._layouts.for_batch(batch, self.dtype)
+        return float(batch * (self._tiles_work if layout is None else layout.nanoseconds))
 
     def describe(self) -> dict[str, object]:
         """Return kernels, layout, and bytes in addition to the weight's own."""
@@ -175,12 +207,11 @@ class NumbaPrepared:
 
     def nanoseconds(self, batch: int) -> float:
         """Estimate the single-threaded time of a product, by a model fitted to float32."""
-        if batch <= self._layouts.most_rows:
-            layout = self._layouts.for_rows(self._dtype)
-            if batch <= layout.most_rows:
-                return CALL_NANOSECONDS + float(layout.batch_nanoseconds(batch))
-        sums = tiles_nanoseconds(batch, self._dtype.itemsize) * self.weight.nnz
-        moves = batch * sum(self.weight.shape) * MOVE_NANOSECONDS * self._dtype.itemsize / 4
+        layout = self._layouts.for_batch(batch, self.dtype)
+        if layout is not None:
+            return CALL_NANOSECONDS + float(layout.batch_nanoseconds(batch))
+        sums = tiles_nanoseconds(batch, self.dtype.itemsize) * self.weight.nnz
+        moves = batch * sum(self.weight.shape) * MOVE_NANOSECONDS * self.dtype.itemsize / 4
         return CALL_NANOSECONDS + sums + moves
 
     def with_values(self, weight: CondensedWeight) -> NumbaPrepared:
@@ -224,14 +255,13 @@ class NumbaPrepared:
         threads: int | None,
     ) -> None:
         """Compute a product; all arrays have one dtype and are in C order."""
-        if batch <= self._layouts.most_rows:
-            layout = self._layouts.for_rows(x.dtype)
-            if batch <= layout.most_rows:
-                values = self._values(layout, x.dtype)
-                with pool(threads, batch * layout.nanoseconds) as n_threads:
-                    layout.multiply(values, x, bias, columns, out, code, n_threads)
-                return
-        with pool(threads, batch * self.weight.nnz * LANE_NANOSECONDS) as n_threads:
+        layout = self._layouts.for_batch(batch, x.dtype)
+        if layout is not None:
+            values = self._values(layout, x.dtype)
+            with pool(threads, batch * layout.nanoseconds) as n_threads:
+                layout.multiply(values, x, bias, columns, out, code, n_threads)
+            return
+        with pool(threads, batch * self._tiles_work) as n_threads:
             self._multiply_tiles(x, bias, columns, out, code, n_threads)
 
     def _multiply_tiles(
@@ -246,11 +276,9 @@ class NumbaPrepared:
         of_columns: bool = False,
     ) -> None:
         """Compute a product in tiles."""
-        itemsize = x.itemsize
         others = x, bias, columns, out, code
-        for first, tiles, lanes in tile_parts(len(x), itemsize):
-            key = (lanes, itemsize, of_columns)
-            layout, arrays, serial = self._tiled.get(key) or self._make_tiled(key, others)
+        for first, tiles, lanes in tile_parts(len(x), x.itemsize):
+            layout, arrays, serial = self._tiles_of(lanes, others, of_columns=of_columns)
             if n_threads == 1:
                 runs = layout.least_runs
                 serial(tiles * runs, (runs, first, *arrays, *others))
@@ -258,15 +286,17 @@ class NumbaPrepared:
                 runs = layout.runs(tiles, n_threads)
                 layout.launch(tiles * runs, n_threads, (runs, first, *arrays, *others))
 
-    def _make_tiled(self, key: tuple[int, int, bool], others: tuple[Any, ...]) -> Any:
+    def _tiles_of(self, lanes: int, others: tuple[Any, ...], *, of_columns: bool = False) -> Any:
         """Return the layout for tiles, its arrays, and its compiled code for one thread."""
-        lanes, _, of_columns = key
         dtype = others[0].dtype
-        layout = self._layouts.for_tiles(lanes, dtype, of_columns=of_columns)
-        arrays = (*layout.arrays, self._values(layout, dtype))
-        serial = layout.launch.serial((1, 0, *arrays, *others))
-        self._tiled[key] = tiled = layout, arrays, serial
-        return tiled
+        key = (lanes, dtype.itemsize, of_columns)
+        made = self._tiled.get(key)
+        if made is None:
+            layout = self._layouts.for_tiles(lanes, dtype, of_columns=of_columns)
+            arrays = (*layout.arrays, self._values(layout, dtype))
+            made = layout, arrays, layout.launch.serial((1, 0, *arrays, *others))
+            self._tiled[key] = made
+        return made
 
     def _values(self, layout: Any, dtype: np.dtype[Any]) -> Array:
         """Return the values in a layout's order."""
@@ -281,7 +311,7 @@ class NumbaPrepared:
     ) -> None:
         """Write the gradients to `out`."""
         active = grad if self._layouts.is_full else grad[:, self.weight.active]
-        work = grad.shape[0] * self.weight.nnz * LANE_NANOSECONDS
+        work = grad.shape[0] * self._tiles_work
         with pool(threads, work) as n_threads:
             if out.x is not None:
                 self._input_gradient(active, out.x, n_threads)

@@ -18,7 +18,7 @@ from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.compressed_rows import aligned_empty, position_dtype
 from srigl_core.backends.numba_cpu.results import deliver_sums
 from srigl_core.backends.numba_cpu.row_layout import RowLayout, row_launcher
-from srigl_core.backends.numba_cpu.scratch import scratch
+from srigl_core.backends.numba_cpu.scratch import registers
 from srigl_core.backends.numba_cpu.simd import fma, gather, load, zeros
 
 __all__ = ["NeuronLanes"]
@@ -90,7 +90,7 @@ def _launcher(lanes: int) -> Launcher:
     @kernel()
     def sum_rows(groups, rows, values, arrays, x, n_in, columns, bias, out):
         (indices,) = arrays
-        n_columns, spare = bias.size, scratch(lanes, x)
+        n_columns, spare = bias.size, registers(lanes, x)
         size = values.size // ((columns.size + lanes - 1) // lanes)
         row = rows[0]
         while row < rows[1]:

@@ -95,8 +95,9 @@ class pool:  # noqa: N801 - a context manager that reads like a function
 
 def is_small(threads: int | None, work: float) -> bool:
     """Whether only one thread can be used, or more are not worth it."""
-    has_no_pool = _state.is_forked_child or numba.config.NUMBA_NUM_THREADS == 1
-    return has_no_pool or threads == 1 or work < SMALLEST_PARALLEL_WORK
+    if threads == 1 or work < SMALLEST_PARALLEL_WORK:
+        return True
+    return _state.is_forked_child or bool(numba.config.NUMBA_NUM_THREADS == 1)
 
 
 def _layer_of_started_pool() -> str | None:

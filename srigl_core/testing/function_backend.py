@@ -19,12 +19,7 @@ from srigl_core._update import CondensedUpdate, GradientRows, MaskUpdate, Update
 from srigl_core.contract import Capabilities, MatmulGradients
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.mask_update import make_update, srigl_update
-from srigl_core.testing.kernel_capabilities import (
-    KERNEL_OPERATIONS,
-    REMAP_SETTINGS,
-    KernelCapabilities,
-    completed,
-)
+from srigl_core.testing.kernel_capabilities import REMAP_SETTINGS, KernelCapabilities, completed
 from srigl_core.testing.law import LawViolation
 
 __all__ = ["FunctionBackend", "declare"]
@@ -87,9 +82,9 @@ class FunctionBackend:
     ----------
     function : callable
     op : str or None
-        One of `srigl_core.contract.OPERATIONS`, "remap_state" or "remap_condensed". For this and
-        the options below, None is what the function was declared with (`declare`); the default is
-        "condensed_matmul".
+        One of `srigl_core.contract.OPERATIONS` other than "chain", "remap_state" or
+        "remap_condensed". For this and the options below, None is what the function was declared
+        with (`declare`); the default is "condensed_matmul".
     capabilities : Capabilities or None
         What the function can do; by default all that its parameters allow. Without the parameter
         `bias` or `activation` problems have none; without `weight`, `active` and `n_out` no neuron
@@ -134,8 +129,8 @@ class FunctionBackend:
             capabilities=capabilities, asarray=asarray, index_dtype=index_dtype
         )
         op = op or declared.get("op", "condensed_matmul")
-        if op not in KERNEL_OPERATIONS:
-            raise SriglError(f"op={op!r} is unknown; use one of {', '.join(KERNEL_OPERATIONS)}")
+        if op not in PARAMETERS:
+            raise SriglError(f"op={op!r} is unknown; use one of {', '.join(PARAMETERS)}")
         options = {**declared, **self.options}
         self.function, self._asarray = function, options.get("asarray")
         self._index_dtype = _integer_dtype(options.get("index_dtype"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from srigl_core.testing.chain_laws import CHAIN_LAWS
 from srigl_core.testing.gradient_laws import GRADIENT_LAWS
 from srigl_core.testing.law import Law
 from srigl_core.testing.product_laws import PRODUCT_LAWS
@@ -15,11 +16,12 @@ LAWS: tuple[Law, ...] = (
     *PRODUCT_LAWS,
     *GRADIENT_LAWS,
     *QUANTIZED_LAWS,
+    *CHAIN_LAWS,
     *UPDATE_LAWS,
     *REMAP_LAWS,
 )
-"""The laws of the products, of gradients, of mask updates and of remapped optimiser state; each \
-name is unique."""
+"""The laws of products, gradients, chains, mask updates and remapped optimiser state; each name is
+unique."""
 
 
 def laws_page() -> str:

@@ -40,6 +40,7 @@ __all__ = [
     "MatmulProblem",
     "matmul_problem",
     "random_inputs",
+    "random_weight",
     "subnormal_problem",
 ]
 
@@ -150,7 +151,7 @@ def matmul_problem(
     seed = source.integer(0, 2**16)
     rng = source.rng()
     lead, shape = sizes.leading_shape, (sizes.n_out, sizes.n_in)
-    weight = _random_weight(rng, shape, sizes.fan_in, sizes.n_active, values_dtype, magnitude)
+    weight = random_weight(rng, shape, sizes.fan_in, sizes.n_active, values_dtype, magnitude)
     x = random_inputs(rng, weight, lead, x_dtype, magnitude)
     grad = random_numbers(rng, (*lead, sizes.n_out), grad_dtype, magnitude)
     if thinned:
@@ -224,7 +225,7 @@ def _sparse(
     return np.where(kept if axis else kept[:, None], array, array.dtype.type(0))
 
 
-def _random_weight(
+def random_weight(
     rng: np.random.Generator,
     shape: tuple[int, int],
     fan_in: int,

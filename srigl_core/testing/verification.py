@@ -188,7 +188,7 @@ def try_law(
     needed = ["value_dtypes"]
     if law.operation != "update_mask":
         needed.append("index_dtypes")
-    if law.operation.endswith("matmul") or law.operation == "condensed_matmul_backward":
+    if law.operation.endswith("matmul") or law.operation in ("condensed_matmul_backward", "chain"):
         needed.append("activations")
     if law.operation == "quantized_matmul":
         needed.append("quantized_inputs")
@@ -215,8 +215,9 @@ def check_law(kernel: Any, law: str | Law, problem: Any) -> None:
     kernel : str, Backend, class or function
         As in `as_backend`.
     law : str or Law
-    problem : MatmulProblem, QuantizedProblem, UpdateProblem, CondensedUpdateProblem or list of int
-        The problem, or the integers that it is built from, as a report shows them.
+    problem : a problem, or list of int
+        The problem, such as a `MatmulProblem`, or the integers that it is built from, as a report
+        shows them.
 
     Raises
     ------

@@ -23,6 +23,7 @@ from srigl_core.torch.model_report import LayerReport, ModelReport, report
 from srigl_core.torch.onnx import export_onnx
 from srigl_core.torch.optimizers import OptimizerRule, register_optimizer
 from srigl_core.torch.released_checkpoint import load_released_checkpoint
+from srigl_core.torch.sequential import CondensedSequential
 from srigl_core.torch.training import SRigL
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "CondensedConv2d",
     "CondensedLinear",
     "CondensedMultiheadAttention",
+    "CondensedSequential",
     "Folding",
     "LayerReport",
     "ModelReport",

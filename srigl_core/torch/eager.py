@@ -23,19 +23,19 @@ from srigl_core.torch.ops import (
     multiply,
 )
 
-__all__ = ["condensed_product", "inference_product"]
+__all__ = ["are_plain", "condensed_product", "inference_product", "is_eager"]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def condensed_product(*inputs: Any) -> Any:
     """Return the product that has a gradient; the arguments are those of ``condensed_linear``."""
-    return (CondensedLinearFunction.apply if _is_eager(*inputs) else condensed_linear)(*inputs)
+    return (CondensedLinearFunction.apply if is_eager(*inputs) else condensed_linear)(*inputs)
 
 
 def inference_product(*inputs: Any) -> Any:
     """Return the product without a gradient, by the arguments of ``condensed_inference``."""
-    return (multiply if _is_eager(*inputs) else condensed_inference)(*inputs)
+    return (multiply if is_eager(*inputs) else condensed_inference)(*inputs)
 
 
 class CondensedLinearFunction(Function):  # type: ignore[misc] # torch is untyped here
@@ -50,11 +50,11 @@ class CondensedLinearFunction(Function):  # type: ignore[misc] # torch is untype
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         """Return the gradients, which have a gradient themselves where grad mode is on."""
-        is_plain = not torch.is_grad_enabled() and _is_eager(grad)
+        is_plain = not torch.is_grad_enabled() and is_eager(grad)
         return gradients(ctx, grad, compute_gradients if is_plain else condensed_linear_backward)
 
 
-def _is_eager(*inputs: Any) -> bool:
+def is_eager(*inputs: Any) -> bool:
     """Return whether the inputs are plain tensors on the CPU, and nothing traces or changes ops."""
     return not (
         torch.compiler.is_compiling()
@@ -62,9 +62,12 @@ def _is_eager(*inputs: Any) -> bool:
         or torch._C._get_tracing_state() is not None
         or peek_interpreter_stack() is not None
         or torch.is_autocast_enabled("cpu")
-        or any(
-            type(each) not in _PLAIN or not each.is_cpu
-            for each in inputs
-            if isinstance(each, torch.Tensor)
-        )
+        or not are_plain(*inputs)
+    )
+
+
+def are_plain(*inputs: Any) -> bool:
+    """Return whether all tensors among the inputs are of no subclass, and on the CPU."""
+    return all(
+        type(each) in _PLAIN and each.is_cpu for each in inputs if isinstance(each, torch.Tensor)
     )

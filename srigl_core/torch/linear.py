@@ -323,10 +323,10 @@ class CondensedLinear(HasDenseWeight, nn.Module):  # type: ignore[misc] # torch 
         columns = self.indices[: n_active * fan_in].long().view(n_active, fan_in)
         return rows, columns, n_active * fan_in
 
-    def forward(self, x: Any) -> Any:
-        """Return the product with `x`, (..., in_features), as (..., out_features)."""
+    def arguments(self, x: Any) -> tuple[Any, ...]:
+        """Return the arguments of a product with `x`, for the operators."""
         buffers = self._buffers  # faster than attribute access
-        tensors = (
+        return (
             x,
             self.values,
             buffers["indices"],
@@ -335,6 +335,10 @@ class CondensedLinear(HasDenseWeight, nn.Module):  # type: ignore[misc] # torch 
             self.bias,
             self.in_features,
         )
+
+    def forward(self, x: Any) -> Any:
+        """Return the product with `x`, (..., in_features), as (..., out_features)."""
+        tensors = self.arguments(x)
         activation = self.activation or "none"
         if torch.is_grad_enabled():
             return ACTIVATION_FUNCTIONS[activation](condensed_product(*tensors))

@@ -33,6 +33,7 @@ __all__ = [
     "gradients",
     "keep_for_backward",
     "multiply",
+    "restore_threads",
 ]
 
 _WEIGHT = "Tensor values, Tensor indices, Tensor active, Tensor counts"
@@ -84,7 +85,7 @@ def multiply(x: Any, *layer: Any) -> Any:
                     threads=threads,
                 )
             finally:
-                _restore_threads(threads)
+                restore_threads(threads)
     return y
 
 
@@ -130,7 +131,7 @@ def compute_gradients(grad: Any, x: Any, *layer: Any) -> tuple[Any, Any, Any]:
         try:
             packing.plan.write_gradients(grad_rows, rows, out=out, threads=threads)
         finally:
-            _restore_threads(threads)
+            restore_threads(threads)
     return results
 
 
@@ -237,7 +238,7 @@ def _rows(array: Any) -> Any:
     return array if array.ndim == 2 else array.reshape(-1, array.shape[-1])
 
 
-def _restore_threads(threads: int) -> None:
+def restore_threads(threads: int) -> None:
     """Restore PyTorch's number of threads, which Numba's OpenMP pool overwrites."""
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)

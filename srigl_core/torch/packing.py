@@ -27,7 +27,15 @@ from srigl_core.errors import SriglError
 from srigl_core.torch.sharded_tensors import may_be_viewed
 from srigl_core.torch.tensors import as_numpy, numpy_dtype
 
-__all__ = ["Packing", "condensed_weight", "freeze_packing", "packing_of", "unfreeze_packing"]
+__all__ = [
+    "Packing",
+    "condensed_weight",
+    "copied",
+    "freeze_packing",
+    "holds",
+    "packing_of",
+    "unfreeze_packing",
+]
 
 
 # Faster than NumPy, which writes an array of results, and takes longer for a call.
@@ -68,7 +76,7 @@ class Packing:
 
     def has_mask(self, mask: tuple[Any, ...], n_in: int) -> bool:
         """Return whether these connections are packed."""
-        return n_in == self.n_in and all(map(_holds, mask, self.mask))
+        return n_in == self.n_in and all(map(holds, mask, self.mask))
 
 
 _packings: dict[int, Packing] = {}
@@ -121,7 +129,7 @@ def packing_of(
         kept is not None
         and same_mask
         and kept.seen[0][0] == state[0]
-        and _holds(values, kept.values)
+        and holds(values, kept.values)
     ):
         if kept.seen[0] != state:
             kept.seen = state, _memory(values, active, counts)
@@ -133,7 +141,7 @@ def packing_of(
         numbers = as_numpy(source)[: weight.nnz].reshape(weight.values.shape)
         plan = kept.plan.with_weight(weight.with_values(numbers))
     else:
-        copies = _copy(indices), _copy(active), _copy(counts)
+        copies = copied(indices), copied(active), copied(counts)
         backend = get_backend(operation="condensed_matmul_backward", device=values.device.type)
         plan = prepare(condensed_weight(source, *copies, n_in), backend=backend)
         evict = weakref.ref(indices.untyped_storage(), lambda _: _packings.pop(key, None))
@@ -211,7 +219,8 @@ class _Bits:
         return bool(_memcmp(tensor.data_ptr(), self._address, self._nbytes) == 0)
 
 
-def _copy(tensor: Any) -> Any:
+def copied(tensor: Any) -> Any:
+    """Return a copy of a tensor, for `holds`."""
     if tensor.is_cpu:
         return _Bits(as_numpy(tensor).copy(), tensor.dtype)
     return tensor.detach().clone()
@@ -221,7 +230,7 @@ def _on_host(numbers: Any) -> NDArray[Any]:
     return numbers.numbers if isinstance(numbers, _Bits) else as_numpy(numbers)
 
 
-def _holds(tensor: Any, kept: Any) -> bool:
+def holds(tensor: Any, kept: Any) -> bool:
     """Return whether a tensor begins with the bits of a copy."""
     if isinstance(kept, _Bits):
         return kept.are_in(tensor)

@@ -14,6 +14,7 @@ from srigl_core.torch.attention import PROJECTION_LAYERS, CondensedMultiheadAtte
 from srigl_core.torch.conv import CondensedConv, CondensedConv1d, CondensedConv2d
 from srigl_core.torch.layer_types import is_gpt_conv1d, is_transposed
 from srigl_core.torch.linear import CondensedLinear
+from srigl_core.torch.sequential import use_chains
 from srigl_core.torch.state_markers import mark_states
 from srigl_core.torch.targets import Target, check_module, submodule
 
@@ -188,6 +189,7 @@ def replace_modules(model: Any, replacements: Mapping[str, Any]) -> None:
     new |= {key: made for key, (_, made) in attentions.items()}
     _swap(model, new)
     _leave_fast_paths(model)
+    use_chains(model)
     mark_states(model)
 
 

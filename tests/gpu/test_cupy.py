@@ -10,6 +10,7 @@ import pytest
 
 from srigl_core import (
     CondensedWeight,
+    chain,
     condensed_matmul,
     condensed_matmul_backward,
     prepare,
@@ -169,6 +170,27 @@ def test_cupy_arrays_go_in_and_come_out(hosted, dtype, batch):
     got = plan.backward(upload(grad), upload(x))
     for name in ("x", "values", "bias"):
         np.testing.assert_array_equal(seen(getattr(got, name)), getattr(wanted, name))
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_a_chain_takes_cupy_arrays(hosted, where):
+    weight, x, _, bias = problem("float32", (3,))
+    upload = hosted.device.upload
+    last = CondensedWeight.random((5, weight.shape[0]), fan_in=4, rng=0)
+    whole = chain(
+        [(weight, upload(bias) if where == "device" else bias, "relu"), (last, None, None)],
+        backend=hosted,
+    )
+    hidden = prepare(weight, backend=hosted)(upload(x), upload(bias), activation="relu")
+    wanted = seen(prepare(last, backend=hosted)(hidden))
+    y = whole(upload(x))
+    assert type(y) is cupy.ndarray
+    np.testing.assert_array_equal(seen(y), wanted)
+    out = upload(np.zeros_like(wanted))
+    assert whole(upload(x), out=out) is out
+    np.testing.assert_array_equal(seen(out), wanted)
+    with pytest.raises(ValueTypeError, match="x of type ndarray is not on a CUDA device"):
+        whole(x)
 
 
 @pytest.mark.parametrize("dtype", VALUE_TYPES)
