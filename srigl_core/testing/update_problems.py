@@ -121,8 +121,9 @@ def update_problem(
         mask = _connections_of_a_decimal_count(rng, shape).to_mask()
     if stays:  # the update changes no connection
         mask = any_mask(rng, (1, n_in), constant_fan_in=True).repeat(n_out, axis=0)
-        unchanging = {"nnz_budget": int(np.count_nonzero(mask)), "drop_fraction": 0.0}
-        settings = replace(settings, **unchanging, gamma_sal=None, min_salient=None)
+        nnz = int(np.count_nonzero(mask))
+        no_ablation = replace(settings, gamma_sal=None, min_salient=None)
+        settings = replace(no_ablation, nnz_budget=nnz, drop_fraction=0.0)
     else:
         settings = _with_shares(rng, settings, mask, drop_share, gamma_share)
     weight[~mask & (rng.random(shape) < 0.5)] = unseen
