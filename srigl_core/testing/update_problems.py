@@ -153,7 +153,7 @@ def _any_settings(
     drop_share = source.sampled_from(_SHARES[:1] if is_plain else _SHARES)
     gammas = (0.3, None, None, 1.0, 0.9, 0.01, 0.6)
     gamma_sal = setting("gamma_sal", gammas[-1:] if is_tall else gammas)
-    gamma_shares = (None, None, None, _just_below_a_count, _decimal, _decimal)
+    gamma_shares = (None, None, _just_below_a_count, _decimal, _decimal)
     gamma_share = source.sampled_from(gamma_shares[:1] if is_plain else gamma_shares)
     counts = (source.integer(0, n_in), source.sampled_from((n_in + 1, 2**40)))
     is_counted = setting("min_salient", (False, True, True), False) and not is_plain
