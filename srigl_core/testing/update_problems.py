@@ -151,10 +151,13 @@ def _any_settings(
     drop_fractions = (0.3, 0.0, 0.0, 1.0, 0.05, 0.5, 0.9)
     drop_fraction = source.sampled_from(drop_fractions[:1] if is_plain else drop_fractions)
     drop_share = source.sampled_from(_SHARES[:1] if is_plain else _SHARES)
-    gammas = (0.3, None, None, 1.0, 0.9, 0.01, 0.6)
-    gamma_sal = setting("gamma_sal", gammas[-1:] if is_tall else gammas)
-    gamma_shares = (None, None, None, _just_below_a_count, _decimal, _decimal)
-    gamma_share = source.sampled_from(gamma_shares[:1] if is_plain else gamma_shares)
+    gammas, gamma_shares = (0.3, None, None, 1.0, 0.9, 0.01, 0.6), _GAMMA_SHARES
+    if is_plain:
+        gammas, gamma_shares = gammas[-1:] if is_tall else gammas, (None,)
+    elif 2 * _DECIMAL_COUNTS[0] <= n_in <= LARGE:  # wide enough for decimal fractions to matter
+        gammas, gamma_shares = gammas[:1], (*5 * (_decimal,), _just_below_a_count)
+    gamma_sal = setting("gamma_sal", gammas)
+    gamma_share = source.sampled_from(gamma_shares)
     counts = (source.integer(0, n_in), source.sampled_from((n_in + 1, 2**40)))
     is_counted = setting("min_salient", (False, True, True), False) and not is_plain
     count = source.sampled_from(counts) if gamma_sal is None and is_counted else None
@@ -180,8 +183,9 @@ def _with_shares(
     n_out, n_in = mask.shape
     if drop_share is not None:
         settings = replace(settings, drop_fraction=drop_share(rng, int(np.count_nonzero(mask))))
-    if gamma_share is _decimal:
-        fan_ins = [count for count in _DECIMAL_COUNTS if count <= n_in]
+    if gamma_share is _decimal:  # a budget of most weights would need most rows: no threshold
+        fan_ins = [count for count in _DECIMAL_COUNTS if count <= n_in // 2]
+        fan_ins = fan_ins or [count for count in _DECIMAL_COUNTS[:1] if count <= n_in]
         if fan_ins:
             settings = replace(settings, nnz_budget=n_out * int(rng.choice(fan_ins)))
     if gamma_share is not None:
@@ -260,3 +264,5 @@ def _connections_of_a_decimal_count(
 
 _SHARES = (*7 * (None,), _just_below_a_count, _decimal, _decimal)
 """How a fraction is made for a number of weights; None is one of any value."""
+
+_GAMMA_SHARES = (None, None, None, _just_below_a_count, _decimal, _decimal)
