@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core._update import MaskUpdate, UpdateSettings
-from srigl_core.contract import Capabilities
+from srigl_core.contract import Capabilities, PreparedProduct
 from srigl_core.errors import BackendUnavailableError
 
 try:
@@ -29,6 +29,7 @@ from srigl_core.backends.numba_cpu import mask_update
 from srigl_core.backends.numba_cpu.cache_folder import describe_cache
 from srigl_core.backends.numba_cpu.condensed_matmul import NumbaPrepared
 from srigl_core.backends.numba_cpu.processor import describe_processor
+from srigl_core.backends.numba_cpu.quantized_matmul import prepare_quantized
 from srigl_core.backends.numba_cpu.threads import describe_threads
 
 __all__ = ["NumbaBackend"]
@@ -38,11 +39,17 @@ class NumbaBackend:
     """Compiled, parallel CPU kernels."""
 
     name = "numba"
-    capabilities = Capabilities(priority=20)
+    capabilities = Capabilities(
+        operations=Capabilities.operations | {"quantized_matmul"}, priority=20
+    )
 
     def prepare(self, weight: CondensedWeight) -> NumbaPrepared:
         """Return `weight` in this backend's layout."""
         return NumbaPrepared(weight)
+
+    def prepare_quantized(self, weight: QuantizedWeight, inputs: str) -> PreparedProduct:
+        """Return `weight` in this backend's layout."""
+        return prepare_quantized(weight, inputs)
 
     def update_mask(
         self,
