@@ -108,7 +108,8 @@ class Launcher:
         if n_threads == 1:
             self.serial(arguments)(n_items, arguments)
             return
-        compiled, parts = self._parallel, (arguments,)
+        parts: tuple[Any, ...] = (arguments,)
+        compiled = self._parallel
         for i, argument in enumerate(arguments):
             if type(argument) is tuple:  # Numba hands no tuple within a tuple to other threads
                 compiled = self._parallel_nested

@@ -89,8 +89,7 @@ def split(typing_context: Any, numbers: Any) -> Any:
     """Return the planes of 64 float32."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        octets = _vector(8, BLOCK)
-        registers = [builder.bitcast(part, octets) for part in _registers(builder, args[0])]
+        registers = _registers(builder, args[0], _vector(8, BLOCK))
         planes = []
         for pair in ((0, 1), (2, 3)):
             order = [4 * number + plane for plane in pair for number in range(BLOCK // 2)]
@@ -115,10 +114,7 @@ def look_up(typing_context: Any, low: Any, indices: Any, high: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         register = _vector(8, BLOCK)
-        first, last = (
-            [builder.bitcast(part, register) for part in _registers(builder, args[i])]
-            for i in (0, 2)
-        )
+        first, last = (_registers(builder, args[i], register) for i in (0, 2))
         index, zero = builder.bitcast(args[1], register), ir.Constant(register, None)
         is_connected = builder.icmp_signed(">=", index, zero)
         looked_up = [
@@ -146,13 +142,11 @@ def add_products(
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        octets = _vector(8, BLOCK)
-        index = builder.bitcast(args[2], octets)
-        registers = zip(*(_registers(builder, args[i]) for i in (0, 1, 3)), strict=True)
-        sums = []
-        for total, *blocks in registers:
-            first, last = (builder.bitcast(block, octets) for block in blocks)
-            found = builder.bitcast(_call(builder, _LOOK_UP, first, index, last), total.type)
+        octets, words = _vector(8, BLOCK), args[4].type
+        index, sums = builder.bitcast(args[2], octets), []
+        first, last = (_registers(builder, args[i], octets) for i in (1, 3))
+        for total, a, b in zip(_registers(builder, args[0], words), first, last, strict=True):
+            found = builder.bitcast(_call(builder, _LOOK_UP, a, index, b), words)
             sums.append(_call(builder, _ADD_PRODUCTS, total, found, args[4]))
         return _concatenated(builder, sums)
 
@@ -185,11 +179,12 @@ def _joined(builder: Any, planes: list[Any]) -> list[Any]:
     return numbers
 
 
-def _registers(builder: Any, numbers: Any) -> list[Any]:
-    """Return the registers of a multiple of 16 lanes of 32 bits."""
+def _registers(builder: Any, numbers: Any, register: Any) -> list[Any]:
+    """Return the registers, of 16 lanes each, of a vector whose lanes have 32 bits."""
+    quarter = BLOCK // 4
     return [
-        _shuffle(builder, numbers, numbers, list(range(i, i + BLOCK // 4)))
-        for i in range(0, numbers.type.count, BLOCK // 4)
+        builder.bitcast(_shuffle(builder, numbers, numbers, list(range(i, i + quarter))), register)
+        for i in range(0, numbers.type.count, quarter)
     ]
 
 

@@ -118,7 +118,6 @@ class Int8Lookup:
 
     def __init__(self, weight: QuantizedWeight) -> None:
         self.weight, self._layout = weight, ByteProducts(weight)
-        self._arrays = (self._layout.arrange(weight.values, _FLOAT32), *self._layout.arrays)
         self._columns = weight.active, np.arange(weight.n_active)
         self._no_bias = _no_bias(weight)
         self._ready: dict[int, Any] = {}
@@ -134,8 +133,8 @@ class Int8Lookup:
         self, x: Array, bias: Array, columns: Array, out: Array, code: int, threads: int | None
     ) -> None:
         layout, batch = self._layout, 1 if x.ndim == 1 else len(x)
-        arguments = (x, bias, columns, out, code, *self._arrays)
-        work = batch * layout.nanoseconds
+        arguments = (x, bias, columns, out, code, *layout.arrays)
+        work = 0 if threads == 1 else layout.nanoseconds(batch)
         if threads == 1 or is_small(threads, work):
             serial = self._ready.get(x.ndim)
             if serial is None:
@@ -157,7 +156,8 @@ class Int8Lookup:
     ) -> None:
         """Write the product to `out`."""
         offset = self._no_bias if bias is None else bias
-        offset = np.require(offset[self.weight.active] if compact else offset, requirements="CA")
+        columns = self.weight.active if compact else slice(None)
+        offset = np.require(offset[columns], _FLOAT32, ["C", "A"])
         is_wide = out.dtype == np.float64
         code = ACTIVATIONS["none" if is_wide else activation].code
         inputs = np.require(x, np.float32, ["C", "A"])
@@ -173,13 +173,13 @@ class Int8Lookup:
             "kernel": layout.name,
             "layout": "condensed",
             "padding": round(layout.padding, 3),
-            "bytes": layout.nbytes + self._arrays[0].nbytes,
+            "bytes": layout.nbytes,
             "inputs": "int8",
         }
 
     def nanoseconds(self, batch: int) -> float:
         """Estimate the single-threaded time of a product."""
-        return CALL_NANOSECONDS + batch * self._layout.nanoseconds
+        return CALL_NANOSECONDS + self._layout.nanoseconds(batch)
 
 
 def _no_bias(weight: QuantizedWeight) -> Array:

@@ -18,7 +18,7 @@ __all__ = ["RowLayout", "row_launcher"]
 Array = NDArray[Any]
 
 ROWS = 64
-"""Batch rows of an item, which one thread computes, unless the layout has another number."""
+"""Batch rows of an item, which one thread computes."""
 
 
 class RowLayout:
@@ -45,7 +45,6 @@ class RowLayout:
     """
 
     name: ClassVar[str]
-    item_rows: ClassVar[int] = ROWS
 
     def __init__(
         self,
@@ -73,7 +72,7 @@ class RowLayout:
 
     def n_items(self, batch: int) -> int:
         """Return the number of items that threads share."""
-        return self._n_groups * -(-batch // self.item_rows)
+        return self._n_groups * -(-batch // ROWS)
 
     def arrange(self, bits: Array, dtype: np.dtype[Any]) -> Array:
         """Return the values in this layout's order, for sums in `dtype`.
