@@ -186,7 +186,10 @@ def load_backend(
         return FunctionBackend(find(loaded), kernel)
     backend = getattr(loaded, find)()
     if kernel == "numba_cpu" and file not in WITHOUT_KERNELS:
-        backend.capabilities = KernelCapabilities(value_dtypes=frozenset(dtypes))
+        operations = backend.capabilities.operations
+        backend.capabilities = KernelCapabilities(
+            operations=operations, value_dtypes=frozenset(dtypes)
+        )
     # The reference limits its problems to save time; a bug that large ones show must be seen too.
     most = max(Capabilities.largest_problem, backend.capabilities.largest_problem)
     backend.capabilities = replace(backend.capabilities, largest_problem=most)

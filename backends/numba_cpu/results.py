@@ -104,20 +104,25 @@ def _finish_floats(out, start, first, last, code):
 
 def _finish_weight_only(out, start, first, last, code):
     activation, scale, bias = code
-    for column in range(first, last):
-        out[start + column] = out[start + column] * scale[column] + bias[column]
+    _scale_sums(out[start + first : start + last], scale[first:last], bias[first:last])
     finish_row(out, start, first, last, activation)
 
 
 def _finish_int8(out, start, first, last, code):
     activation, scale, bias, s = code
-    _scale_integers(out[start : start + last], first, scale, bias, s[start // scale.size])
+    of_row = s[start // scale.size]
+    _scale_integers(out[start + first : start + last], scale[first:last], bias[first:last], of_row)
     finish_row(out, start, first, last, activation)
 
 
+@kernel()
+def _scale_sums(row, scale, bias):
+    for i in range(row.size):
+        row[i] = row[i] * scale[i] + bias[i]
+
+
 @kernel(exact=True)
-def _scale_integers(row, first, scale, bias, s):
-    for column in range(first, row.size):
-        is_active = scale[column] != 0
-        v = int8_product(row[column], scale[column], s) if is_active else np.float32(-0.0)
-        row[column] = v + bias[column]
+def _scale_integers(row, scale, bias, s):
+    for i in range(row.size):
+        v = int8_product(row[i], scale[i], s) if scale[i] != 0 else np.float32(-0.0)
+        row[i] = v + bias[i]
