@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core._update import MaskUpdate, UpdateSettings
-from srigl_core.contract import OPERATIONS, Capabilities, ChainLayer
+from srigl_core.contract import Capabilities, ChainLayer, PreparedProduct
 from srigl_core.errors import BackendUnavailableError
 
 try:
@@ -31,6 +31,7 @@ from srigl_core.backends.numba_cpu.cache_folder import describe_cache
 from srigl_core.backends.numba_cpu.chained import Chained
 from srigl_core.backends.numba_cpu.condensed_matmul import NumbaPrepared
 from srigl_core.backends.numba_cpu.processor import describe_processor
+from srigl_core.backends.numba_cpu.quantized_matmul import prepare_quantized
 from srigl_core.backends.numba_cpu.threads import describe_threads
 
 __all__ = ["NumbaBackend"]
@@ -40,7 +41,9 @@ class NumbaBackend:
     """Compiled, parallel CPU kernels."""
 
     name = "numba"
-    capabilities = Capabilities(operations=frozenset({*OPERATIONS[:3], "chain"}), priority=20)
+    capabilities = Capabilities(
+        operations=Capabilities.operations | {"quantized_matmul", "chain"}, priority=20
+    )
 
     def prepare(self, weight: CondensedWeight) -> NumbaPrepared:
         """Return `weight` in this backend's layout."""
@@ -50,6 +53,10 @@ class NumbaBackend:
         """Return the `matmul_fast` of a chain."""
         can_be_chained = all(hasattr(layer.prepared, "calls") for layer in layers)
         return Chained(layers).matmul_fast if can_be_chained else None
+
+    def prepare_quantized(self, weight: QuantizedWeight, inputs: str) -> PreparedProduct:
+        """Return `weight` in this backend's layout."""
+        return prepare_quantized(weight, inputs)
 
     def update_mask(
         self,

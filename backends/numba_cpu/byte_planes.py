@@ -26,6 +26,7 @@ from srigl_core.backends.numba_cpu.plane_lookup import (
     BLOCK,
     INDEX_WORDS,
     look_up,
+    place_of_lane,
     split,
     widen_pairs,
 )
@@ -51,7 +52,7 @@ class BytePlanes(RowLayout):
     name = "byte planes"
 
     def __init__(self, indices: Any, n_in: int) -> None:
-        positions, lookups, blocks, ends = scheduled(indices, n_in)
+        positions, lookups, blocks, ends = scheduled(indices, n_in, place_of_lane())
         super().__init__(
             positions,
             (lookups, blocks, ends),

@@ -80,7 +80,18 @@ class Launcher:
                 compute(first, last, *uncounted(arguments))
                 restore_float_mode(mode)
 
+        @kernel(parallel=True)
+        def parallel_nested(n_items, n_threads, before, group, after):
+            for t in prange(n_threads):
+                mode = honour_subnormals()
+                part = np.int64(t)
+                first, last = n_items * part // n_threads, n_items * (part + 1) // n_threads
+                arguments = (*before, group, *after)
+                compute(first, last, *uncounted(arguments))
+                restore_float_mode(mode)
+
         self._serial, self._parallel = serial, parallel
+        self._parallel_nested = parallel_nested
 
     def __call__(self, n_items: int, n_threads: int, arguments: Arguments) -> None:
         """Compute all items.
@@ -91,13 +102,18 @@ class Launcher:
         n_threads : int
             One thread does not use the pool.
         arguments : tuple
-            Contiguous, aligned arrays, and ints.
+            Contiguous, aligned arrays, and ints; or one tuple of them.
         """
         if n_threads == 1:
             self.serial(arguments)(n_items, arguments)
-        else:
-            code = compiled_code(self._parallel, (n_items, n_threads, arguments))
-            code(n_items, n_threads, arguments)
+            return
+        parts: tuple[Any, ...] = (arguments,)
+        compiled = self._parallel
+        for i, argument in enumerate(arguments):
+            if type(argument) is tuple:  # Numba hands no tuple within a tuple to other threads
+                compiled = self._parallel_nested
+                parts = (arguments[:i], argument, arguments[i + 1 :])
+        compiled_code(compiled, (n_items, n_threads, *parts))(n_items, n_threads, *parts)
 
     def serial(self, arguments: Arguments) -> Callable[[int, Arguments], None]:
         """Return the compiled code for one thread, called as ``code(n_items, arguments)``.

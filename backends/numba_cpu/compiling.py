@@ -22,7 +22,9 @@ from srigl_core.backends.numba_cpu.cache_folder import cache_directory
 __all__ = ["cache_directory", "frozen", "kernel"]
 
 
-def kernel(*, parallel: bool = False, reorder: bool = False) -> Callable[[Any], Any]:
+def kernel(
+    *, parallel: bool = False, reorder: bool = False, exact: bool = False
+) -> Callable[[Any], Any]:
     """Return the decorator that compiles a kernel.
 
     Parameters
@@ -31,8 +33,10 @@ def kernel(*, parallel: bool = False, reorder: bool = False) -> Callable[[Any], 
         Whether the kernel uses the thread pool.
     reorder : bool
         Whether the compiler may change the order of a sum, so that it can use vector registers.
-        That order is fixed at compile time. Fusing a product and a sum into one rounding is always
-        allowed. NaN, infinity and signed zero always keep their IEEE meaning.
+        That order is fixed at compile time.
+    exact : bool
+        Whether each operation rounds by itself. Otherwise the compiler may fuse a product and a sum
+        into one rounding. NaN, infinity and signed zero always keep their IEEE meaning.
 
     Notes
     -----
@@ -40,7 +44,7 @@ def kernel(*, parallel: bool = False, reorder: bool = False) -> Callable[[Any], 
     `cache_directory`. A kernel of another package is compiled in each process, since its sources
     are not part of the cache version.
     """
-    flags = {"contract", "reassoc"} if reorder else {"contract"}
+    flags = set() if exact else {"contract", "reassoc"} if reorder else {"contract"}
 
     def decorate(function: Any) -> Any:
         if function.__closure__:

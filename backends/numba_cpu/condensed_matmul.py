@@ -16,13 +16,14 @@ divided among threads. Any number of threads therefore gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._arrays.dtypes import accumulator_dtype, round_to
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.packed_weight import PackedWeight
 from srigl_core.backends.numba_cpu.batch_tiles import (
     LANE_NANOSECONDS,
     MOVE_NANOSECONDS,
@@ -46,7 +47,7 @@ from srigl_core.backends.numba_cpu.value_gradient import (
 from srigl_core.backends.numba_cpu.value_types import as_bits
 from srigl_core.contract import ACTIVATIONS, MatmulGradients
 
-__all__ = ["NumbaPrepared"]
+__all__ = ["CALL_NANOSECONDS", "NumbaPrepared", "rounded_into"]
 
 Array = NDArray[Any]
 
@@ -60,7 +61,7 @@ CALL_NANOSECONDS = 1_500
 class _Layouts:
     """The layouts of one mask, which all values on the mask share."""
 
-    def __init__(self, weight: CondensedWeight) -> None:
+    def __init__(self, weight: PackedWeight) -> None:
         self._indices, self._n_in = weight.indices, weight.shape[1]
         self.is_full = weight.n_active == weight.shape[0]
         self.every_neuron = np.arange(weight.n_active)
@@ -115,7 +116,7 @@ class _Layouts:
 
 
 class NumbaPrepared:
-    """A condensed weight in this backend's layouts."""
+    """A weight in this backend's layouts: of floats, or the integers of a quantised weight."""
 
     __slots__ = (
         "_active",
@@ -130,11 +131,11 @@ class NumbaPrepared:
         "weight",
     )
 
-    def __init__(self, weight: CondensedWeight, layouts: _Layouts | None = None) -> None:
+    def __init__(self, weight: PackedWeight, layouts: _Layouts | None = None) -> None:
         self.weight, self._active = weight, weight.active
         self._bits = as_bits(weight.values)
         self._layouts = layouts or _Layouts(weight)
-        self.dtype = accumulator_dtype(weight.dtype)
+        self.dtype = accumulator_dtype(weight.float_dtype)
         self._no_bias = np.zeros(weight.shape[0], self.dtype)
         self._tiles_work = weight.nnz * LANE_NANOSECONDS  # of a batch row
         self._arranged: dict[Any, Array] = {}
@@ -142,14 +143,16 @@ class NumbaPrepared:
         self._tiled: dict[tuple[int, int, bool], Any] = {}
 
     def matmul_fast(
-        self, x: Array, bias: Array | None, code: int, out: Array, threads: int | None
+        self, x: Array, bias: Array | None, code: Any, out: Array, threads: int | None
     ) -> None:
-        """Write the product of plain arrays to `out`."""
+        """Write the product of plain arrays to `out`; `code` is that of `results.finish_row`."""
         offset = self._no_bias if bias is None else bias
         active, rank = self._active, x.ndim
         batch = 1 if rank == 1 else len(x)
         if batch <= self._layouts.most_rows:
-            layout, product, arrays = self._ready.get(rank) or self._make_ready(x, offset, out)
+            layout, product, arrays = self._ready.get(rank) or self._make_ready(
+                x, offset, out, code
+            )
             if batch <= layout.most_rows:
                 work = batch * layout.nanoseconds
                 if threads == 1 or is_small(threads, work):
@@ -165,11 +168,11 @@ class NumbaPrepared:
             with pool(threads, work) as n:
                 self._multiply_tiles(x, offset, active, out, code, n)
 
-    def _make_ready(self, x: Array, bias: Array, out: Array) -> Any:
+    def _make_ready(self, x: Array, bias: Array, out: Array, code: Any) -> Any:
         """Return the layout, its compiled kernel for inputs like `x`, and its arrays."""
         layout = self._layouts.for_rows(self.dtype)
         arrays = (self._values(layout, self.dtype), *layout.arrays)
-        arguments = (x, bias, self.weight.active, out, 0, *arrays)
+        arguments = (x, bias, self._active, out, code, *arrays)
         self._ready[x.ndim] = layout, layout.launch.serial(arguments), arrays
         return self._ready[x.ndim]
 
@@ -195,8 +198,7 @@ class NumbaPrepared:
 
     def describe(self) -> dict[str, object]:
         """Return kernels, layout, and bytes in addition to the weight's own."""
-        dtype = accumulator_dtype(self.weight.dtype)
-        layout = self._layouts.for_rows(dtype)
+        layout = self._layouts.for_rows(self.dtype)
         beyond = f" up to batch {layout.most_rows}, lockstep beyond"
         return {
             "kernel": layout.name + ("" if layout.most_rows == np.inf else beyond),
@@ -214,7 +216,7 @@ class NumbaPrepared:
         moves = batch * sum(self.weight.shape) * MOVE_NANOSECONDS * self.dtype.itemsize / 4
         return CALL_NANOSECONDS + sums + moves
 
-    def with_values(self, weight: CondensedWeight) -> NumbaPrepared:
+    def with_values(self, weight: PackedWeight) -> NumbaPrepared:
         """Return this layout for other values; they share everything that depends on the mask."""
         return NumbaPrepared(weight, self._layouts)
 
@@ -229,32 +231,22 @@ class NumbaPrepared:
         threads: int | None,
     ) -> None:
         """Write the product to `out`."""
-        weight, layouts = self.weight, self._layouts
-        dtype = accumulator_dtype(x.dtype, weight.dtype)
-        direct = out.dtype == dtype and out.flags.carray
-        result = out if direct else np.empty(out.shape, dtype)
+        weight = self.weight
+        dtype = accumulator_dtype(x.dtype, weight.float_dtype)
         if bias is None:
-            offset = np.zeros(result.shape[1], dtype)
+            offset = np.zeros(out.shape[1], dtype)
         else:
             offset = np.require(bias[weight.active] if compact else bias, dtype, ["C", "A"])
-        columns = layouts.every_neuron if compact else weight.active
         inputs = np.require(x, dtype, ["C", "A"])
         code = ACTIVATIONS[activation].code
-        self._multiply(inputs, x.shape[0], offset, columns, result, code, threads)
-        if not direct:
-            out[...] = round_to(result, out.dtype)
+        with rounded_into(out, dtype) as result:
+            self.multiply(inputs, offset, compact, result, code, threads)
 
-    def _multiply(
-        self,
-        x: Array,
-        batch: int,
-        bias: Array,
-        columns: Array,
-        out: Array,
-        code: int,
-        threads: int | None,
+    def multiply(
+        self, x: Array, bias: Array, compact: bool, out: Array, code: Any, threads: int | None
     ) -> None:
         """Compute a product; all arrays have one dtype and are in C order."""
+        columns, batch = self._layouts.every_neuron if compact else self._active, len(x)
         layout = self._layouts.for_batch(batch, x.dtype)
         if layout is not None:
             values = self._values(layout, x.dtype)
@@ -270,7 +262,7 @@ class NumbaPrepared:
         bias: Array,
         columns: Array,
         out: Array,
-        code: int,
+        code: Any,
         n_threads: int,
         *,
         of_columns: bool = False,
@@ -323,30 +315,37 @@ class NumbaPrepared:
                 out.bias[...] = round_to(dbias, out.bias.dtype)
 
     def _input_gradient(self, grad: Array, out: Array, n_threads: int) -> None:
-        dtype = accumulator_dtype(grad.dtype, self.weight.dtype)
-        direct = out.dtype == dtype and out.flags.carray
-        result = out if direct else np.empty(out.shape, dtype)
-        self._multiply_tiles(
-            np.require(grad, dtype, ["C", "A"]),
-            np.zeros(out.shape[1], dtype),
-            self._layouts.every_input,
-            result,
-            ACTIVATIONS["none"].code,
-            n_threads,
-            of_columns=True,
-        )
-        if not direct:
-            out[...] = round_to(result, out.dtype)
+        dtype = accumulator_dtype(grad.dtype, self.weight.float_dtype)
+        with rounded_into(out, dtype) as result:
+            self._multiply_tiles(
+                np.require(grad, dtype, ["C", "A"]),
+                np.zeros(out.shape[1], dtype),
+                self._layouts.every_input,
+                result,
+                ACTIVATIONS["none"].code,
+                n_threads,
+                of_columns=True,
+            )
 
     def _value_gradient(self, grad: Array, x: Array, out: Array, n_threads: int) -> None:
-        dtype = accumulator_dtype(grad.dtype, x.dtype, self.weight.dtype)
-        direct = out.dtype == dtype and out.flags.carray
-        result = out if direct else np.empty(out.shape, dtype)
-        arrays = (*(np.require(array, dtype, ["C", "A"]) for array in (grad, x)), result)
-        if len(x) <= MOST_GATHERED:
-            gathered_gradient(self.weight.indices, *arrays, n_threads=n_threads)
-        else:
-            layout = self._layouts.for_tiles(lanes_of(len(x), dtype.itemsize), dtype)
-            value_gradient(layout, *arrays, n_threads=n_threads)
-        if not direct:
-            out[...] = round_to(result, out.dtype)
+        dtype = accumulator_dtype(grad.dtype, x.dtype, self.weight.float_dtype)
+        with rounded_into(out, dtype) as result:
+            arrays = (*(np.require(array, dtype, ["C", "A"]) for array in (grad, x)), result)
+            if len(x) <= MOST_GATHERED:
+                gathered_gradient(self.weight.indices, *arrays, n_threads=n_threads)
+            else:
+                layout = self._layouts.for_tiles(lanes_of(len(x), dtype.itemsize), dtype)
+                value_gradient(layout, *arrays, n_threads=n_threads)
+
+
+@contextmanager
+def rounded_into(out: Array, dtype: np.dtype[Any]) -> Iterator[Array]:
+    """Return an array of `dtype` in C order for results, which are then rounded into `out`.
+
+    It is `out` itself where that serves.
+    """
+    direct = out.dtype == dtype and out.flags.carray
+    result = out if direct else np.empty(out.shape, dtype)
+    yield result
+    if not direct:
+        out[...] = round_to(result, out.dtype)

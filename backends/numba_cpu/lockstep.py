@@ -126,9 +126,9 @@ class Lockstep:
     def arrange(self, bits: Any, dtype: Any) -> Any:
         """Return the values in this layout's order, for sums in `dtype`.
 
-        16-bit values are widened by the kernel that sums float32.
+        Narrow values are widened by the kernel that sums float32.
         """
-        stays = bits.itemsize == 2 and dtype == np.float32
+        stays = bits.itemsize <= 2 and dtype == np.float32
         return arranged(bits, self.positions, bits.dtype if stays else dtype)
 
     def runs(self, tiles: int, n_threads: int) -> int:

@@ -5,7 +5,7 @@ number. One instruction looks up 64 bytes in a plane of two blocks. Four of them
 plane, give the bytes of 64 numbers. A block, and its planes, are 64 lanes of int32 here.
 
 Compiling these functions for a processor without the instruction ends the process. Check
-`processor.has_byte_lookup` first.
+`processor.has_byte_lookup` first, and for `add_products`, which needs VNNI, `has_byte_products`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from numba.extending import intrinsic
 
 from srigl_core.backends.numba_cpu.simd import VectorType
 
-__all__ = ["BLOCK", "INDEX_WORDS", "PADDING", "look_up", "place_of_lane", "split", "widen_pairs"]
+__all__ = [
+    "BLOCK",
+    "INDEX_WORDS",
+    "PADDING",
+    "add_products",
+    "look_up",
+    "place_of_lane",
+    "split",
+    "widen_pairs",
+]
 
 BLOCK = 64
 """Numbers in a block, and lanes of a lookup."""
@@ -35,6 +44,7 @@ PADDING = 1 << 7
 _NUMBERS, _PLANES = VectorType(types.float32, BLOCK), VectorType(types.int32, BLOCK)
 _INDICES = VectorType(types.int32, INDEX_WORDS)
 _LOOK_UP = "llvm.x86.avx512.vpermi2var.qi.512"
+_ADD_PRODUCTS = "llvm.x86.avx512.vpdpbusd.512"
 
 
 def _vector(bits: int, lanes: int) -> Any:
@@ -107,10 +117,8 @@ def look_up(typing_context: Any, low: Any, indices: Any, high: Any) -> Any:
         first, last = (_registers(builder, args[i], register) for i in (0, 2))
         index, zero = builder.bitcast(args[1], register), ir.Constant(register, None)
         is_connected = builder.icmp_signed(">=", index, zero)
-        signature = ir.FunctionType(register, [register] * 3)
-        permute = cgutils.get_or_insert_function(builder.module, signature, _LOOK_UP)
         looked_up = [
-            builder.select(is_connected, builder.call(permute, [a, index, b]), zero)
+            builder.select(is_connected, _call(builder, _LOOK_UP, a, index, b), zero)
             for a, b in zip(first, last, strict=True)
         ]
         numbers = _concatenated(builder, _joined(builder, looked_up))
@@ -119,6 +127,37 @@ def look_up(typing_context: Any, low: Any, indices: Any, high: Any) -> Any:
     if (low, indices, high) != (_PLANES, _INDICES, _PLANES):
         raise TypingError(f"cannot look up {indices} in {low} and {high}")
     return _NUMBERS(low, indices, high), generate
+
+
+@intrinsic
+def add_products(
+    typing_context: Any, totals: Any, low: Any, indices: Any, high: Any, weights: Any
+) -> Any:
+    """Return int32 sums after a step: each lane adds four products of a byte and a weight.
+
+    Batch row r has the lanes ``16 * r`` to ``16 * r + 15`` of `totals`, and of `low` and `high`,
+    which hold the two blocks of its bytes. The 64 bytes of `indices` and `weights` are shared: byte
+    i is the index of an unsigned byte, as in `look_up` but with any byte for `PADDING`, and a
+    signed weight. Sums are modulo 2**32, and do not saturate.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        octets, words = _vector(8, BLOCK), args[4].type
+        index, sums = builder.bitcast(args[2], octets), []
+        first, last = (_registers(builder, args[i], octets) for i in (1, 3))
+        for total, a, b in zip(_registers(builder, args[0], words), first, last, strict=True):
+            found = builder.bitcast(_call(builder, _LOOK_UP, a, index, b), words)
+            sums.append(_call(builder, _ADD_PRODUCTS, total, found, args[4]))
+        return _concatenated(builder, sums)
+
+    if not totals == low == high or indices != _INDICES or weights != _INDICES:
+        raise TypingError(f"cannot add products of {low}, {high} and {weights} to {totals}")
+    return totals(totals, low, indices, high, weights), generate
+
+
+def _call(builder: Any, name: str, *args: Any) -> Any:
+    signature = ir.FunctionType(args[0].type, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args)
 
 
 def _joined(builder: Any, planes: list[Any]) -> list[Any]:
@@ -140,12 +179,12 @@ def _joined(builder: Any, planes: list[Any]) -> list[Any]:
     return numbers
 
 
-def _registers(builder: Any, block: Any, register: Any) -> list[Any]:
-    """Return the four registers of 64 lanes of 32 bits."""
+def _registers(builder: Any, numbers: Any, register: Any) -> list[Any]:
+    """Return the registers, of 16 lanes each, of a vector whose lanes have 32 bits."""
     quarter = BLOCK // 4
     return [
-        builder.bitcast(_shuffle(builder, block, block, list(range(i, i + quarter))), register)
-        for i in range(0, BLOCK, quarter)
+        builder.bitcast(_shuffle(builder, numbers, numbers, list(range(i, i + quarter))), register)
+        for i in range(0, numbers.type.count, quarter)
     ]
 
 

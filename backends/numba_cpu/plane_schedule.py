@@ -1,9 +1,12 @@
-"""Which two blocks of the input each step of `byte_planes` looks up in, and what each lane takes.
+"""Which two blocks of the input each step of a lookup uses, and what each lane takes from them.
+
+A lookup has 64 slots. In `byte_planes` a lane, which sums a neuron, has one of them; in
+`byte_products` it has four.
 
 A greedy schedule, made once for a mask. The first block of a step is the second of the step before,
 so that each step loads one. Beside it comes a block with a long backlog in some lane, which serves
-many of the lanes for which the first one has nothing; lanes that lag behind have more weight. A
-lane takes a connection from the block where its backlog is longer.
+many of the slots for which the first one has nothing; lanes that lag behind have more weight. A
+slot takes a connection from the block where its lane's backlog is longer.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import numpy as np
 
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.compressed_rows import aligned_empty
-from srigl_core.backends.numba_cpu.plane_lookup import BLOCK, PADDING, place_of_lane
+from srigl_core.backends.numba_cpu.plane_lookup import BLOCK, PADDING
 
 __all__ = ["LANES", "fewest_steps", "scheduled"]
 
@@ -25,9 +28,7 @@ MOST_URGENCY = 24
 """Weight of the lanes that have most connections left; one less for each connection fewer."""
 
 SERVED = 16
-"""Score of a lane that a block serves, beside the scores of `_need`."""
-
-_PLACE_OF_LANE = place_of_lane()
+"""Score of a slot that a block serves, beside the scores of `_need`."""
 
 
 def fewest_steps(indices: Any) -> int:
@@ -37,32 +38,37 @@ def fewest_steps(indices: Any) -> int:
     return int(-(-n_rows // LANES) * max(fan_in, n_blocks - 1))
 
 
-def scheduled(indices: Any, n_in: int) -> tuple[Any, Any, Any, Any]:
-    """Return the steps of all groups of 64 neurons.
+def scheduled(indices: Any, n_in: int, octet_places: Any, slots: int = 1) -> Any:
+    """Return the steps of all groups of neurons, one in each lane of `slots` slots.
 
     Parameters
     ----------
     indices : ndarray of uint16 or uint32, (n_active, k)
     n_in : int
+    octet_places : ndarray of int64, (64,)
+        Place of each slot's index among the 64 bytes of a step.
+    slots : int
+        Divides 64.
 
     Returns
     -------
     positions : ndarray of int32, (steps * 64,)
-        Position among the condensed values of what each lane multiplies, negative for padding.
+        Position among the condensed values of what each slot multiplies, negative for padding.
     lookups : ndarray of int32, (steps * 16,)
-        The indices for `look_up`, four to a number.
+        The index of each slot, four to a number: 0 to 63 in the first block, 64 to 127 in the
+        second, `PADDING` for none.
     blocks : ndarray of uint16, (steps + groups,)
         Step s of group g looks up in the blocks ``blocks[s + g]`` and ``blocks[s + g + 1]``.
     ends : ndarray of int64, (groups + 1,)
         Group g has the steps ``range(ends[g], ends[g + 1])``.
     """
-    n_groups, fan_in = -(-len(indices) // LANES), indices.shape[1]
+    n_groups, fan_in = -(-len(indices) * slots // BLOCK), -(-indices.shape[1] // slots)
     n_blocks = -(-n_in // BLOCK)
     ends = np.zeros(n_groups + 1, np.int64)
     most_steps = n_groups * (2 * fan_in + 16)
     group, arrays = 0, _arrays(most_steps, n_groups)
     while True:
-        group = _schedule(indices, n_blocks, group, *arrays, ends)
+        group = _schedule(indices, n_blocks, group, octet_places, slots, *arrays, ends)
         if group == n_groups:
             break
         # These masks need more steps than most: go on with twice the memory.
@@ -73,8 +79,8 @@ def scheduled(indices: Any, n_in: int) -> tuple[Any, Any, Any, Any]:
 
 
 def _arrays(steps: int, n_groups: int) -> tuple[Any, Any, Any]:
-    octets = aligned_empty(steps * LANES, np.uint8)
-    return np.empty(steps * LANES, np.int32), octets, np.empty(steps + n_groups, np.uint16)
+    octets = aligned_empty(steps * BLOCK, np.uint8)
+    return np.empty(steps * BLOCK, np.int32), octets, np.empty(steps + n_groups, np.uint16)
 
 
 def _copies(sources: tuple[Any, ...], targets: tuple[Any, ...]) -> Any:
@@ -85,27 +91,30 @@ def _copies(sources: tuple[Any, ...], targets: tuple[Any, ...]) -> Any:
 
 
 @kernel()
-def _schedule(indices, n_blocks, first_group, positions, octets, blocks, ends):
+def _schedule(indices, n_blocks, first_group, places, slots, positions, octets, blocks, ends):
     """Schedule groups from `first_group` on; return the first that no longer fits, or their number.
 
     `ends` receives the number of steps up to the end of each group.
     """
     # Each block with connections of the group gets a place.
     place_of, block_of = np.full(n_blocks, -1), np.empty(n_blocks, np.int64)
-    backlog = np.empty((LANES, n_blocks), np.float32)
-    nearest = np.empty((LANES, n_blocks), np.int32)
+    lanes = BLOCK // slots
+    backlog = np.empty((lanes, n_blocks), np.float32)
+    nearest = np.empty((lanes, n_blocks), np.int32)
     for group in range(first_group, ends.size - 1):
-        first, row = ends[group], group * LANES
+        first, row = ends[group], group * lanes
         n_places = _count_backlog(indices, row, place_of, block_of, backlog, nearest)
         steps = _schedule_group(
             indices,
             row,
-            positions[first * LANES :],
-            octets[first * LANES :],
+            positions[first * BLOCK :],
+            octets[first * BLOCK :],
             blocks[first + group : blocks.size - (ends.size - 2 - group)],
             block_of[:n_places],
             backlog,
             nearest,
+            places,
+            slots,
         )
         if steps < 0:
             return group
@@ -122,7 +131,7 @@ def _count_backlog(indices, row, place_of, block_of, backlog, nearest):
     The counts are float32: Numba would widen small integers, and only narrow types vectorise well.
     """
     n_places = 0
-    for lane in range(min(LANES, indices.shape[0] - row)):
+    for lane in range(min(len(backlog), indices.shape[0] - row)):
         for j in range(indices.shape[1]):
             block = np.int64(indices[row + lane, j]) // BLOCK
             place = place_of[block]
@@ -138,23 +147,25 @@ def _count_backlog(indices, row, place_of, block_of, backlog, nearest):
 
 
 @kernel()
-def _schedule_group(indices, row, positions, octets, blocks, block_of, backlog, nearest):
+def _schedule_group(
+    indices, row, positions, octets, blocks, block_of, backlog, nearest, places, slots
+):
     """Schedule the steps of a group; return their number, or -1 if there is no space for them."""
-    n_lanes, fan_in = min(LANES, indices.shape[0] - row), indices.shape[1]
+    n_lanes, fan_in = min(len(backlog), indices.shape[0] - row), indices.shape[1]
     need, scores = np.empty(block_of.size, np.float32), np.empty(block_of.size, np.float32)
     for place in range(need.size):
-        need[place] = _need(backlog, place)
-    missing = np.zeros(LANES, np.int32)
+        need[place] = _need(backlog, place, slots)
+    missing = np.zeros(len(backlog), np.int32)
     missing[:n_lanes] = fan_in
     left, step, second = fan_in * n_lanes, 0, _first_maximum(need)
     blocks[0] = block_of[second]
     while left > 0:
         if step + 1 == blocks.size:
             return -1
-        first, second = second, _best_partner(backlog, need, second, missing, scores)
+        first, second = second, _best_partner(backlog, need, second, missing, slots, scores)
         blocks[step + 1] = block_of[second]
-        for lane in range(LANES):
-            at, octet = step * LANES + lane, step * LANES + _PLACE_OF_LANE[lane]
+        for slot in range(BLOCK):
+            lane, at, octet = slot // slots, step * BLOCK + slot, step * BLOCK + places[slot]
             from_first = backlog[lane, first] >= backlog[lane, second]
             place = first if from_first else second
             if backlog[lane, place] == 0:
@@ -168,33 +179,35 @@ def _schedule_group(indices, row, positions, octets, blocks, block_of, backlog, 
             backlog[lane, place] -= 1
             missing[lane] -= 1
             left -= 1
-        need[first], need[second] = _need(backlog, first), _need(backlog, second)
+        need[first] = _need(backlog, first, slots)
+        need[second] = _need(backlog, second, slots)
         step += 1
     return step
 
 
 @kernel()
-def _need(backlog, place):
-    """Return a score that orders blocks by their longest backlog, and by lanes with a backlog."""
-    deepest, lanes = np.float32(0), np.float32(0)
-    for lane in range(LANES):
+def _need(backlog, place, slots):
+    """Return a score that orders blocks by their longest backlog, and by the slots they serve."""
+    deepest, served = np.float32(0), np.float32(0)
+    for lane in range(len(backlog)):
         deepest = max(deepest, backlog[lane, place])
-        lanes += np.float32(backlog[lane, place] > 0)
-    return deepest * np.float32(LANES) + 2 * lanes
+        served += min(backlog[lane, place], np.float32(slots))
+    return deepest * np.float32(BLOCK) + 2 * served
 
 
 @kernel()
-def _best_partner(backlog, need, first, missing, scores):
+def _best_partner(backlog, need, first, missing, slots, scores):
     """Return the block that helps most beside block `first`."""
-    most, nothing = missing.max(), np.float32(0)
+    most = missing.max()
     for place in range(scores.size):
         scores[place] = need[place]
-    for lane in range(LANES):
-        if missing[lane] > 0 and backlog[lane, first] == 0:
+    for lane in range(len(backlog)):
+        free = np.float32(slots) - backlog[lane, first]
+        if missing[lane] > 0 and free > 0:
             urgency = np.float32(SERVED * max(MOST_URGENCY - (most - missing[lane]), 1))
             waiting = backlog[lane, : scores.size]
             for place in range(scores.size):
-                scores[place] += urgency if waiting[place] > 0 else nothing
+                scores[place] += urgency * min(waiting[place], free)
     scores[first] = -1
     return _first_maximum(scores)
 

@@ -16,6 +16,7 @@ __all__ = [
     "describe_processor",
     "has_avx512",
     "has_byte_lookup",
+    "has_byte_products",
     "has_half_precision",
     "target_features",
     "vector_bytes",
@@ -50,6 +51,11 @@ def has_avx512() -> bool:
 def has_byte_lookup() -> bool:
     """Whether one instruction looks up 64 bytes in two registers."""
     return target_features() >= {"avx512f", "avx512bw", "avx512vbmi"}
+
+
+def has_byte_products() -> bool:
+    """Whether one instruction looks up 64 bytes, and another adds four of their products a lane."""
+    return has_byte_lookup() and "avx512vnni" in target_features()
 
 
 def has_half_precision() -> bool:
@@ -87,8 +93,9 @@ def cache_bytes() -> tuple[int, int]:
 
 
 def describe_processor() -> dict[str, object]:
-    """Return the target processor, and whether it can run the byte planes."""
+    """Return the target processor, and whether it can run the kernels that look up bytes."""
     return {
         "compiles for": numba.config.CPU_NAME or llvm.get_host_cpu_name(),
         "byte planes": "yes" if has_byte_lookup() else "no: needs AVX-512 VBMI",
+        "byte products": "yes" if has_byte_products() else "no: needs AVX-512 VBMI and VNNI",
     }

@@ -1,14 +1,23 @@
-"""From the sums of a kernel to the result: bias, ablated neurons, activation (SPEC 2)."""
+"""From the sums of a kernel to the result: scales, bias, ablated neurons, activation (SPEC 2)."""
 
 from __future__ import annotations
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.epilogue import activate_row
+from srigl_core.backends.numba_cpu.quantization import int8_product
 from srigl_core.backends.numba_cpu.simd import add, load, store
 
-__all__ = ["are_side_by_side", "deliver_sums", "fill_ablated", "finish_row", "first_column"]
+__all__ = [
+    "are_side_by_side",
+    "deliver_sums",
+    "fill_ablated",
+    "finish_row",
+    "first_column",
+]
 
 _WIDTH = 16
 
@@ -70,8 +79,50 @@ def fill_ablated(out, start, n_rows, columns, first, last, bias):
         at = stop + 1
 
 
-@kernel()
 def finish_row(out, start, first, last, code):
-    """Apply the activation to columns `first` to `last` of a result row."""
+    """Finish the sums in columns `first` to `last` of the result row that starts at ``out[start]``.
+
+    For a weight of floats the sums have their bias, and `code` is that of the activation. For a
+    quantised weight `code` is a tuple, and the sums have no bias yet: (code, scale, bias), or
+    (code, scale, bias, s) if the inputs are quantised too. `scale` and `bias` have a number for
+    each column, and `s` one for each row. The scale of an ablated neuron is 0.
+    """
+    raise NotImplementedError  # Numba compiles one of the three below, by the type of `code`
+
+
+@overload(finish_row)
+def _finish_row_of_type(out, start, first, last, code):
+    if not isinstance(code, types.BaseTuple):
+        return _finish_floats
+    return _finish_weight_only if len(code) == 3 else _finish_int8
+
+
+def _finish_floats(out, start, first, last, code):
     if code != 0:
         activate_row(out[start + first : start + last], code)
+
+
+def _finish_weight_only(out, start, first, last, code):
+    activation, scale, bias = code
+    _scale_sums(out[start + first : start + last], scale[first:last], bias[first:last])
+    finish_row(out, start, first, last, activation)
+
+
+def _finish_int8(out, start, first, last, code):
+    activation, scale, bias, s = code
+    of_row = s[start // scale.size]
+    _scale_integers(out[start + first : start + last], scale[first:last], bias[first:last], of_row)
+    finish_row(out, start, first, last, activation)
+
+
+@kernel()
+def _scale_sums(row, scale, bias):
+    for i in range(row.size):
+        row[i] = row[i] * scale[i] + bias[i]
+
+
+@kernel(exact=True)
+def _scale_integers(row, scale, bias, s):
+    for i in range(row.size):
+        v = int8_product(row[i], scale[i], s) if scale[i] != 0 else np.float32(-0.0)
+        row[i] = v + bias[i]

@@ -81,7 +81,7 @@ class RowLayout:
     def arrange(self, bits: Array, dtype: np.dtype[Any]) -> Array:
         """Return the values in this layout's order, for sums in `dtype`.
 
-        16-bit values stay 16-bit, since memory bandwidth limits these kernels; only float64 sums
+        Narrow values stay narrow, since memory bandwidth limits these kernels; only float64 sums
         need a conversion.
         """
         return arranged(bits, self._positions, dtype if dtype == np.float64 else bits.dtype)
@@ -102,12 +102,12 @@ class RowLayout:
         self.launch(self.n_items(batch), n_threads, arguments)
 
 
-def row_launcher(lanes: int, sum_rows: Any) -> Launcher:
+def row_launcher(lanes: int, sum_rows: Any, item_rows: int = ROWS) -> Launcher:
     """Return the kernel of a layout with `lanes` neurons in a group.
 
     ``sum_rows(groups, rows, values, arrays, x, n_in, columns, bias, out)`` writes the sums and the
     bias of two ranges, of groups and of batch rows. Its arrays are one-dimensional. An item is one
-    group of neurons for up to 64 batch rows.
+    group of neurons for up to `item_rows` batch rows.
     """
 
     @kernel()
@@ -117,7 +117,7 @@ def row_launcher(lanes: int, sum_rows: Any) -> Launcher:
         n_groups = (n_neurons + lanes - 1) // lanes
         for part in range(first // n_groups, (last + n_groups - 1) // n_groups):
             groups = max(first - part * n_groups, 0), min(last - part * n_groups, n_groups)
-            rows = part * ROWS, min((part + 1) * ROWS, line.size // n_in)
+            rows = part * item_rows, min((part + 1) * item_rows, line.size // n_in)
             low, high = min(groups[0] * lanes, n_neurons), min(groups[1] * lanes, n_neurons)
             if n_neurons != n_columns:
                 start = rows[0] * n_columns

@@ -18,7 +18,7 @@ from numba.extending import intrinsic, models, register_model
 from numba.np.arrayobj import make_array, populate_array
 
 from srigl_core.backends.numba_cpu.processor import has_half_precision
-from srigl_core.backends.numba_cpu.value_types import from_bfloat16, from_half
+from srigl_core.backends.numba_cpu.value_types import from_bfloat16, from_half, from_int8
 
 __all__ = [
     "VectorType",
@@ -29,6 +29,7 @@ __all__ = [
     "gather",
     "load",
     "load_quad",
+    "repeated",
     "splat",
     "store",
     "transpose",
@@ -43,6 +44,7 @@ _LLVM = {
     types.int16: _I16,
     types.int32: _I32,
 }
+_NARROW = (types.int8, types.uint16, types.int16)
 _NO_NAN_RULES = ("contract",)
 
 
@@ -76,7 +78,8 @@ def _read(builder: Any, address: Any, llvm_type: Any, align: int) -> Any:
     return value
 
 
-def _repeat(builder: Any, scalar: Any, lanes: int) -> Any:
+def repeated(builder: Any, scalar: Any, lanes: int) -> Any:
+    """Return an LLVM vector with `scalar` in each lane."""
     one = ir.VectorType(scalar.type, 1)
     single = builder.insert_element(ir.Constant(one, ir.Undefined), scalar, _I32(0))
     return _shuffle(builder, single, single, [0] * lanes)
@@ -103,7 +106,7 @@ def splat(typing_context: Any, scalar: Any, lanes: Any) -> Any:
     vector = VectorType(scalar, _constant_lanes(lanes))
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _repeat(builder, args[0], vector.lanes)
+        return repeated(builder, args[0], vector.lanes)
 
     return vector(scalar, lanes), generate
 
@@ -112,13 +115,13 @@ def splat(typing_context: Any, scalar: Any, lanes: Any) -> Any:
 def load(typing_context: Any, array: Any, offset: Any, lanes: Any) -> Any:
     """Return ``array[offset : offset + lanes]``.
 
-    float32, float64 and int32 stay as they are. Bits of 16-bit numbers, from `value_types.as_bits`,
-    become float32: uint16 holds float16, int16 holds bfloat16.
+    float32, float64 and int32 stay as they are. Values of fewer bits, from `value_types.as_bits`,
+    become float32: int8, uint16 that holds float16, and int16 that holds bfloat16.
     """
     dtype, n = array.dtype, _constant_lanes(lanes)
-    if dtype not in (types.uint16, *_LLVM):
+    if dtype not in (*_NARROW, *_LLVM):
         raise TypingError(f"no vectors of {dtype}")
-    vector = VectorType(types.float32 if dtype in (types.uint16, types.int16) else dtype, n)
+    vector = VectorType(types.float32 if dtype in _NARROW else dtype, n)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = _address(context, builder, signature.args[0], args[0], args[1])
@@ -131,7 +134,9 @@ def load(typing_context: Any, array: Any, offset: Any, lanes: Any) -> Any:
 
 
 def widened(builder: Any, raw: Any, dtype: Any) -> Any:
-    """Return a vector as it was read from an array of `dtype`, with 16-bit numbers as float32."""
+    """Return a vector as it was read from an array of `dtype`, with narrow numbers as float32."""
+    if dtype == types.int8:
+        return from_int8(builder, raw)
     if dtype == types.int16:
         return from_bfloat16(builder, raw)
     if dtype == types.uint16 and has_half_precision():
@@ -176,7 +181,13 @@ def store(typing_context: Any, array: Any, offset: Any, vector: Any) -> Any:
 @intrinsic
 def add(typing_context: Any, a: Any, b: Any) -> Any:
     """Return ``a + b``, lane by lane."""
-    return a(a, b), lambda context, builder, signature, args: builder.fadd(*args)
+    is_float = a.element in (types.float32, types.float64)
+    return (
+        a(a, b),
+        lambda context, builder, signature, args: (
+            builder.fadd(*args) if is_float else builder.add(*args)
+        ),
+    )
 
 
 @intrinsic

@@ -1,7 +1,7 @@
-"""Read 16-bit floating-point numbers, which Numba does not support, from arrays of their bits.
+"""Read values of fewer bits as float32: int8, and the 16-bit numbers that Numba does not support.
 
 A kernel receives a float16 array as uint16 and a bfloat16 array as int16, so that `load` knows the
-format by the array's dtype.
+format by the array's dtype. int8 stays as it is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numba.core.errors import TypingError
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-__all__ = ["as_bits", "from_bfloat16", "from_half", "load"]
+__all__ = ["as_bits", "float_of_bits", "from_bfloat16", "from_half", "from_int8", "load"]
 
 
 def as_bits(values: NDArray[Any]) -> NDArray[Any]:
@@ -31,14 +31,30 @@ def as_bits(values: NDArray[Any]) -> NDArray[Any]:
 def load(typing_context: Any, value: Any) -> Any:
     """Return the number whose bits are `value`, an element of an array from `as_bits`.
 
-    float32 and float64 stay as they are; 16-bit numbers become float32.
+    float32 and float64 stay as they are; numbers of fewer bits become float32.
     """
-    convert = {types.uint16: from_half, types.int16: from_bfloat16}.get(value)
+    narrow = {types.uint16: from_half, types.int16: from_bfloat16, types.int8: from_int8}
+    convert = narrow.get(value)
     if convert is not None:
         return types.float32(value), lambda context, builder, sig, args: convert(builder, args[0])
     if value in (types.float32, types.float64):
         return value(value), lambda context, builder, signature, args: args[0]
     raise TypingError(f"load takes an element of as_bits(...), not {value}")
+
+
+@intrinsic
+def float_of_bits(typing_context: Any, bits: Any) -> Any:
+    """Return the float32 whose bits are the int32 `bits`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+def from_int8(builder: Any, bits: Any) -> Any:
+    """Convert int8, one number or a vector, to float32."""
+    return builder.sitofp(bits, _word_types(bits.type)[1])
 
 
 def from_bfloat16(builder: Any, bits: Any) -> Any:

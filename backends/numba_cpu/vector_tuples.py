@@ -108,7 +108,7 @@ def accumulate(
 
     A step has as many connections as there are neurons, and at least four. Connection e of it, with
     ``values[at + e]`` and the row of the tile at ``offsets[at + e]``, belongs to neuron ``e % n``.
-    16-bit values become float32.
+    Narrow values become float32.
     """
     vector = totals.dtype
 
