@@ -7,6 +7,7 @@ sum cannot change its rounding to float32 (53 >= 2 * 24 + 2 bits).
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
 from typing import Any
 
@@ -56,6 +57,7 @@ def _products(weight: QuantizedWeight, rows: NDArray[np.float32]) -> NDArray[np.
     return products
 
 
+@functools.lru_cache(maxsize=1024)
 def _row_scales(largest: float) -> tuple[float, float]:
     """Return 127 / a and a / 127 in float32; infinity and 0 where the first overflows."""
     if not largest:
