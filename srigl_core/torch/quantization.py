@@ -10,7 +10,7 @@ from srigl_core._product_spec import QUANTIZED_INPUTS
 from srigl_core.errors import SriglError
 from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.quantized_linear import QuantizedLinear
-from srigl_core.torch.replacement import has_hooks, replace_modules
+from srigl_core.torch.replacement import replace_modules
 from srigl_core.torch.selection import Entry
 from srigl_core.torch.sharded_tensors import check_not_sharded
 from srigl_core.torch.targets import Target, condensed_targets
@@ -83,8 +83,6 @@ def _quantized(target: Target, inputs: str) -> QuantizedLinear:
             f"layer {name!r} is of type {type(layer).__name__}, or has a forward of its own, and "
             f"what that adds to a condensed layer would be lost; exclude it"
         )
-    if has_hooks(layer):
-        raise SriglError(f"layer {name!r} has hooks, which would be lost; remove or exclude them")
     options = {"activation": layer.activation, "dtype": layer.dtype, "device": layer.values.device}
     try:
         weight = layer.to_condensed().quantize()
