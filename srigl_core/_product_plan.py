@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from srigl_core._arrays.checks import check_flag, check_integer
-from srigl_core._arrays.dtypes import accumulator_dtype, value_dtype
+from srigl_core._arrays.dtypes import accumulator_dtype, result_dtype, value_dtype
 from srigl_core._arrays.libraries import common_library, library_of
 from srigl_core._arrays.operations import HOST_ARRAYS, ArrayOps
 from srigl_core._cost_model import compared, dense_nanoseconds
@@ -232,7 +232,7 @@ class ProductPlan(BoundToProcess):
         bias : array of the backend, (n_out,), or None
         activation : str
         out : array of the backend, (batch, n_out)
-            Shares no memory with the inputs.
+            Of any value type. Shares no memory with the inputs.
         threads : int or None
         """
         dtype = self._usual[0]
@@ -245,7 +245,8 @@ class ProductPlan(BoundToProcess):
         arrays = self.arrays
         with arrays.execution_context(x):
             if bias is not None:
-                bias = arrays.round_to(bias, bias_dtype(arrays.dtype(out), self.inputs))
+                product = result_dtype(arrays.dtype(x), self.weight.float_dtype)
+                bias = arrays.round_to(bias, bias_dtype(product, self.inputs))
             self._prepared.matmul(
                 x, bias, activation=activation, compact=False, out=out, threads=threads
             )

@@ -20,12 +20,14 @@ except ModuleNotFoundError as error:
 from srigl_core.jax.condensed_matmul import condensed_linear
 from srigl_core.jax.connections import Connections, from_condensed, to_condensed
 from srigl_core.jax.mask_update import SriglUpdate, remap_state, srigl_update
+from srigl_core.jax.quantized_matmul import quantized_linear
 
 __all__ = [
     "Connections",
     "SriglUpdate",
     "condensed_linear",
     "from_condensed",
+    "quantized_linear",
     "remap_state",
     "srigl_update",
     "to_condensed",

@@ -22,6 +22,8 @@ from srigl_core.torch.model_file import load_model, save_model
 from srigl_core.torch.model_report import LayerReport, ModelReport, report
 from srigl_core.torch.onnx import export_onnx
 from srigl_core.torch.optimizers import OptimizerRule, register_optimizer
+from srigl_core.torch.quantization import quantize
+from srigl_core.torch.quantized_linear import QuantizedLinear
 from srigl_core.torch.released_checkpoint import load_released_checkpoint
 from srigl_core.torch.sequential import CondensedSequential
 from srigl_core.torch.training import SRigL
@@ -36,6 +38,7 @@ __all__ = [
     "LayerReport",
     "ModelReport",
     "OptimizerRule",
+    "QuantizedLinear",
     "SRigL",
     "TorchArrays",
     "condense",
@@ -44,6 +47,7 @@ __all__ = [
     "freeze",
     "load_model",
     "load_released_checkpoint",
+    "quantize",
     "register_optimizer",
     "report",
     "save_model",

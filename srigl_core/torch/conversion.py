@@ -15,6 +15,7 @@ from srigl_core.torch.attention import CondensedMultiheadAttention
 from srigl_core.torch.conv import GEOMETRY, CondensedConv, CondensedConv1d
 from srigl_core.torch.given_masks import NONZERO, ZEROS, given_masks, masks_by_layer
 from srigl_core.torch.replacement import (
+    PACKED,
     condensed_layer,
     condensed_modules,
     condensed_name,
@@ -97,7 +98,7 @@ def condense(
     else:
         given = masks_by_layer(masks)
         names = list(given)
-        for name in given.keys() & condensed_modules(model).keys():
+        for name in given.keys() & condensed_modules(model, PACKED).keys():
             raise SriglError(f"layer {name!r} is condensed already")
     selection = find_targets(model, names, exclude, unsupported=why_not_condensed)
     targets = selection.targets
@@ -135,7 +136,7 @@ def to_masked_dense(model: Any) -> Any:
         model is not changed.
     """
     check_not_sharded(model)
-    layers = condensed_modules(model)
+    layers = condensed_modules(model, PACKED)
     for name, layer in layers.items():
         activation = linear_of(layer).activation
         if activation not in (None, "none"):
@@ -170,7 +171,7 @@ def to_csr(model: Any) -> dict[str, scipy.sparse.csr_array]:
         zeros are stored. 16-bit values become float32.
     """
     check_not_sharded(model)
-    layers = condensed_modules(model)
+    layers = condensed_modules(model, PACKED)
     return {name: linear_of(layer).to_condensed().to_csr() for name, layer in layers.items()}
 
 

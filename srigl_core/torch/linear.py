@@ -18,10 +18,10 @@ from srigl_core.reference.init import sparse_init
 from srigl_core.torch.activations import ACTIVATION_FUNCTIONS
 from srigl_core.torch.capture import is_capturing
 from srigl_core.torch.eager import condensed_product, inference_product
-from srigl_core.torch.packing import condensed_weight
+from srigl_core.torch.packing import condensed_weight, packing_of
 from srigl_core.torch.sharded_tensors import is_sharded, laid_out, whole
 from srigl_core.torch.tensors import as_numpy, from_numpy, numpy_dtype, torch_dtype
-from srigl_core.torch.weight_view import HasDenseWeight
+from srigl_core.torch.weight_view import HasDenseWeight, dense_weight
 
 __all__ = ["ACTIVATION_FUNCTIONS", "CondensedLinear", "dense_like", "set_like", "weight_of"]
 
@@ -305,6 +305,11 @@ class CondensedLinear(HasDenseWeight, nn.Module):  # type: ignore[misc] # torch 
         return int(self.counts[1])
 
     @property
+    def dtype(self) -> Any:
+        """Dtype of the values."""
+        return self.values.dtype
+
+    @property
     def mask(self) -> Any:
         """The mask, (out_features, in_features), a new tensor of bool."""
         shape = (self.out_features, self.in_features)
@@ -312,6 +317,10 @@ class CondensedLinear(HasDenseWeight, nn.Module):  # type: ignore[misc] # torch 
         rows, columns, _ = self._places()
         mask[rows, columns] = True
         return mask
+
+    def dense_of(self, values: Any) -> Any:
+        """Return the masked dense weight of the layer's `values`, all of them."""
+        return dense_weight(values, self.indices, self.active, self.counts, self.in_features)
 
     def _weight_of(self) -> tuple[Any, tuple[int, ...]]:
         return self, (self.out_features, self.in_features)
@@ -323,8 +332,16 @@ class CondensedLinear(HasDenseWeight, nn.Module):  # type: ignore[misc] # torch 
         columns = self.indices[: n_active * fan_in].long().view(n_active, fan_in)
         return rows, columns, n_active * fan_in
 
-    def arguments(self, x: Any) -> tuple[Any, ...]:
-        """Return the arguments of a product with `x`, for the operators."""
+    def plan(self) -> Any:
+        """Return the plan of the layer's product, for the numbers that it has now."""
+        indices, active, counts = (self._buffers[name] for name in ("indices", "active", "counts"))
+        return packing_of(self.values, indices, active, counts, self.in_features).plan
+
+    def product(self, x: Any, activation: str) -> Any:
+        """Return the product with `x` and an activation, without a gradient."""
+        return inference_product(*self._arguments(x), activation)
+
+    def _arguments(self, x: Any) -> tuple[Any, ...]:
         buffers = self._buffers  # faster than attribute access
         return (
             x,
@@ -338,11 +355,10 @@ class CondensedLinear(HasDenseWeight, nn.Module):  # type: ignore[misc] # torch 
 
     def forward(self, x: Any) -> Any:
         """Return the product with `x`, (..., in_features), as (..., out_features)."""
-        tensors = self.arguments(x)
         activation = self.activation or "none"
         if torch.is_grad_enabled():
-            return ACTIVATION_FUNCTIONS[activation](condensed_product(*tensors))
-        return inference_product(*tensors, activation)
+            return ACTIVATION_FUNCTIONS[activation](condensed_product(*self._arguments(x)))
+        return self.product(x, activation)
 
     def extra_repr(self) -> str:
         """Return sizes, activation and whether there is a bias."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from srigl_core._arrays.dtypes import value_dtype
 from srigl_core._files import parse_json, write_whole
 from srigl_core._format.file import (
     array_names,
@@ -24,27 +25,35 @@ from srigl_core._format.file import (
     take_weight,
     weight_arrays,
 )
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
 from srigl_core.torch.attention import CondensedMultiheadAttention
 from srigl_core.torch.conv import GEOMETRY, CondensedConv, CondensedConv1d, CondensedConv2d
 from srigl_core.torch.layer_types import is_gpt_conv1d
 from srigl_core.torch.linear import CondensedLinear
+from srigl_core.torch.quantized_linear import QuantizedLinear
 from srigl_core.torch.replacement import (
+    PACKED,
     condensed_modules,
     linear_of,
+    packed_weight,
     present_layer,
     replace_modules,
 )
 from srigl_core.torch.sharded_tensors import check_not_sharded
 from srigl_core.torch.targets import submodule
-from srigl_core.torch.tensors import as_numpy, from_numpy
+from srigl_core.torch.tensors import as_numpy, from_numpy, numpy_dtype, torch_dtype
 
 __all__ = ["load_model", "save_model"]
 
 _MODULES_KEY = "srigl_core.modules"
-_LAYER_TENSORS = ("weight", "bias", "values", "indices", "active", "counts")
+_LAYER_TENSORS = {
+    CondensedLinear: ("weight", "bias", "values", "indices", "active", "counts"),
+    QuantizedLinear: ("weight", "bias", "values", "scale", "indices", "active"),
+}
+
+_Weight = CondensedWeight | QuantizedWeight
 
 
 def save_model(model: Any, path: str | os.PathLike[str]) -> None:
@@ -67,11 +76,11 @@ def save_model(model: Any, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save
 
     check_not_sharded(model)
-    layers = condensed_modules(model)
+    layers = condensed_modules(model, PACKED)
     for name, module in layers.items():
         _check_nothing_else(name, module)
     tensors = _plain_state(model, layers)
-    weights = {name: linear_of(module).to_condensed() for name, module in layers.items()}
+    weights = {name: packed_weight(module) for name, module in layers.items()}
     for name, module in layers.items():
         arrays = weight_arrays(name, weights[name])
         tensors |= {key: from_numpy(array) for key, array in arrays.items()}
@@ -91,8 +100,8 @@ def load_model(path: str | os.PathLike[str], model: Any) -> Any:
     ----------
     path : path-like
     model : torch.nn.Module
-        In place of a condensed layer it may have the dense ``nn.Linear`` or ``nn.Conv2d`` of the
-        same shape, as a new model has.
+        In place of a condensed or quantised layer it may have the dense ``nn.Linear`` or
+        ``nn.Conv2d`` of the same shape, as a new model has.
 
     Returns
     -------
@@ -133,7 +142,7 @@ def load_model(path: str | os.PathLike[str], model: Any) -> Any:
                 f"layers {twin!r} and {name!r} are one in the model, but differ in the file; make "
                 f"the model as the one that was saved"
             )
-    rest = _plain_state(model, {**condensed_modules(model), **made})
+    rest = _plain_state(model, {**condensed_modules(model, PACKED), **made})
     _check_names(tensors, rest)
     for name, tensor in rest.items():
         if tensor.shape != tensors[name].shape:
@@ -153,22 +162,30 @@ def load_model(path: str | os.PathLike[str], model: Any) -> Any:
 
 def _description(module: Any) -> dict[str, Any]:
     linear = linear_of(module)
-    description: dict[str, Any] = {
-        "nnz_budget": linear.nnz_budget,
-        "activation": linear.activation,
-    }
+    description: dict[str, Any]
+    if isinstance(linear, QuantizedLinear):
+        description = {"inputs": linear.inputs, "dtype": numpy_dtype(linear.dtype).name}
+    else:
+        description = {"nnz_budget": linear.nnz_budget}
+    description["activation"] = linear.activation
     if isinstance(module, CondensedConv):
         description["convolution"] = {name: getattr(module, name) for name in GEOMETRY}
     return description
 
 
-def _module(description: Mapping[str, Any], weight: CondensedWeight, bias: Any | None) -> Any:
+def _module(description: Mapping[str, Any], weight: _Weight, bias: Any | None) -> Any:
     activation = description["activation"]
     if activation is not None and activation not in ACTIVATIONS:
         raise FileFormatError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
-    linear = CondensedLinear.from_condensed(
-        weight, bias, nnz_budget=description["nnz_budget"], activation=activation
-    )
+    linear: Any
+    if isinstance(weight, QuantizedWeight):
+        dtype = torch_dtype(value_dtype(description["dtype"]))
+        options = {"inputs": description["inputs"], "activation": activation, "dtype": dtype}
+        linear = QuantizedLinear(weight, bias, **options)
+    else:
+        linear = CondensedLinear.from_condensed(
+            weight, bias, nnz_budget=description["nnz_budget"], activation=activation
+        )
     if "convolution" not in description:
         return linear
     geometry = {name: _as_tuple(description["convolution"][name]) for name in GEOMETRY}
@@ -180,7 +197,7 @@ def _as_tuple(setting: Any) -> Any:
     return tuple(setting) if isinstance(setting, list) else setting
 
 
-def _check_dense_shape(name: str, model: Any, weight: CondensedWeight, is_conv: bool) -> None:
+def _check_dense_shape(name: str, model: Any, weight: _Weight, is_conv: bool) -> None:
     present = present_layer(model, name)
     if present is None:
         raise SriglError(
@@ -188,7 +205,7 @@ def _check_dense_shape(name: str, model: Any, weight: CondensedWeight, is_conv: 
             f"the one that was saved"
         )
     shape: tuple[int, ...]
-    if isinstance(present, CondensedLinear | CondensedConv):
+    if isinstance(present, (*PACKED, CondensedConv)):
         shape = (linear_of(present).out_features, linear_of(present).in_features)
     elif isinstance(present, nn.Linear | nn.Conv1d | nn.Conv2d):
         shape = tuple(present.weight.flatten(1).shape)
@@ -224,6 +241,8 @@ def _in_place_of(name: str, model: Any, layer: Any) -> Any:
     old = linear_of(present)
     like = old.values if isinstance(old, CondensedLinear) else old.weight
     layer.to(device=like.device, dtype=like.dtype)
+    if isinstance(linear, QuantizedLinear):
+        return layer.train(present.training)
     linear.values.requires_grad_(like.requires_grad)
     if linear.bias is not None:
         linear.bias.requires_grad_(
@@ -236,9 +255,10 @@ def _check_nothing_else(name: str, module: Any) -> None:
     """Raise SriglError if a layer has tensors that are no part of a layer in a file."""
     known = {"weight", "bias"}
     linear = linear_of(module)
-    if isinstance(linear, CondensedLinear):
-        prefix = "" if linear is module else "linear."
-        known |= {f"{prefix}{part}" for part in _LAYER_TENSORS}
+    for kind, parts in _LAYER_TENSORS.items():
+        if isinstance(linear, kind):
+            prefix = "" if linear is module else "linear."
+            known |= {f"{prefix}{part}" for part in parts}
     if others := sorted(module.state_dict().keys() - known):
         raise SriglError(
             f"layer {name!r} also has {', '.join(map(repr, others))}, for which the file has no "
@@ -256,7 +276,7 @@ def _place(model: Any, name: str) -> tuple[int, str]:
 def _equal(one: Any, other: Any) -> bool:
     ours, theirs = (linear_of(layer) for layer in (one, other))
     return one is other or (
-        ours.to_condensed() == theirs.to_condensed()
+        packed_weight(one) == packed_weight(other)
         and (ours.bias is None or torch.equal(ours.bias, theirs.bias))
         and _description(one) == _description(other)
     )
@@ -265,7 +285,7 @@ def _equal(one: Any, other: Any) -> bool:
 def _shape(module: Any) -> str:
     """Describe the properties that a layer of the file and the model's layer must share."""
     sizes: tuple[Any, ...]
-    if isinstance(module, CondensedLinear | nn.Linear):
+    if isinstance(module, (*PACKED, nn.Linear)):
         what, sizes = "linear", (module.out_features, module.in_features)
     elif is_gpt_conv1d(module):
         what, sizes = "linear", tuple(reversed(module.weight.shape))
@@ -309,23 +329,17 @@ def _is_projection(model: Any, name: str) -> bool:
 
 def _read(
     path: str | os.PathLike[str],
-) -> tuple[dict[str, Any], dict[str, CondensedWeight], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, _Weight], dict[str, Any]]:
     """Return a file's other tensors, its condensed weights, and descriptions of their modules."""
     tensors, metadata = read_whole(path, "pt")
-    weights = {}
+    weights: dict[str, _Weight] = {}
     try:
         layers = read_layers(metadata)
         modules = _read_modules(metadata, layers)
         for name, layer in layers.items():
             keys = [key for key in array_names(name, layer) if key in tensors]
             arrays = {key: as_numpy(tensors.pop(key)) for key in keys}
-            weight = take_weight(arrays, name, layer)
-            if not isinstance(weight, CondensedWeight):
-                raise FileFormatError(
-                    f"layer {name!r} is quantised, which layers of PyTorch are not; read it with "
-                    f"load_condensed"
-                )
-            weights[name] = weight
+            weights[name] = take_weight(arrays, name, layer)
     except (SriglError, TypeError) as error:  # NumPy does not have all dtypes of PyTorch
         raise FileFormatError(f"{os.fspath(path)!r}: {error}") from error
     return tensors, weights, modules

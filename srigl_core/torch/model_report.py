@@ -8,7 +8,13 @@ from typing import Any
 from srigl_core._cost_model import DENSE, dense_nanoseconds
 from srigl_core._plan import plan_of
 from srigl_core.contract import Backend
-from srigl_core.torch.replacement import condensed_modules, linear_of, why_not_condensed
+from srigl_core.torch.replacement import (
+    PACKED,
+    condensed_modules,
+    linear_of,
+    packed_weight,
+    why_not_condensed,
+)
 from srigl_core.torch.targets import dense_matrices
 
 __all__ = ["BATCHES", "LayerReport", "ModelReport", "report"]
@@ -29,8 +35,11 @@ class LayerReport:
     sparsity : float
         Share of the dense weight that is inactive.
     fan_in, n_active : int
+    dtype : str
+        Type of the values; "int8" for a quantised layer.
     condensed_bytes, dense_bytes : int
-        Bytes of the weight, as in `srigl_core.CondensedWeight.memory_report`.
+        Bytes of the weight, as in `srigl_core.CondensedWeight.memory_report`; the dense ones in the
+        same type.
     speed_ups : tuple of float or None
         Expected speed-up over the masked dense product with one thread, for each of `BATCHES`, by
         the model of `srigl_core.recommend`. Below 1 the dense product is faster. None if the
@@ -43,6 +52,7 @@ class LayerReport:
     sparsity: float
     fan_in: int
     n_active: int
+    dtype: str
     condensed_bytes: int
     dense_bytes: int
     speed_ups: tuple[float | None, ...]
@@ -75,7 +85,16 @@ class ModelReport:
     def __str__(self) -> str:
         table = [
             (
-                *("layer", "shape", "sparsity", "fan-in", "active", "bytes", "dense bytes"),
+                *(
+                    "layer",
+                    "shape",
+                    "sparsity",
+                    "fan-in",
+                    "active",
+                    "values",
+                    "bytes",
+                    "dense bytes",
+                ),
                 *(f"speed-up at {batch}" for batch in BATCHES),
             )
         ]
@@ -88,13 +107,14 @@ class ModelReport:
                     f"{layer.sparsity:.1%}",
                     f"{layer.fan_in}",
                     f"{layer.n_active} of {n_out}",
+                    layer.dtype,
                     f"{layer.condensed_bytes:,}",
                     f"{layer.dense_bytes:,}",
                     *("-" if times is None else f"{times:.2f}x" for times in layer.speed_ups),
                 )
             )
         total = f"{self.condensed_bytes:,}", f"{self.dense_bytes:,}"
-        table.append(("total", "", "", "", "", *total, *("" for _ in BATCHES)))
+        table.append(("total", "", "", "", "", "", *total, *("" for _ in BATCHES)))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = []
         for row in table:
@@ -121,17 +141,19 @@ def report(model: Any, *, backend: str | Backend | None = None) -> ModelReport:
     ValueTypeError
         If `model` is not a module.
     """
-    layers = condensed_modules(model)
+    layers = condensed_modules(model, PACKED)
     reports = [_layer_report(name, linear_of(layer), backend) for name, layer in layers.items()]
     return ModelReport(tuple(reports), dense_matrices(model, why_not_condensed))
 
 
 def _layer_report(name: str, linear: Any, backend: str | Backend | None) -> LayerReport:
-    weight = linear.to_condensed()
+    weight = packed_weight(linear)
     speed_ups: tuple[float | None, ...] = (None,) * len(BATCHES)
     if linear.values.is_cpu:
-        plan = plan_of(weight, backend)
+        plan = plan_of(weight, backend, getattr(linear, "inputs", "float"))
         times = [(plan.nanoseconds(batch), dense_nanoseconds(weight, batch)) for batch in BATCHES]
         speed_ups = tuple(None if ours is None else dense[DENSE] / ours for ours, dense in times)
     size, counts = weight.memory_report(), (weight.sparsity, weight.fan_in, weight.n_active)
-    return LayerReport(name, weight.shape, *counts, size.condensed, size.dense, speed_ups)
+    return LayerReport(
+        name, weight.shape, *counts, weight.dtype.name, size.condensed, size.dense, speed_ups
+    )

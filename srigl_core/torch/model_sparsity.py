@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from srigl_core.torch.layer_types import is_lazy
-from srigl_core.torch.replacement import condensed_modules, linear_of
+from srigl_core.torch.replacement import PACKED, condensed_modules, linear_of
 
 __all__ = ["dense_table", "sparsity_of_model"]
 
@@ -26,7 +26,7 @@ def sparsity_of_model(model: Any, nnz: Mapping[int, int]) -> float:
         if not is_lazy(parameter) and parameter.ndim > 1:
             total += parameter.numel()
             active += nnz.get(id(parameter), parameter.numel())
-    for linear in {linear_of(layer) for layer in condensed_modules(model).values()}:
+    for linear in {linear_of(layer) for layer in condensed_modules(model, PACKED).values()}:
         total += linear.in_features * linear.out_features
         active += linear.n_active * linear.fan_in
     return 1 - active / total if total else 0.0

@@ -6,7 +6,8 @@ layer is replaced by the same product in standard operators, with features on th
     (x[indices] * values).sum(0)        indices, values: (k, n_active)
 
 Of the forms that read connected inputs only, ONNX Runtime is fastest with this one: it gathers
-whole rows and adds along the first axis.
+whole rows and adds along the first axis. The values of a quantised layer are stored as int8, and a
+``DequantizeLinear`` multiplies them by the scales.
 """
 
 from __future__ import annotations
@@ -34,7 +35,14 @@ from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeErro
 from srigl_core.torch.conv import CondensedConv, CondensedConv1d, CondensedConv2d
 from srigl_core.torch.conversion import dense_layer
 from srigl_core.torch.linear import ACTIVATION_FUNCTIONS, CondensedLinear
-from srigl_core.torch.replacement import condensed_modules, linear_of, replace_modules
+from srigl_core.torch.quantized_linear import QuantizedLinear
+from srigl_core.torch.replacement import (
+    PACKED,
+    condensed_modules,
+    linear_of,
+    packed_weight,
+    replace_modules,
+)
 from srigl_core.torch.sharded_tensors import check_not_sharded
 from srigl_core.torch.tensors import from_numpy
 
@@ -341,14 +349,19 @@ def _layer_with(operator: str, model: Any, args: Any, kwargs: Any) -> str:
 
 def _with_standard_layers(model: Any, form: str) -> Any:
     """Replace a model's condensed layers by ones that PyTorch can export; return the model."""
-    if isinstance(model, CondensedLinear | CondensedConv):
+    if isinstance(model, (*PACKED, CondensedConv)):
         model = nn.Sequential(model).eval()
-    layers = condensed_modules(model)
+    layers = condensed_modules(model, PACKED)
     for name, layer in layers.items():
-        if type(layer) not in (CondensedLinear, CondensedConv1d, CondensedConv2d):
+        if type(layer) not in (*PACKED, CondensedConv1d, CondensedConv2d):
             raise SriglError(
                 f"layer {name!r} is of type {type(layer).__name__}, and what that adds to a "
                 f"condensed layer would be lost; export the model without it"
+            )
+        if getattr(linear_of(layer), "inputs", "float") != "float":
+            raise SriglError(
+                f"layer {name!r} quantises its inputs, for which ONNX has no operator with the "
+                f"same result; export a model that was quantised with inputs='float'"
             )
     made = {layer: _StandardLayer(layer, form) for layer in set(layers.values())}
     replace_modules(model, {name: made[layer] for name, layer in layers.items()})
@@ -361,7 +374,9 @@ class _StandardLayer(nn.Module):  # type: ignore[misc] # torch is untyped here
     def __init__(self, layer: Any, form: str) -> None:
         super().__init__()
         linear = linear_of(layer)
-        self.dtype = linear.values.dtype
+        self.dtype, self.is_quantized = linear.dtype, isinstance(linear, QuantizedLinear)
+        if self.is_quantized:  # 16-bit results do not make its weights 16-bit numbers
+            linear.dtype = torch.promote_types(linear.dtype, torch.float32)
         self.activation = ACTIVATION_FUNCTIONS[linear.activation or "none"]
         if form == "masked-dense":
             self.product = dense_layer(layer)
@@ -374,8 +389,9 @@ class _StandardLayer(nn.Module):  # type: ignore[misc] # torch is untyped here
     def forward(self, x: Any) -> Any:
         result = torch.promote_types(x.dtype, self.dtype)
         sums = torch.promote_types(result, torch.float32)
-        # A bias that is wider than the result is rounded to the result's dtype first.
-        tensors = {name: p.to(result).to(sums) for name, p in self.product.named_parameters()}
+        # A bias that is wider than the product is rounded to the product's dtype first.
+        product = sums if self.is_quantized else result
+        tensors = {name: p.to(product).to(sums) for name, p in self.product.named_parameters()}
         z = functional_call(self.product, tensors, (x.to(sums),))
         return self.activation(z).to(result)
 
@@ -383,12 +399,18 @@ class _StandardLayer(nn.Module):  # type: ignore[misc] # torch is untyped here
 class _GatheredProduct(nn.Module):  # type: ignore[misc] # torch is untyped here
     """The product of a condensed layer from its connected inputs, without the activation."""
 
-    def __init__(self, layer: CondensedLinear) -> None:
+    def __init__(self, layer: CondensedLinear | QuantizedLinear) -> None:
         super().__init__()
-        weight, device = layer.to_condensed(), layer.values.device
+        weight, device = packed_weight(layer), layer.values.device
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.bias = layer.bias
-        self.values = nn.Parameter(from_numpy(weight.values.T).to(device))
+        bias, values = layer.bias, from_numpy(weight.values.T).to(device)
+        self.bias = None if bias is None else nn.Parameter(bias.detach())
+        self.scale = None
+        if isinstance(layer, QuantizedLinear):
+            self.register_buffer("values", values.contiguous())
+            self.scale = layer.scale
+        else:
+            self.values = nn.Parameter(values)
         indices = from_numpy(weight.indices.T.astype(np.int32).reshape(-1))
         self.register_buffer("indices", indices.to(device))
         self.register_buffer("active", from_numpy(weight.active).to(device))
@@ -396,9 +418,20 @@ class _GatheredProduct(nn.Module):  # type: ignore[misc] # torch is untyped here
     def forward(self, x: Any) -> Any:
         torch._check(x.shape[-1] == self.in_features)  # so that this length is not open
         k, n_active = self.values.shape
+        values = self.values
+        if self.scale is not None:
+            values = _dequantized(values, self.scale, x.dtype)
         gathered = x.movedim(-1, 0).index_select(0, self.indices).unflatten(0, (k, n_active))
-        z = (gathered * self.values.reshape(k, n_active, *[1] * (x.ndim - 1))).sum(0)
+        z = (gathered * values.reshape(k, n_active, *[1] * (x.ndim - 1))).sum(0)
         if n_active < self.out_features:
             z = z.new_zeros(self.out_features, *z.shape[1:]).index_copy(0, self.active, z)
         z = z.movedim(0, -1)
         return z if self.bias is None else z + self.bias
+
+
+def _dequantized(values: Any, scale: Any, dtype: Any) -> Any:
+    """Return ``values * scale``, (k, n_active), by ONNX's own operator if it has the dtype."""
+    if dtype is torch.float64:
+        return values.to(dtype) * scale.to(dtype)
+    options = {"attrs": {"axis": 1}, "dtype": scale.dtype, "shape": values.shape}
+    return torch.onnx.ops.symbolic("DequantizeLinear", (values, scale), **options)

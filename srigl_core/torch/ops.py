@@ -4,6 +4,7 @@
 - ``srigl_core::condensed_linear_backward`` is that gradient. It has a gradient, too.
 - ``srigl_core::condensed_inference`` applies the activation in the kernel and has no gradient. This
   halves the time to reach the kernel.
+- ``srigl_core::quantized_linear`` is the product of a quantised layer. Its gradient is an error.
 
 All tensors of a layer keep their shapes when the mask changes, so compiled graphs stay valid. The
 kernels take the arguments of the schemas, in their order.
@@ -12,15 +13,18 @@ kernels take the arguments of the schemas, in their order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import library
 
+from srigl_core._product_plan import ProductPlan
 from srigl_core._product_spec import gradient_specs, product_spec
 from srigl_core.contract import MatmulGradients
+from srigl_core.errors import SriglError
 from srigl_core.torch import capture
-from srigl_core.torch.packing import Packing, packing_of
+from srigl_core.torch.packing import packing_of
+from srigl_core.torch.quantized_plans import quantized_plan_of
 from srigl_core.torch.sharded_tensors import may_be_viewed
 from srigl_core.torch.tensors import as_numpy, numpy_dtype, on_device_of, spec_of, torch_dtype
 
@@ -33,6 +37,9 @@ __all__ = [
     "gradients",
     "keep_for_backward",
     "multiply",
+    "multiply_quantized",
+    "quantized_linear",
+    "refuse_gradient",
     "restore_threads",
 ]
 
@@ -60,9 +67,16 @@ _library.define(
     f"-> Tensor",
     tags=_TAGS,
 )
+_library.define(
+    "quantized_linear(Tensor x, Tensor values, Tensor scale, Tensor indices, Tensor active, "
+    "Tensor? bias, int out_features, int in_features, ScalarType dtype, str inputs, "
+    "str activation) -> Tensor",
+    tags=_TAGS,
+)
 condensed_linear = torch.ops.srigl_core.condensed_linear.default
 condensed_linear_backward = torch.ops.srigl_core.condensed_linear_backward.default
 condensed_inference = torch.ops.srigl_core.condensed_inference.default
+quantized_linear = torch.ops.srigl_core.quantized_linear.default
 
 
 # ---------------------------------------------------------------- forward
@@ -74,19 +88,24 @@ def multiply(x: Any, *layer: Any) -> Any:
     values, indices, active, counts, bias, in_features, *activation = layer
     if y.numel():
         with on_device_of(x):
-            packing = packing_of(values, indices, active, counts, in_features)
-            threads = torch.get_num_threads()
-            try:
-                packing.plan.write_product(
-                    _rows(_as_array(x, "x", packing)),
-                    None if bias is None else _as_array(may_be_viewed(bias), "bias", packing),
-                    activation=activation[0] if activation else "none",
-                    out=_rows(_as_array(y, "y", packing)),
-                    threads=threads,
-                )
-            finally:
-                restore_threads(threads)
+            plan = packing_of(values, indices, active, counts, in_features).plan
+            bias = None if bias is None else may_be_viewed(bias)
+            _write_product(plan, x, bias, activation[0] if activation else "none", y)
     return y
+
+
+def _write_product(plan: ProductPlan, x: Any, bias: Any | None, activation: str, y: Any) -> None:
+    threads = torch.get_num_threads()
+    try:
+        plan.write_product(
+            _rows(_as_array(x, "x", plan)),
+            None if bias is None else _as_array(bias, "bias", plan),
+            activation=activation,
+            out=_rows(_as_array(y, "y", plan)),
+            threads=threads,
+        )
+    finally:
+        restore_threads(threads)
 
 
 def _empty_product(x: Any, *layer: Any) -> Any:
@@ -100,6 +119,40 @@ def _empty_product(x: Any, *layer: Any) -> Any:
         activation=activation[0] if activation else "none",
     )
     return x.new_empty(spec.shape, dtype=torch_dtype(spec.dtype))
+
+
+def multiply_quantized(x: Any, *layer: Any) -> Any:
+    """Return the product of a quantised layer in a new tensor: the kernel of CPU and CUDA."""
+    y = _empty_quantized(x, *layer)
+    values, scale, indices, active, bias, n_out, n_in, _, inputs, activation = layer
+    if y.numel():
+        with on_device_of(x):
+            tensors = values, scale, indices, active
+            plan = quantized_plan_of(tensors, (n_out, n_in), inputs)
+            _write_product(plan, x, bias, activation, y)
+    return y
+
+
+def _empty_quantized(x: Any, *layer: Any) -> Any:
+    """Check the arguments and return an empty result: the kernel of fake tensors."""
+    *_, bias, n_out, n_in, dtype, inputs, activation = layer
+    spec = product_spec(
+        spec_of(x, "x"),
+        (n_out, n_in),
+        numpy_dtype(dtype, "values"),
+        bias_shape=None if bias is None else bias.shape,
+        activation=activation,
+        inputs=inputs,
+    )
+    return x.new_empty(spec.shape, dtype=torch_dtype(spec.dtype))
+
+
+def refuse_gradient(*arguments: Any) -> NoReturn:
+    """Raise SriglError: the gradient of ``quantized_linear``."""
+    raise SriglError(
+        "a quantised layer is for inference and has no gradients; call the model under "
+        "torch.no_grad(), and train the model that it was made from"
+    )
 
 
 # ---------------------------------------------------------------- backward
@@ -117,19 +170,19 @@ def compute_gradients(grad: Any, x: Any, *layer: Any) -> tuple[Any, Any, Any]:
         return results
     with on_device_of(grad):
         packing = packing_of(values, indices, active, counts, in_features, compare=False)
-        weight = packing.weight
+        plan, weight = packing.plan, packing.weight
         dvalues[weight.nnz :].zero_()
         used = dvalues[: weight.nnz].view(weight.values.shape) if needs_values else None
         out = MatmulGradients(
-            _rows(_as_array(dx, "dx", packing)) if needs_x else None,
-            None if used is None else _as_array(used, "dvalues", packing),
-            _as_array(dbias, "dbias", packing) if needs_bias else None,
+            _rows(_as_array(dx, "dx", plan)) if needs_x else None,
+            None if used is None else _as_array(used, "dvalues", plan),
+            _as_array(dbias, "dbias", plan) if needs_bias else None,
         )
-        rows = _rows(_as_array(x, "x", packing)) if needs_values else None
-        grad_rows = _rows(_as_array(grad, "grad", packing))
+        rows = _rows(_as_array(x, "x", plan)) if needs_values else None
+        grad_rows = _rows(_as_array(grad, "grad", plan))
         threads = torch.get_num_threads()
         try:
-            packing.plan.write_gradients(grad_rows, rows, out=out, threads=threads)
+            plan.write_gradients(grad_rows, rows, out=out, threads=threads)
         finally:
             restore_threads(threads)
     return results
@@ -226,11 +279,11 @@ def _autocast(op: Any, device: str) -> Callable[..., Any]:
 # ---------------------------------------------------------------- arrays and threads
 
 
-def _as_array(tensor: Any, what: str, packing: Packing) -> Any:
-    """Return a tensor as an array of the packing's backend that shares its memory."""
+def _as_array(tensor: Any, what: str, plan: ProductPlan) -> Any:
+    """Return a tensor as an array of the plan's backend that shares its memory."""
     if tensor.is_cpu:
         return as_numpy(tensor)
-    return packing.plan.arrays.as_float_array(tensor.detach(), what)
+    return plan.arrays.as_float_array(tensor.detach(), what)
 
 
 def _rows(array: Any) -> Any:
@@ -250,6 +303,7 @@ for _name, _kernel, _fake in (
     ("condensed_linear", multiply, _empty_product),
     ("condensed_linear_backward", compute_gradients, _empty_gradients),
     ("condensed_inference", multiply, _empty_product),
+    ("quantized_linear", multiply_quantized, _empty_quantized),
 ):
     for _device in ("CPU", "CUDA"):
         _library.impl(_name, _kernel, _device)
@@ -263,6 +317,7 @@ library.register_autograd(
     setup_context=_keep_for_double_backward,
     lib=_library,
 )
-for _op in (condensed_linear, condensed_inference):
+library.register_autograd("srigl_core::quantized_linear", refuse_gradient, lib=_library)
+for _op in (condensed_linear, condensed_inference, quantized_linear):
     for _device in ("cpu", "cuda"):
         _library.impl(_op, _autocast(_op, _device), f"Autocast{_device.upper()}")

@@ -33,7 +33,9 @@ __all__ = [
     "copied",
     "freeze_packing",
     "holds",
+    "memory_of",
     "packing_of",
+    "state_of",
     "unfreeze_packing",
 ]
 
@@ -58,7 +60,7 @@ class Packing:
     evict : weakref.ref
         Removes the packing when the memory of the layer's indices is freed.
     seen : tuple
-        The `_state` of the layer's tensors when their numbers were compared last, and the memory of
+        The `state_of` the layer's tensors when their numbers were compared last, and the memory of
         values, active rows and counts, so that no other tensor gets their addresses.
     """
 
@@ -110,7 +112,7 @@ def packing_of(
         If no backend can run on their device.
     """
     mask, key = (indices, active, counts), indices.data_ptr()
-    state = _state(values, *mask)
+    state = state_of(values, *mask)
     if _frozen and (frozen := _frozen.get((values.data_ptr(), key))) is not None:
         if frozen.seen[0] == state:
             return frozen
@@ -132,7 +134,7 @@ def packing_of(
         and holds(values, kept.values)
     ):
         if kept.seen[0] != state:
-            kept.seen = state, _memory(values, active, counts)
+            kept.seen = state, memory_of(values, active, counts)
         return kept
     # Copies are packed, so that the next call finds what another thread writes meanwhile.
     source = values if values.is_cpu else values.detach().clone()
@@ -149,7 +151,7 @@ def packing_of(
     flat = source[: weight.nnz]
     if values.is_cpu:
         flat = _Bits(weight.values.reshape(-1), values.dtype)
-    seen = state, _memory(values, active, counts)
+    seen = state, memory_of(values, active, counts)
     _packings[key] = packing = Packing(plan, copies, n_in, flat, evict, seen)
     return packing
 
@@ -240,10 +242,11 @@ def holds(tensor: Any, kept: Any) -> bool:
     return bool(torch.equal(tensor.view(torch.uint8), kept.view(torch.uint8)))
 
 
-def _state(*tensors: Any) -> list[tuple[int, int]]:
+def state_of(*tensors: Any) -> list[tuple[int, int]]:
     """Return the address of each tensor, and how many writes PyTorch has counted."""
     return [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
 
 
-def _memory(*tensors: Any) -> list[Any]:
+def memory_of(*tensors: Any) -> list[Any]:
+    """Return the memory of tensors: while it is held, no other tensor gets their addresses."""
     return [tensor.untyped_storage() for tensor in tensors]

@@ -8,26 +8,32 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core.errors import SriglError
 from srigl_core.torch.attention import PROJECTION_LAYERS, CondensedMultiheadAttention
 from srigl_core.torch.conv import CondensedConv, CondensedConv1d, CondensedConv2d
 from srigl_core.torch.layer_types import is_gpt_conv1d, is_transposed
 from srigl_core.torch.linear import CondensedLinear
+from srigl_core.torch.quantized_linear import QuantizedLinear
 from srigl_core.torch.sequential import use_chains
 from srigl_core.torch.state_markers import mark_states
 from srigl_core.torch.targets import Target, check_module, submodule
 
 __all__ = [
+    "PACKED",
     "condensed_layer",
     "condensed_modules",
     "condensed_name",
     "has_hooks",
     "linear_of",
+    "packed_weight",
     "present_layer",
     "replace_modules",
     "why_not_condensed",
 ]
+
+PACKED = (CondensedLinear, QuantizedLinear)
+"""The types of linear layers without a dense weight."""
 
 _CONVOLUTIONS = {nn.Conv1d: CondensedConv1d, nn.Conv2d: CondensedConv2d}
 _TYPES = (nn.Linear, NonDynamicallyQuantizableLinear, *_CONVOLUTIONS, nn.MultiheadAttention)
@@ -105,8 +111,16 @@ def condensed_layer(target: Target, weight: CondensedWeight, nnz_budget: int | N
     return layer.train(module.training)
 
 
-def condensed_modules(model: Any) -> dict[str, Any]:
+def condensed_modules(
+    model: Any, types: type | tuple[type, ...] = CondensedLinear
+) -> dict[str, Any]:
     """Return a model's condensed layers by name; a layer used in two places appears twice.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    types : type or tuple of type
+        Of the linear layers, also of those in convolutions: `PACKED` or one of them.
 
     Raises
     ------
@@ -119,8 +133,9 @@ def condensed_modules(model: Any) -> dict[str, Any]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, CondensedConv):
             parts.add(id(module.linear))
-            layers[name] = module
-        elif isinstance(module, CondensedLinear) and id(module) not in parts:
+            if isinstance(module.linear, types):
+                layers[name] = module
+        elif isinstance(module, types) and id(module) not in parts:
             layers[name] = module
     return layers
 
@@ -128,6 +143,15 @@ def condensed_modules(model: Any) -> dict[str, Any]:
 def linear_of(layer: Any) -> Any:
     """Return the linear layer of a convolution; a linear layer is returned unchanged."""
     return layer.linear if isinstance(layer, CondensedConv) else layer
+
+
+def packed_weight(layer: Any) -> CondensedWeight | QuantizedWeight:
+    """Return a copy of the weight of a condensed or quantised layer, in the host's memory."""
+    linear = linear_of(layer)
+    is_quantized = isinstance(linear, QuantizedLinear)
+    weight: CondensedWeight | QuantizedWeight
+    weight = linear.to_quantized() if is_quantized else linear.to_condensed()
+    return weight
 
 
 def present_layer(model: Any, name: str) -> Any:
@@ -211,7 +235,7 @@ def _leave_fast_paths(model: Any) -> None:
 
 
 def _is_condensed(module: Any) -> bool:
-    kinds = CondensedLinear, CondensedMultiheadAttention
+    kinds = *PACKED, CondensedMultiheadAttention
     return any(isinstance(part, kinds) for part in module.modules())
 
 

@@ -12,10 +12,11 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from srigl_core._arrays.immutable import immutable
 from srigl_core._chain import Chain, LayerPlan
-from srigl_core.torch.eager import are_plain, inference_product, is_eager
+from srigl_core.torch.eager import are_plain, is_eager
 from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.ops import restore_threads
-from srigl_core.torch.packing import copied, holds, packing_of
+from srigl_core.torch.packing import copied, holds
+from srigl_core.torch.quantized_linear import QuantizedLinear
 from srigl_core.torch.tensors import as_numpy, numpy_dtype
 
 __all__ = ["CondensedSequential", "use_chains"]
@@ -27,9 +28,9 @@ _ACTIVATIONS: dict[type, Callable[[Any], str]] = {
 }
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
-_MASK = ("indices", "active", "counts")
+_LAYERS = (CondensedLinear, QuantizedLinear)
 
-_Row = list[tuple[CondensedLinear, str]]
+_Row = list[tuple[CondensedLinear | QuantizedLinear, str]]
 
 
 class CondensedSequential(nn.Sequential):  # type: ignore[misc] # torch is untyped here
@@ -69,7 +70,7 @@ class CondensedSequential(nn.Sequential):  # type: ignore[misc] # torch is untyp
         chain = self._chain(at, row, x) if len(row) > 1 else None
         if chain is None:
             for layer, activation in row:
-                x = inference_product(*layer.arguments(x), activation)
+                x = layer.product(x, activation)
             return x
         threads = torch.get_num_threads()
         try:
@@ -83,10 +84,12 @@ class CondensedSequential(nn.Sequential):  # type: ignore[misc] # torch is untyp
 
         The first call with new numbers gets None: in training, they change before the next one.
         """
-        biases = [layer.bias for layer, _ in row]
-        if not are_plain(*biases, *(layer.values for layer, _ in row)):
+        layers, biases = [layer for layer, _ in row], [layer.bias for layer, _ in row]
+        if not are_plain(*biases, *(layer.values for layer in layers)):
             return None
-        plans = [_plan_of(layer) for layer, _ in row]
+        plans = [layer.plan() for layer in layers]
+        if not _fit_together(layers, plans):
+            return None
         activations = [activation for _, activation in row]
         kept: dict[int, _Kept] = self.__dict__.setdefault("_kept", {})
         now = kept.get(at)
@@ -132,7 +135,7 @@ def _row_from(modules: Sequence[Any], at: int) -> tuple[_Row, int]:
     Each has the activation that follows it. A layer behind it that does not fit begins a new row.
     """
     row: _Row = []
-    while at < len(modules) and _is_simple(modules[at], CondensedLinear):
+    while at < len(modules) and _is_simple(modules[at], *_LAYERS):
         layer = modules[at]
         if row and layer.in_features != row[-1][0].out_features:
             break
@@ -166,9 +169,11 @@ def _is_idle(module: Any) -> bool:
     )
 
 
-def _plan_of(layer: CondensedLinear) -> Any:
-    indices, active, counts = (layer._buffers[name] for name in _MASK)
-    return packing_of(layer.values, indices, active, counts, layer.in_features).plan
+def _fit_together(layers: Sequence[Any], plans: Sequence[Any]) -> bool:
+    """Return whether a chain of the plans gives what the layers give."""
+    # Results of quantised layers may have a wider type than the scale, which a chain does not know.
+    is_wide = any(isinstance(x, QuantizedLinear) and x.dtype is torch.float64 for x in layers)
+    return not is_wide and len({id(plan.backend) for plan in plans}) == 1
 
 
 def _chain_of(row: _Row, plans: Sequence[Any]) -> Chain:
@@ -183,5 +188,5 @@ def use_chains(model: Any) -> None:
     """Make each ``nn.Sequential`` with condensed layers a `CondensedSequential`, and back."""
     for module in model.modules():
         if type(module) in (nn.Sequential, CondensedSequential):
-            is_condensed = any(isinstance(part, CondensedLinear) for part in module.children())
+            is_condensed = any(isinstance(part, _LAYERS) for part in module.children())
             module.__class__ = CondensedSequential if is_condensed else nn.Sequential

@@ -30,6 +30,7 @@ __all__ = [
     "Selection",
     "Target",
     "check_module",
+    "condensed_targets",
     "dense_matrices",
     "find_targets",
     "submodule",
@@ -193,10 +194,7 @@ def find_targets(
         is_asked = (weight.is_usual or include is not None) and weight.name not in kept
         if weight.reason is None and unsupported is not None and is_asked:
             weight.reason = unsupported(weight.target)
-    excluded: set[_Weight] = set()
-    for entry in entries_of(exclude, "exclude"):
-        found = matches(entry, weights, modules)
-        excluded.update(found.by_name, found.within)
+    excluded = _excluded(exclude, weights, modules)
     chosen = {weight for weight in weights if weight.is_usual}
     if include is not None:
         chosen.clear()
@@ -227,6 +225,23 @@ def find_targets(
         )
     by_name = {weight.name: weight for weight in weights}
     return Selection(targets, {n: why for n, why in left.items() if by_name[n].is_matrix})
+
+
+def condensed_targets(model: Any, exclude: Iterable[Entry] | Entry) -> list[Target]:
+    """Return a model's condensed layers that are not excluded.
+
+    Raises
+    ------
+    SriglError
+        If an entry matches nothing.
+    ValueTypeError
+        If `model` is not a module, or an entry is neither a string nor a type.
+    """
+    check_module(model)
+    weights = list(_weights(model))
+    excluded = _excluded(exclude, weights, dict(model.named_modules(remove_duplicate=False)))
+    chosen = (weight.target for weight in weights if weight not in excluded)
+    return [target for target in chosen if target.is_condensed]
 
 
 def dense_matrices(model: Any, unsupported: Callable[[Target], str | None]) -> dict[str, str]:
@@ -338,7 +353,17 @@ def _obstacle(target: Target, other_names: list[str]) -> str | None:
     return why_no_neurons(target.module, target.attribute, tuple(parameter.shape))
 
 
-# ---------------------------------------------------------------- include
+# ---------------------------------------------------------------- include and exclude
+
+
+def _excluded(
+    exclude: Iterable[Entry] | Entry, weights: list[_Weight], modules: dict[str, Any]
+) -> set[_Weight]:
+    excluded: set[_Weight] = set()
+    for entry in entries_of(exclude, "exclude"):
+        found = matches(entry, weights, modules)
+        excluded.update(found.by_name, found.within)
+    return excluded
 
 
 def _included(

@@ -21,6 +21,8 @@ from srigl_core.torch.ops import (
     condensed_linear_backward,
     double_gradients,
     gradients,
+    quantized_linear,
+    refuse_gradient,
 )
 
 __all__: list[str] = []
@@ -111,6 +113,25 @@ class _Gradients(Function):  # type: ignore[misc] # torch is untyped here
         return _one_by_one(condensed_linear_backward, info, in_dims, *inputs)
 
 
+class _Quantized(Function):  # type: ignore[misc] # torch is untyped here
+    """``quantized_linear``, which has no gradient."""
+
+    backward = jvp = staticmethod(refuse_gradient)
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return quantized_linear(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Any, *layer: Any) -> Any:
+        if all(dim is None for dim in in_dims[1:]):
+            return quantized_linear(x.movedim(in_dims[0], 0), *layer), 0
+        return _one_by_one(quantized_linear, info, in_dims, x, *layer)
+
+
 def _one_by_one(op: Any, info: Any, in_dims: Any, *inputs: Any) -> Any:
     """Call an operator for each index of the mapped axis; return results and their axes."""
     parts = [
@@ -141,6 +162,10 @@ def _call_inference(*inputs: Any) -> Any:
     return ACTIVATION_FUNCTIONS[activation](_call_linear(*inputs_of_product))
 
 
+def _call_quantized(*inputs: Any) -> Any:
+    return _Quantized.apply(*inputs)
+
+
 def _check_levels() -> None:
     """Refuse forward mode within forward mode, where PyTorch drops terms of the derivative."""
     stack = get_interpreter_stack() or ()
@@ -155,3 +180,4 @@ _library = library.Library("srigl_core", "IMPL", "FuncTorchDynamicLayerFrontMode
 _library.impl("condensed_linear", _call_linear)
 _library.impl("condensed_linear_backward", _call_gradients)
 _library.impl("condensed_inference", _call_inference)
+_library.impl("quantized_linear", _call_quantized)

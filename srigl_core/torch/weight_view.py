@@ -44,9 +44,9 @@ class _LazyWeight(_ReadOnly):
 
     @staticmethod
     def __new__(cls, layer: Any, shape: tuple[int, ...]) -> Any:
-        values = layer.values
+        device, dtype = layer.values.device, layer.dtype
         weight = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=values.dtype, device=values.device, requires_grad=False
+            cls, shape, dtype=dtype, device=device, requires_grad=False
         )
         weight._layer = layer
         return weight
@@ -71,9 +71,8 @@ class _LazyWeight(_ReadOnly):
 
     def _numbers(self) -> Any:
         layer = object.__getattribute__(self, "_layer")
-        buffers = layer.indices, layer.active, layer.counts
         with torch.no_grad():
-            dense = dense_weight(whole(layer.values), *buffers, layer.in_features)
+            dense = layer.dense_of(whole(layer.values))
         with torch._C.DisableTorchFunctionSubclass():
             return dense.view(self.shape)
 
@@ -94,8 +93,7 @@ class HasDenseWeight:
         """
         layer, shape = self._weight_of()
         if torch.compiler.is_compiling():
-            buffers = layer.indices, layer.active, layer.counts
-            return dense_weight(layer.values.detach(), *buffers, layer.in_features).view(shape)
+            return layer.dense_of(layer.values.detach()).view(shape)
         return _LazyWeight(layer, shape)
 
     @weight.setter

@@ -20,8 +20,9 @@ pytest.importorskip("onnxscript")
 
 from torch import nn  # noqa: E402
 
-from srigl_core.torch import CondensedConv2d, CondensedLinear  # noqa: E402
+from srigl_core.torch import CondensedConv2d, CondensedLinear, quantize  # noqa: E402
 from srigl_core.torch.onnx import FORMS, export_onnx  # noqa: E402
+from srigl_core.torch.tensors import numpy_dtype  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # PyTorch's own
 
@@ -279,6 +280,35 @@ class Of(nn.Module):
     def __init__(self, function):
         super().__init__()
         self.forward = function
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_a_quantized_layer_stays_within_the_bound(dtype, form, tmp_path):
+    narrow = "float64" if dtype is torch.float64 else "float16"
+    wide = torch.promote_types(dtype, torch.float32)
+    layers = [layer_of((20, 12), 5, 15, dtype=narrow)]
+    layers.append(layer_of((9, 12), 3, 9, bias=False, dtype=numpy_dtype(wide).name))
+    model = Several(map(quantize, map(nn.Sequential, layers)), dtype, wide)
+    x = numbers(6, 12, dtype=dtype)
+    export_onnx(model, tmp_path / "model.onnx", x, form=form)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    int8 = [tuple(i.dims) for i in graph.initializer if i.data_type == onnx.TensorProto.INT8]
+    if form == "condensed" and dtype is not torch.float64:
+        assert int8 == [(5, 15), (3, 9)]
+        assert [node.op_type for node in graph.node].count("DequantizeLinear") == 2
+    for (layer,), y in zip(model.layers, run(tmp_path / "model.onnx", x), strict=True):
+        bias = None if layer.bias is None else layer.bias.numpy().astype(y.dtype)
+        expected = expected_product(layer.to_quantized(), x.numpy(), bias, "none")
+        result = y.astype(numpy_dtype(torch.promote_types(dtype, layer.dtype)))
+        assert first_violation(result, expected) is None
+
+
+def test_a_layer_that_quantizes_its_inputs_is_not_exported(tmp_path):
+    model = quantize(nn.Sequential(layer_of((4, 4), 2, 4)), inputs="int8")
+    with pytest.raises(SriglError, match=r"layer '0' quantises its inputs, .* inputs='float'"):
+        export_onnx(model, tmp_path / "model.onnx", numbers(2, 4))
+    assert not list(tmp_path.iterdir())
 
 
 class Narrower(CondensedLinear):

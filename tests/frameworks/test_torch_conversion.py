@@ -559,7 +559,7 @@ def test_a_file_keeps_room_to_spare_and_takes_the_models_dtype(tmp_path):
         load_model(tmp_path / "alone", nn.Linear(10, 12))
 
 
-def test_a_file_with_a_quantized_layer_is_not_loaded_into_a_model(tmp_path):
+def test_a_file_whose_weight_is_not_what_its_module_has_is_refused(tmp_path):
     path = tmp_path / "model"
     layer = condensed_layer(10, 12, 3, 8)
     save_model(nn.Sequential(layer), path)
@@ -567,7 +567,7 @@ def test_a_file_with_a_quantized_layer_is_not_loaded_into_a_model(tmp_path):
     weight = layer.to_condensed().quantize()
     metadata |= layer_metadata({"0": weight})
     save_file(weight_arrays("0", weight), path, metadata=metadata)
-    with pytest.raises(FileFormatError, match=r"layer '0' is quantised, .* load_condensed"):
+    with pytest.raises(FileFormatError, match="layer '0'"):
         load_model(path, nn.Sequential(nn.Linear(10, 12)))
 
 

@@ -16,7 +16,6 @@ from srigl_core.torch import (
     CondensedSequential,
     condense,
     freeze,
-    sequential,
     to_masked_dense,
     unfreeze,
 )
@@ -61,7 +60,7 @@ def refuse(*arguments):
     raise AssertionError("a layer was called by itself")
 
 
-no_calls_of_layers = mock.patch.object(sequential, "inference_product", side_effect=refuse)
+no_calls_of_layers = mock.patch.object(CondensedLinear, "product", side_effect=refuse)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
