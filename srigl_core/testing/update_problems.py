@@ -151,7 +151,8 @@ def _any_settings(
     drop_fractions = (0.3, 0.0, 0.0, 1.0, 0.05, 0.5, 0.9)
     drop_fraction = source.sampled_from(drop_fractions[:1] if is_plain else drop_fractions)
     drop_share = source.sampled_from(_SHARES[:1] if is_plain else _SHARES)
-    gammas, gamma_shares = (0.3, None, None, 1.0, 0.9, 0.01, 0.6), _GAMMA_SHARES
+    gammas: tuple[float | None, ...] = (0.3, None, None, 1.0, 0.9, 0.01, 0.6)
+    gamma_shares: tuple[_Share | None, ...] = _GAMMA_SHARES
     if is_plain:
         gammas, gamma_shares = gammas[-1:] if is_tall else gammas, (None,)
     elif 2 * _DECIMAL_COUNTS[0] <= n_in <= LARGE:  # wide enough for decimal fractions to matter
