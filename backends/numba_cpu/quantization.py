@@ -88,8 +88,6 @@ def int8_product(typing_context: Any, acc: Any, scale: Any, s: Any) -> Any:
             is_float = integer.type == own.type
             number = integer if is_float else builder.sitofp(integer, own.type)
         zero = ir.Constant(own.type, None)
-        if not isinstance(scale, VectorType):
-            zero = ir.Constant(own.type, 0.0)
         product = builder.fmul(number, builder.fmul(own, of_row))
         # Where the scales' product overflows, 0 times it is NaN. The row's scale may be NaN itself.
         nothing = builder.fmul(of_row, zero)
