@@ -44,8 +44,7 @@ def load_contenders(device: str) -> tuple[list[Contender], list[dict[str, str]]]
     for module, library, install in _LIBRARIES[device]:
         try:
             loaded = importlib.import_module(f"{__name__}.{module}")
+            contenders += loaded.contenders(device)
         except ImportError as error:
             absent.append({"library": library, "reason": str(error), "install": install})
-        else:
-            contenders += loaded.contenders(device)
     return contenders, absent
