@@ -182,13 +182,15 @@ def non_finite_weights_and_biases_propagate(backend: Backend, problem: MatmulPro
 def same_inputs_give_the_same_bits(backend: Backend, problem: MatmulProblem) -> None:
     """A repeated product has the same bits, on any number of threads, and after other work."""
     plan = prepare(problem.weight, backend=backend)
+    firsts: dict[str, Any] = {}
     for salt, threads in enumerate((*problem.rng().permutation(THREADS).tolist(), None)):
         case = _any_activation(backend, problem, salt)
-        first = _call(plan, case, threads=1)
+        if case.activation not in firsts:
+            firsts[case.activation] = _call(plan, case, threads=1)
+            _call(plan, replace(problem, x=-problem.x))
         with same_threads_afterwards():
             again = _call(plan, case, threads=threads)
-        assert_same_bits(again, first, f"the product on threads={threads}")
-        _call(plan, replace(problem, x=-problem.x))
+        assert_same_bits(again, firsts[case.activation], f"the product on threads={threads}")
 
 
 @_law("fresh plans", "bit for bit")

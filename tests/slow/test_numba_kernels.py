@@ -919,6 +919,7 @@ def test_the_laws_hold_on_a_processor_without_byte_lookup(processor):
     assert_clean(
         run(
             """
+import os
 from dataclasses import replace
 
 import srigl_core
@@ -929,6 +930,10 @@ from srigl_core.testing.kernel_capabilities import capabilities_of
 from srigl_core.testing.problem_sources import SeededSource
 
 assert not has_byte_lookup()
+# Quantised weights have the same kernels; their laws compile these once more, which takes minutes.
+operations = ("condensed_matmul", "quantized_matmul")
+if os.environ["NUMBA_CPU_NAME"] != "haswell":
+    operations = operations[:1]
 weight = srigl_core.CondensedWeight.random((768, 3072), fan_in=307, rng=0)
 kernel = srigl_core.prepare(weight, backend="numba").describe()["kernel"]
 assert kernel.startswith("neuron lanes"), kernel
@@ -939,7 +944,7 @@ def check_laws(*value_dtypes):  # each type of value, and more so each number of
     narrowed = replace(able, value_dtypes=value_dtypes, largest_problem=200_000)
     checked = 0
     for law in LAWS:
-        if "matmul" not in law.operation:
+        if not law.operation.startswith(operations):
             continue
         for seed in range(5):
             problem = law.build(SeededSource(seed, len(law.name)), narrowed)
@@ -952,9 +957,9 @@ def check_laws(*value_dtypes):  # each type of value, and more so each number of
 
 
 threads.SMALLEST_PARALLEL_WORK = 10**12  # one thread
-assert check_laws(*able.value_dtypes) > 200
+assert check_laws(*able.value_dtypes) > 60 * (1 + len(operations))
 threads.SMALLEST_PARALLEL_WORK = 0  # three
-assert check_laws("float32") > 200
+assert check_laws("float32") > 60 * (1 + len(operations))
 print("done")
 """,
             **processor,
