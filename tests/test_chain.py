@@ -1,4 +1,4 @@
-"""The front door of chains; their laws are in `test_laws.py`."""
+"""The public interface of chains; their laws are in `test_laws.py`."""
 
 import copy
 import pickle

@@ -28,7 +28,7 @@ from srigl_core.backends.numba_cpu.plane_schedule import scheduled
 from srigl_core.backends.numba_cpu.quantization import int8_product, row_scales, write_octets
 from srigl_core.backends.numba_cpu.results import are_side_by_side, deliver_sums
 from srigl_core.backends.numba_cpu.row_layout import row_launcher
-from srigl_core.backends.numba_cpu.scratch import scratch
+from srigl_core.backends.numba_cpu.scratch import registers, scratch
 from srigl_core.backends.numba_cpu.simd import add, load, store, zeros
 
 __all__ = ["ByteProducts"]
@@ -150,7 +150,7 @@ def _deliver(sums, scales, neurons, rows, columns, bias, out):
         if is_whole:
             store(out, place + column, add(product, load(bias, column, LANES)))
         else:
-            spare = np.empty(LANES, np.float32)
+            spare = registers(LANES, scales)
             deliver_sums(product, LANES, neuron, columns, bias, out, np.int64(place), spare)
 
 

@@ -102,7 +102,7 @@ class Launcher:
         n_threads : int
             One thread does not use the pool.
         arguments : tuple
-            Contiguous, aligned arrays, and ints; or one tuple of them.
+            Contiguous, aligned arrays, and ints. One of them may be a tuple of these.
         """
         if n_threads == 1:
             self.serial(arguments)(n_items, arguments)
@@ -151,8 +151,8 @@ _codes: dict[Hashable, Callable[..., Any]] = {}
 
 def native_code(compiled: Any, signature: tuple[Any, ...]) -> NativeCode:
     """Return the native code of a kernel for arguments of Numba's types."""
-    result = _compiled(compiled, signature)
-    address = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
+    result = _compiled(compiled, signature)._asdict()
+    address = result["library"].get_pointer_to_function(result["fndesc"].llvm_func_name)
     return NativeCode(address, signature, compiled)
 
 

@@ -13,7 +13,7 @@ from srigl_core.reference import random_mask
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import library, nn  # noqa: E402
 
 from srigl_core.torch import (  # noqa: E402
     CondensedConv2d,
@@ -380,7 +380,7 @@ def test_the_operator_passes_the_checks_of_pytorch(inputs):
     tensors = layer.values, layer.scale, layer.indices, layer.active, layer.bias
     arguments = numbers(5, 12), *tensors, 20, 12, torch.float32, inputs, "relu"
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.srigl_core.quantized_linear, arguments, test_utils=checks)
+    library.opcheck(torch.ops.srigl_core.quantized_linear, arguments, test_utils=checks)
 
 
 def test_mapped_inputs_and_autocast():
