@@ -4,6 +4,8 @@
 """
 
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from mutant_corpus import COMPILED, MUTANTS, MutantError, apply_diff
@@ -14,6 +16,7 @@ LAW = {law.name: law for law in LAWS}
 SOURCE = "def f(x):\n    y = x + 1\n    return y\n"
 DIFF = "@@ -1,3 +1,3 @@\n def f(x):\n-    y = x + 1\n+    y = x\n     return y\n"
 NOT_COMPILED = [mutant for mutant in MUTANTS if mutant.kernel not in COMPILED]
+ONLY_COMPILED = [mutant for mutant in MUTANTS if mutant.kernel in COMPILED]
 
 
 @pytest.mark.parametrize("mutant", NOT_COMPILED, ids=str)
@@ -23,6 +26,13 @@ def test_each_mutant_is_rejected_by_its_law(mutant):
 
 def test_each_law_is_named_by_a_mutant():
     assert {mutant.law for mutant in MUTANTS} == LAW.keys()
+
+
+@pytest.mark.parametrize("mutant", ONLY_COMPILED, ids=str)
+def test_each_diff_of_a_compiled_kernel_applies(mutant):
+    (folder,) = find_spec("srigl_core.backends").submodule_search_locations
+    file = Path(folder, Path(mutant.file).relative_to("backends"))
+    assert apply_diff(mutant.diff, file.read_text(), mutant.file) != file.read_text()
 
 
 def test_a_bug_is_a_few_lines():
