@@ -71,7 +71,7 @@ class Layer:
 
 _TINY_LAYER = Layer(16, 16, 2, 16)
 _OUTPUT_LAYER = Layer(768, 100_000, 32, 100_000)
-_GPU_OUTPUT_LAYERS = [Layer(768, 670_000, fan_in, 670_000) for fan_in in (32, 77)]
+_LABEL_LAYERS = [Layer(768, 670_000, fan_in, 670_000) for fan_in in (32, 77)]
 """The outputs are the labels of Amazon-670K."""
 
 
@@ -198,7 +198,8 @@ def _all_cpu_cases() -> list[Case]:
     headline = Layer.random(*HEADLINE, 0.9)
     cases += [Case("forward", headline, 1, batch, dtype="float64") for batch in (1, 8, 256)]
     batches = [batch for batch in _CPU_BATCHES if batch * _OUTPUT_LAYER.n_out <= _MOST_RESULTS]
-    return cases + _forward(_OUTPUT_LAYER, batches, threads=1, cold=(1,))
+    cases += _forward(_OUTPUT_LAYER, batches, threads=1, cold=(1,))
+    return cases + _forward(_LABEL_LAYERS[0], (1, 8), threads=1)
 
 
 def _quick_cpu_cases() -> list[Case]:
@@ -221,7 +222,7 @@ def _all_gpu_cases() -> list[Case]:
         layer = Layer.random(*HEADLINE, sparsity)
         cases += [*_forward(layer, _GPU_BATCHES, cold=cold), *_backward(layer, (64, 256, 2048))]
         cases.append(Case("update", layer))
-    for layer in _GPU_OUTPUT_LAYERS:
+    for layer in _LABEL_LAYERS:
         cases += _forward(layer, _GPU_BATCHES, cold=(1, 8))
     for shape in _GPU_SHAPES[1:]:
         for sparsity in _SPARSITIES:

@@ -182,7 +182,7 @@ def _measured(bench: Bench, layer: _PreparedLayer, case: Case) -> dict[str, Any]
 
 def _bounds(case: Case, peaks: Peaks, precision: Precision = FULL) -> dict[str, Any]:
     """Return the bytes that a case moves at least, and its least time."""
-    work = work_of(case, peaks, values=precision.values, inputs=precision.inputs)
+    work = work_of(case, peaks, precision)
     seconds, resource = least_time(work, peaks, cold=case.cold)
     least = rounded(1e6 * seconds)
     return {"bytes": round(work.moved), "least_us": least, "limited_by": resource}

@@ -38,7 +38,7 @@ RESULTS = {"forward": ("y",), "backward": ("dx", "dvalues"), "update": ("mask",)
 """Names of the arrays that an operation returns."""
 
 _PIECE = 1 << 25
-"""Results that are compared at a time: a quarter of a gigabyte of float64."""
+"""Numbers of a result, or of a weight, that are compared at a time: a quarter of a gigabyte."""
 
 
 class WrongResultError(SriglError):
@@ -188,6 +188,10 @@ class Problem:
         """Return an array as our backend takes it."""
         return self.arrays.for_backend(array)
 
+    def quantized_plan(self, backend: str, inputs: str) -> srigl_core.QuantizedPlan:
+        """Return a plan of the quantised weight for inputs that are "float" or "int8"."""
+        return srigl_core.prepare(self.weight.quantize(), inputs=inputs, backend=backend)
+
     def plan(self, backend: str | Backend) -> srigl_core.Plan:
         """Return the plan of the condensed weight for a backend, made once."""
         dtype = self.precision.values or self.dtype
@@ -275,7 +279,7 @@ class Problem:
             grad = self._cast(self.as_input(batch.grad), "float64")
             yield from self._exact_gradients(x, grad)
             return
-        neurons = max(1, _PIECE // len(x))
+        neurons = max(1, _PIECE // max(x.shape))
         for first in range(0, len(self.dense), neurons):
             part = slice(first, first + neurons)
             weight, bias = (self._cast(each[part], "float64") for each in (self.dense, self.bias))

@@ -10,6 +10,7 @@ import numpy as np
 
 from srigl_core._arrays.dtypes import value_dtype
 from srigl_core.benchmarks.cases import Case, Layer
+from srigl_core.benchmarks.problems import FULL, Precision
 
 __all__ = ["CpuPeaks", "GpuPeaks", "Peaks", "Work", "least_time", "work_of"]
 
@@ -22,7 +23,7 @@ class Work(NamedTuple):
 
     moved: float  # bytes of memory that are read or written, each once
     gathered: float  # bytes of inputs that the multiply-adds read from the nearest memory
-    multiply_adds: float  # in float32; one in float64 counts as two
+    multiply_adds: float  # in float32; one in float64 counts as two, one in int8 as a quarter
 
 
 @dataclass(frozen=True)
@@ -90,21 +91,28 @@ class GpuPeaks:
 Peaks = CpuPeaks | GpuPeaks
 
 
-def work_of(case: Case, peaks: Peaks, *, values: str = "", inputs: str = "") -> Work:
-    """Return the least work of a case, with the values and the inputs in these dtypes.
+def work_of(case: Case, peaks: Peaks, precision: Precision = FULL) -> Work:
+    """Return the least work of a case, with values and inputs in the types of `precision`.
 
-    The dtype "" is that of the case; inputs include bias and results. `peaks` says how many bytes
-    the connections take. An update reads weight, gradient and mask, and writes weight and mask. A
-    backward pass makes the gradient of the values, in float32 at least, and that of the inputs.
+    Inputs include bias and results. `peaks` says how many bytes the connections take. Weights and
+    inputs that are rounded to int8 take a byte where the sums read them; the inputs come, and the
+    results go, in the dtype of the case. An update reads weight, gradient and mask, and writes
+    weight and mask. A backward pass makes the gradient of the values, in float32 at least, and that
+    of the inputs.
     """
     layer, batch = case.layer, case.batch
-    value, item = (value_dtype(dtype or case.dtype).itemsize for dtype in (values, inputs))
+    value, item = (
+        value_dtype(dtype or case.dtype).itemsize for dtype in (precision.values, precision.inputs)
+    )
     if case.operation == "update":
         return Work(layer.n_in * layer.n_out * (3 * item + 2), 0, 0)
-    weight = layer.nnz * value + peaks.mask_bytes(layer)
+    weight = layer.nnz * (1 if precision.of_weights else value) + peaks.mask_bytes(layer)
     arrays = batch * (layer.n_in + layer.n_out) * item
     products = layer.nnz * batch
-    gathered, multiply_adds = products * item, products * max(item, 4) // 4
+    if precision.of_inputs:
+        gathered, multiply_adds = products, products / 4
+    else:
+        gathered, multiply_adds = products * item, products * max(item, 4) / 4
     if case.operation == "backward":
         moved = weight + layer.nnz * max(item, 4) + arrays + batch * layer.n_in * item
         return Work(moved, 2 * gathered, 2 * multiply_adds)

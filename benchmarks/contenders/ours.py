@@ -15,11 +15,18 @@ from srigl_core.benchmarks.contenders.contender import (
     unless_ablated,
     unless_long,
 )
+from srigl_core.benchmarks.contenders.dense_int8 import OF_WEIGHTS, is_float32
 from srigl_core.benchmarks.problems import BFLOAT16, FLOAT16, FULL, Batch, Precision, Problem
 from srigl_core.benchmarks.results import OURS
 from srigl_core.contract import Backend
 
 __all__ = ["contenders", "gpu_contenders", "gradients", "product", "update"]
+
+_INT8 = {
+    "int8 weights": ("float", Precision(of_weights=OF_WEIGHTS)),
+    "int8 weights and inputs": ("int8", Precision(of_weights=OF_WEIGHTS, of_inputs=1 / 254)),
+}
+"""Our products in int8: which inputs they take, and half a step of what is rounded."""
 
 _SLOWEST_REFERENCE = 1 << 23
 """Entries of the largest weight that the reference updates here; more takes it seconds."""
@@ -56,6 +63,17 @@ def contenders(device: str) -> list[Contender]:
                 unfit=is_narrow,
             )
             for dtype in ("bfloat16", "float16")
+        ),
+        *(
+            Contender(
+                f"{ours}, {name}",
+                "ours",
+                "forward",
+                _quantized_product("numba", inputs),
+                precision=precision,
+                unfit=is_float32,
+            )
+            for name, (inputs, precision) in _INT8.items()
         ),
     ]
 
@@ -98,6 +116,14 @@ def product(backend: str | Backend, *, compact: bool = False) -> Callable[[Probl
             return lambda: plan(x, bias, threads=threads)
 
         return bind
+
+    return prepare
+
+
+def _quantized_product(backend: str, inputs: str) -> Callable[[Problem], Bind]:
+    def prepare(problem: Problem) -> Bind:
+        plan, bias = problem.quantized_plan(backend, inputs), problem.whole.bias
+        return lambda batch: lambda: plan(batch.x, bias, threads=batch.threads)
 
     return prepare
 

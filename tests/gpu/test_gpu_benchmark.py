@@ -22,7 +22,7 @@ from srigl_core.benchmarks.contenders import Contender
 from srigl_core.benchmarks.devices import gpu
 from srigl_core.benchmarks.event_timing import CALLS
 from srigl_core.benchmarks.measure import Bench, Settings
-from srigl_core.benchmarks.problems import FLOAT16, Problem
+from srigl_core.benchmarks.problems import FLOAT16, Precision, Problem
 from srigl_core.benchmarks.report import page
 from srigl_core.benchmarks.results import OURS, load_results
 from srigl_core.benchmarks.roofline import least_time, work_of
@@ -284,7 +284,7 @@ def test_a_run_writes_json_and_page_and_leaves_no_contender_wrong(
         assert row.left_out("wrong") == row.left_out("failed") == {}
         for name in {OURS["gpu"], f"{OURS['gpu']} float16"} & set(row.contenders):
             entry, dtype = row.contenders[name], "float16" if "float16" in name else ""
-            work = work_of(case, PEAKS, values=dtype, inputs=dtype)
+            work = work_of(case, PEAKS, Precision(dtype, dtype))
             seconds, resource = least_time(work, PEAKS)
             assert (entry["bytes"], entry["limited_by"]) == (work.moved, resource)
             assert entry["least_us"] == pytest.approx(1e6 * seconds, rel=1e-3)

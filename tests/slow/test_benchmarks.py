@@ -437,7 +437,7 @@ def test_work_is_each_array_once_and_a_read_and_a_multiply_add_for_each_product(
     wide = max(item, 4)
     mask = 3 * math.log2(math.comb(8, 2)) / 8 if peaks is CPU_PEAKS else 6 * 2
     forward, backward, update = (
-        work_of(Case(operation, layer, batch=5), peaks, values=dtype, inputs=dtype)
+        work_of(Case(operation, layer, batch=5), peaks, Precision(dtype, dtype))
         for operation in ("forward", "backward", "update")
     )
     assert forward.moved == pytest.approx(6 * item + mask + 5 * (8 + 4) * item + 4 * item)
