@@ -227,7 +227,9 @@ def _other_products(
 
 @_law("itself", "bit for bit")
 def inputs_are_not_written(backend: Backend, problem: MatmulProblem) -> None:
-    """Neither x nor the bias nor the weight changes."""
+    """Neither x nor the bias nor the weight changes, not even the sign of a zero of x."""
+    x = np.where(problem.rng().random(problem.x.shape) < 0.1, problem.x.dtype.type(-0.0), problem.x)
+    problem = replace(problem, x=laid_out(x, problem.layout))
     arrays = (problem.x, problem.weight.values, problem.weight.indices, problem.bias)
     assert_unwritten(arrays, lambda: _product(backend, problem))
 

@@ -156,16 +156,29 @@ def signs_do_not_matter(backend: Backend, problem: UpdateProblem) -> None:
 
 @_law("itself", "bit for bit")
 def scale_does_not_matter(backend: Backend, problem: UpdateProblem) -> None:
-    """Twice the weights and half the gradients give the same mask."""
-    with np.errstate(all="ignore"):
-        # NumPy before 2.2 computes these in float32 if the dtype is bfloat16.
-        weight = (problem.weight * 2).astype(problem.weight.dtype)
-        grad = (problem.grad / 2).astype(problem.grad.dtype)
-        if (weight / 2 != problem.weight).any() or (grad * 2 != problem.grad).any():
-            raise NotApplicable("a number cannot be doubled or halved exactly")
-    scaled = replace(problem, weight=weight, grad=grad)
+    """Weights times a power of two, and gradients divided by it, give the same mask."""
+    masks = []
+    for exponent in _EXPONENTS:
+        weight, grad = _scaled(problem.weight, exponent), _scaled(problem.grad, -exponent)
+        if weight is not None and grad is not None:
+            masks.append(_update(backend, replace(problem, weight=weight, grad=grad)).mask)
+    if not masks:
+        raise NotApplicable("no power of two scales its numbers exactly")
     mask = _update(backend, problem).mask
-    assert_same_bits(_update(backend, scaled).mask, mask, "the mask for numbers of another scale")
+    for scaled in masks:
+        assert_same_bits(scaled, mask, "the mask for numbers of another scale")
+
+
+_EXPONENTS = (1, -40, 40)
+
+
+def _scaled(array: NDArray[Any], exponent: int) -> NDArray[Any] | None:
+    """Return an array times a power of two, or None if a number would be rounded."""
+    numbers = array.astype(np.float64)
+    with np.errstate(all="ignore"):
+        scaled = np.ldexp(numbers, exponent).astype(array.dtype)
+        back = np.ldexp(scaled.astype(np.float64), -exponent)
+    return scaled if np.array_equal(back, numbers, equal_nan=True) else None
 
 
 def _unaffordable(

@@ -99,7 +99,7 @@ def update_problem(
     )
     n_out, n_in = shape = astuple(UpdateSizes(*sizes).within(most))
     is_plain = source.first_round() and max(shape) > LARGE
-    magnitudes = ("normal", "integers") if is_plain else (*UPDATE_MAGNITUDES, "zeros", "zeros")
+    magnitudes = ("normal", "integers") if is_plain else (*UPDATE_MAGNITUDES, "zeros", "zeros", "close")
     magnitude = source.sampled_from(magnitudes)
     dtypes = combinable_dtypes(capabilities)
     close_ones = [dtype for dtype in dtypes if dtype == np.float64 and magnitude == "close"]
@@ -108,6 +108,8 @@ def update_problem(
     densities = (None, None, None, "any", "any", "any", "none", "all")
     density = source.sampled_from(densities[3:4] if is_plain else densities)
     settings, drop_share, gamma_share = _any_settings(source, capabilities, shape, is_plain)
+    if magnitude == "zeros" and source.sampled_from((True, False)):
+        drop_share, settings = None, replace(settings, drop_fraction=0.0)  # more room than weights
     stays = source.sampled_from((*5 * (False,), True)) and not is_plain
     unseen = source.sampled_from((0.0, 0.0, np.nan))
     seed = source.integer(0, 2**16)
@@ -263,7 +265,7 @@ def _connections_of_a_decimal_count(
     return Connections.random(shape, fan_in=fan_in, n_active=n_active, rng=rng)
 
 
-_SHARES = (*7 * (None,), _just_below_a_count, _decimal, _decimal)
+_SHARES = (*6 * (None,), *2 * (_just_below_a_count,), *3 * (_decimal,))
 """How a fraction is made for a number of weights; None is one of any value."""
 
 _GAMMA_SHARES = (None, None, None, _just_below_a_count, _decimal, _decimal)

@@ -1,6 +1,6 @@
 """Measure what it takes to reject each wrong kernel; a page of the site is made of the results.
 
-    PYTHONPATH=tests:tests/gpu python tests/mutants/table.py [--only NAME] [--quick]
+    PYTHONPATH=tests:tests/gpu python tests/mutants/table.py [--only NAME ...] [--quick]
 
 Writes benchmarks/results/mutants.json. The law that a mutant's diff names is tried with ten seeds,
 and its failure with the first one is shrunk. Each mutant has a process of its own: one that crashes
@@ -196,11 +196,14 @@ def main() -> None:
     """Try mutants, and write their results; those of others stay."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--only", default="", help="mutants with this in their name")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="mutants with one of these in their name or law"
+    )
     parser.add_argument("--quick", action="store_true", help="only the named law, with one seed")
     options = parser.parse_args()
     results = {result["mutant"]: result for result in json.loads(RESULTS.read_text())["mutants"]}
-    mutants = [mutant for mutant in MUTANTS if options.only in str(mutant)]
+    names = {mutant: f"{mutant} {mutant.law}" for mutant in MUTANTS}
+    mutants = [each for each in MUTANTS if any(part in names[each] for part in options.only)]
     crashes = []
     function = partial(measured, quick=options.quick)
     for mutant, future in each_in_a_process(function, mutants, options.processes):
