@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.float_mode import honour_subnormals, restore_float_mode
 
-__all__ = ["Arguments", "Launcher", "NativeCode", "compiled_code", "native_code", "uncounted"]
+__all__ = ["Arguments", "Call", "Launcher", "NativeCode", "compiled_code", "native_code", "uncounted"]
 
 Arguments = tuple[Any, ...]
 
@@ -125,6 +125,10 @@ class Launcher:
     def native(self, arguments: Arguments) -> NativeCode:
         """Return the native code for one thread, of the same arguments as `serial`."""
         return native_code(self._serial, _numba_type((0, arguments)).types)
+
+
+Call = tuple[Launcher, int, Arguments]
+"""A kernel, its number of items, and its arguments."""
 
 
 class NativeCode(NamedTuple):

@@ -66,7 +66,8 @@ class Chained:
     Parameters
     ----------
     layers : sequence of ChainLayer
-        Their `prepared` have the methods `calls` and `work`, as `NumbaPrepared` has them.
+        Their `prepared` have the methods `calls` and `work`, as `NumbaPrepared` has them. Products
+        with int8 inputs have them where `byte_products` computes them.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -136,7 +137,7 @@ def _call_words(
 
 
 def _words(arguments: Arguments) -> list[int]:
-    """Return the words that a tuple of arrays and ints has in compiled code."""
+    """Return the words that a tuple of arrays, ints and such tuples has in compiled code."""
     words = []
     for argument in arguments:
         if isinstance(argument, np.ndarray):
@@ -144,6 +145,8 @@ def _words(arguments: Arguments) -> list[int]:
             data = argument.ctypes.data
             words += [owner, parent, argument.size, argument.itemsize, data]
             words += [*argument.shape, *argument.strides]
+        elif isinstance(argument, tuple):
+            words += _words(argument)
         else:
             words.append(argument)
     return words

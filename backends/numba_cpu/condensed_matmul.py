@@ -33,7 +33,7 @@ from srigl_core.backends.numba_cpu.batch_tiles import (
     tiles_nanoseconds,
 )
 from srigl_core.backends.numba_cpu.byte_planes import BytePlanes
-from srigl_core.backends.numba_cpu.calling import Launcher
+from srigl_core.backends.numba_cpu.calling import Call
 from srigl_core.backends.numba_cpu.compressed_rows import CompressedRows
 from srigl_core.backends.numba_cpu.lockstep import Lockstep
 from srigl_core.backends.numba_cpu.neuron_lanes import NeuronLanes
@@ -176,9 +176,7 @@ class NumbaPrepared:
         self._ready[x.ndim] = layout, layout.launch.serial(arguments), arrays
         return self._ready[x.ndim]
 
-    def calls(
-        self, x: Array, bias: Array | None, out: Array, code: int
-    ) -> Iterator[tuple[Launcher, int, tuple[Any, ...]]]:
+    def calls(self, x: Array, bias: Array | None, out: Array, code: Any) -> Iterator[Call]:
         """Yield the kernels that `matmul_fast` calls on one thread: their items and arguments."""
         others = (x, self._no_bias if bias is None else bias, self._active, out, code)
         layout = self._layouts.for_batch(len(x), x.dtype)

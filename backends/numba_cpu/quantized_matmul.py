@@ -11,6 +11,7 @@ the error bound does not allow for.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from srigl_core._arrays.dtypes import accumulator_dtype
 from srigl_core._format.weight import QuantizedWeight
 from srigl_core.backends.numba_cpu.byte_products import ByteProducts
+from srigl_core.backends.numba_cpu.calling import Call
 from srigl_core.backends.numba_cpu.condensed_matmul import (
     CALL_NANOSECONDS,
     NumbaPrepared,
@@ -86,8 +88,18 @@ class WeightOnlyProduct(_Scaled):
         self, x: Array, bias: Array | None, code: int, out: Array, threads: int | None
     ) -> None:
         """Write the product of plain arrays to `out`."""
-        offset = self._no_bias if bias is None else bias
-        self._sums.matmul_fast(x, self._zeros, (code, self._scale, offset), out, threads)
+        self._sums.matmul_fast(x, self._zeros, self._finish(bias, code), out, threads)
+
+    def calls(self, x: Array, bias: Array | None, out: Array, code: int) -> Iterator[Call]:
+        """Yield the kernels that `matmul_fast` calls on one thread, as `NumbaPrepared` does."""
+        return self._sums.calls(x, self._zeros, out, self._finish(bias, code))
+
+    def work(self, batch: int) -> float:
+        """Estimate the nanoseconds of a product's sums on one thread."""
+        return self._sums.work(batch)
+
+    def _finish(self, bias: Array | None, code: int) -> tuple[Any, ...]:
+        return code, self._scale, self._no_bias if bias is None else bias
 
     def _inputs(self, x: Array, out: Array, threads: int | None) -> tuple[Array, tuple[Array, ...]]:
         dtype = accumulator_dtype(x.dtype, self.weight.float_dtype)
@@ -128,6 +140,16 @@ class Int8Lookup:
         """Write the product of plain arrays to `out`."""
         offset = self._no_bias if bias is None else bias
         self._multiply(x, offset, self._columns[0], out, code, threads)
+
+    def calls(self, x: Array, bias: Array | None, out: Array, code: int) -> Iterator[Call]:
+        """Yield the kernel that `matmul_fast` calls on one thread, as `NumbaPrepared` does."""
+        layout, offset = self._layout, self._no_bias if bias is None else bias
+        arguments = (x, offset, self._columns[0], out, code, *layout.arrays)
+        yield layout.launch, layout.n_items(len(x)), arguments
+
+    def work(self, batch: int) -> float:
+        """Estimate the nanoseconds of a product's sums on one thread."""
+        return self._layout.nanoseconds(batch)
 
     def _multiply(
         self, x: Array, bias: Array, columns: Array, out: Array, code: int, threads: int | None
@@ -179,7 +201,7 @@ class Int8Lookup:
 
     def nanoseconds(self, batch: int) -> float:
         """Estimate the single-threaded time of a product."""
-        return CALL_NANOSECONDS + self._layout.nanoseconds(batch)
+        return CALL_NANOSECONDS + self.work(batch)
 
 
 def _no_bias(weight: QuantizedWeight) -> Array:

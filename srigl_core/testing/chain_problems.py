@@ -50,18 +50,24 @@ class ChainProblem(MatmulProblem):
     ----------
     weight, x, bias, activation
         Those of the first layer, as in `MatmulProblem`; there is no use for `grad`.
+    inputs : str or None
+        With a str, the first layer's weight is quantised, and takes inputs of this kind.
     out_dtype, out_layout
         Those of an `out` for the last layer.
     others : tuple of LayerOfChain
         The layers behind the first.
     """
 
+    inputs: str | None = None
     others: tuple[LayerOfChain, ...] = ()
 
     @property
     def layers(self) -> list[LayerOfChain]:
         """All layers."""
-        return [LayerOfChain(self.weight, self.bias, self.activation), *self.others]
+        first = LayerOfChain(self.weight, self.bias, self.activation)
+        if self.inputs is not None:
+            first = replace(first, weight=self.weight.quantize(), inputs=self.inputs)
+        return [first, *self.others]
 
 
 def chain_problem(
@@ -83,7 +89,10 @@ def chain_problem(
         x = np.ascontiguousarray(np.clip(x, -most, most) if x.dtype == np.float64 else x)
         x = x.astype(dtype)
     others: list[LayerOfChain] = []
-    dtype, n_in = result_dtype(x.dtype, first.weight.dtype), first.weight.shape[0]
+    inputs, values_dtype = None, first.weight.dtype
+    if kinds and values_dtype != np.float64 and rng.random() < 0.3:
+        inputs, values_dtype = str(rng.choice(kinds)), np.dtype(np.float32)
+    dtype, n_in = result_dtype(x.dtype, values_dtype), first.weight.shape[0]
     most = max(2, min(size, _MOST_NUMBERS // max(1, x.size // x.shape[-1])))
     for _ in range(n_others):
         dtypes = combinable_dtypes(capabilities, dtype)
@@ -95,7 +104,7 @@ def chain_problem(
             layer = replace(layer, weight=layer.weight.quantize(), inputs=str(rng.choice(kinds)))
         others.append(layer)
         dtype, n_in = result_dtype(dtype, layer.weight.float_dtype), layer.weight.shape[0]
-    return ChainProblem(**{**vars(first), "x": x}, others=tuple(others))
+    return ChainProblem(**{**vars(first), "x": x}, inputs=inputs, others=tuple(others))
 
 
 def _layer(

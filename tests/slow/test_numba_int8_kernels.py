@@ -7,7 +7,7 @@ pytest.importorskip("numba")
 
 from numba import njit
 
-from srigl_core import CondensedWeight
+from srigl_core import CondensedWeight, chain
 from srigl_core.backends.numba_cpu import plane_lookup, quantized_matmul, simd, threads
 from srigl_core.backends.numba_cpu.processor import has_byte_products
 from srigl_core.testing.bounds import first_violation
@@ -131,3 +131,10 @@ def test_byte_products_look_up_in_both_blocks_and_wrap_around():
     totals = before.astype(np.int32).ravel()
     step(totals, *(part.view(np.int32).ravel() for part in (octets[0], chosen, octets[1], weights)))
     np.testing.assert_array_equal(totals.reshape(2, 16), expected.astype(np.int32))
+
+
+@pytest.mark.parametrize("inputs", ["float", pytest.param("int8", marks=needs_byte_products)])
+def test_quantised_layers_are_in_the_native_call_of_a_chain(inputs):
+    weights = [CondensedWeight.random((20, 20), fan_in=5, rng=n).quantize() for n in range(3)]
+    whole = chain([(weight, None, "relu", inputs) for weight in weights], backend="numba")
+    assert whole.describe()["calls"] == "one for all layers"
