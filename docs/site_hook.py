@@ -28,6 +28,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from srigl_core.benchmarks.huggingface import page as huggingface_page
+from srigl_core.benchmarks.int8_accuracy import page as int8_page
 from srigl_core.benchmarks.readme import long_table
 from srigl_core.benchmarks.report import page as measured_page
 from srigl_core.benchmarks.reproduce.page import page as reproduce_page
@@ -53,6 +54,7 @@ PLACES = {
     f"{RESULTS}/frameworks.md": "measured/frameworks.md",
     f"{RESULTS}/gpu_kernels.json": "gpu_kernels.md",
     f"{RESULTS}/huggingface.json": "huggingface.md",
+    f"{RESULTS}/int8.json": "measured/int8.md",
     f"{RESULTS}/mutants.json": "mutants.md",
     f"{RESULTS}/reproduce.md": "measured/reproduce.md",
     "srigl_core/testing/laws.py": "laws.md",
@@ -139,8 +141,9 @@ def _measured() -> dict[str, str]:
         _log.warning("%s/frameworks.md: the times of calls are not overhead.json's", RESULTS)
     trained = read_results(ROOT / RESULTS / "reproduce.jsonl")
     made[f"{RESULTS}/reproduce.md"] = reproduce_page(trained, "reproduce.png")
-    families = json.loads((ROOT / RESULTS / "huggingface.json").read_text(encoding="utf-8"))
-    made[f"{RESULTS}/huggingface.json"] = huggingface_page(families)
+    for name, page in (("huggingface", huggingface_page), ("int8", int8_page)):
+        content = json.loads((ROOT / RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        made[f"{RESULTS}/{name}.json"] = page(content)
     made[f"{RESULTS}/README.md"] = f"""\
 # Measured
 

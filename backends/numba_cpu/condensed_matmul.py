@@ -54,6 +54,9 @@ Array = NDArray[Any]
 MOST_ROWS = 4
 """Largest batch for which rows can be faster than tiles, unless connections are few."""
 
+MOST_BATCHES = 64
+"""Sizes of batches whose calls a weight keeps."""
+
 CALL_NANOSECONDS = 1_500
 """Time of a call, measured on one machine with AVX-512. It serves recommendations."""
 
@@ -124,6 +127,7 @@ class NumbaPrepared:
         "_bits",
         "_layouts",
         "_no_bias",
+        "_of_batch",
         "_ready",
         "_tiled",
         "_tiles_work",
@@ -140,6 +144,7 @@ class NumbaPrepared:
         self._tiles_work = weight.nnz * LANE_NANOSECONDS  # of a batch row
         self._arranged: dict[Any, Array] = {}
         self._ready: dict[int, Any] = {}
+        self._of_batch: dict[int, Any] = {}
         self._tiled: dict[tuple[int, int, bool], Any] = {}
 
     def matmul_fast(
@@ -163,7 +168,9 @@ class NumbaPrepared:
                 return
         work = batch * self._tiles_work
         if threads == 1 or is_small(threads, work):
-            self._multiply_tiles(x, offset, active, out, code, 1)
+            others = x, offset, active, out, code
+            for serial, n_items, front in self._of_batch.get(batch) or self._keep_batch(others):
+                serial(n_items, (*front, *others))
         else:
             with pool(threads, work) as n:
                 self._multiply_tiles(x, offset, active, out, code, n)
@@ -175,6 +182,18 @@ class NumbaPrepared:
         arguments = (x, bias, self._active, out, code, *arrays)
         self._ready[x.ndim] = layout, layout.launch.serial(arguments), arrays
         return self._ready[x.ndim]
+
+    def _keep_batch(self, others: tuple[Any, ...]) -> Any:
+        """Return what one thread calls for a batch: compiled code, items, and first arguments."""
+        calls = []
+        for first, tiles, lanes in tile_parts(len(others[0]), self.dtype.itemsize):
+            layout, arrays, serial = self._tiles_of(lanes, others)
+            runs = layout.least_runs
+            calls.append((serial, tiles * runs, (runs, first, *arrays)))
+        if len(self._of_batch) == MOST_BATCHES:
+            self._of_batch.clear()
+        self._of_batch[len(others[0])] = calls
+        return calls
 
     def calls(self, x: Array, bias: Array | None, out: Array, code: Any) -> Iterator[Call]:
         """Yield the kernels that `matmul_fast` calls on one thread: their items and arguments."""

@@ -1,4 +1,4 @@
-"""Small batches on any processor, and layers of few neurons: one neuron in each lane of a vector.
+"""Single rows on any processor, and layers of few neurons: one neuron in each lane of a vector.
 
 Layout: a group has as many neurons as a vector has lanes. Step j of a group holds connection j of
 each of its neurons, (groups, k, lanes). With constant fan-in all lanes end together, so that only
@@ -16,6 +16,7 @@ import numpy as np
 from srigl_core.backends.numba_cpu.calling import Launcher, uncounted
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.compressed_rows import aligned_empty, position_dtype
+from srigl_core.backends.numba_cpu.processor import vector_bytes
 from srigl_core.backends.numba_cpu.results import deliver_sums
 from srigl_core.backends.numba_cpu.row_layout import RowLayout, row_launcher
 from srigl_core.backends.numba_cpu.scratch import registers
@@ -26,13 +27,16 @@ __all__ = ["NeuronLanes"]
 NANOSECONDS = 0.18
 """Measured time of a connection of one batch row."""
 
+MOST_ROWS = 1 if vector_bytes() >= 32 else 2
+"""Largest batch for which this is faster than tiles, whose rows fill a register of 32 bytes."""
+
 
 class NeuronLanes(RowLayout):
     """Connections, interleaved by neuron."""
 
     name = "neuron lanes"
 
-    def __init__(self, indices: Any, most_rows: float = 4) -> None:
+    def __init__(self, indices: Any, most_rows: float) -> None:
         n_rows, fan_in = indices.shape
         lanes = lanes_of(n_rows)
         n_groups = -(-n_rows // lanes)
@@ -47,7 +51,7 @@ class NeuronLanes(RowLayout):
             launch=_launcher(lanes),
             n_groups=n_groups,
             padding=positions.size / indices.size,
-            most_rows=most_rows if most_rows == np.inf else 2,
+            most_rows=most_rows if most_rows == np.inf else MOST_ROWS,
             nanoseconds=self.estimate(n_rows, fan_in),
         )
 

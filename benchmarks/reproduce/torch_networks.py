@@ -84,8 +84,8 @@ def _one_quick_thread() -> Iterator[None]:
 
 
 @_one_quick_thread()
-def train_torch(spec: RunSpec, data: Dataset) -> tuple[float, Any]:
-    """Train a network of `NETWORKS`, and return its test accuracy and its trainer."""
+def train_torch(spec: RunSpec, data: Dataset) -> tuple[float, nn.Module, SRigL]:
+    """Train a network of `NETWORKS`, and return its test accuracy, the model, and its masks."""
     recipe = spec.recipe
     build, exclude = NETWORKS[spec.network]
     n_steps = recipe.epochs * (data.train_y.size // recipe.batch_size)
@@ -116,4 +116,4 @@ def train_torch(spec: RunSpec, data: Dataset) -> tuple[float, Any]:
     model.eval()
     with torch.no_grad():
         predicted = model(test_x).argmax(1).numpy()
-    return float(np.mean(predicted == data.test_y)), srigl.trainer
+    return float(np.mean(predicted == data.test_y)), model, srigl

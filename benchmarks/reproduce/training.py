@@ -97,7 +97,8 @@ def train(spec: RunSpec, *, keep: bool = False) -> tuple[RunResult, Kept | None]
         else:
             from srigl_core.benchmarks.reproduce.torch_networks import train_torch
 
-            accuracy, trainer = train_torch(spec, data)
+            accuracy, _, srigl = train_torch(spec, data)
+            trainer = srigl.trainer
     sizes = {name: math.prod(budget.shape) for name, budget in trainer.budgets.items()}
     seen = sum(rate * sizes[name] for name, rate in trainer.itop_rates().items())
     result = RunResult(

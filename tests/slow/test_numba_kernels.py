@@ -40,7 +40,7 @@ needs_byte_lookup = pytest.mark.skipif(
     not has_byte_lookup(), reason="this processor, or NUMBA_CPU_NAME, lacks AVX-512 VBMI"
 )
 ROW_LAYOUTS = {
-    "neuron lanes": lambda indices, n_in: NeuronLanes(indices),
+    "neuron lanes": lambda indices, n_in: NeuronLanes(indices, most_rows=4),
     "byte planes": BytePlanes,
 }
 ROW_KERNELS = ["neuron lanes", pytest.param("byte planes", marks=needs_byte_lookup)]
