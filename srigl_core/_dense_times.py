@@ -9,11 +9,11 @@ __all__ = ["BATCHES", "CALL_NANOSECONDS", "WEIGHT_NANOSECONDS"]
 
 BATCHES = (1, 2, 4, 8, 16, 64, 256, 2048)
 
-CALL_NANOSECONDS = {"dense": 1342.0, "int8": 4016.0}
+CALL_NANOSECONDS = {"dense": 1352.0, "int8": 4081.0}
 """Of a layer with hardly any weights."""
 
 WEIGHT_NANOSECONDS = {
-    "dense": (0.04228, 0.04338, 0.0483, 0.07729, 0.1316, 0.5369, 2.084, 16.61),
-    "int8": (0.01148, 0.01261, 0.01346, 0.02103, 0.03696, 0.1334, 0.5523, 5.983),
+    "dense": (0.03961, 0.04325, 0.04736, 0.07538, 0.1304, 0.5186, 2.003, 16.06),
+    "int8": (0.01134, 0.01266, 0.01403, 0.02077, 0.03606, 0.1315, 0.5387, 4.601),
 }
 """Of each dense weight, at these batch sizes."""

@@ -12,8 +12,8 @@ import numpy as np
 
 from srigl_core._arrays.checks import check_flag, check_integer
 from srigl_core._cost_model import ACTIVE_ROWS, DENSE, INT8, dense_nanoseconds
-from srigl_core._format.weight import CondensedWeight, check_condensed
-from srigl_core._plan import plan_of
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight, check_condensed
+from srigl_core._plan import Plan, QuantizedPlan, plan_of
 from srigl_core.contract import Backend
 from srigl_core.errors import SriglError
 
@@ -34,6 +34,8 @@ class Recommendation:
         Nanoseconds of a product in each form: "condensed", "dense" (the masked weight), "dense
         without ablated rows" (the active neurons alone, if some are ablated) and "dense int8" (the
         same with weights and inputs rounded to int8).
+    rounds_inputs : bool
+        Whether the condensed product has int8 inputs.
     measured : bool
         True if this process measured the times, each with its default number of threads; dense int8
         is not measured. False if a model estimated them, for one thread.
@@ -42,6 +44,7 @@ class Recommendation:
     batch: int
     times: Mapping[str, float]
     measured: bool
+    rounds_inputs: bool = False
 
     @property
     def condensed(self) -> float:
@@ -60,9 +63,9 @@ class Recommendation:
 
     @property
     def use(self) -> str:
-        """The fastest form that keeps the weight's numbers, that is any but "dense int8"."""
-        kept = {form: time for form, time in self.times.items() if form != INT8}
-        return min(kept, key=lambda form: kept[form])
+        """The fastest form; "dense int8" only if the condensed product rounds inputs, too."""
+        forms = [form for form in self.times if form != INT8 or self.rounds_inputs]
+        return min(forms, key=lambda form: self.times[form])
 
     def __str__(self) -> str:
         source = "measured" if self.measured else "estimated, one thread"
@@ -72,15 +75,16 @@ class Recommendation:
             else f"{form} {time / 1e3:,.1f} us"
             for form, time in self.times.items()
         )
-        is_int8 = self.times.get(INT8, math.inf) < self.times[self.use]
+        is_int8 = self.use != INT8 and self.times.get(INT8, math.inf) < self.times[self.use]
         rounded = f"; {INT8} is faster, and rounds weights and inputs" if is_int8 else ""
         return f"{self.use} at batch {self.batch}: {times}{rounded} ({source})"
 
 
 def recommend(
-    weight: CondensedWeight,
+    weight: CondensedWeight | QuantizedWeight,
     *,
     batch: int,
+    inputs: str = "float",
     backend: str | Backend | None = None,
     measure: bool = False,
 ) -> Recommendation:
@@ -88,9 +92,11 @@ def recommend(
 
     Parameters
     ----------
-    weight : CondensedWeight
+    weight : CondensedWeight or QuantizedWeight
     batch : int
         Rows of x, at least 1.
+    inputs : {"float", "int8"}
+        As in `srigl_core.prepare`: "int8" is for quantised weights only.
     backend : str, Backend or None
         As in `srigl_core.get_backend`.
     measure : bool
@@ -105,7 +111,8 @@ def recommend(
     Raises
     ------
     SriglError
-        If the backend has no model of its speed; with ``measure=True`` it needs none.
+        If the backend has no model of its speed; with ``measure=True`` it needs none. If `inputs`
+        does not fit the weight.
 
     Examples
     --------
@@ -115,24 +122,28 @@ def recommend(
     >>> advice.use
     'condensed'
     """
-    check_condensed(weight)
+    if not isinstance(weight, QuantizedWeight):
+        check_condensed(weight)
     batch = check_integer(batch, "batch", least=1)
     measure = check_flag(measure, "measure")
-    plan = plan_of(weight, backend)
+    plan: Plan | QuantizedPlan = plan_of(weight, backend, inputs)  # type: ignore[call-overload]
+    rounds_inputs = inputs == "int8"
     if measure:
-        return Recommendation(batch, _measured(weight, batch, plan), True)
+        return Recommendation(batch, _measured(weight, batch, plan), True, rounds_inputs)
     estimate = plan.nanoseconds(batch)
     if estimate is None:
         raise SriglError(
             f"backend {plan.backend.name!r} has no model of its speed; pass measure=True"
         )
     times = {_CONDENSED: estimate, **dense_nanoseconds(weight, batch)}
-    return Recommendation(batch, times, False)
+    return Recommendation(batch, times, False, rounds_inputs)
 
 
-def _measured(weight: CondensedWeight, batch: int, plan: Callable[..., object]) -> dict[str, float]:
+def _measured(
+    weight: CondensedWeight | QuantizedWeight, batch: int, plan: Callable[..., object]
+) -> dict[str, float]:
     """Time the forms alternately, so that a disturbance affects all, and return the medians."""
-    dense = weight.to_dense().astype(np.result_type(weight.dtype, np.float32)).T
+    dense = weight.to_dense().astype(np.result_type(weight.float_dtype, np.float32)).T
     x = np.ones((batch, weight.shape[1]), dense.dtype)
     forms: dict[str, Callable[[], object]] = {_CONDENSED: lambda: plan(x), DENSE: lambda: x @ dense}
     if weight.n_active < weight.shape[0]:

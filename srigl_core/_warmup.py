@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from srigl_core._api import update_mask
-from srigl_core._arrays.checks import check_flag, check_integer
+from srigl_core._arrays.checks import check_choice, check_flag, check_integer
 from srigl_core._arrays.dtypes import round_to, value_dtype
-from srigl_core._format.weight import CondensedWeight, check_condensed
+from srigl_core._chain import chain
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight, check_condensed
 from srigl_core._plan import prepare
 from srigl_core._product_spec import checked_threads
-from srigl_core.contract import Backend
+from srigl_core.contract import QUANTIZED_INPUTS, Backend
 from srigl_core.errors import ValueTypeError
 
 __all__ = ["warmup"]
@@ -33,9 +34,11 @@ def warmup(
     dtype: DTypeLike = "float32",
     backward: bool = False,
     update: bool = False,
+    chains: bool = False,
+    quantized: str | Iterable[str] = (),
     threads: int | None = None,
     backend: str | Backend | None = None,
-    weight: CondensedWeight | None = None,
+    weight: CondensedWeight | QuantizedWeight | None = None,
 ) -> dict[str, float]:
     """Run a backend once in each given way, so that later calls find its kernels compiled.
 
@@ -49,12 +52,17 @@ def warmup(
         Also run the gradients.
     update : bool
         Also run the mask update.
+    chains : bool
+        Also run each product as a chain of one layer, whose kernels a chain of more layers has too.
+    quantized : str or iterable of str
+        Also run products with the quantised weight, for these kinds of inputs: "float", "int8".
     threads : int or None
         Number of threads of later calls. None runs both one thread and the backend's default.
     backend : str, Backend or None
         As in `srigl_core.get_backend`.
-    weight : CondensedWeight or None
-        The layer to use. None draws two of 90% sparsity, with and without ablated neurons.
+    weight : CondensedWeight, QuantizedWeight or None
+        The layer to use. None draws two of 90% sparsity, with and without ablated neurons. Of a
+        quantised weight, products with float inputs run unless `quantized` names others.
 
     Returns
     -------
@@ -64,7 +72,8 @@ def warmup(
     Raises
     ------
     SriglError
-        If an argument is out of its range, or the backend does not offer the operation.
+        If an argument is out of its range, or the backend does not offer the operation, or a
+        quantised weight is to have gradients or an update.
     ValueTypeError
         If an argument has the wrong type.
     BackendUnavailableError
@@ -85,7 +94,13 @@ def warmup(
     """
     value_type = value_dtype(dtype)
     backward, update = check_flag(backward, "backward"), check_flag(update, "update")
-    if weight is not None:
+    chains = check_flag(chains, "chains")
+    is_one = isinstance(quantized, str) or not isinstance(quantized, Iterable)
+    kinds: list[Any] = [quantized] if is_one else [*quantized]
+    for kind in kinds:
+        check_choice(kind, "quantized", QUANTIZED_INPUTS)
+    is_quantized = isinstance(weight, QuantizedWeight)
+    if weight is not None and (backward or update or not is_quantized):
         check_condensed(weight)
     try:
         batches: tuple[Any, ...] = tuple(batch) if isinstance(batch, Iterable) else (batch,)
@@ -106,8 +121,12 @@ def warmup(
         seconds[step] = time.perf_counter() - start
 
     with timed("prepare"):
-        weights = [weight] if weight is not None else _random_weights(value_type, rng)
-        plans = [prepare(layer, backend=backend) for layer in weights]
+        weights: list[Any] = [weight] if weight is not None else _random_weights(value_type, rng)
+        trained = [] if is_quantized else [prepare(layer, backend=backend) for layer in weights]
+        plans: list[Any] = [*trained]
+        for layer, kind in itertools.product(weights, kinds or ["float"] * is_quantized):
+            packed = layer if is_quantized else layer.quantize()
+            plans.append(prepare(packed, inputs=kind, backend=backend))
     n_out, n_in = weights[0].shape
     for size in sizes:
         x, grad = normal(size, n_in), normal(size, n_out)
@@ -115,9 +134,14 @@ def warmup(
         with timed(f"product, batch {size}"):
             for plan, array, bias, n in itertools.product(plans, inputs, biases, each_threads):
                 plan(array, bias, threads=n)
+        if chains:
+            with timed(f"chain, batch {size}"):
+                for plan, n in itertools.product(plans, each_threads):
+                    layers = [(plan.weight, normal(n_out), None, plan.inputs)]
+                    chain(layers, backend=plan.backend)(x, threads=n)
         if backward:
             with timed(f"gradients, batch {size}"):
-                for plan, array, n in itertools.product(plans, inputs, each_threads):
+                for plan, array, n in itertools.product(trained, inputs, each_threads):
                     plan.backward(grad, array, threads=n)
     if update:
         with timed("update"):

@@ -361,8 +361,8 @@ def test_there_are_no_gradients():
         lambda: prepare(weight, inputs="int8").backward(grad, x, wrt=("x",)),
         lambda: condensed_matmul_backward(grad, x, weight),
         lambda: update_condensed(weight, None, None),
-        lambda: recommend(weight, batch=1),
-        lambda: warmup(weight=weight),
+        lambda: warmup(weight=weight, backward=True),
+        lambda: warmup(weight=weight, update=True),
     ):
         with pytest.raises(SriglError, match="is for inference and has no gradients"):
             call()

@@ -66,6 +66,22 @@ def test_dense_int8_is_named_where_it_is_faster_and_not_recommended_since_it_rou
     assert described(weight, 8).endswith("x dense int8: dense int8 is faster")
 
 
+@pytest.mark.parametrize("inputs", ["float", "int8"])
+def test_a_quantised_layer_is_compared_too(inputs):
+    sparse, dense = (layer(fan_in).quantize() for fan_in in (31, 3000))
+    options = {"batch": 8, "inputs": inputs, "backend": "numba"}
+    assert recommend(sparse, **options).use == "condensed"
+    advice = recommend(dense, **options)
+    # Dense int8 rounds the inputs, which is no loss where they are rounded anyway.
+    assert advice.use == ("dense int8" if inputs == "int8" else "dense")
+    assert recommend(sparse, measure=True, **options).speed_up > 0
+
+
+def test_int8_inputs_are_recommended_for_quantised_weights_only():
+    with pytest.raises(SriglError, match="needs a quantised weight"):
+        recommend(layer(31), batch=8, inputs="int8", backend="numba")
+
+
 def test_a_layer_with_ablated_neurons_is_compared_with_dense_without_them():
     weight = CondensedWeight.random((768, 3072), fan_in=2900, n_active=77, rng=0)
     advice = recommend(weight, batch=64, backend="numba")

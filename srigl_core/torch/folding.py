@@ -27,12 +27,15 @@ from srigl_core.torch.linear import (
     set_like,
     weight_of,
 )
+from srigl_core.torch.quantized_linear import QuantizedLinear
 from srigl_core.torch.replacement import has_hooks
+from srigl_core.torch.sequential import CondensedSequential
 from srigl_core.torch.sharded_tensors import check_not_sharded
 from srigl_core.torch.targets import check_module
 
 __all__ = ["Folding", "fold_ablated"]
 
+_FORWARDS = (nn.Sequential.forward, CondensedSequential.forward)
 _ELEMENTWISE = (nn.Dropout, nn.GELU, nn.Identity, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Tanh)
 
 
@@ -162,7 +165,7 @@ def _chains(model: Any) -> Iterator[list[_Place]]:
 
 def _is_chain(module: Any) -> bool:
     """Return whether a module only calls its parts one after the other."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return isinstance(module, nn.Sequential) and type(module).forward in _FORWARDS
 
 
 def _places(chain: Any, prefix: str) -> Iterator[_Place]:
@@ -201,6 +204,8 @@ def _obstacle(
     uses: dict[int, int],
 ) -> str | None:
     """Return why the ablated neurons of a place cannot be removed, or None."""
+    if isinstance(place.module, QuantizedLinear):
+        return "as it is quantised; call fold_ablated before quantize"
     if following is None:
         return "as no linear layer follows in its nn.Sequential"
     if type(following.module) not in (nn.Linear, CondensedLinear):
@@ -236,7 +241,7 @@ def _outside_chains(model: Any) -> Iterator[tuple[str, str]]:
 
 def _ablated(layer: Any) -> NDArray[np.bool_]:
     """Return which neurons of a linear layer are ablated; empty for other modules."""
-    if type(layer) is CondensedLinear:
+    if type(layer) in (CondensedLinear, QuantizedLinear):
         ablated = np.ones(layer.out_features, np.bool_)
         ablated[layer.active[: layer.n_active].cpu().numpy()] = False
         return ablated

@@ -17,7 +17,13 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
-from srigl_core.torch import CondensedConv2d, CondensedLinear, SRigL  # noqa: E402
+from srigl_core.torch import (  # noqa: E402
+    CondensedConv2d,
+    CondensedLinear,
+    CondensedSequential,
+    SRigL,
+    quantize,
+)
 from srigl_core.torch.conversion import (  # noqa: E402
     condense,
     condensed_modules,
@@ -362,6 +368,19 @@ def test_folding_removes_ablated_neurons_and_changes_no_result(first, following,
     assert not fold_ablated(model).removed
 
 
+def test_a_model_is_folded_after_it_was_condensed():
+    torch.manual_seed(0)
+    model = nn.Sequential(dense_layer(10, 12, 4), nn.ReLU(), dense_layer(12, 9)).eval()
+    masks = {name: model.get_submodule(name).weight != 0 for name in ("0", "2")}
+    masks["2"][:, 5] = False
+    with torch.no_grad():
+        model[2].weight *= masks["2"]
+    wanted = model(inputs(10))
+    assert type(condense(model, masks)) is CondensedSequential
+    assert fold_ablated(model, inputs(10)).removed == {"0": 4}
+    torch.testing.assert_close(model(inputs(10)), wanted, rtol=1e-13, atol=1e-14)
+
+
 def test_folding_goes_through_a_whole_chain_and_says_what_it_left():
     inner = nn.Sequential(nn.Tanh(), nn.Sequential(condensed_layer(12, 9, 8, 5), nn.ReLU()))
     model = nn.Sequential(condensed_layer(10, 12, 3, 7), inner, condensed_layer(9, 6, 3, 4))
@@ -445,7 +464,16 @@ def convolution():
     return nn.Sequential(conv, nn.Flatten(), dense_layer(6, 2))
 
 
+def quantised(first, following):
+    """Return a chain in which one layer is quantised, or both."""
+    layers = condensed_layer(10, 12, 3, 8), condensed_layer(12, 9, 4, 9)
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1]).float()
+    left = [str(2 * i) for i, is_quantised in enumerate((first, following)) if not is_quantised]
+    return quantize(model, exclude=left)
+
+
 NO_LAYER = "as no linear layer follows in its nn.Sequential"
+QUANTISED = "as it is quantised; call fold_ablated before quantize"
 LEFT = {
     "norm": (lambda: between(nn.LayerNorm(12).double()), {"0": "as 1 (LayerNorm) follows it"}),
     "dropout": (lambda: between(nn.Dropout()), {"0": "as 1 (Dropout) is in training mode; call"}),
@@ -456,6 +484,8 @@ LEFT = {
     "all": (lambda: between(first=dense_layer(10, 12, 12)), {"0": "as none of its neurons is"}),
     "not finite": (lambda: between(first=infinite_bias()), {"0": "as the output of an ablated"}),
     "convolution": (convolution, {"0": "as it is a convolution"}),
+    "quantised": (lambda: quantised(True, False), {"0": QUANTISED}),
+    "quantised next": (lambda: quantised(False, True), {"0": "as 2 (QuantizedLinear) follows it"}),
 }
 
 

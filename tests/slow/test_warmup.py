@@ -97,6 +97,26 @@ def test_it_says_the_seconds_of_each_step(layer):
     assert list(srigl_core.warmup(batch=[], **options)) == ["prepare"]
 
 
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_quantised_products_and_chains_are_warmed_up_on_request(is_quantized, layer, monkeypatch):
+    module = importlib.import_module("srigl_core._warmup")
+    used = []
+
+    def prepare(weight, **options):
+        used.append((type(weight).__name__, options.get("inputs", "float")))
+        return srigl_core.prepare(weight, **options)
+
+    monkeypatch.setattr(module, "prepare", prepare)
+    weight = layer.quantize() if is_quantized else layer
+    options = {"backend": "reference", "weight": weight, "batch": 3, "chains": True}
+    assert list(srigl_core.warmup(**options)) == ["prepare", "product, batch 3", "chain, batch 3"]
+    assert used == [(type(weight).__name__, "float")]
+    used.clear()
+    srigl_core.warmup(**options, quantized=("float", "int8"))
+    both = [("QuantizedWeight", "float"), ("QuantizedWeight", "int8")]
+    assert used == [("CondensedWeight", "float")] * (not is_quantized) + both
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_every_value_type_can_be_warmed_up(dtype, product_backend, layer):
     options = {"backend": product_backend, "weight": layer}
@@ -114,6 +134,9 @@ def test_every_value_type_can_be_warmed_up(dtype, product_backend, layer):
         ({"threads": 0}, "threads=0 must be at least 1"),
         ({"backend": "nonesuch"}, "no backend is called 'nonesuch'"),
         ({"weight": 3}, "weight must be a CondensedWeight, got int"),
+        ({"quantized": "bytes"}, "quantized='bytes' is unknown; use one of float, int8"),
+        ({"quantized": 3}, "quantized=3 is unknown; use one of float, int8"),
+        ({"chains": 1}, "chains"),
     ],
     ids=str,
 )
