@@ -12,6 +12,7 @@ import ast
 import atexit
 import builtins
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -60,8 +61,12 @@ COMPILED = ("numba_cpu", "cupy_gpu")
 """Kernels that are compiled, so that a mutant takes seconds."""
 
 WITHOUT_KERNELS = ("backends/numba_cpu/condensed_matmul.py",)
-"""Files of numba_cpu without kernels. For other files only float32 is tried, and bfloat16 where the
-bug is one of bfloat16, since each dtype compiles their kernels anew."""
+"""Files of numba_cpu without kernels. For other files only one type of values is tried, since each
+compiles their kernels anew: bfloat16 where the bug is one of bfloat16, else that of `TYPES`, or
+float32."""
+
+TYPES = {"backends/numba_cpu/neuron_lanes.py": "float64"}
+"""Types of values that a kernel computes on any processor."""
 
 BESIDE_KERNELS = ("srigl_core._activations", "srigl_core._update")
 """Modules that may be changed although they belong to no kernel."""
@@ -133,8 +138,8 @@ class Mutant:
     def load(self) -> Any:
         """Return the wrong backend."""
         change = functools.partial(apply_diff, self.diff, file=self.file)
-        dtypes = ("bfloat16",) if "bfloat16" in self.bug else ("float32",)
-        backend = load_backend(self.kernel, self.file, change, dtypes)
+        dtype = "bfloat16" if "bfloat16" in self.bug else TYPES.get(self.file, "float32")
+        backend = load_backend(self.kernel, self.file, change, (dtype,))
         backend.name = f"mutant {self}"
         return backend
 
@@ -204,7 +209,10 @@ class _Modules:
 
     def __init__(self, changed: str, change: Change) -> None:
         self._changed, self._change = changed, change
-        self._prefix = f"changed_{next(_numbers)}"
+        # Kernels of unchanged modules into which changed ones are compiled are cached on disk: by
+        # the names of these modules, which tell one change from another.
+        text = hashlib.sha256(change(_path(changed).read_text()).encode()).hexdigest()[:16]
+        self._prefix = f"changed_{next(_numbers)}_{text}"
         self._loaded: dict[str, ModuleType] = {}
 
     def __call__(self, name: str) -> ModuleType:
