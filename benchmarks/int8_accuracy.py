@@ -196,7 +196,8 @@ def _accuracy_table(networks: Sequence[Mapping[str, Any]]) -> str:
         }
         whole = mean["accuracy", FORMS[0]]
         changes = [
-            f"{mean['accuracy', form] - whole:+.2f} ({number(mean['changed', form])}%)"
+            f"{round(mean['accuracy', form] - whole, 2) + 0.0:+.2f} "
+            f"({number(mean['changed', form])}%)"
             for form in FORMS[1:]
         ]
         title = f"{DATA_TITLES[data]}, {NETWORK_TITLES[network]}"
