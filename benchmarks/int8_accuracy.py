@@ -1,10 +1,10 @@
 """What int8 costs in accuracy: of trained networks, and of one product.
 
 ``python -m srigl_core.benchmarks.int8_accuracy OUT.json``; it takes about ten minutes on two cores.
-Networks of `srigl_core.benchmarks.reproduce` are trained with SRigL. Each is tested in float32, with
-int8 weights, with int8 weights and inputs, and as a dense network that PyTorch quantises. Products
-of one layer are compared with float64, beside those of the dense int8 libraries that are installed.
-Needs PyTorch and the extra ``reproduce``.
+Networks of `srigl_core.benchmarks.reproduce` are trained with SRigL. Each is tested in float32,
+with int8 weights, with int8 weights and inputs, and as a dense network that PyTorch quantises.
+Products of one layer are compared with float64, beside those of the dense int8 libraries that are
+installed. Needs PyTorch and the extra ``reproduce``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 
 from srigl_core._machine import cpu_name, package_versions
@@ -28,11 +27,10 @@ from srigl_core.benchmarks.contenders import load_contenders
 from srigl_core.benchmarks.problems import Problem
 from srigl_core.benchmarks.reproduce.datasets import Dataset, load_dataset
 from srigl_core.benchmarks.reproduce.grid import grid
-from srigl_core.benchmarks.reproduce.runs import local_workers
 from srigl_core.benchmarks.reproduce.settings import DATA_TITLES, NETWORK_TITLES, RunSpec
 from srigl_core.benchmarks.tables import number, table
 
-__all__ = ["FORMS", "SPARSITIES", "errors", "main", "page", "accuracies"]
+__all__ = ["FORMS", "SPARSITIES", "accuracies", "errors", "main", "page"]
 
 FORMS = ("float32", "int8 weights", "int8 weights and inputs", "dense int8")
 """The forms of a network. Dense int8 is PyTorch's, of the same masked weights."""
@@ -160,7 +158,8 @@ Made on {results["started"][:10]} by `python -m srigl_core.benchmarks.int8_accur
 Networks of [the reproduction](reproduce.md), trained with SRigL in float32; that of the demo is the
 MLP for digits with noise. The first column has the test accuracy in percent, and the others what
 int8 changes, in percentage points: means over {FOLDS} folds of the data. In parentheses is the
-share of predictions that are other than those in float32. Nothing was trained further or calibrated.
+share of predictions that are other than those in float32. Nothing was trained further or
+calibrated.
 
 *int8 weights* is `srigl_core.torch.quantize(model)`, and *int8 weights and inputs* the same with
 `inputs="int8"`. *Dense int8* is PyTorch's dynamic quantisation of the dense network with the same
@@ -207,6 +206,10 @@ def _accuracy_table(networks: Sequence[Mapping[str, Any]]) -> str:
 
 def main(path: str) -> None:
     """Train, test and compare, and write the results."""
+    import joblib
+
+    from srigl_core.benchmarks.reproduce.runs import local_workers
+
     networks = []
     with local_workers():
         parallel = joblib.Parallel(batch_size=1, return_as="generator")

@@ -20,7 +20,6 @@ from srigl_core import (
     condensed_matmul_backward,
     get_backend,
     prepare,
-    recommend,
     update_condensed,
     warmup,
 )

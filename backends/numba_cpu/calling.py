@@ -19,7 +19,15 @@ from numba.extending import intrinsic
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.float_mode import honour_subnormals, restore_float_mode
 
-__all__ = ["Arguments", "Call", "Launcher", "NativeCode", "compiled_code", "native_code", "uncounted"]
+__all__ = [
+    "Arguments",
+    "Call",
+    "Launcher",
+    "NativeCode",
+    "compiled_code",
+    "native_code",
+    "uncounted",
+]
 
 Arguments = tuple[Any, ...]
 

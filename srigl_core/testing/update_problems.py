@@ -99,7 +99,9 @@ def update_problem(
     )
     n_out, n_in = shape = astuple(UpdateSizes(*sizes).within(most))
     is_plain = source.first_round() and max(shape) > LARGE
-    magnitudes = ("normal", "integers") if is_plain else (*UPDATE_MAGNITUDES, "zeros", "zeros", "close")
+    magnitudes = (
+        ("normal", "integers") if is_plain else (*UPDATE_MAGNITUDES, "zeros", "zeros", "close")
+    )
     magnitude = source.sampled_from(magnitudes)
     dtypes = combinable_dtypes(capabilities)
     close_ones = [dtype for dtype in dtypes if dtype == np.float64 and magnitude == "close"]
