@@ -332,7 +332,8 @@ def _functions(stem: str, names: Iterable[str]) -> dict[str, str]:
     for name in names:
         first = candidate = f"{stem}_{_identifier(name) or 'layer'}"
         number = 1
-        while taken & (own := _names(candidate)):
+        # Names that end in _t are types of headers, such as int8_t.
+        while taken & (own := _names(candidate)) or candidate.endswith("_t"):
             number += 1
             candidate = f"{first}_{number}"
         taken |= own

@@ -158,7 +158,7 @@ def report_layer(
     """Return size and expected speed-ups of a layer; the speed-ups are None unless `on_cpu`."""
     speed_ups: tuple[float | None, ...] = (None,) * len(BATCHES)
     if on_cpu:
-        plan = plan_of(weight, backend, inputs)  # type: ignore[call-overload] # of either kind
+        plan = plan_of(weight, backend, inputs)
         times = [(plan.nanoseconds(batch), dense_nanoseconds(weight, batch)) for batch in BATCHES]
         speed_ups = tuple(None if ours is None else dense[DENSE] / ours for ours, dense in times)
     size, counts = weight.memory_report(), (weight.sparsity, weight.fan_in, weight.n_active)

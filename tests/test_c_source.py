@@ -46,7 +46,7 @@ def test_a_file_has_a_function_for_each_layer(tmp_path):
         (["", ".", "größe"], ["n_layer", "n_layer_2", "n_gr_e"]),
         (["fc", "fc_values"], ["n_fc", "n_fc_values_2"]),
         (["fc_n_in", "fc"], ["n_fc_n_in", "n_fc_2"]),
-        (["0", "int"], ["n_0", "n_int"]),
+        (["0", "int", "t"], ["n_0", "n_int", "n_t_2"]),
     ],
 )
 def test_names_are_valid_and_unique(tmp_path, names, expected):

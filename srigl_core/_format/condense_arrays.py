@@ -79,7 +79,8 @@ def condense_arrays(
         )
     condensed: dict[str, CondensedWeight | NDArray[Any]] = {}
     for name, array in arrays.items():
-        layer, stored = name, array
+        layer = name
+        stored: CondensedWeight | NDArray[Any] = array
         if name in given and name not in excluded:
             mask, dense = _checked(name, given[name], array)
             if not mask.all():

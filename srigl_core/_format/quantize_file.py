@@ -82,8 +82,8 @@ def quantize_file(
             quantized[name] = weight.quantize()
         except SriglError as error:
             raise type(error)(f"layer {name!r}: {error}") from error
-    for name, weight in quantized.items():
-        arrays |= weight_arrays(name, weight)
+    for name, each in quantized.items():
+        arrays |= weight_arrays(name, each)
     write_arrays(target, arrays, described | layer_metadata(quantized))
 
 
