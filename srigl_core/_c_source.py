@@ -22,7 +22,7 @@ from srigl_core._arrays.checks import as_float_array
 from srigl_core._arrays.dtypes import accumulator_dtype, round_to
 from srigl_core._arrays.float_mode import honour_subnormals
 from srigl_core._chain import in_layer, parsed_layer
-from srigl_core._files import checked_path, write_whole
+from srigl_core._files import check_replaceable, checked_path, write_whole
 from srigl_core._format.packed_weight import PackedWeight
 from srigl_core._plan import check_inputs
 from srigl_core._product_spec import ArraySpec, product_spec
@@ -282,11 +282,12 @@ def export_c(
         texts = {".c": _source(stem, checked), ".h": _header(stem, checked)}
     target = checked_path(folder)
     target.mkdir(exist_ok=True)
-    paths = []
-    for ending, text in texts.items():
-        paths.append(target / f"{stem}{ending}")
-        write_whole(paths[-1], text.encode("ascii"))
-    return paths
+    paths = {target / f"{stem}{ending}": text for ending, text in texts.items()}
+    for path in paths:
+        check_replaceable(path)
+    for path, text in paths.items():
+        write_whole(path, text.encode("ascii"))
+    return list(paths)
 
 
 def _checked(name: str, function: str, layer: Any) -> _Layer:

@@ -117,6 +117,13 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_the_system(tmp_path):
             export_c({"fc": (WEIGHT, None, None)}, folder)
 
 
+def test_no_file_is_written_where_one_cannot_be_replaced(tmp_path):
+    (tmp_path / "net.h").mkdir()
+    with pytest.raises(OSError, match="not a regular file"):
+        export_c({"fc": (WEIGHT, None, None)}, tmp_path, name="net")
+    assert [path.name for path in tmp_path.iterdir()] == ["net.h"]
+
+
 def test_the_sum_of_int8_products_must_fit_int32(tmp_path):
     n_in = 133_145
     weight = CondensedWeight.random((1, n_in), fan_in=n_in, rng=0).quantize()

@@ -62,9 +62,10 @@ def load_layers(path: str | os.PathLike[str]) -> dict[str, StoredLayer]:
     --------
     >>> import numpy as np, srigl_core, tempfile
     >>> weight = srigl_core.CondensedWeight.random((8, 32), fan_in=4, rng=0)
-    >>> with tempfile.NamedTemporaryFile() as file:
-    ...     srigl_core.save_condensed(file.name, {"fc1": weight, "fc1.bias": np.zeros(8)})
-    ...     layers = load_layers(file.name)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = f"{folder}/layers.safetensors"
+    ...     srigl_core.save_condensed(path, {"fc1": weight, "fc1.bias": np.zeros(8)})
+    ...     layers = load_layers(path)
     >>> model = srigl_core.chain(layers.values(), backend="reference")
     """
     weights, arrays, metadata = read_tensors(path)
