@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
 
+from srigl_core._arrays.checks import check_flag
 from srigl_core._cost_model import DENSE, dense_nanoseconds
 from srigl_core._format.stored_layers import load_layers
 from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core._plan import plan_of
+from srigl_core._recommendation import recommend
 from srigl_core.contract import Backend
 
 __all__ = ["BATCHES", "LayerReport", "ModelReport", "report_file", "report_layer"]
@@ -36,9 +39,9 @@ class LayerReport:
         same type.
     speed_ups : tuple of float or None
         Expected speed-up over the masked dense product with one thread, for each of `BATCHES`, by
-        the model of `srigl_core.recommend`. Below 1 the dense product is faster. None if the
-        backend has no model, or on another device than the CPU. In a convolution each place of the
-        result is a row of the product.
+        the model of `srigl_core.recommend`, unless they were measured. Below 1 the dense product is
+        faster. None if the backend has no model, or on another device than the CPU. In a
+        convolution each place of the result is a row of the product.
     """
 
     name: str
@@ -118,7 +121,10 @@ class ModelReport:
 
 
 def report_file(
-    path: str | os.PathLike[str], *, backend: str | Backend | None = None
+    path: str | os.PathLike[str],
+    *,
+    backend: str | Backend | None = None,
+    measure: bool = False,
 ) -> ModelReport:
     """Return sizes and expected speed-ups of the layers in a file; print it for a table.
 
@@ -128,6 +134,9 @@ def report_file(
         A file that `save_condensed` or `srigl_core.torch.save_model` wrote.
     backend : str, Backend or None
         The backend of the speed-ups, as in `get_backend`.
+    measure : bool
+        Measure the speed-ups in this process, as `recommend` does, with the default numbers of
+        threads. That takes about 0.1 s for each layer and batch, and memory for the dense weight.
 
     Returns
     -------
@@ -141,9 +150,12 @@ def report_file(
     OSError
         If the file cannot be read.
     """
-    layers = load_layers(path).items()
+    measure = check_flag(measure, "measure")
     return ModelReport(
-        tuple(report_layer(name, each.weight, each.inputs, backend) for name, each in layers)
+        tuple(
+            report_layer(name, each.weight, each.inputs, backend, measure=measure)
+            for name, each in load_layers(path).items()
+        )
     )
 
 
@@ -154,10 +166,14 @@ def report_layer(
     backend: str | Backend | None,
     *,
     on_cpu: bool = True,
+    measure: bool = False,
 ) -> LayerReport:
-    """Return size and expected speed-ups of a layer; the speed-ups are None unless `on_cpu`."""
+    """Return size and speed-ups of a layer; the speed-ups are None unless `on_cpu`."""
     speed_ups: tuple[float | None, ...] = (None,) * len(BATCHES)
-    if on_cpu:
+    if measure:
+        timed = partial(recommend, weight, inputs=inputs, backend=backend, measure=True)
+        speed_ups = tuple(timed(batch=batch).speed_up for batch in BATCHES)
+    elif on_cpu:
         plan = plan_of(weight, backend, inputs)
         times = [(plan.nanoseconds(batch), dense_nanoseconds(weight, batch)) for batch in BATCHES]
         speed_ups = tuple(None if ours is None else dense[DENSE] / ours for ours, dense in times)

@@ -233,6 +233,11 @@ def test_show_prints_the_layers_of_a_file(files):
     assert "4 of 6" in result.output
     content = json.loads(run("show", str(files / "net.safetensors"), "--json").stdout)
     assert content["layers"][0]["fan_in"] == 3
+    options = ["--backend", "reference", "--json"]  # which has no model of its speed
+    (layer,) = json.loads(run("show", str(files / "net.safetensors"), *options).stdout)["layers"]
+    assert layer["speed_ups"] == [None, None]
+    shown = run("show", str(files / "net.safetensors"), *options, "--measure").stdout
+    assert all(each > 0 for each in json.loads(shown)["layers"][0]["speed_ups"])
 
 
 def test_condense_writes_the_layers_of_a_checkpoint(files):

@@ -28,12 +28,15 @@ def show(
     backend: Annotated[
         str | None, typer.Option(metavar="NAME", help="The backend of the speed-ups.")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure the speed-ups in place of estimating them.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show the layers of a file: sizes, types, bytes, and expected speed-ups over dense here."""
     from srigl_core import report_file
 
-    report = report_file(file, backend=backend)
+    report = report_file(file, backend=backend, measure=measure)
     if as_json:
         echo_json(asdict(report))
     else:
