@@ -11,11 +11,17 @@ from srigl_core._api import (
     update_condensed,
     update_mask,
 )
+from srigl_core._c_source import export_c
 from srigl_core._chain import Chain, chain
+from srigl_core._format.checkpoint import load_arrays
+from srigl_core._format.condense_arrays import condense_arrays
 from srigl_core._format.connections import Connections
 from srigl_core._format.file import load_condensed, save_condensed
 from srigl_core._format.packed_weight import MemoryReport
+from srigl_core._format.quantize_file import quantize_file
+from srigl_core._format.stored_layers import StoredLayer, load_layers
 from srigl_core._format.weight import CondensedWeight, QuantizedWeight
+from srigl_core._model_report import LayerReport, ModelReport, report_file
 from srigl_core._plan import Plan, QuantizedPlan, prepare
 from srigl_core._recommendation import Recommendation, recommend
 from srigl_core._registry import BackendStatus, get_backend, list_backends
@@ -45,11 +51,13 @@ __all__ = [
     "Connections",
     "FileFormatError",
     "LayerOptions",
+    "LayerReport",
     "LayerState",
     "MaskUpdate",
     "MatmulGradients",
     "MemoryReport",
     "Method",
+    "ModelReport",
     "Plan",
     "PreparedWeight",
     "QuantizedPlan",
@@ -57,20 +65,27 @@ __all__ = [
     "Recommendation",
     "SparseTrainer",
     "SriglError",
+    "StoredLayer",
     "TrainingConfig",
     "UpdateOptions",
     "UpdateSettings",
     "ValueTypeError",
     "__version__",
     "chain",
+    "condense_arrays",
     "condensed_matmul",
     "condensed_matmul_backward",
+    "export_c",
     "get_backend",
     "list_backends",
     "list_methods",
+    "load_arrays",
     "load_condensed",
+    "load_layers",
     "prepare",
+    "quantize_file",
     "recommend",
+    "report_file",
     "save_condensed",
     "update_condensed",
     "update_mask",

@@ -24,7 +24,7 @@ from srigl_core._registry import get_backend
 from srigl_core.contract import Backend, ChainLayer
 from srigl_core.errors import SriglError, ValueTypeError
 
-__all__ = ["Chain", "LayerPlan", "chain"]
+__all__ = ["Chain", "LayerPlan", "chain", "in_layer", "parsed_layer"]
 
 Array = TypeVar("Array")
 
@@ -110,7 +110,7 @@ def chain(
     if not parts:
         raise SriglError("layers is empty; a chain has one layer at least")
     threads = checked_threads(threads)
-    parsed = [_in_layer(i, _parsed, layer) for i, layer in enumerate(parts)]
+    parsed = [in_layer(i, parsed_layer, layer) for i, layer in enumerate(parts)]
     for i, (before, after) in enumerate(itertools.pairwise(parsed)):
         if after[0].shape[1] != before[0].shape[0]:
             raise SriglError(
@@ -118,23 +118,31 @@ def chain(
                 f"{before[0].shape[0]}: a layer takes the result of the one before"
             )
     chosen = _backend_for(parsed, backend)
-    plans = [_in_layer(i, _planned, layer, chosen) for i, layer in enumerate(parsed)]
+    plans = [in_layer(i, _planned, layer, chosen) for i, layer in enumerate(parsed)]
     return Chain(tuple(plans), chosen, threads)
 
 
 _Parsed = tuple[PackedWeight, Any, str, str]
 
 
-def _in_layer(number: int, function: Any, *arguments: Any) -> Any:
-    """Call a function; its errors name the layer."""
+def in_layer(layer: object, function: Any, *arguments: Any) -> Any:
+    """Call a function; its errors name the layer, by a number or a name in quotes."""
     try:
         return function(*arguments)
     except SriglError as error:
-        raise type(error)(f"layer {number}: {error}") from error
+        raise type(error)(f"layer {layer}: {error}") from error
 
 
-def _parsed(layer: tuple[Any, ...]) -> _Parsed:
-    """Return weight, bias, activation and inputs."""
+def parsed_layer(layer: tuple[Any, ...]) -> _Parsed:
+    """Return weight, bias, activation and inputs.
+
+    Raises
+    ------
+    SriglError
+        If there is no activation of that name.
+    ValueTypeError
+        If it is no such tuple.
+    """
     if not 3 <= len(layer) <= 4 or not isinstance(layer[0], PackedWeight):
         kinds = ", ".join(type(part).__name__ for part in layer)
         raise ValueTypeError(
@@ -324,7 +332,7 @@ class Chain(BoundToProcess):
         """Check the inputs of all layers, and return the shape of the result."""
         for i, layer in enumerate(self.layers):
             weight = layer.plan.weight
-            checked = _in_layer(i, product_spec, spec, weight.shape, weight.float_dtype)
+            checked = in_layer(i, product_spec, spec, weight.shape, weight.float_dtype)
             spec = ArraySpec(checked.shape, checked.dtype)
         return (*spec.shape[:-1], weight.n_active) if compact else spec.shape
 

@@ -25,6 +25,7 @@ except ImportError:  # Windows
 
 __all__ = [
     "check_archive",
+    "check_replaceable",
     "checked_path",
     "file_errors",
     "parse_json",
@@ -99,6 +100,22 @@ def _check_regular(path: Path, status: os.stat_result) -> None:
         )
 
 
+def check_replaceable(path: Path) -> os.stat_result | None:
+    """Return the status of the file that `path` names, or None if there is none.
+
+    Raises
+    ------
+    OSError
+        If the path names something else than a regular file, or cannot be looked at.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    _check_regular(path, status)
+    return status
+
+
 def write_whole(path: object, content: bytes, *, mode: int = 0o666) -> None:
     """Write a file as a whole; an existing file stays as it is if that fails.
 
@@ -119,11 +136,8 @@ def write_whole(path: object, content: bytes, *, mode: int = 0o666) -> None:
     OSError
         If the file cannot be written, or the path names something else than a regular file.
     """
-    path, old = checked_path(path), None
-    with suppress(FileNotFoundError):
-        old = os.stat(path)
-    if old is not None:
-        _check_regular(path, old)
+    path = checked_path(path)
+    old = check_replaceable(path)
     target = Path(os.path.realpath(path))
     try:
         _remove_abandoned(target.parent)

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from srigl_core._arrays.checks import check_choice
 from srigl_core._arrays.libraries import common_library
+from srigl_core._format.packed_weight import PackedWeight
 from srigl_core._format.weight import CondensedWeight, QuantizedWeight, check_condensed
 from srigl_core._product_plan import ProductPlan, merged_rows
 from srigl_core._product_spec import (
@@ -24,7 +25,7 @@ from srigl_core._registry import check_dtype, get_backend
 from srigl_core.contract import Backend, MatmulGradients, PreparedWeight
 from srigl_core.errors import SriglError, ValueTypeError
 
-__all__ = ["Plan", "QuantizedPlan", "plan_of", "prepare"]
+__all__ = ["Plan", "QuantizedPlan", "check_inputs", "plan_of", "prepare"]
 
 _GRADIENTS = ("x", "values", "bias")
 
@@ -95,12 +96,11 @@ def prepare(
     (3, 4)
     """
     threads = checked_threads(threads)
-    check_choice(inputs, "inputs", QUANTIZED_INPUTS)
+    if not isinstance(weight, QuantizedWeight):
+        check_condensed(weight)
+    check_inputs(weight, inputs)
     if isinstance(weight, QuantizedWeight):
         return _prepare_quantized(weight, inputs, backend, threads)
-    check_condensed(weight)
-    if inputs != "float":
-        raise SriglError(f"inputs={inputs!r} needs a quantised weight; pass weight.quantize()")
     chosen = get_backend(backend)
     if "condensed_matmul_backward" not in chosen.capabilities.operations:
         get_backend(chosen, operation="condensed_matmul")
@@ -109,11 +109,26 @@ def prepare(
     return Plan(weight, chosen, chosen.prepare(weight), threads)
 
 
+def check_inputs(weight: PackedWeight, inputs: object) -> None:
+    """Check that a product of `weight` may have these `inputs`.
+
+    Raises
+    ------
+    SriglError
+        If `inputs` is none of `QUANTIZED_INPUTS`, or is "int8" and the weight is not quantised or
+        its fan-in is too large.
+    """
+    check_choice(inputs, "inputs", QUANTIZED_INPUTS)
+    if inputs == "float":
+        return
+    if not isinstance(weight, QuantizedWeight):
+        raise SriglError(f"inputs={inputs!r} needs a quantised weight; pass weight.quantize()")
+    check_int8_fan_in(weight.fan_in)
+
+
 def _prepare_quantized(
     weight: QuantizedWeight, inputs: str, backend: str | Backend | None, threads: int | None
 ) -> QuantizedPlan:
-    if inputs == "int8":
-        check_int8_fan_in(weight.fan_in)
     chosen: Any = get_backend(backend, operation="quantized_matmul", inputs=inputs)
     check_dtype(chosen, "index", "indices", weight.indices.dtype)
     prepared = chosen.prepare_quantized(weight, inputs)

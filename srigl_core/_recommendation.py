@@ -126,7 +126,7 @@ def recommend(
         check_condensed(weight)
     batch = check_integer(batch, "batch", least=1)
     measure = check_flag(measure, "measure")
-    plan: Plan | QuantizedPlan = plan_of(weight, backend, inputs)  # type: ignore[call-overload]
+    plan: Plan | QuantizedPlan = plan_of(weight, backend, inputs)
     rounds_inputs = inputs == "int8"
     if measure:
         return Recommendation(batch, _measured(weight, batch, plan), True, rounds_inputs)

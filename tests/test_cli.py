@@ -1,12 +1,16 @@
 """The command line: what it prints, and how it ends."""
 
+import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from srigl_core import list_backends
+import srigl_core
+from srigl_core import CondensedWeight, list_backends, load_condensed, save_condensed
 from srigl_core.cli.app import app
 from srigl_core.errors import BackendUnavailableError
 from srigl_core.testing import laws
@@ -165,3 +169,137 @@ def test_the_module_runs_as_the_command():
     assert result.returncode == 0, result.stderr
     for command in ("info", "verify", "bench"):
         assert command in result.stdout
+
+
+# ---------------------------------------------------------------- version, help and JSON
+
+
+def test_the_version_is_printed():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output == f"srigl-core {srigl_core.__version__}\n"
+
+
+COMMANDS = ["show", "condense", "quantize", "export", "info", "verify", "check-trace"]
+COMMANDS += [f"bench {n}" for n in ("cpu", "gpu", "kernel", "compare", "report", "readme", "model")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_arguments_in_plain_words(command):
+    result = run(*command.split(), "--help")
+    assert result.exit_code == 0, result.output
+    for word in ("TEXT", "PATH", "INTEGER", "FLOAT", "list[", "<", "None"):
+        assert word not in result.output, result.output
+
+
+def test_info_is_printed_as_json():
+    content = json.loads(run("info", "--json").stdout)
+    assert content["versions"]["numpy"] == np.__version__
+    assert content["machine"]["cores"] >= 1
+    assert content["backends"].keys() == {status.name for status in list_backends()}
+    assert "condensed_matmul" in content["backends"]["reference"]["operations"]
+
+
+def test_verify_prints_its_reports_as_json(monkeypatch):
+    monkeypatch.setattr(laws, "LAWS", [law_that("holds", always), law_that("breaks", never)])
+    result = run("verify", "reference", "--max-examples", "2", "--json")
+    assert result.exit_code == 1
+    (report,) = json.loads(result.stdout)
+    assert (report["kernel"], report["ok"]) == ("reference", False)
+    assert [law["status"] for law in report["laws"]] == ["passed", "failed"]
+
+
+# ---------------------------------------------------------------- files of layers
+
+
+def packed():
+    return CondensedWeight.random((6, 8), fan_in=3, n_active=4, rng=0)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Return a folder with layers, the same dense, and their masks."""
+    save_condensed(tmp_path / "net.safetensors", {"fc1": packed(), "fc1.bias": np.ones(6)})
+    dense = {"fc1.weight": packed().to_dense(), "head.weight": np.eye(2)}
+    save_file(dense, tmp_path / "dense.safetensors")
+    save_file({"fc1": packed().to_mask()}, tmp_path / "masks.safetensors")
+    return tmp_path
+
+
+def test_show_prints_the_layers_of_a_file(files):
+    result = run("show", str(files / "net.safetensors"))
+    assert result.exit_code == 0, result.output
+    assert result.output == f"{srigl_core.report_file(files / 'net.safetensors')}\n"
+    assert "4 of 6" in result.output
+    content = json.loads(run("show", str(files / "net.safetensors"), "--json").stdout)
+    assert content["layers"][0]["fan_in"] == 3
+    options = ["--backend", "reference", "--json"]  # which has no model of its speed
+    (layer,) = json.loads(run("show", str(files / "net.safetensors"), *options).stdout)["layers"]
+    assert layer["speed_ups"] == [None, None]
+    shown = run("show", str(files / "net.safetensors"), *options, "--measure").stdout
+    assert all(each > 0 for each in json.loads(shown)["layers"][0]["speed_ups"])
+
+
+def test_condense_writes_the_layers_of_a_checkpoint(files):
+    out, dense = files / "out.safetensors", str(files / "dense.safetensors")
+    result = run("condense", dense, "--masks", str(files / "masks.safetensors"), "-o", str(out))
+    assert result.exit_code == 0, result.output
+    assert result.output == f"wrote {out}\n"
+    tensors = load_condensed(out)
+    assert tensors["fc1"] == packed()
+    np.testing.assert_array_equal(tensors["head.weight"], np.eye(2))
+    options = ["--masks", "nonzero", "--exclude", "head", "-o", str(out)]
+    assert run("condense", dense, *options).exit_code == 0
+    assert load_condensed(out)["fc1"] == packed()
+
+
+def test_quantize_writes_quantised_layers(files):
+    out = files / "int8.safetensors"
+    result = run("quantize", str(files / "net.safetensors"), "-o", str(out))
+    assert result.exit_code == 0, result.output
+    assert load_condensed(out)["fc1"] == packed().quantize()
+
+
+def exported(files, *options, file="net.safetensors"):
+    result = run("export", str(files / file), "--c", "-o", str(files / "c"), *options)
+    assert result.exit_code == 0, result.output
+    return (files / "c" / file.replace(".safetensors", ".c")).read_text()
+
+
+def test_export_writes_c_source_with_what_is_asked_for(files):
+    assert "relu" not in exported(files)
+    assert {path.name for path in (files / "c").iterdir()} == {"net.c", "net.h"}
+    for option in ("relu", "fc1=relu"):
+        assert "relu" in exported(files, "--activation", option)
+    tensors = {"a": packed(), "b": packed().quantize(), "c=d": packed().quantize()}
+    save_condensed(files / "mixed.safetensors", tensors)
+    calls = "quantize_row(x, scratch"
+    assert exported(files, "--inputs", "int8", file="mixed.safetensors").count(calls) == 2
+    assert exported(files, "--inputs", "c=d=int8", file="mixed.safetensors").count(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "missing"], "missing"),
+        (["show", "dense.safetensors"], "no srigl_core.format_version"),
+        (["condense", "dense.safetensors", "--masks", "missing.safetensors"], "missing"),
+        (["condense", "dense.safetensors", "--masks", "dense.safetensors"], "array of bool"),
+        (["condense", "dense.safetensors", "--masks", "nonzero", "--exclude", "no"], "'no'"),
+        (["quantize", "net.safetensors", "--inputs", "int4"], "inputs='int4'"),
+        (["quantize", "dense.safetensors"], "no srigl_core.format_version"),
+        (["export", "net.safetensors"], "--c for C source"),
+        (["export", "net.safetensors", "--c", "--activation", "swish"], "'swish'"),
+        (["export", "net.safetensors", "--c", "--activation", "fc9=relu"], "no layer 'fc9'"),
+        (["export", "net.safetensors", "--c", "--inputs", "fc1=int8"], "quantised weight"),
+    ],
+)
+def test_an_error_is_one_line_and_writes_nothing(files, monkeypatch, arguments, message):
+    monkeypatch.chdir(files)
+    before = sorted(path.name for path in files.iterdir())
+    result = run(*arguments, *(["-o", "new"] if arguments[0] != "show" else []))
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
+    assert message in result.output
+    assert len(result.output.splitlines()) == 1
+    assert sorted(path.name for path in files.iterdir()) == before

@@ -253,7 +253,6 @@ def test_saving_into_a_missing_folder_is_the_systems_error(tmp_path):
         ({"a": np.ones(2, complex)}, ValueTypeError, "complex128"),
         ({"a": np.ones(2, object)}, ValueTypeError, "object"),
         ({"a": np.ones(2, np.longdouble)}, ValueTypeError, "'a' is dtype"),
-        ({"a": np.ones(2, ml_dtypes.bfloat16)}, ValueTypeError, "view bfloat16 as uint16"),
         ({1: np.ones(2)}, ValueTypeError, "tensor name 1 must be a string, got int"),
         ({"a\ud800": np.ones(2)}, SriglError, "not valid Unicode"),
         ({"__metadata__": np.ones(2)}, SriglError, "rename the array"),

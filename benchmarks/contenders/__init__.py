@@ -22,6 +22,7 @@ _LIBRARIES = {
         ("mkl_csr", "MKL", "pip install mkl"),
         ("sparselab_csr", "sparselab", "pip install sparselab"),
         ("jax_brainevent", "brainevent", "pip install brainevent jax"),
+        ("c_source", "a C compiler", "apt install gcc"),
     ),
     "gpu": (
         ("ours", "srigl-core", install_command("cupy")),

@@ -2,8 +2,8 @@
 
 A layer called ``fc1`` is stored as ``fc1.values``, ``fc1.indices`` and ``fc1.active``, and a
 quantised one has ``fc1.scale`` too. Its dense shape and the name of its value type are in the
-metadata. Other arrays are stored as they are. bfloat16 is stored as uint16, since safetensors'
-NumPy loader does not know it. Everything read is validated before it is used.
+metadata. Other arrays are stored as they are. bfloat16 values are stored as uint16, since
+safetensors' NumPy loader does not know the type. Everything read is validated before it is used.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -24,15 +24,19 @@ from srigl_core.errors import FileFormatError, SriglError, ValueTypeError
 
 __all__ = [
     "FORMAT_VERSION",
+    "MODULES_KEY",
     "QUANTIZED_VERSION",
     "array_names",
     "layer_metadata",
     "load_condensed",
     "read_layers",
+    "read_modules",
+    "read_tensors",
     "read_whole",
     "save_condensed",
     "take_weight",
     "weight_arrays",
+    "write_arrays",
 ]
 
 FORMAT_VERSION = "1"
@@ -48,6 +52,9 @@ _VALUE_TYPES = {FORMAT_VERSION: VALUE_TYPES, QUANTIZED_VERSION: (*VALUE_TYPES, "
 _PREFIX = "srigl_core."
 _VERSION_KEY = f"{_PREFIX}format_version"
 _LAYERS_KEY = f"{_PREFIX}layers"
+MODULES_KEY = f"{_PREFIX}modules"
+"""The metadata in which `srigl_core.torch.save_model` describes the modules of the layers."""
+
 _RESERVED = "__metadata__"
 _PARTS = ("values", "indices", "active")
 _QUANTIZED_PARTS = ("values", "scale", "indices", "active")
@@ -80,8 +87,6 @@ def save_condensed(
     SriglError
         If two names collide, or a name or an entry of `metadata` cannot be stored.
     """
-    from safetensors.numpy import save
-
     if isinstance(tensors, Weight):
         tensors = {"weight": tensors}
     if not isinstance(tensors, Mapping):
@@ -116,7 +121,16 @@ def save_condensed(
                 f"metadata name {key!r} begins with {_PREFIX!r}, as the format's own; rename it"
             )
         own[key] = text
-    write_whole(path, save(arrays, metadata=own))
+    write_arrays(path, arrays, own)
+
+
+def write_arrays(
+    path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
+) -> None:
+    """Write arrays in C order, bfloat16 too, and metadata to a safetensors file, as a whole."""
+    from safetensors.numpy import save
+
+    write_whole(path, save(dict(arrays), metadata=dict(metadata)))
 
 
 def load_condensed(path: str | os.PathLike[str]) -> dict[str, Weight | NDArray[Any]]:
@@ -138,6 +152,14 @@ def load_condensed(path: str | os.PathLike[str]) -> dict[str, Weight | NDArray[A
     OSError
         If the file cannot be read.
     """
+    weights, arrays, _ = read_tensors(path)
+    return weights | arrays
+
+
+def read_tensors(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Weight], dict[str, NDArray[Any]], dict[str, str]]:
+    """Return a file's weights, its other arrays and its metadata; errors as in `load_condensed`."""
     arrays, metadata = read_whole(path, "np")
     try:
         weights = {
@@ -146,9 +168,9 @@ def load_condensed(path: str | os.PathLike[str]) -> dict[str, Weight | NDArray[A
         collisions = weights.keys() & arrays.keys()
         if collisions:
             raise FileFormatError(f"{sorted(collisions)} name both a layer and an array")
-        return weights | arrays
     except SriglError as error:
         raise FileFormatError(f"{os.fspath(path)!r}: {error}") from error
+    return weights, arrays, metadata
 
 
 def array_names(name: str, layer: Mapping[str, Any]) -> list[str]:
@@ -187,13 +209,15 @@ def _check_text(text: object, what: str) -> None:
 
 
 def _plain_array(name: str, array: object) -> NDArray[Any]:
-    storable = isinstance(array, np.ndarray) and array.dtype.kind in "fiub"
+    storable = isinstance(array, np.ndarray) and (
+        array.dtype.kind in "fiub" or array.dtype.name == "bfloat16"
+    )
     storable = storable and not isinstance(array, np.ma.MaskedArray)
     if not isinstance(array, np.ndarray) or not storable or array.dtype.itemsize > 8:
         came = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
         raise ValueTypeError(
             f"{name!r} is {came}; safetensors files hold condensed weights and NumPy arrays of "
-            f"float, int or bool (view bfloat16 as uint16)"
+            f"float, int or bool"
         )
     return np.asarray(array, order="C")
 
@@ -217,18 +241,36 @@ def read_whole(
         path.open("rb") as opened,
         file_errors(path, "not a whole safetensors file", "save it again"),
     ):
-        _check_header(opened)
+        header = _read_header(opened)
+        start = opened.tell()
         with safe_open(os.fspath(path), framework=framework) as file:
             metadata = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            tensors = {}
+            for name in file.keys():  # noqa: SIM118
+                if framework == "np" and header[name]["dtype"] == "BF16":
+                    tensors[name] = _read_bfloat16(opened, start, **header[name])
+                else:
+                    tensors[name] = file.get_tensor(name)
+            return tensors, metadata
 
 
-def _check_header(file: BinaryIO) -> None:
-    """Check that a header describes each tensor once; safetensors would take the last one."""
+def _read_header(file: BinaryIO) -> dict[str, Any]:
+    """Return what a header says; it describes each tensor once, or safetensors takes the last."""
     (length,) = struct.unpack("<Q", file.read(8))
     if length > os.fstat(file.fileno()).st_size:
         raise ValueError(f"its header claims {length:,} bytes")
-    parse_json(file.read(length))
+    header: dict[str, Any] = parse_json(file.read(length))
+    return header
+
+
+def _read_bfloat16(
+    file: BinaryIO, start: int, shape: list[int], data_offsets: list[int], dtype: str
+) -> NDArray[Any]:
+    """Return an array that safetensors has checked, but cannot give to NumPy."""
+    begin, end = data_offsets
+    file.seek(start + begin)
+    bits = np.frombuffer(file.read(end - begin), "<u2").astype(np.uint16)
+    return bits.reshape(shape).view(value_dtype("bfloat16"))
 
 
 def read_layers(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -268,6 +310,28 @@ def read_layers(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
                 f"{', '.join(_VALUE_TYPES[version])}"
             )
     return layers
+
+
+def read_modules(metadata: Mapping[str, str], layers: Iterable[str]) -> dict[str, Any]:
+    """Return how `srigl_core.torch.save_model` describes the module of each layer in a file.
+
+    Raises
+    ------
+    FileFormatError
+        If the metadata does not describe these layers.
+    """
+    try:
+        modules: dict[str, Any] = parse_json(metadata[MODULES_KEY])
+        if set(layers) != modules.keys():
+            raise KeyError(*(set(layers) ^ modules.keys()))
+        for name, description in modules.items():
+            if not isinstance(description, dict):
+                raise ValueError(f"layer {name!r} has no description")
+    except (KeyError, ValueError, AttributeError) as error:
+        raise FileFormatError(
+            f"the metadata {MODULES_KEY!r} does not describe layers ({error!r}); save it again"
+        ) from error
+    return modules
 
 
 def take_weight(arrays: dict[str, NDArray[Any]], name: str, layer: Mapping[str, Any]) -> Weight:

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-from srigl_core.cli.output import make_console, one_line_errors
+from srigl_core.cli.output import Command, make_console, one_line_errors
 from srigl_core.errors import SriglError
 
 if TYPE_CHECKING:
@@ -37,27 +37,36 @@ bench = typer.Typer(
 )
 
 _Quick = Annotated[bool, typer.Option("--quick", help="A few cases, in two minutes.")]
-_Out = Annotated[Path, typer.Option(help="Folder for the JSON, the page and, for a CPU, the plot.")]
+_Out = Annotated[
+    Path,
+    typer.Option(metavar="FOLDER", help="For the JSON, the page and, for a CPU, the plot."),
+]
 _Threads = Annotated[
-    str, typer.Option(help="Numbers of threads, such as 1,2; at most the number of cores.")
+    str,
+    typer.Option(
+        metavar="N,...", help="Numbers of threads, such as 1,2; at most the number of cores."
+    ),
 ]
 _Only = Annotated[
     list[str] | None,
     typer.Option(
+        metavar="WORD,...",
         help="Only cases with one of these words, such as forward, 3072-768, 90%, batch=8, "
         "threads=1, cold, learned, avx2, and ablated on a GPU; comma means or, a second --only "
-        "means and."
+        "means and.",
     ),
 ]
-_Seconds = Annotated[float, typer.Option(min=0.0, help="For each case, about.")]
-_Results = Annotated[Path, typer.Argument(help="JSON that srigl bench wrote.")]
-_Runs = Annotated[Path, typer.Argument(help="JSON that srigl bench wrote, or a folder of them.")]
+_Seconds = Annotated[float, typer.Option(metavar="N", min=0.0, help="For each case, about.")]
+_Results = Annotated[Path, typer.Argument(metavar="FILE", help="JSON that srigl bench wrote.")]
+_Runs = Annotated[
+    Path, typer.Argument(metavar="FILE", help="JSON that srigl bench wrote, or a folder of them.")
+]
 _OUT = Path("srigl-bench")
 _MOST_SHOWN = 24
 """Of more rows than these, only the headline layer's are printed."""
 
 
-@bench.command()
+@bench.command(cls=Command)
 @one_line_errors
 def cpu(
     quick: _Quick = False,
@@ -66,7 +75,10 @@ def cpu(
     only: _Only = None,
     masks: Annotated[
         Path | None,
-        typer.Option(help="Folder with .safetensors of save_condensed: measure these layers, too."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Of .safetensors of save_condensed: measure these layers, too.",
+        ),
     ] = None,
     seconds: _Seconds = 0.6,
     cliffs: Annotated[
@@ -94,7 +106,7 @@ def cpu(
     _exit_code(results)
 
 
-@bench.command()
+@bench.command(cls=Command)
 @one_line_errors
 def kernel(
     target: Annotated[
@@ -126,7 +138,7 @@ def kernel(
     _exit_code(results, name)
 
 
-@bench.command()
+@bench.command(cls=Command)
 @one_line_errors
 def gpu(quick: _Quick = False, out: _Out = _OUT, only: _Only = None) -> None:
     """Time the CUDA kernels against dense in all precisions, CSR and gathers."""
@@ -136,7 +148,7 @@ def gpu(quick: _Quick = False, out: _Out = _OUT, only: _Only = None) -> None:
     raise typer.Exit(main(["--out", str(out), *words, *(["--quick"] if quick else [])]))
 
 
-@bench.command()
+@bench.command(cls=Command)
 @one_line_errors
 def report(results: _Results) -> None:
     """Write the page and, for a CPU, the plot again, beside the JSON."""
@@ -147,7 +159,7 @@ def report(results: _Results) -> None:
     _print(f"wrote {', '.join(map(str, written))}")
 
 
-@bench.command()
+@bench.command(cls=Command)
 @one_line_errors
 def compare(old: _Runs, new: _Runs) -> None:
     """Show what got slower or faster beyond the spread; exit with 1 if something got slower."""
@@ -167,19 +179,22 @@ def compare(old: _Runs, new: _Runs) -> None:
         raise typer.Exit(1)
 
 
-@bench.command()
+@bench.command(cls=Command)
 @one_line_errors
-def readme(results: _Results, page: Annotated[Path, typer.Argument(help="README.md")]) -> None:
+def readme(
+    results: _Results, page: Annotated[Path, typer.Argument(metavar="PAGE", help="README.md")]
+) -> None:
     """Write the table between the README's markers, and the picture beside the JSON."""
     from srigl_core.benchmarks.readme import write_readme
 
     write_readme(results, page)
 
 
-@bench.command()
+@bench.command(cls=Command)
 @one_line_errors
 def model(
-    results: _Results, module: Annotated[Path, typer.Argument(help="srigl_core/_dense_times.py")]
+    results: _Results,
+    module: Annotated[Path, typer.Argument(metavar="MODULE", help="srigl_core/_dense_times.py")],
 ) -> None:
     """Write the times of dense products that recommend and print(plan) estimate with."""
     from srigl_core.benchmarks.dense_times import write_dense_times
@@ -208,14 +223,14 @@ def _summarize(results: Results) -> None:
         n_in, n_out = HEADLINE
         threads = min(row.threads for row in forward)
         forward = list(results.find(operation="forward", n_in=n_in, n_out=n_out, threads=threads))
+    for library in results.native["absent"]:
+        _print("not installed: {library}: {install}".format(**library))
     _show_times(forward)
     bests = Counter(best[0] for row in forward if (best := row.best("int8")))
     if bests:
         _print("best dense int8: " + ", ".join(f"{name} in {n}" for name, n in bests.items()))
     for sentence in counts(results):
         _print(sentence)
-    for library in results.native["absent"]:
-        _print("not installed: {library}: {install}".format(**library))
 
 
 def _show_times(rows: Iterable[Row], kernel: str = "") -> None:

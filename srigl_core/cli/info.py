@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -9,7 +11,7 @@ from rich.table import Table
 from srigl_core import BackendStatus, list_backends
 from srigl_core._machine import backend_facts, machine_facts, package_versions
 
-__all__ = ["show_info"]
+__all__ = ["info_as_json", "show_info"]
 
 
 def show_info(console: Console) -> None:
@@ -23,6 +25,19 @@ def show_info(console: Console) -> None:
     console.print(table)
     console.print()
     console.print(_backend_table(list_backends()))
+
+
+def info_as_json() -> dict[str, Any]:
+    """Return the same as JSON types."""
+    facts = backend_facts()
+    backends = {}
+    for status in list_backends():
+        able, found = status.capabilities, {"can run here": status.available}
+        about: dict[str, object] = {"reason": status.reason}
+        if able is not None:
+            about = {"device": able.device, "operations": sorted(able.operations)}
+        backends[status.name] = {**found, **about, **facts.get(status.name, {})}
+    return {"versions": package_versions(), "machine": machine_facts(), "backends": backends}
 
 
 def _backend_table(statuses: list[BackendStatus]) -> Table:

@@ -1,22 +1,36 @@
-"""Output of the commands: a console, and this library's errors as one line."""
+"""Output of the commands: a console, JSON, and this library's errors as one line."""
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
+from typer.core import TyperArgument, TyperCommand
 
 from srigl_core.errors import SriglError
 
-__all__ = ["make_console", "one_line_errors"]
+__all__ = ["Command", "Json", "echo_json", "make_console", "one_line_errors"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 
 Arguments = ParamSpec("Arguments")
 
 _WIDTH_OF_FILES = 110
 """Columns of output that is not a terminal and has no width of its own."""
+
+
+class Command(TyperCommand):
+    """A command whose help names arguments by their metavars, without the types of Python."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for param in self.params:
+            if isinstance(param, TyperArgument):
+                vars(param)["display_type_rich"] = lambda ctx: None
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -25,6 +39,11 @@ def make_console(*, stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = max(console.width, _WIDTH_OF_FILES)
     return console
+
+
+def echo_json(content: Any) -> None:
+    """Print what `content` describes, as JSON."""
+    typer.echo(json.dumps(content, indent=1))
 
 
 def one_line_errors(command: Callable[Arguments, None]) -> Callable[Arguments, None]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from srigl_core import SriglError, list_backends
+from srigl_core.cli.output import echo_json
 
 if TYPE_CHECKING:
     from srigl_core.testing import Law, Report
@@ -34,14 +35,16 @@ def verify_kernels(
     op: str | None,
     report: Path | None,
     coverage: bool,
+    as_json: bool,
     console: Console,
     **options: Any,
 ) -> bool:
     """Try the laws on each kernel, print the results, and write them to `report` as JSON.
 
     Without targets, all backends that can run here are tried. With `coverage`, what their problems
-    had is printed too. `op` and `options` are arguments of
-    `srigl_core.testing.verify`. Returns whether every report is `ok`.
+    had is printed too. With `as_json`, JSON alone is printed, and the console shows the progress.
+    `op` and `options` are arguments of `srigl_core.testing.verify`. Returns whether every report
+    is `ok`.
 
     Raises
     ------
@@ -70,10 +73,13 @@ def verify_kernels(
                 update(f"{escape(name)}: {law.name}")
 
             reports.append(verify(name, op=op, progress=progress, **options))
-        _show(reports[-1], console, coverage=coverage)
+        if not as_json:
+            _show(reports[-1], console, coverage=coverage)
         if report is not None:  # now, since the next kernel may crash
             content = json.dumps([each.as_json() for each in reports], indent=1)
             report.write_text(content + "\n", encoding="utf-8")
+    if as_json:
+        echo_json([each.as_json() for each in reports])
     return all(each.ok for each in reports)
 
 

@@ -19,7 +19,7 @@ from srigl_core.torch.folding import Folding, fold_ablated
 from srigl_core.torch.freezing import freeze, unfreeze
 from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.model_file import load_model, save_model
-from srigl_core.torch.model_report import LayerReport, ModelReport, report
+from srigl_core.torch.model_report import report
 from srigl_core.torch.onnx import export_onnx
 from srigl_core.torch.optimizers import OptimizerRule, register_optimizer
 from srigl_core.torch.quantization import quantize
@@ -35,8 +35,6 @@ __all__ = [
     "CondensedMultiheadAttention",
     "CondensedSequential",
     "Folding",
-    "LayerReport",
-    "ModelReport",
     "OptimizerRule",
     "QuantizedLinear",
     "SRigL",

@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from srigl_core._arrays.dtypes import value_dtype
-from srigl_core._files import parse_json, write_whole
+from srigl_core._files import write_whole
 from srigl_core._format.file import (
+    MODULES_KEY,
     array_names,
     layer_metadata,
     read_layers,
+    read_modules,
     read_whole,
     take_weight,
     weight_arrays,
@@ -47,7 +49,6 @@ from srigl_core.torch.tensors import as_numpy, from_numpy, numpy_dtype, torch_dt
 
 __all__ = ["load_model", "save_model"]
 
-_MODULES_KEY = "srigl_core.modules"
 _LAYER_TENSORS = {
     CondensedLinear: ("weight", "bias", "values", "indices", "active", "counts"),
     QuantizedLinear: ("weight", "bias", "values", "scale", "indices", "active"),
@@ -89,7 +90,7 @@ def save_model(model: Any, path: str | os.PathLike[str]) -> None:
     # safetensors refuses tensors that share memory; tied ones are stored under each name.
     stored = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = layer_metadata(weights)
-    metadata[_MODULES_KEY] = json.dumps({name: _description(m) for name, m in layers.items()})
+    metadata[MODULES_KEY] = json.dumps({name: _description(m) for name, m in layers.items()})
     write_whole(path, save(stored, metadata=metadata))
 
 
@@ -335,7 +336,11 @@ def _read(
     weights: dict[str, _Weight] = {}
     try:
         layers = read_layers(metadata)
-        modules = _read_modules(metadata, layers)
+        if MODULES_KEY not in metadata:
+            raise FileFormatError(
+                "no description of modules; the file was not written by save_model"
+            )
+        modules = read_modules(metadata, layers)
         for name, layer in layers.items():
             keys = [key for key in array_names(name, layer) if key in tensors]
             arrays = {key: as_numpy(tensors.pop(key)) for key in keys}
@@ -343,23 +348,6 @@ def _read(
     except (SriglError, TypeError) as error:  # NumPy does not have all dtypes of PyTorch
         raise FileFormatError(f"{os.fspath(path)!r}: {error}") from error
     return tensors, weights, modules
-
-
-def _read_modules(metadata: Mapping[str, str], layers: Mapping[str, Any]) -> dict[str, Any]:
-    if _MODULES_KEY not in metadata:
-        raise FileFormatError("no description of modules; the file was not written by save_model")
-    try:
-        modules: dict[str, Any] = parse_json(metadata[_MODULES_KEY])
-        if layers.keys() != modules.keys():
-            raise KeyError(*(layers.keys() ^ modules.keys()))
-        for name, description in modules.items():
-            if not isinstance(description, dict):
-                raise ValueError(f"layer {name!r} has no description")
-    except (KeyError, ValueError, AttributeError) as error:
-        raise FileFormatError(
-            f"the metadata {_MODULES_KEY!r} does not describe layers ({error!r}); save it again"
-        ) from error
-    return modules
 
 
 def _check_names(tensors: Mapping[str, Any], rest: Mapping[str, Any]) -> None:

@@ -8,17 +8,14 @@ for each sparse layer and None for each dense one.
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from srigl_core._files import check_archive, file_errors, regular_file
 from srigl_core.errors import FileFormatError, SriglError
+from srigl_core.torch.checkpoint_file import check_dense, model_state, read_checkpoint
 from srigl_core.torch.sharded_tensors import check_not_sharded
 from srigl_core.torch.targets import check_module
 
@@ -27,10 +24,7 @@ __all__ = ["load_released_checkpoint"]
 _NOT_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.SyncBatchNorm)
 """Modules with a weight that the released scheduler skips."""
 
-_WRAPPERS = ("module.", "_orig_mod.")
-"""Prefixes that data-parallel training and compilation add to names."""
-
-_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_PLAIN_COPY = "pass {'model': checkpoint['model'], 'pruner': checkpoint['pruner']}"
 _MOST_ROWS_SHOWN = 5
 _SAME_MODEL = "make the model with the architecture of the trained one"
 
@@ -74,98 +68,14 @@ def load_released_checkpoint(
     """
     check_not_sharded(model)
     check_module(model)
-    checkpoint = source if isinstance(source, Mapping) else _read(source)
-    weights = _unwrapped(_weights(checkpoint))
+    checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source, _PLAIN_COPY)
+    weights = model_state(checkpoint)
     masks = _matched(_masks(checkpoint), model)
     _check_state(weights, model)
     for name, mask in masks.items():
         _check_mask(name, mask, weights[f"{name}.weight" if name else "weight"])
     model.load_state_dict(dict(weights))
     return masks
-
-
-def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    path = regular_file(path)
-    hint = "save it again with torch.save"
-    try:
-        with (
-            path.open("rb") as file,
-            file_errors(path, "not a complete PyTorch checkpoint", hint),
-            zipfile.ZipFile(file) as archive,
-        ):
-            check_archive(archive, os.fstat(file.fileno()).st_size)
-            # Mapped: PyTorch would ask for the memory that a tensor claims, and read beyond its
-            # entry. Of a mapped file it takes no more than there is.
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            _check_storages(checkpoint, archive)
-    except FileFormatError as error:
-        if not isinstance(error.__cause__, pickle.UnpicklingError):
-            raise
-        reason = error.__cause__
-        raise FileFormatError(
-            f"{os.fspath(path)!r} holds more than tensors and plain containers, such as the "
-            f"configuration in the released code's files. If you trust it, load it with "
-            f"checkpoint = torch.load(path, weights_only=False) and pass {{'model': "
-            f"checkpoint['model'], 'pruner': checkpoint['pruner']}} "
-            f"({str(reason).splitlines()[0]})"
-        ) from reason
-    if not isinstance(checkpoint, Mapping):
-        raise FileFormatError(
-            f"{os.fspath(path)!r} holds a {type(checkpoint).__name__}, not a mapping"
-        )
-    return checkpoint
-
-
-def _check_storages(checkpoint: Any, archive: zipfile.ZipFile) -> None:
-    """Check that each tensor's memory is as long as an entry of the archive."""
-    entries = Counter(entry.file_size for entry in archive.infolist())
-    sizes = {
-        storage.data_ptr(): storage.nbytes()
-        for tensor in _dense_tensors(checkpoint)
-        if (storage := tensor.untyped_storage()).nbytes()
-    }
-    if Counter(sizes.values()) - entries:
-        raise ValueError("a tensor claims more or less memory than the file holds for it")
-
-
-def _dense_tensors(tree: Any) -> Iterator[Any]:
-    """Yield the tensors of nested containers that have a memory of their own."""
-    remaining, seen = [tree], set()
-    while remaining:
-        part = remaining.pop()
-        if isinstance(part, torch.Tensor):
-            if part.layout is torch.strided and not part.is_meta:
-                yield part
-        elif isinstance(part, Mapping | list | tuple | set) and id(part) not in seen:
-            seen.add(id(part))
-            remaining += part.values() if isinstance(part, Mapping) else part
-
-
-def _check_dense(name: str, tensor: Any, expected: str = "a tensor") -> None:
-    """Raise FileFormatError unless `tensor` is a dense tensor that holds real numbers."""
-    if not isinstance(tensor, torch.Tensor):
-        raise FileFormatError(f"{name} must be {expected}, got {type(tensor).__name__}")
-    is_number = tensor.dtype.is_floating_point or tensor.dtype in _INTEGERS
-    is_plain = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
-    if tensor.is_quantized or not is_plain or not is_number:
-        kind = "meta" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}"
-        raise FileFormatError(
-            f"{name} is a tensor of kind {kind}; it must be a dense tensor of real numbers"
-        )
-
-
-def _weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint.get(key), Mapping):
-            weights: Mapping[str, Any] = checkpoint[key]
-            for name in weights:
-                if not isinstance(name, str):
-                    raise FileFormatError(f"the state of the model has the name {name!r}")
-            return weights
-    raise FileFormatError(
-        f"the checkpoint has {', '.join(map(str, checkpoint))}, but no state of a model as 'model' "
-        f"or 'state_dict'"
-    )
 
 
 def _masks(checkpoint: Mapping[str, Any]) -> Sequence[Any]:
@@ -178,17 +88,6 @@ def _masks(checkpoint: Mapping[str, Any]) -> Sequence[Any]:
             f"in 'pruner' or outside of it; zeros alone do not show which weights are active"
         )
     return masks
-
-
-def _unwrapped(weights: Mapping[str, Any]) -> Mapping[str, Any]:
-    while weights:
-        for prefix in _WRAPPERS:
-            if all(name.startswith(prefix) for name in weights):
-                weights = {name.removeprefix(prefix): t for name, t in weights.items()}
-                break
-        else:
-            break
-    return weights
 
 
 def _layers(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -213,7 +112,7 @@ def _matched(masks: Sequence[Any], model: Any) -> dict[str, Any]:
     for (name, layer), mask in zip(layers, masks, strict=True):
         if mask is None:
             continue
-        _check_dense(f"the mask of layer {name!r}", mask, "a tensor or None")
+        check_dense(f"the mask of layer {name!r}", mask, "a tensor or None")
         if mask.shape != layer.weight.shape:
             raise SriglError(
                 f"the mask of layer {name!r} has shape {tuple(mask.shape)}, but its weight has "
@@ -235,7 +134,7 @@ def _check_state(weights: Mapping[str, Any], model: Any) -> None:
     for name, tensor in own.items():
         if not isinstance(tensor, torch.Tensor):  # a module's extra state, which it checks
             continue
-        _check_dense(f"{name!r} of the checkpoint", weights[name])
+        check_dense(f"{name!r} of the checkpoint", weights[name])
         if weights[name].shape != tensor.shape:
             raise SriglError(
                 f"{name!r} of the checkpoint has shape {tuple(weights[name].shape)}, but the "

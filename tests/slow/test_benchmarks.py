@@ -845,6 +845,7 @@ def test_a_run_ends_with_what_the_machine_measured(tmp_path, monkeypatch):
     assert "best dense int8: fast int8 in 4" in last
     assert "faster than the best dense int8 product in 4 of 4 cases" in last
     assert "not installed: PyTorch: pip install torch" in last
+    assert last.endswith("times as long.")
 
 
 def test_a_process_that_fails_is_an_error_and_writes_nothing(tmp_path, monkeypatch):
