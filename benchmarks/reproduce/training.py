@@ -89,6 +89,7 @@ def train(spec: RunSpec, *, keep: bool = False) -> tuple[RunResult, Kept | None]
     started = time.process_time()
     data = load_dataset(spec.data, spec.fold, validation=spec.validation)
     kept = None
+    trainer: Any
     with warnings.catch_warnings():
         # A run may be meant to have few updates or none, and small layers.
         warnings.filterwarnings("ignore", ".*mask updates|.*ablation only", UserWarning)
