@@ -214,6 +214,28 @@ def test_a_trainer_clips_the_masked_gradients_in_both_modes(tmp_path):
     torch.testing.assert_close(found["masked"][1], found["condensed"][1], rtol=1e-9, atol=1e-12)
 
 
+def resumed_on_this_rank(mode, folder):
+    """Train on all processes, resume, and print a line if all is equal; see the test below."""
+    trainer, callback = make_trainer(folder, mode, ddp_backend="gloo")
+    trainer.train()
+    again, other = make_trainer(folder, mode, ddp_backend="gloo")
+    again.train(resume_from_checkpoint=f"{folder}/checkpoint-{N_BEFORE}")
+    assert type(again.model_wrapped).__name__ == "DistributedDataParallel"
+    assert_equal(again.model.state_dict(), trainer.model.state_dict())
+    assert_equal(masks(other.srigl), masks(callback.srigl))
+    assert other.srigl.trainer.n_updates == 3
+    Path(folder, f"rank {again.args.process_index} is exact").touch()
+
+
+def test_a_trainer_on_two_processes_resumes_to_the_same_bits(mode, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = [sys.executable, *launcher, __file__, mode, str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    exact = [path.name for path in tmp_path.glob("rank * is exact")]
+    assert sorted(exact) == ["rank 0 is exact", "rank 1 is exact"]
+
+
 def train_scaled(monkeypatch, trainer, callback, **options):
     """Train as with fp16, for which accelerate would ask for a GPU, but without autocast."""
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", **options)
@@ -640,3 +662,7 @@ def test_a_missing_package_is_an_error_that_says_what_to_install(module, command
     assert done.returncode == 1
     assert f"install it: pip install {command}\n" in done.stderr
     assert "BackendUnavailableError" in done.stderr
+
+
+if __name__ == "__main__":
+    resumed_on_this_rank(*sys.argv[1:])
