@@ -85,25 +85,16 @@ def accuracies(run: RunSpec) -> dict[str, Any]:
 
 def _trained(run: RunSpec, data: Dataset) -> tuple[Any, Any]:
     """Return a trained PyTorch model in evaluation mode, and its masks as `condense` takes them."""
-    import torch
-    from torch import nn
+    from srigl_core.benchmarks.reproduce.torch_networks import mlp_in_torch, train_torch
 
     if run.network != "mlp":
-        from srigl_core.benchmarks.reproduce.torch_networks import train_torch
-
         return train_torch(run, data)[1:]
     from srigl_core.benchmarks.reproduce.training import train
 
     kept = train(run, keep=True)[1]
     assert kept is not None
-    layers: list[Any] = []
-    for name, weight in kept.network.weights.items():
-        layer = nn.Linear(weight.shape[1], weight.shape[0])
-        layer.weight.data = torch.from_numpy(weight)
-        layer.bias.data = torch.from_numpy(kept.network.biases[name])
-        layers += [layer, nn.ReLU()]
     masks = {str(2 * i): mask for i, mask in enumerate(kept.masks.values())}
-    return nn.Sequential(*layers[:-1]).eval(), masks
+    return mlp_in_torch(kept.network), masks
 
 
 def _form(model: Any, masks: Any, form: str) -> Any:

@@ -16,9 +16,11 @@ _PACKAGES = {
     "cupy": ("cupy-cuda13x",),
     "cupy12": ("cupy-cuda12x",),
     "jax": ("jax",),
+    "lightning": ("lightning",),
     "onnx": ("onnx", "onnxscript"),
     "test": ("hypothesis", "pytest"),
     "torch": ("torch",),
+    "transformers": ("transformers", "accelerate"),
 }
 """Packages of the extras in pyproject.toml; a test compares the two."""
 

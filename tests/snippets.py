@@ -15,7 +15,9 @@ _BLOCK = re.compile(
     r"|<!-- python\n(?P<hidden>.*?)^-->)",
     re.MULTILINE | re.DOTALL,
 )
-_FRAMEWORK = re.compile(r"^(?:import|from) (?:srigl_core\.)?(torch|jax)\b", re.MULTILINE)
+_FRAMEWORK = re.compile(
+    r"^(?:import|from) (?:srigl_core\.)?(torch|jax|transformers)\b", re.MULTILINE
+)
 
 
 def shown(page):

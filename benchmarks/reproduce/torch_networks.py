@@ -1,4 +1,4 @@
-"""A small ConvNet and a small vision transformer, trained through `srigl_core.torch`."""
+"""The networks in PyTorch: two that are trained through `srigl_core.torch`, and the MLP."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from srigl_core.benchmarks.reproduce.datasets import Dataset
+from srigl_core.benchmarks.reproduce.mlp import Mlp
 from srigl_core.benchmarks.reproduce.settings import RunSpec
 from srigl_core.benchmarks.reproduce.training import (
     batches,
@@ -20,7 +21,7 @@ from srigl_core.benchmarks.reproduce.training import (
 )
 from srigl_core.torch import SRigL
 
-__all__ = ["NETWORKS", "train_torch"]
+__all__ = ["NETWORKS", "mlp_in_torch", "train_torch"]
 
 SIDE = 28
 
@@ -68,6 +69,17 @@ def _convnet() -> nn.Sequential:
 
 NETWORKS = {"convnet": (_convnet, ("1",)), "vit": (_Vit, ("patches",))}
 """What builds each network, and its layers that stay dense: the paper's first layers do."""
+
+
+def mlp_in_torch(network: Mlp) -> nn.Sequential:
+    """Return a trained MLP as a PyTorch model in evaluation mode; layer ``i`` is ``2 * i``."""
+    layers: list[Any] = []
+    for name, weight in network.weights.items():
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.weight.data = torch.from_numpy(weight)
+        layer.bias.data = torch.from_numpy(network.biases[name])
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1]).eval()
 
 
 @contextmanager

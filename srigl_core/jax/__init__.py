@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:
 
 from srigl_core.jax.condensed_matmul import condensed_linear
 from srigl_core.jax.connections import Connections, from_condensed, to_condensed
+from srigl_core.jax.dense_gradient import with_dense_gradient
 from srigl_core.jax.mask_update import SriglUpdate, remap_state, srigl_update
 from srigl_core.jax.quantized_matmul import quantized_linear
 
@@ -31,4 +32,5 @@ __all__ = [
     "remap_state",
     "srigl_update",
     "to_condensed",
+    "with_dense_gradient",
 ]

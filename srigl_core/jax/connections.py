@@ -26,8 +26,8 @@ class Connections:
     """The connections of a constant fan-in layer.
 
     Connections are a pytree. A jitted function that takes them as an argument is not compiled again
-    for other connections of the same shapes. Make them with `from_condensed`, `from_mask` or `of`,
-    outside of ``jit``. Do not change the arrays, which `key` identifies.
+    for other connections of the same shapes. Make them with `from_condensed`, `from_mask`, `random`
+    or `of`, outside of ``jit``. Do not change the arrays, which `key` identifies.
 
     Parameters
     ----------
@@ -85,6 +85,36 @@ class Connections:
         """
         return _on_device(host.Connections.from_mask(mask))
 
+    @classmethod
+    def random(
+        cls, key: Any, shape: tuple[int, int], *, fan_in: int, n_active: int | None = None
+    ) -> Connections:
+        """Draw connections uniformly at random.
+
+        Parameters
+        ----------
+        key : array
+            A key of ``jax.random``. The draw is NumPy's, seeded by it.
+        shape : tuple of int
+            (n_out, n_in).
+        fan_in : int
+            Connections of each active neuron, 1..n_in.
+        n_active : int or None
+            Number of active neurons, drawn at random; None means all.
+
+        Raises
+        ------
+        SriglError
+            If `fan_in` or `n_active` is out of range.
+        ValueTypeError
+            If `key` is a tracer.
+        """
+        numbers = jax.random.key_data(key)
+        library_of(numbers).check(numbers, "key")
+        rng = np.random.default_rng(np.asarray(numbers).ravel())
+        drawn = host.Connections.random(shape, fan_in=fan_in, n_active=n_active, rng=rng)
+        return _on_device(drawn)
+
     @property
     def n_active(self) -> int:
         """Number of active neurons."""
@@ -138,7 +168,7 @@ class Connections:
             if not isinstance(leaf, jax.Array | np.ndarray):
                 raise ValueTypeError(
                     f"connections.{name} must be an array, got {type(leaf).__name__}; pass the "
-                    f"connections that from_condensed, from_mask or of returned"
+                    f"connections that from_condensed, from_mask, random or of returned"
                 )
 
     def _leaves(self) -> dict[str, Any]:

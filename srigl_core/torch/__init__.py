@@ -22,6 +22,7 @@ from srigl_core.torch.model_file import load_model, save_model
 from srigl_core.torch.model_report import report
 from srigl_core.torch.onnx import export_onnx
 from srigl_core.torch.optimizers import OptimizerRule, register_optimizer
+from srigl_core.torch.pruning import prune_to_constant_fan_in
 from srigl_core.torch.quantization import quantize
 from srigl_core.torch.quantized_linear import QuantizedLinear
 from srigl_core.torch.released_checkpoint import load_released_checkpoint
@@ -45,6 +46,7 @@ __all__ = [
     "freeze",
     "load_model",
     "load_released_checkpoint",
+    "prune_to_constant_fan_in",
     "quantize",
     "register_optimizer",
     "report",

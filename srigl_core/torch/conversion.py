@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from srigl_core.torch.replacement import (
 )
 from srigl_core.torch.selection import Entry
 from srigl_core.torch.sharded_tensors import check_not_sharded
-from srigl_core.torch.targets import Target, find_targets
+from srigl_core.torch.targets import PRUNED, Target, find_targets
 from srigl_core.torch.tensors import as_numpy
 from srigl_core.torch.training import SRigL
 
@@ -40,6 +41,7 @@ def condense(
     masks: Mapping[str, Any] | SRigL | str,
     *,
     exclude: Iterable[Entry] | Entry = (),
+    pad: bool = False,
 ) -> Any:
     """Replace the masked layers of a trained model by condensed ones, in place.
 
@@ -55,6 +57,11 @@ def condense(
         ``report(model).left`` lists it.
     exclude : iterable of str or type
         Layers to leave dense: names, patterns and types, as in `SRigL`.
+    pad : bool
+        Take masks whose rows differ in length. A shorter row gets weights of 0.0, at the first
+        columns that it does not use, until it is as long as the longest row of its layer; empty
+        rows stay ablated. Results stay the same, and a layer's memory and time become those of the
+        longest row.
 
     Returns
     -------
@@ -65,10 +72,16 @@ def condense(
     ------
     SriglError
         If a mask is not constant fan-in, does not fit its layer or names no layer, if a layer
-        cannot be condensed, or if there is nothing to condense. The message names the layer, and
-        the model is not changed.
+        cannot be condensed, or if there is nothing to condense. With "nonzero", also if a layer was
+        pruned by ``torch.nn.utils.prune`` or ``torch.ao.pruning`` and that is not permanent yet.
+        The message names the layer, and the model is not changed.
     ValueTypeError
         If `masks` has the wrong type, or a mask is not bool.
+
+    Warns
+    -----
+    UserWarning
+        With `pad`, of the weights that were added to each layer.
 
     Warnings
     --------
@@ -102,16 +115,28 @@ def condense(
             raise SriglError(f"layer {name!r} is condensed already")
     selection = find_targets(model, names, exclude, unsupported=why_not_condensed)
     targets = selection.targets
-    if not isinstance(given, str):
+    if isinstance(given, str):
+        for name, reason in selection.left.items():
+            if reason.startswith(PRUNED):
+                raise SriglError(f"layer {name!r} {reason}, or exclude it")
+    else:
         given = {name: mask for name, mask in given.items() if name not in selection.left}
-    layers = {}
+    layers, costs = {}, []
     for name, mask in given_masks(targets, given).items():
         if not mask.all():
             hint = ZEROS if given == NONZERO else ""
-            layers[condensed_name(targets[name])] = _condensed(targets[name], mask, hint)
+            padded = _padded(mask) if pad else mask
+            layers[condensed_name(targets[name])] = _condensed(targets[name], mask, padded, hint)
+            costs += _cost_of_padding(name, mask, padded)
     if not layers:
         raise SriglError("all masks are True everywhere; there is nothing to condense")
     replace_modules(model, layers)
+    if costs:
+        warnings.warn(
+            f"rows were padded with zeros to the longest of their layer: {'; '.join(costs)}; "
+            f"prune_to_constant_fan_in prunes to rows of one length",
+            stacklevel=2,
+        )
     return model
 
 
@@ -175,14 +200,42 @@ def to_csr(model: Any) -> dict[str, scipy.sparse.csr_array]:
     return {name: linear_of(layer).to_condensed().to_csr() for name, layer in layers.items()}
 
 
-def _condensed(target: Target, mask: NDArray[np.bool_], hint: str) -> Any:
-    """Return the condensed layer that replaces a dense one."""
+def _condensed(
+    target: Target, mask: NDArray[np.bool_], padded: NDArray[np.bool_], hint: str
+) -> Any:
+    """Return the condensed layer that replaces a dense one, with zeros where only `padded` is."""
     dense = as_numpy(target.layout.to_rows(target.parameter.detach()))
     try:
-        weight = CondensedWeight.from_dense(dense, mask)
+        weight = CondensedWeight.from_dense(np.where(mask, dense, dense.dtype.type(0)), padded)
     except SriglError as error:
-        raise type(error)(f"layer {target.name!r}: {error}{hint}; or exclude the layer") from error
+        how = "; condense(..., pad=True) pads rows with zeros" if mask.any() else ""
+        raise type(error)(
+            f"layer {target.name!r}: {error}{hint}{how}; or exclude the layer"
+        ) from error
     return condensed_layer(target, weight)
+
+
+def _padded(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return a mask whose rows are as long as the longest one, except for empty ones."""
+    rows = mask.reshape(len(mask), -1)
+    counts = np.count_nonzero(rows, axis=1)
+    missing = np.where(counts > 0, counts.max() - counts, 0)
+    is_unused = ~rows
+    padding = is_unused & (np.cumsum(is_unused, axis=1) <= missing[:, None])
+    return (rows | padding).reshape(mask.shape)
+
+
+def _cost_of_padding(name: str, mask: NDArray[np.bool_], padded: NDArray[np.bool_]) -> list[str]:
+    """Return a description of what was added to a layer, or nothing if nothing was."""
+    before, after = int(mask.sum()), int(padded.sum())
+    if before == after:
+        return []
+    rows = padded.reshape(len(padded), -1)
+    mean = before / np.count_nonzero(rows.any(axis=1))
+    return [
+        f"layer {name!r} has {after:,} weights in place of {before:,} ({after / before - 1:+.0%}), "
+        f"{rows.sum(axis=1).max()} a row, where the mean was {mean:.1f}"
+    ]
 
 
 def dense_layer(layer: Any) -> Any:

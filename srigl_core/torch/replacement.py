@@ -20,6 +20,7 @@ from srigl_core.torch.state_markers import mark_states
 from srigl_core.torch.targets import Target, check_module, submodule
 
 __all__ = [
+    "CONVOLUTIONS",
     "PACKED",
     "condensed_layer",
     "condensed_modules",
@@ -35,8 +36,10 @@ __all__ = [
 PACKED = (CondensedLinear, QuantizedLinear)
 """The types of linear layers without a dense weight."""
 
-_CONVOLUTIONS = {nn.Conv1d: CondensedConv1d, nn.Conv2d: CondensedConv2d}
-_TYPES = (nn.Linear, NonDynamicallyQuantizableLinear, *_CONVOLUTIONS, nn.MultiheadAttention)
+CONVOLUTIONS = {nn.Conv1d: CondensedConv1d, nn.Conv2d: CondensedConv2d}
+"""The condensed convolution in place of each dense one."""
+
+_TYPES = (nn.Linear, NonDynamicallyQuantizableLinear, *CONVOLUTIONS, nn.MultiheadAttention)
 
 
 def why_not_condensed(target: Target) -> str | None:
@@ -106,7 +109,7 @@ def condensed_layer(target: Target, weight: CondensedWeight, nnz_budget: int | N
     if target.attribute == "weight":  # attention keeps the bias of its projections
         linear.bias = getattr(module, "bias", None)
     linear.values.requires_grad_(dense.requires_grad)
-    convolution = _CONVOLUTIONS.get(type(module))
+    convolution = CONVOLUTIONS.get(type(module))
     layer = linear if convolution is None else convolution.like(module, linear)
     return layer.train(module.training)
 

@@ -27,6 +27,7 @@ from srigl_core.torch.sharded_tensors import is_sharded
 from srigl_core.torch.tensors import numpy_dtype
 
 __all__ = [
+    "PRUNED",
     "Selection",
     "Target",
     "check_module",
@@ -35,6 +36,9 @@ __all__ = [
     "find_targets",
     "submodule",
 ]
+
+PRUNED = "computes its weight at each call, since it was pruned by "
+"""Begins the reason why a layer is left whose pruning is not permanent yet."""
 
 _EXCLUDED = "is excluded"
 _NOT_INCLUDED = "is not included"
@@ -285,7 +289,7 @@ def _weights(model: Any) -> Iterator[_Weight]:
         computed = [name for name in usual if _is_computed(module, name)]
         for attribute in computed:
             target = Target(_name(owner, attribute), owner, module, attribute, None)
-            yield _Weight(target, True, _why_computed(module))
+            yield _Weight(target, True, _why_computed(module, attribute))
         for attribute, parameter in module._parameters.items():
             if parameter is None:
                 continue
@@ -321,9 +325,16 @@ def _is_computed(module: Any, attribute: str) -> bool:
     return attribute in parametrizations or (attribute == "weight" and hasattr(module, attribute))
 
 
-def _why_computed(module: Any) -> str:
+def _why_computed(module: Any, attribute: str) -> str:
     if "quantized" in type(module).__module__:
         return "is quantised; exclude it"
+    if f"{attribute}_mask" in module._buffers and f"{attribute}_orig" in module._parameters:
+        call = f"torch.nn.utils.prune.remove(layer, {attribute!r})"
+        return f"{PRUNED}torch.nn.utils.prune; make that permanent with {call}"
+    parametrizations = getattr(module, "parametrizations", {})
+    steps = [step for name, part in parametrizations.items() if name == attribute for step in part]
+    if any(type(step).__module__.startswith("torch.ao.pruning") for step in steps):
+        return f"{PRUNED}torch.ao.pruning; make that permanent with sparsifier.squash_mask()"
     return "computes its weight (a parametrization?); remove that, or exclude it"
 
 

@@ -48,11 +48,28 @@ def test_samples_of_frameworks_run(page, tmp_path, monkeypatch, capsys):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
 def test_examples_of_frameworks_run(script, tmp_path):
-    for framework in sorted(set(re.findall(r"^import (torch|jax)\b", script.read_text(), re.M))):
-        pytest.importorskip(framework)
+    packages = r"^(?:import|from) (accelerate|jax|lightning|torch|transformers)\b"
+    for package in sorted(set(re.findall(packages, script.read_text(), re.M))):
+        pytest.importorskip(package)
     takes_quick = "--quick" in script.read_text()
     printed = run_script(script, *["--quick"] * takes_quick, folder=tmp_path)
-    assert "┃" in printed
+    assert re.search("┃|^layer  ", printed, re.MULTILINE)  # a table
+
+
+INTEGRATIONS = {
+    "hugging_face_trainer.py": "srigl_core.integrations.transformers",
+    "lightning_callback.py": "srigl_core.integrations.lightning",
+    "accelerate_loop.py": "accelerator.register_for_checkpointing(srigl)",
+    "prune_and_condense.py": "prune_to_constant_fan_in",
+}
+
+
+@pytest.mark.parametrize("name", INTEGRATIONS)
+def test_a_program_shows_each_integration_in_at_most_40_lines(name):
+    program = (ROOT / "examples" / "frameworks" / name).read_text()
+    assert INTEGRATIONS[name] in program
+    assert len(program.splitlines()) <= 40
+    assert not re.search(r"\b_\w+\.|\._[a-z]", program)  # nothing private
 
 
 @pytest.mark.parametrize("framework", ["PyTorch", "JAX"])

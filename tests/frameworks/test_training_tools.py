@@ -1,24 +1,37 @@
-"""Hugging Face's Trainer and Lightning train sparse with a callback, and resume exactly."""
+"""Hugging Face's Trainer and accelerate, and Lightning, train sparse and resume exactly."""
 
 import copy
-import inspect
-import re
+import csv
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from srigl_core import SriglError
+from srigl_core import SriglError, ValueTypeError
 from srigl_core.reference import UpdateSchedule
 
 torch = pytest.importorskip("torch")
 lightning = pytest.importorskip("lightning.pytorch")
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
+accelerate = pytest.importorskip("accelerate")
 
 from torch import nn  # noqa: E402
 
-from srigl_core.torch import CondensedLinear, SRigL, load_model, save_model, to_masked_dense  # noqa: E402
+from srigl_core.integrations import lightning as for_lightning  # noqa: E402
+from srigl_core.integrations import transformers as for_transformers  # noqa: E402
+from srigl_core.torch import (  # noqa: E402
+    CondensedLinear,
+    SRigL,
+    condense,
+    load_model,
+    prune_to_constant_fan_in,
+    quantize,
+    save_model,
+    to_masked_dense,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what the tools say of themselves
 
@@ -31,68 +44,6 @@ OPTIONS = {
 }
 N_STEPS, N_BEFORE, N_PARTS = 10, 5, 2
 MAX_NORM = 0.02  # so low that each step is clipped
-
-
-class SRigLTrainerCallback(transformers.TrainerCallback):
-    """Trains the model of a Trainer sparse. Make it before `train`; it adds itself."""
-
-    def __init__(self, trainer, **options):
-        self.trainer = trainer
-        self.srigl = SRigL(trainer.model, trainer.create_optimizer(), **options)
-        # A Trainer clips before any callback, when gradients are not masked yet; so do it here.
-        self.max_norm = trainer.args.max_grad_norm
-        trainer.args = copy.copy(trainer.args)
-        trainer.args.max_grad_norm = 0
-        trainer.add_callback(self)
-
-    def on_train_begin(self, args, state, control, **_):
-        if state.global_step:
-            self.srigl.load_state_dict(torch.load(self.file(args, state)))
-
-    def on_pre_optimizer_step(self, args, state, control, **_):
-        self.srigl.after_backward(scaler=self.trainer.accelerator.scaler)
-        if self.max_norm:
-            nn.utils.clip_grad_norm_(self.trainer.model.parameters(), self.max_norm)
-
-    def on_optimizer_step(self, args, state, control, **_):
-        self.srigl.step()
-
-    def on_save(self, args, state, control, **_):
-        if state.is_world_process_zero:
-            torch.save(self.srigl.state_dict(), self.file(args, state))
-
-    def file(self, args, state):
-        return f"{args.output_dir}/checkpoint-{state.global_step}/srigl.pt"
-
-
-class SRigLLightningCallback(lightning.Callback):
-    """Trains a LightningModule sparse. It has one optimiser, and automatic optimisation."""
-
-    def __init__(self, **options):
-        self.options, self.srigl, self.has_stepped = options, None, False
-
-    def setup(self, trainer, pl_module, stage):
-        """Attach SRigL before Lightning loads a checkpoint, which needs the condensed layers."""
-        if self.srigl is None:
-            pl_module.to(trainer.strategy.root_device)
-            optimizers = pl_module.configure_optimizers()
-            self.srigl = SRigL(pl_module, optimizers, **self.options)
-            pl_module.configure_optimizers = lambda: optimizers
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.srigl.after_backward(scaler=getattr(trainer.precision_plugin, "scaler", None))
-        self.has_stepped = True
-
-    def on_train_batch_end(self, *_):
-        if self.has_stepped:  # not where gradients are only accumulated
-            self.srigl.step()
-        self.has_stepped = False
-
-    def state_dict(self):
-        return self.srigl.state_dict()
-
-    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
-        self.srigl.load_state_dict(checkpoint["callbacks"].get(self.state_key))
 
 
 # ---------------------------------------------------------------- the tools
@@ -138,16 +89,28 @@ def make_trainer(folder, mode, *, exclude=(), **settings):
         settings.pop("model", None) or bert(),
         transformers.TrainingArguments(str(folder), **arguments | settings),
         train_dataset=sentences(),
+        eval_dataset=sentences()[:8],
     )
-    return trainer, mode and SRigLTrainerCallback(trainer, mode=mode, exclude=exclude, **OPTIONS)
+    options = {"mode": mode, "exclude": exclude, **OPTIONS}
+    return trainer, mode and for_transformers.SRigLCallback(trainer, **options)
+
+
+def layers():
+    torch.manual_seed(0)
+    hidden = [nn.Linear(12, 32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 16), nn.ReLU()]
+    return nn.Sequential(*hidden, nn.Linear(16, 3)).double()
+
+
+def dataset():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 12, generator=generator, dtype=torch.float64)
+    return torch.utils.data.TensorDataset(x, torch.randint(0, 3, (40,), generator=generator))
 
 
 class Network(lightning.LightningModule):
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
-        layers = [nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(16, 3)).double()
+        self.layers = layers()
 
     def training_step(self, batch, _):
         return nn.functional.cross_entropy(self.layers(batch[0]), batch[1])
@@ -164,19 +127,15 @@ class Network(lightning.LightningModule):
 def fit(folder, mode, resume=None, network=None, n_steps=N_STEPS):
     """Return a trained network and its callback.
 
-    An epoch ends at the checkpoint, since Lightning resumes at the first batch of a data loader. It
-    does not keep the state of PyTorch's generator, so the network has no dropout.
+    An epoch ends at the checkpoint, since Lightning resumes at the first batch of a data loader.
     """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(40, 12, generator=generator, dtype=torch.float64)
-    data = torch.utils.data.TensorDataset(x, torch.randint(0, 3, (40,), generator=generator))
     checkpoints = lightning.callbacks.ModelCheckpoint(
         folder, "{step}", every_n_train_steps=N_BEFORE, save_top_k=-1
     )
     callbacks = [checkpoints]
     callback = None
     if mode is not None:
-        callback = SRigLLightningCallback(mode=mode, **OPTIONS)
+        callback = for_lightning.SRigLCallback(mode=mode, **OPTIONS)
         callbacks.append(callback)
     network = Network() if network is None else network
     trainer = lightning.Trainer(
@@ -189,7 +148,8 @@ def fit(folder, mode, resume=None, network=None, n_steps=N_STEPS):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(network, torch.utils.data.DataLoader(data, batch_size=4), ckpt_path=resume)
+    data = torch.utils.data.DataLoader(dataset(), batch_size=4, shuffle=True)
+    trainer.fit(network, data, ckpt_path=resume)
     return network, callback
 
 
@@ -254,19 +214,116 @@ def test_a_trainer_clips_the_masked_gradients_in_both_modes(tmp_path):
     torch.testing.assert_close(found["masked"][1], found["condensed"][1], rtol=1e-9, atol=1e-12)
 
 
+def resumed_on_this_rank(mode, folder):
+    """Train on all processes, resume, and print a line if all is equal; see the test below."""
+    trainer, callback = make_trainer(folder, mode, ddp_backend="gloo")
+    trainer.train()
+    again, other = make_trainer(folder, mode, ddp_backend="gloo")
+    again.train(resume_from_checkpoint=f"{folder}/checkpoint-{N_BEFORE}")
+    assert type(again.model_wrapped).__name__ == "DistributedDataParallel"
+    assert_equal(again.model.state_dict(), trainer.model.state_dict())
+    assert_equal(masks(other.srigl), masks(callback.srigl))
+    assert other.srigl.trainer.n_updates == 3
+    Path(folder, f"rank {again.args.process_index} is exact").touch()
+
+
+def test_a_trainer_on_two_processes_resumes_to_the_same_bits(mode, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = [sys.executable, *launcher, __file__, mode, str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    exact = [path.name for path in tmp_path.glob("rank * is exact")]
+    assert sorted(exact) == ["rank 0 is exact", "rank 1 is exact"]
+
+
+def train_scaled(monkeypatch, trainer, callback, **options):
+    """Train as with fp16, for which accelerate would ask for a GPU, but without autocast."""
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", **options)
+
+    def begin(*_, **__):  # the model is prepared by now
+        trainer.accelerator.native_amp = True
+        monkeypatch.setattr(accelerate.Accelerator, "mixed_precision", "fp16")
+
+    callback.on_train_begin = begin
+    trainer.train()
+
+
+def test_a_trainer_trains_with_a_gradient_scaler(trained, mode, tmp_path, monkeypatch):
+    _, model, callback = trained(mode)
+    trainer, other = make_trainer(tmp_path, mode, save_strategy="no")
+    train_scaled(monkeypatch, trainer, other, init_scale=2.0**10)  # powers of two round nothing
+    assert_equal(masks(other.srigl), masks(callback.srigl))
+    assert_equal(trainer.model.state_dict(), model.state_dict())
+
+
+def test_a_trainer_does_not_count_a_step_that_the_scaler_skips(mode, tmp_path, monkeypatch):
+    trainer, callback = make_trainer(tmp_path, mode, save_strategy="no")
+    factors = iter([float("inf")])  # of the first gradient
+    embedding = trainer.model.bert.embeddings.word_embeddings.weight
+    embedding.register_hook(lambda grad: grad * next(factors, 1.0))
+    train_scaled(monkeypatch, trainer, callback)
+    assert callback.srigl.trainer.step_count == N_STEPS - 1
+
+
 def test_a_trainer_does_not_resume_without_the_state_of_srigl(trained, mode, tmp_path):
     folder, _, _ = trained(mode)
     place = f"checkpoint-{N_BEFORE}"
     shutil.copytree(folder / place, tmp_path / place)
     (tmp_path / place / "srigl.pt").unlink()
     trainer, callback = make_trainer(tmp_path, mode)
-    with pytest.raises(FileNotFoundError, match=r"srigl\.pt"):
+    with pytest.raises(SriglError, match=r"no state of SRigL: there is no file.*srigl\.pt"):
         trainer.train(resume_from_checkpoint=str(tmp_path / place))
     # A callback that does not even look for it.
     trainer, callback = make_trainer(tmp_path, mode)
     callback.on_train_begin = lambda *_, **__: None
     with pytest.raises(SriglError, match=r"layer 'bert.*srigl\.load_state_dict"):
         trainer.train(resume_from_checkpoint=str(tmp_path / place))
+
+
+def test_a_trainer_resumes_from_a_folder_that_is_not_its_own(trained, mode, tmp_path):
+    folder, model, _ = trained(mode)
+    place = tmp_path / "elsewhere" / f"checkpoint-{N_BEFORE}"
+    shutil.copytree(folder / place.name, place)
+    again, _ = make_trainer(tmp_path, mode, resume_from_checkpoint=str(place))
+    again.train(resume_from_checkpoint=str(place))
+    assert_equal(again.model.state_dict(), model.state_dict())
+
+
+def test_a_trainer_logs_the_numbers_of_srigl_and_keeps_its_arguments(tmp_path):
+    settings = {"logging_strategy": "steps", "logging_steps": 4, "save_strategy": "no"}
+    trainer, callback = make_trainer(tmp_path, "masked", **settings)
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    other = transformers.Trainer(bert(), arguments, train_dataset=sentences())
+    for_transformers.SRigLCallback(other, **OPTIONS)
+    assert (arguments.max_grad_norm, other.args.max_grad_norm) == (1.0, 0)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "srigl/updates" in entry]
+    assert [(entry["step"], entry["srigl/updates"]) for entry in logs] == [(4, 1), (8, 2)]
+    assert callback.srigl.log_dict().keys() <= logs[-1].keys()
+    assert logs[0]["srigl/itop_rate"] < logs[-1]["srigl/itop_rate"] <= 1
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [4, 8]
+
+
+def test_a_trainer_that_loads_its_best_model_has_the_masks_of_it(tmp_path, mode):
+    settings = {"eval_strategy": "steps", "eval_steps": N_BEFORE, "load_best_model_at_end": True}
+    # The greater loss counts as the better one, so that the first of the two checkpoints is best.
+    settings |= {"learning_rate": 3.0, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer, callback = make_trainer(tmp_path, mode, **settings)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{N_BEFORE}")
+    assert callback.srigl.trainer.step_count == N_BEFORE
+    for name, mask in masks(callback.srigl).items():
+        layer = trainer.model.get_submodule(name)
+        assert not layer.weight.detach()[~mask].any()
+
+
+def test_a_trainer_that_makes_its_model_itself_is_refused(tmp_path):
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = transformers.Trainer(
+        args=arguments, model_init=lambda: bert(), train_dataset=sentences()
+    )
+    with pytest.raises(SriglError, match="model_init, which makes another model"):
+        for_transformers.SRigLCallback(trainer, **OPTIONS)
 
 
 def test_a_dense_model_does_not_take_the_checkpoint_of_a_condensed_one(trained):
@@ -306,6 +363,72 @@ def test_from_pretrained_takes_classes_that_make_condensed_layers(tmp_path):
     again = CondensedBert.from_pretrained(tmp_path)
     assert_equal(again.state_dict(), model.state_dict())
     assert torch.equal(again(**words).logits, model(**words).logits)
+
+
+def condensed_bert(dtype=torch.float32):
+    model = bert().to(dtype)
+    return condense(model, prune_to_constant_fan_in(model, 0.7)).eval()
+
+
+PREPARED = {
+    "condensed": condensed_bert,
+    "condensed, 16-bit": lambda: condensed_bert(torch.bfloat16),
+    "int8": lambda: quantize(condensed_bert()),
+    "int8 inputs": lambda: quantize(condensed_bert(), inputs="int8", exclude="classifier"),
+    "dense": lambda: bert().eval(),
+}
+
+
+@pytest.mark.parametrize("class_name", ["BertFor", "AutoModelFor"])
+@pytest.mark.parametrize("what", PREPARED)
+def test_a_saved_model_comes_back_as_it_was(what, class_name, tmp_path):
+    model, words = PREPARED[what](), {"input_ids": torch.arange(6)[None]}
+    for_transformers.save_pretrained(model, tmp_path / "model")
+    torch.manual_seed(1)
+    model_class = getattr(transformers, f"{class_name}SequenceClassification")
+    again = for_transformers.from_pretrained(model_class, tmp_path / "model")
+    assert_equal(again.state_dict(), model.state_dict())
+    assert torch.equal(again(**words).logits, model(**words).logits)
+    assert (type(again), again.dtype, again.training) == (type(model), model.dtype, False)
+
+
+def test_a_generating_model_keeps_how_it_generates(tmp_path):
+    config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    condense(model, prune_to_constant_fan_in(model, 0.5))
+    model.generation_config.update(max_new_tokens=7, do_sample=False, pad_token_id=0)
+    for_transformers.save_pretrained(model, tmp_path)
+    again = for_transformers.from_pretrained(transformers.AutoModelForCausalLM, tmp_path)
+    words = torch.arange(4)[None]
+    assert again.generate(words).shape == (1, 11)
+    assert torch.equal(again.generate(words), model.generate(words))
+
+
+def test_no_other_loader_makes_a_model_of_a_saved_one(tmp_path):
+    for_transformers.save_pretrained(condensed_bert(), tmp_path)
+    for model_class in (transformers.BertModel, transformers.AutoModel):
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+            model_class.from_pretrained(tmp_path)
+    with pytest.raises(SriglError, match="the file has a condensed layer 'bert"):
+        for_transformers.from_pretrained(transformers.BertModel, tmp_path)
+
+
+def test_what_cannot_be_saved_or_loaded_is_an_error_and_nothing_is_written(tmp_path):
+    with pytest.raises(ValueTypeError, match=r"PreTrainedModel, got Sequential.*save_model"):
+        for_transformers.save_pretrained(layers(), tmp_path / "new")
+    mixed = condensed_bert()
+    mixed.classifier.bfloat16()
+    with pytest.raises(SriglError, match=r"parameters of torch\.bfloat16, torch\.float32"):
+        for_transformers.save_pretrained(mixed, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    bert().save_pretrained(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SriglError, match=r"another format \(model\.safetensors\)"):
+        for_transformers.save_pretrained(condensed_bert(), tmp_path)
+    with pytest.raises(SriglError, match=r"has no srigl\.safetensors.*BertModel\.from_pretrained"):
+        for_transformers.from_pretrained(transformers.BertModel, tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_layer_of_memory_without_connections_is_refused():
@@ -405,7 +528,7 @@ def test_lightning_does_not_resume_without_the_state_of_srigl(fitted, mode, tmp_
     contents = torch.load(checkpoint)
     del contents["callbacks"][callback.state_key]
     torch.save(contents, tmp_path / "less.ckpt")
-    with pytest.raises(SriglError, match="state is not of an SRigL"):
+    with pytest.raises(SriglError, match="the checkpoint has no state of this SRigLCallback"):
         fit(tmp_path, mode, tmp_path / "less.ckpt")
 
 
@@ -413,7 +536,7 @@ def test_lightning_validates_the_checkpoint_with_a_new_network(fitted, mode):
     checkpoint, _, _ = fitted(mode)
     trainer = lightning.Trainer(
         accelerator="cpu",
-        callbacks=[SRigLLightningCallback(mode=mode, **OPTIONS)],
+        callbacks=[for_lightning.SRigLCallback(mode=mode, **OPTIONS)],
         logger=False,
         enable_progress_bar=False,
     )
@@ -430,9 +553,116 @@ def test_lightning_does_not_resume_a_condensed_model_without_the_callback(fitted
         fit(tmp_path, None, checkpoint)
 
 
-@pytest.mark.parametrize("callback", [SRigLTrainerCallback, SRigLLightningCallback])
-def test_a_callback_has_at_most_40_lines(callback):
-    lines = inspect.getsource(callback).splitlines()
-    assert len(lines) <= 40
-    assert all(len(line) <= 100 for line in lines)
-    assert not re.search(r"_\w+\._|\._[a-z]", "\n".join(lines))  # nothing private
+def test_lightning_logs_the_numbers_of_srigl(tmp_path):
+    logger = lightning.loggers.CSVLogger(tmp_path)
+    callback = for_lightning.SRigLCallback(**OPTIONS)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=N_STEPS,
+        callbacks=[callback],
+        logger=logger,
+        log_every_n_steps=4,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Network(), torch.utils.data.DataLoader(dataset(), batch_size=4))
+    rows = list(csv.DictReader(Path(logger.log_dir, "metrics.csv").read_text().splitlines()))
+    assert [float(row["srigl/updates"]) for row in rows] == [1, 2]
+    numbers = callback.srigl.log_dict()
+    found = {name: float(trainer.callback_metrics[name]) for name in numbers}
+    assert found == pytest.approx(numbers)
+    assert numbers["srigl/updates"] == 3
+
+
+def test_lightning_trains_with_a_gradient_scaler(mode):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)
+    callback = for_lightning.SRigLCallback(mode=mode, **OPTIONS)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=N_STEPS,
+        callbacks=[callback],
+        plugins=[lightning.plugins.MixedPrecision("16-mixed", "cpu", scaler)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    x, y = dataset().tensors
+    data = torch.utils.data.TensorDataset(x.float(), y)
+    trainer.fit(Network().float(), torch.utils.data.DataLoader(data, batch_size=4))
+    assert callback.srigl.trainer.step_count == N_STEPS - 1  # the first step overflows
+
+
+class Manual(Network):
+    automatic_optimization = False
+
+
+def test_lightning_modules_that_a_callback_cannot_train_are_refused(fitted):
+    with pytest.raises(SriglError, match="optimises manually"):
+        for_lightning.SRigLCallback(**OPTIONS).setup(None, Manual(), "fit")
+    _, _, callback = fitted("masked")
+    with pytest.raises(SriglError, match="has trained another module"):
+        callback.setup(None, Network(), "fit")
+    with pytest.raises(SriglError, match="is attached when training starts"):
+        for_lightning.SRigLCallback(**OPTIONS).state_dict()
+
+
+# ---------------------------------------------------------------- accelerate
+
+
+def accelerated(mode, folder, first=0):
+    """Return a model and its SRigL after all steps, from a checkpoint before step `first`."""
+    accelerate.state.GradientState._reset_state()  # a Trainer has left its data loader there
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=N_PARTS)
+    model = layers()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    srigl = SRigL(model, optimizer, mode=mode, **OPTIONS)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(srigl)
+    if first:
+        torch.manual_seed(7)  # the checkpoint has another state
+        accelerator.load_state(folder)
+    x, y = dataset().tensors
+    for step in range(first, N_STEPS):
+        if step == N_BEFORE and not first:
+            accelerator.save_state(folder)
+        for part in range(N_PARTS):
+            rows = (torch.arange(4) + 8 * step + 4 * part) % len(x)
+            with accelerator.accumulate(model):
+                accelerator.backward(nn.functional.cross_entropy(model(x[rows]), y[rows]))
+                if accelerator.sync_gradients:
+                    srigl.after_backward(scaler=accelerator.scaler)
+                    accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
+                    optimizer.step()
+                    srigl.step()
+                    optimizer.zero_grad()
+    return model, srigl
+
+
+def test_accelerate_resumes_to_the_same_bits(mode, tmp_path):
+    model, srigl = accelerated(mode, tmp_path)
+    again, other = accelerated(mode, tmp_path, first=N_BEFORE)
+    assert_equal(again.state_dict(), model.state_dict())
+    assert_equal(masks(other), masks(srigl))
+    assert other.trainer.step_count == N_STEPS
+    assert other.trainer.n_updates == srigl.trainer.n_updates == 3
+
+
+# ---------------------------------------------------------------- packages that are missing
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [("transformers", "transformers accelerate"), ("lightning", "lightning")],
+)
+def test_a_missing_package_is_an_error_that_says_what_to_install(module, command):
+    program = f"import sys; sys.modules[{module!r}] = None; import srigl_core.integrations.{module}"
+    run = [sys.executable, "-c", program]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert f"install it: pip install {command}\n" in done.stderr
+    assert "BackendUnavailableError" in done.stderr
+
+
+if __name__ == "__main__":
+    resumed_on_this_rank(*sys.argv[1:])
