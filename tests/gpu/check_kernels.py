@@ -25,7 +25,7 @@ from through_host import ThroughHost
 
 from srigl_core import CondensedWeight, get_backend, prepare, update_mask
 from srigl_core._arrays.dtypes import VALUE_TYPES, round_to, value_dtype
-from srigl_core.backends.cupy_gpu import condensed_matmul
+from srigl_core.backends.cupy_gpu import launch_model
 from srigl_core.backends.cupy_gpu.conversions import converted
 from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
 from srigl_core.backends.cupy_gpu.mask_update import count_nonfinite
@@ -41,6 +41,7 @@ SHAPES = [  # n_in, n_active, fan_in, batch
     (100, 70, 7, 33),
     (17, 300, 9, 20),
     (40, 33, 1, 70),
+    (700, 150, 33, 33),  # several trips to stage a tile, passes of a block's warps, and segments
 ]
 BATCH_OF_FAR_INPUTS = 3
 LAYERS = [(1, 1), (5, 600), (300, 7), (20, 257)]
@@ -245,7 +246,7 @@ def _conversions(backend: GpuBackend) -> Iterator[tuple[str, int]]:
 
 def _far_inputs(backend: GpuBackend) -> Iterator[tuple[str, int]]:
     """More inputs than 32 bits can address, of which a few are looked at; the rest is no memory."""
-    if condensed_matmul.MOST_STREAM_ROWS < BATCH_OF_FAR_INPUTS:
+    if launch_model.MOST_STREAM_ROWS < BATCH_OF_FAR_INPUTS:
         return
     n_in = 1 << 30
     x = np.frombuffer(mmap.mmap(-1, 2 * BATCH_OF_FAR_INPUTS * n_in), np.float16).reshape(-1, n_in)
