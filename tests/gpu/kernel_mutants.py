@@ -155,7 +155,7 @@ MUTANTS = (
     ),
     Mutant("tile before forgotten", VALUES, "sum : mine[at] + sum", "sum : sum", ("whole inputs",)),
     Mutant("first split alone", VALUES, "s < splits", "s < 1"),
-    Mutant("one tie too many", MASK, "seen + before < ties[row]", "seen + before <= ties[row]"),
+    Mutant("one tie too many", MASK, "seen + before < own_ties", "seen + before <= own_ties"),
     Mutant(
         "digits of others counted",
         MASK,
