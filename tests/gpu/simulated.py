@@ -147,6 +147,8 @@ class Setting:
     stream_rows : int
         Rows up to which the weight is streamed.
     processors : int
+    warps : tuple of int
+        Of a block that stages a tile. Few, since a tile of few bytes takes many rounds of a block.
     processor_threads : int
         Few, so that a warp has several slices of neurons.
     narrow_positions : int
@@ -159,6 +161,7 @@ class Setting:
     lanes: tuple[int, ...] = (1, 2, 4, 8)
     stream_rows: int = 0
     processors: int = 3
+    warps: tuple[int, ...] = (8,)
     processor_threads: int = 2048
     narrow_positions: int = 1 << 31
     order: Order = field(default_factory=Order)
@@ -172,8 +175,8 @@ SETTINGS = {
     "two lanes": Setting(512, (2,), narrow_positions=0, order=Order("reverse", "reverse")),
     "four lanes": Setting(1024, (4,), processors=132, order=Order(1)),
     "eight lanes": Setting(2048, (8,), processors=1, order=Order(2, "reverse")),
-    "whole inputs": Setting(48 << 10, order=Order(3)),
-    "several trips": Setting(48 << 10, (4,), order=Order(6)),
+    "whole inputs": Setting(48 << 10, warps=launch_model.WARPS, order=Order(3)),
+    "several trips": Setting(48 << 10, (4,), warps=launch_model.WARPS, order=Order(6)),
     "streamed": Setting(48 << 10, stream_rows=8, order=Order(4)),
     "streamed in place": Setting(
         160, (1, 4), stream_rows=8, processors=1, processor_threads=256, order=Order("reverse")
@@ -200,6 +203,7 @@ def simulated_backend(setting: Setting, **device: Any) -> Iterator[GpuBackend]:
         mock.patch.object(launch_model, "TILE_LANES", setting.lanes),
         mock.patch.object(launch_model, "MOST_STREAM_ROWS", setting.stream_rows),
         mock.patch.object(launch_model, "MOST_BATCH_SPLITS", 2),  # several tiles to a block
+        mock.patch.object(launch_model, "WARPS", setting.warps),
         mock.patch.object(tiles, "MOST_NARROW_POSITIONS", setting.narrow_positions),
         run_in_order(setting.order),
     ):
