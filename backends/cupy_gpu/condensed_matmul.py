@@ -70,6 +70,7 @@ class GpuPrepared:
 
     def with_device_values(self, values: Any) -> GpuPrepared:
         """Return this layout for the numbers that `values`, on the device, has at each call."""
+        values = self._device.contiguous(values)
         return GpuPrepared(self.weight, self._device, self._products, values)
 
     def describe(self) -> dict[str, object]:

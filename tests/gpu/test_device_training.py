@@ -263,6 +263,15 @@ def test_a_condensed_layer_trains_on_the_device_without_copies_or_waits(
         step()
 
 
+def test_values_of_any_strides_are_read(layer_on_the_device):
+    ops, _, (values, *mask), there = layer_on_the_device
+    torch = pytest.importorskip("torch")
+    x, strided = torch.randn(9, 30).as_subclass(there), torch.stack([values, -values], 1)[:, 0]
+    assert not strided.is_contiguous()
+    expected = ops.multiply(x, values, *mask, None, 30)
+    assert torch.equal(ops.multiply(x, strided, *mask, None, 30), expected)
+
+
 def test_a_frozen_layer_keeps_the_order_of_its_values(backend, layer_on_the_device):
     ops, packing, tensors, there = layer_on_the_device
     torch = pytest.importorskip("torch")
