@@ -41,6 +41,7 @@ SHAPES = [  # n_in, n_active, fan_in, batch
     (100, 70, 7, 33),
     (17, 300, 9, 20),
     (40, 33, 1, 70),
+    (17, 600, 9, 3),  # more neurons than the warps of a small device have at once
     (700, 150, 33, 33),  # several trips to stage a tile, and passes of a block's warps
 ]
 MOST_SEGMENTS = 40
