@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from srigl_core.benchmarks.measure import Settings
+from srigl_core.benchmarks.predict import predictions, table
 from srigl_core.benchmarks.results import load_results
 from srigl_core.benchmarks.run import run
 from srigl_core.errors import SriglError
@@ -26,7 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("srigl-bench"), help="folder for gpu.json and gpu.md"
     )
     parser.add_argument("--only", action="append", default=[], help="as in srigl bench gpu")
+    parser.add_argument(
+        "--predict", action="store_true", help="print predicted times; needs no GPU"
+    )
     options = parser.parse_args(arguments)
+    if options.predict:
+        print(table(predictions(options.only)), end="")
+        return 0
     try:
         written = run(Settings("gpu", options.quick, tuple(options.only)), options.out)
         wrong = load_results(written[0]).wrong

@@ -283,7 +283,13 @@ class Plan(ProductPlan):
         return MatmulGradients(**outs)
 
     def write_gradients(
-        self, grad: Any, x: Any | None, *, out: MatmulGradients, threads: int | None
+        self,
+        grad: Any,
+        x: Any | None,
+        *,
+        out: MatmulGradients,
+        threads: int | None,
+        values: Any | None = None,
     ) -> None:
         """Write gradients of checked two-dimensional arrays to `out`, for framework operators.
 
@@ -294,9 +300,11 @@ class Plan(ProductPlan):
         out : MatmulGradients
             Arrays of the backend; None for gradients that are not asked for.
         threads : int or None
+        values : array of the backend, or None
+            As in `write_product`.
         """
         with self.arrays.execution_context(grad):
-            self._prepared.backward(grad, x, out=out, threads=threads)
+            self._prepared_with(values).backward(grad, x, out=out, threads=threads)
 
     def with_values(self, values: ArrayLike) -> Plan:
         """Return a plan for other values on the same connections, sharing the packed indices.

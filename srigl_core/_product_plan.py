@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -222,7 +223,14 @@ class ProductPlan(BoundToProcess):
         return out
 
     def write_product(
-        self, x: Any, bias: Any | None, *, activation: str, out: Any, threads: int | None
+        self,
+        x: Any,
+        bias: Any | None,
+        *,
+        activation: str,
+        out: Any,
+        threads: int | None,
+        values: Any | None = None,
     ) -> None:
         """Write a product of checked two-dimensional arrays to `out`, for framework operators.
 
@@ -234,6 +242,8 @@ class ProductPlan(BoundToProcess):
         out : array of the backend, (batch, n_out)
             Of any value type. Shares no memory with the inputs.
         threads : int or None
+        values : array of the backend, (at least nnz,), or None
+            Numbers in place of the weight's, if `takes_device_values`.
         """
         dtype = self._usual[0]
         if self._matmul_fast is not None and all(
@@ -247,9 +257,46 @@ class ProductPlan(BoundToProcess):
             if bias is not None:
                 product = result_dtype(arrays.dtype(x), self.weight.float_dtype)
                 bias = arrays.round_to(bias, bias_dtype(product, self.inputs))
-            self._prepared.matmul(
+            self._prepared_with(values).matmul(
                 x, bias, activation=activation, compact=False, out=out, threads=threads
             )
+
+    @property
+    def takes_device_values(self) -> bool:
+        """Whether products can read values from the caller's memory, at each call anew."""
+        return hasattr(self._prepared, "with_device_values")
+
+    def _prepared_with(self, values: Any | None) -> Any:
+        prepared: Any = self._prepared
+        return prepared if values is None else prepared.with_device_values(values)
+
+    def warm(self, batches: Iterable[int], dtypes: Iterable[DTypeLike] | None = None) -> None:
+        """Make all that products and gradients of some batches need, before the first call.
+
+        Without it the first call makes what it needs. While a CUDA graph is captured nothing can be
+        made, so a plan that is called there must have been called or warmed before.
+
+        Parameters
+        ----------
+        batches : iterable of int
+            Numbers of rows of x.
+        dtypes : iterable of dtypes, or None
+            Of x, the gradient and the results; None is the weight's.
+
+        Raises
+        ------
+        SriglError
+            If a batch is not a positive integer.
+        ValueTypeError
+            If a dtype is not a value type.
+        """
+        batches = [check_integer(batch, "batch", least=1) for batch in batches]
+        given = [self.weight.float_dtype] if dtypes is None else dtypes
+        types = [value_dtype(dtype, "dtype") for dtype in given]
+        warm: Any = getattr(self._prepared, "warm", None)
+        for batch, dtype in itertools.product(batches, types):
+            if warm is not None:
+                warm(batch, dtype)
 
     def workspace_bytes(self, batch: int, dtype: DTypeLike | None = None) -> int:
         """Return the size of a `workspace` that suffices for inputs in C order, in bytes.
@@ -317,7 +364,7 @@ class ProductPlan(BoundToProcess):
         return self.arrays.as_out(out, shape, inputs)
 
     def _copy_back(self, array: Any, flat: Any) -> None:
-        if not self.arrays.share_memory(array, flat):
+        if flat is not array and not self.arrays.share_memory(array, flat):
             self.arrays.assign(array, flat.reshape(array.shape))
 
     def _workspace(self, workspace: Any | None, others: dict[str, Any]) -> dict[str, Any]:
@@ -331,4 +378,4 @@ class ProductPlan(BoundToProcess):
 
 def merged_rows(array: Any) -> Any:
     """Merge the leading axes: a view of `array`, or a copy where its strides forbid a view."""
-    return array.reshape(-1, array.shape[-1])
+    return array if array.ndim == 2 else array.reshape(-1, array.shape[-1])

@@ -118,6 +118,9 @@ class PreparedProduct(Protocol):
     - ``workspace_bytes(batch, dtype)`` returns the size of a `workspace` that suffices for inputs
       of that dtype in C order. With this method, `matmul` and `backward` take an argument
       ``workspace``: an array of uint8 to use during the call, or None.
+    - ``warm(batch, dtype)`` makes all that products and gradients of that many rows need.
+    - ``with_device_values(values)`` returns this layout for the numbers that an array of the
+      backend, with at least nnz elements, has at each call.
     """
 
     def describe(self) -> Mapping[str, object]:

@@ -75,8 +75,10 @@ LAUNCHES = "srigl_core.backends.numba_cpu.calling"
 """A module that is loaded anew for each mutant, since what the installed one compiles is cached on
 disk: the wrong kernel would stay there."""
 
-SHARED_BYTES = 512
-"""Shared memory of the simulated CUDA device: so small that small inputs are cut into segments."""
+SHARED_BYTES = (512, 40 << 10)
+"""Shared memory of the simulated CUDA device, for weights of an even and an odd number of values:
+so small that small inputs are cut into segments, and so large that they are staged in many trips.
+"""
 
 Change = Callable[[str], str]
 
@@ -277,33 +279,48 @@ def _path(name: str) -> Path | None:
 
 
 def _simulated_backend(file: str, change: Change) -> Any:
-    """Return the GPU backend on a simulated device, with one file of its kernels changed."""
+    """Return the GPU backend on a simulated device, with one file of it changed."""
     from host_device import ORDERS, run_in_order
     from simulated import KERNELS, SimulatedDevice, TightArrays
 
     from srigl_core.backends.cupy_gpu.device import DeviceProperties
-    from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
 
-    folder = Path(tempfile.mkdtemp(prefix="srigl-mutant-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for path in KERNELS.glob("*.cu*"):
-        text = path.read_text()
-        (folder / path.name).write_text(change(text) if path.name == Path(file).name else text)
+    module, folder = "srigl_core.backends.cupy_gpu.gpu_backend", KERNELS
+    if file.endswith(".py"):
+        changed = ".".join(("srigl_core", *Path(file).with_suffix("").parts))
+        gpu_backend = _Modules(changed, change)(module)
+    else:
+        gpu_backend = importlib.import_module(module)
+        folder = Path(tempfile.mkdtemp(prefix="srigl-mutant-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        for path in KERNELS.glob("*.cu*"):
+            text = path.read_text()
+            (folder / path.name).write_text(change(text) if path.name == Path(file).name else text)
+
+    devices = [
+        DeviceProperties("simulated", 3, nbytes, 4 * nbytes, 2048) for nbytes in SHARED_BYTES
+    ]
 
     class Device(SimulatedDevice):
         """A device that runs threads and blocks in another order at each launch."""
 
         def __init__(self) -> None:
-            properties = DeviceProperties("simulated", 3, SHARED_BYTES, 4 * SHARED_BYTES)
-            super().__init__(properties, folder, one_by_one=True)
+            super().__init__(devices[0], folder, one_by_one=True)
             self._orders = itertools.cycle(ORDERS)
 
         def launch(self, *arguments: Any) -> None:
             with run_in_order(next(self._orders)):
                 super().launch(*arguments)
 
+    class Backend(gpu_backend.GpuBackend):  # type: ignore[misc, name-defined]
+        """A backend whose device has as much memory as the weight says."""
+
+        def prepare(self, weight: Any) -> Any:
+            self.device.properties = devices[weight.nnz % 2]
+            return super().prepare(weight)
+
     most = 400_000 if "update" in file else 900_000  # an update of many rows takes seconds
-    backend = GpuBackend(Device(), "simulated", Capabilities(largest_problem=most))
+    backend = Backend(Device(), "simulated", Capabilities(largest_problem=most))
     backend.arrays = TightArrays()
     return backend
 

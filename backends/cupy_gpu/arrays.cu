@@ -12,14 +12,16 @@ __global__ void __launch_bounds__(256, 4)
 }
 
 // out[i] = values[positions[i]], or 0 where positions[i] is negative: the order of a layout.
-template <class T>
+template <class T, class Position>
 __global__ void __launch_bounds__(256, 4)
-    arrange(const T* __restrict__ values, const long long* __restrict__ positions, void* out,
+    arrange(const T* __restrict__ values, const Position* __restrict__ positions, void* out,
             long long n, int out_type) {
   const long long stride = static_cast<long long>(gridDim.x) * blockDim.x;
   for (long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
-       i += stride)
-    write(out, i, positions[i] < 0 ? Sum<T>(0) : widened(values[positions[i]]), out_type);
+       i += stride) {
+    const Position position = positions[i];
+    write(out, i, position < 0 ? Sum<T>(0) : widened(values[position]), out_type);
+  }
 }
 
 // out[c] = sum over the rows of x[b, c], (batch, n). Block (32, 8): eight threads share the rows of

@@ -1,19 +1,13 @@
 """The product with a condensed weight, and its gradients, as CUDA kernels (SPEC 2).
 
-The kernel of a product depends on the batch and the device:
-
-- up to eight rows: `stream_product.cu`, which reads the weight once;
-- larger batches: `tile_product.cu`, with the lanes and the grid that `tile_launch` chooses. It also
-  computes the gradient of x, with the connections transposed;
-- `value_gradient.cu` for the gradient of the values.
-
-One kernel arranges other values on the same mask in a layout's order. No kernel uses atomics, so
-that results are reproducible bit for bit. A call allocates all its memory (`scratch`) before the
-first launch.
+`products` has the launches, which all values on a mask share. One kernel arranges values in the
+order of a launch. No kernel uses atomics, so that results are reproducible bit for bit. A call
+allocates all its memory (`scratch`) before the first launch.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -22,72 +16,73 @@ import numpy as np
 
 from srigl_core._arrays.dtypes import accumulator_dtype
 from srigl_core._format.weight import CondensedWeight
-from srigl_core.backends.cupy_gpu.conversions import THREADS, convert, launch_over, output_type
-from srigl_core.backends.cupy_gpu.device import Device, fitting_blocks
-from srigl_core.backends.cupy_gpu.layouts import Layouts
+from srigl_core.backends.cupy_gpu.conversions import convert, launch_over, output_type
+from srigl_core.backends.cupy_gpu.device import Device, check_not_capturing
+from srigl_core.backends.cupy_gpu.launch_model import MOST_STREAM_ROWS
+from srigl_core.backends.cupy_gpu.products import Epilogue, Products
 from srigl_core.backends.cupy_gpu.scratch import Scratch
-from srigl_core.backends.cupy_gpu.tile_launch import MOST_WARPS, TileLaunch, best_tile_launch
-from srigl_core.backends.cupy_gpu.tiles import rows_of_tile
-from srigl_core.backends.cupy_gpu.variants import (
-    CUDA_TYPES,
-    STREAM_ROWS,
-    TILE_LANES,
-    Variant,
-    stream_product,
-    tile_product,
-)
+from srigl_core.backends.cupy_gpu.variants import CUDA_TYPES, Variant, position_type
 from srigl_core.contract import ACTIVATIONS, MatmulGradients
 from srigl_core.errors import SriglError
 
 __all__ = ["GpuPrepared"]
 
-MOST_STREAM_ROWS = STREAM_ROWS[-1]
-GRADIENT_LANES = 4
-MOST_BATCH_SPLITS = 16
-MOST_SEGMENT_BLOCKS = 65_535
-"""Most blocks along a grid's third axis."""
-
 _NO_ACTIVATION = ACTIVATIONS["none"].code, False
 _DESCRIBED_BATCH = 256
 
 _Launch = Callable[[], None]
-_Epilogue = tuple[int, bool]
-"""The code of the activation, and whether the result leaves out ablated neurons."""
 
 
 class GpuPrepared:
-    """A condensed weight in this backend's layouts."""
+    """A condensed weight in this backend's layouts.
+
+    Parameters
+    ----------
+    weight : CondensedWeight
+    device : Device
+    products : Products or None
+        The launches of the weight's mask, if there are any yet.
+    values : device array, (at least nnz,), or None
+        Numbers in place of the weight's. They may change, so each call arranges them anew.
+    """
 
     def __init__(
-        self, weight: CondensedWeight, device: Device, layouts: Layouts | None = None
+        self,
+        weight: CondensedWeight,
+        device: Device,
+        products: Products | None = None,
+        values: Any | None = None,
     ) -> None:
         self.weight = weight
         self._device = device
         self._home = device.number()
-        self._layouts = layouts or Layouts(weight, device)
-        self._values = device.upload(np.ascontiguousarray(weight.values).ravel())
-        device.finish()
+        self._products = products or Products(weight, device)
+        self._may_change = values is not None
+        if values is None:
+            values = device.upload(np.ascontiguousarray(weight.values).ravel())
+            device.finish()
+        self._values = values
         self._arranged: dict[Any, Any] = {}
-        self._zeros: dict[Any, Any] = {}
 
     def with_values(self, weight: CondensedWeight) -> GpuPrepared:
         """Return this layout for other values; they share everything that depends on the mask."""
-        return GpuPrepared(weight, self._device, self._layouts)
+        return GpuPrepared(weight, self._device, self._products)
+
+    def with_device_values(self, values: Any) -> GpuPrepared:
+        """Return this layout for the numbers that `values`, on the device, has at each call."""
+        values = self._device.contiguous(values)
+        return GpuPrepared(self.weight, self._device, self._products, values)
 
     def describe(self) -> dict[str, object]:
         """Return kernels, layout, and bytes in addition to the weight's own."""
-        launch = self._tile_launch(_DESCRIBED_BATCH, self.weight.dtype)
-        tile_rows, n_segments = self._tile_shape(launch.lanes)
-        kept = (self._values, *self._arranged.values(), *self._zeros.values())
+        launch = self._products.model.tile(_DESCRIBED_BATCH, self.weight.dtype)
+        kept = (self._values, *self._arranged.values())
         return {
             "kernel": f"stream up to batch {MOST_STREAM_ROWS}, tiles beyond",
-            f"at batch {_DESCRIBED_BATCH}": (
-                f"{launch.tiles} x {launch.splits} blocks of {launch.warps} warps, "
-                f"{launch.lanes} lanes to a neuron, {n_segments} tiles of {tile_rows} inputs"
-            ),
+            f"at batch {_DESCRIBED_BATCH}": str(launch),
             "layout": "condensed",
             "device": self._device.properties.name,
-            "bytes": self._layouts.nbytes + sum(int(array.nbytes) for array in kept),
+            "bytes": self._products.nbytes + sum(int(array.nbytes) for array in kept),
         }
 
     def matmul(
@@ -128,15 +123,40 @@ class GpuPrepared:
 
     def workspace_bytes(self, batch: int, dtype: np.dtype[Any]) -> int:
         """Return the most bytes of a product or its gradients, for arrays of `dtype` in C order."""
-        n_out, n_in = self.weight.shape
-        x, grad = _outline((batch, n_in), dtype), _outline((batch, n_out), dtype)
-        bias = _outline((n_out,), _wider(dtype, self.weight.dtype))
-        gradients = MatmulGradients(x, _outline(self.weight.values.shape, dtype), bias)
         nothing = self._device.empty((0,), np.uint8)
         forward, backward = (Scratch(self._device, nothing) for _ in range(2))
+        self._outlined(batch, dtype, forward, backward)
+        return max(forward.nbytes, backward.nbytes)
+
+    def warm(self, batch: int, dtype: np.dtype[Any]) -> None:
+        """Make layouts and load kernels, for products and gradients of arrays of `dtype`."""
+        self._check_home()
+        scratch = Scratch(self._device, self._device.empty((0,), np.uint8))
+        self._outlined(batch, dtype, scratch, scratch)
+        product_type = _wider(dtype, self._values.dtype)
+        self._products.zeros(self.weight.shape[0], accumulator_dtype(product_type))
+        products = [
+            *(self._products.forward(batch, product_type, dtype, (0, c)) for c in (False, True)),
+            self._products.input_gradient(batch, product_type, dtype),
+        ]
+        kernels = {variant for product in products for variant in product.variants}
+        kernels |= {*self._products.value_gradient(batch, product_type).variants}
+        kernels |= {_sum_columns(dtype), *(self._arrange(each.positions) for each in products)}
+        types = {dtype.name, self._values.dtype.name, product_type.name}
+        kernels |= {Variant("arrays.cu", f"convert<{CUDA_TYPES[name]}>") for name in types}
+        for variant in kernels:
+            self._device.load(variant)
+
+    def _outlined(
+        self, batch: int, dtype: np.dtype[Any], forward: Scratch, backward: Scratch
+    ) -> None:
+        """Prepare calls without launching them, for arrays of `dtype` in C order."""
+        n_out, n_in = self.weight.shape
+        x, grad = _outline((batch, n_in), dtype), _outline((batch, n_out), dtype)
+        bias = _outline((n_out,), _wider(dtype, self._values.dtype))
+        gradients = MatmulGradients(x, _outline(self.weight.values.shape, dtype), bias)
         self._product(x, bias, grad, _NO_ACTIVATION, forward)
         self._gradients(grad, x, gradients, backward)
-        return max(forward.nbytes, backward.nbytes)
 
     def _check_home(self) -> None:
         current = self._device.number()
@@ -147,19 +167,18 @@ class GpuPrepared:
             )
 
     def _product(
-        self, x: Any, bias: Any | None, out: Any, epilogue: _Epilogue, scratch: Scratch
+        self, x: Any, bias: Any | None, out: Any, epilogue: Epilogue, scratch: Scratch
     ) -> _Launch:
-        dtype = _wider(x.dtype, self.weight.dtype)
+        dtype = _wider(x.dtype, self._values.dtype)
         sums = accumulator_dtype(dtype)
+        product = self._products.forward(len(x), dtype, out.dtype, epilogue)
         x = scratch.converted(x, dtype)
         if bias is None:
-            bias = self._cached_zeros(self.weight.shape[0], sums)
+            bias = self._products.zeros(self.weight.shape[0], sums)
         else:
             bias = scratch.converted(bias, sums)
-        multiply = self._stream if out.shape[0] <= MOST_STREAM_ROWS else self._tile
-        return self._written(
-            out, scratch, lambda result: multiply(x, bias, result, epilogue, dtype)
-        )
+        values = self._arranged_values(product.positions, dtype, scratch)
+        return self._written(out, scratch, lambda result: product.launch(x, values, bias, result))
 
     def _gradients(
         self, grad: Any, x: Any | None, out: MatmulGradients, scratch: Scratch
@@ -174,57 +193,21 @@ class GpuPrepared:
         return launches
 
     def _input_gradient(self, grad: Any, out: Any, scratch: Scratch) -> _Launch:
-        dtype = _wider(grad.dtype, self.weight.dtype)
-        bias = self._cached_zeros(self.weight.shape[1], accumulator_dtype(dtype))
+        dtype = _wider(grad.dtype, self._values.dtype)
+        product = self._products.input_gradient(len(grad), dtype, out.dtype)
+        bias = self._products.zeros(self.weight.shape[1], accumulator_dtype(dtype))
+        values = self._arranged_values(product.positions, dtype, scratch)
         grad = scratch.converted(grad, dtype)
-
-        def launch(result: Any) -> None:
-            self._tile(grad, bias, result, _NO_ACTIVATION, dtype, of_columns=True)
-
-        return self._written(out, scratch, launch)
+        return self._written(
+            out, scratch, lambda result: product.launch(grad, values, bias, result)
+        )
 
     def _value_gradient(self, grad: Any, x: Any, out: Any, scratch: Scratch) -> _Launch:
-        dtype = _wider(_wider(grad.dtype, x.dtype), self.weight.dtype)
-        sums = accumulator_dtype(dtype)
-        tiles = self._layouts.tiles(GRADIENT_LANES)
-        n_values = int(tiles.positions.size)
-        batch_tiles = -(-x.shape[0] // (GRADIENT_LANES * (16 // dtype.itemsize)))
-        splits = min(batch_tiles, MOST_BATCH_SPLITS)
+        dtype = _wider(_wider(grad.dtype, x.dtype), self._values.dtype)
+        gradient = self._products.value_gradient(len(x), dtype)
         grad, x = scratch.converted(grad, dtype), scratch.converted(x, dtype)
-        partial = scratch.empty((splits, n_values), sums)
-
-        def launch(result: Any) -> None:
-            blocks_wanted = 2 * self._device.properties.processors
-            parts = min(tiles.groups, max(1, blocks_wanted // (splits * tiles.n_segments)))
-            warps = min(MOST_WARPS, -(-tiles.groups // parts))
-            self._device.launch(
-                Variant("value_gradient.cu", f"sum_products<{CUDA_TYPES[dtype.name]}>"),
-                (splits, parts, min(tiles.n_segments, MOST_SEGMENT_BLOCKS)),
-                (32 * warps,),
-                (
-                    x,
-                    np.int64(len(x)),
-                    np.int64(x.shape[1]),
-                    grad,
-                    np.int64(grad.shape[1]),
-                    tiles.places,
-                    tiles.starts,
-                    tiles.columns,
-                    partial,
-                    np.int64(n_values),
-                    np.int32(tiles.n_segments),
-                    np.int32(tiles.tile_rows),
-                    np.int32(tiles.groups),
-                    np.int32(self.weight.n_active),
-                ),
-                tiles.shared_bytes,
-            )
-            add = Variant("value_gradient.cu", f"add_splits<{CUDA_TYPES[sums.name]}>")
-            n, n_splits = np.int64(n_values), np.int32(splits)
-            arguments = (partial, tiles.positions, n, n_splits, result, output_type(result.dtype))
-            launch_over(self._device, add, n_values, arguments)
-
-        return self._written(out, scratch, launch)
+        partial = scratch.empty(gradient.partial_shape, accumulator_dtype(dtype))
+        return self._written(out, scratch, lambda result: gradient.launch(x, grad, partial, result))
 
     def _bias_gradient(self, grad: Any, out: Any, scratch: Scratch) -> _Launch:
         grad = scratch.converted(grad, grad.dtype)
@@ -232,7 +215,7 @@ class GpuPrepared:
         def launch(result: Any) -> None:
             batch, n_out = grad.shape
             self._device.launch(
-                Variant("arrays.cu", f"sum_columns<{CUDA_TYPES[grad.dtype.name]}>"),
+                _sum_columns(grad.dtype),
                 (-(-n_out // 32),),
                 (32, 8),
                 (grad, result, np.int64(batch), np.int64(n_out), output_type(result.dtype)),
@@ -251,130 +234,48 @@ class GpuPrepared:
 
         return launch_all
 
-    def _stream(
-        self, x: Any, bias: Any, out: Any, epilogue: _Epilogue, dtype: np.dtype[Any]
-    ) -> None:
-        properties = self._device.properties
-        batch, n_in = x.shape
-        rows = next(rows for rows in STREAM_ROWS if batch <= rows)
-        shared_bytes = (n_in + 1) * rows * dtype.itemsize
-        staged = shared_bytes <= properties.block_shared_bytes and n_in < 1 << 16
-        shared_bytes *= staged
-        stream = self._layouts.stream(staged=staged)
-        activation, compact = epilogue
-        n_neurons = out.shape[1]
-        lanes = _stream_lanes(stream.packs, n_neurons, properties.processors)
-        blocks = min(
-            -(-n_neurons * lanes // THREADS), fitting_blocks(properties, shared_bytes, THREADS)
-        )
-        self._device.launch(
-            stream_product(dtype.name, rows, staged=staged),
-            (blocks,),
-            (THREADS,),
-            (
-                x,
-                np.int32(batch),
-                np.int64(n_in),
-                self._arrange(stream.positions, dtype),
-                stream.indices,
-                np.int32(stream.packs),
-                stream.columns,
-                bias,
-                out,
-                np.int64(n_neurons),
-                output_type(out.dtype),
-                np.int32(activation),
-                np.int32(compact),
-                np.int32(lanes),
-                np.int64(self.weight.n_active),
-                np.int64(n_neurons),
-            ),
-            shared_bytes,
-        )
+    def _arranged_values(self, positions: Any, dtype: np.dtype[Any], scratch: Scratch) -> Any:
+        """Return the values in a layout's order, converted to `dtype`.
 
-    def _tile(
-        self,
-        x: Any,
-        bias: Any,
-        out: Any,
-        epilogue: _Epilogue,
-        dtype: np.dtype[Any],
-        *,
-        of_columns: bool = False,
-    ) -> None:
-        activation, compact = epilogue
-        batch, n_neurons = out.shape
-        launch = self._tile_launch(batch, dtype, of_columns=of_columns)
-        tiles = self._layouts.tiles(launch.lanes, of_columns=of_columns)
-        self._device.launch(
-            tile_product(dtype.name, launch.lanes),
-            (launch.tiles, launch.splits),
-            (32 * launch.warps,),
-            (
-                x,
-                np.int64(batch),
-                np.int64(x.shape[1]),
-                self._arrange(tiles.positions, dtype),
-                tiles.places,
-                tiles.starts,
-                tiles.columns,
-                bias,
-                out,
-                np.int64(n_neurons),
-                output_type(out.dtype),
-                np.int32(activation),
-                np.int32(compact),
-                np.int32(tiles.n_segments),
-                np.int32(tiles.tile_rows),
-                np.int32(tiles.groups),
-                np.int32(n_neurons),
-            ),
-            tiles.shared_bytes,
-        )
-
-    def _tile_shape(self, lanes: int, *, of_columns: bool = False) -> tuple[int, int]:
-        n_inputs = self.weight.shape[0 if of_columns else 1]
-        return rows_of_tile(n_inputs, lanes, self._device.properties.block_shared_bytes)
-
-    def _tile_launch(
-        self, batch: int, dtype: np.dtype[Any], *, of_columns: bool = False
-    ) -> TileLaunch:
-        properties = self._device.properties
-        return best_tile_launch(
-            batch,
-            self.weight.shape[1 if of_columns else 0],
-            self.weight.nnz,
-            16 // dtype.itemsize,
-            tuple((n, *self._tile_shape(n, of_columns=of_columns)) for n in TILE_LANES),
-            properties.processors,
-            properties.processor_shared_bytes,
-        )
-
-    def _arrange(self, positions: Any, dtype: np.dtype[Any]) -> Any:
-        """Return the values in a layout's order, converted to `dtype`."""
-        key = (id(positions), dtype.name)
+        They are kept, unless they may change: then `scratch` arranges them for this call.
+        """
+        if self._may_change:
+            values = scratch.empty((positions.size,), dtype)
+            scratch.before_launch(lambda: self._launch_arrange(positions, values))
+            return values
+        key = (id(positions), dtype)
         if key not in self._arranged:
+            check_not_capturing(self._device, "the order of the values")
             values = self._device.empty(positions.size, dtype)
-            variant = Variant("arrays.cu", f"arrange<{CUDA_TYPES[self.weight.dtype.name]}>")
-            n = np.int64(positions.size)
-            arguments = (self._values, positions, values, n, output_type(dtype))
-            launch_over(self._device, variant, positions.size, arguments)
+            self._launch_arrange(positions, values)
             self._device.finish()
             self._arranged[key] = values
         return self._arranged[key]
 
-    def _cached_zeros(self, size: int, dtype: np.dtype[Any]) -> Any:
-        key = (size, dtype.name)
-        if key not in self._zeros:
-            zeros = self._device.zeros(size, dtype)
-            self._device.finish()
-            self._zeros[key] = zeros
-        return self._zeros[key]
+    def _launch_arrange(self, positions: Any, values: Any) -> None:
+        n = np.int64(positions.size)
+        arguments = (self._values, positions, values, n, output_type(values.dtype))
+        launch_over(self._device, self._arrange(positions), positions.size, arguments)
+
+    def _arrange(self, positions: Any) -> Variant:
+        types = f"{CUDA_TYPES[self._values.dtype.name]}, {position_type(positions.dtype)}"
+        return Variant("arrays.cu", f"arrange<{types}>")
+
+
+@functools.cache
+def _sum_columns(dtype: np.dtype[Any]) -> Variant:
+    return Variant("arrays.cu", f"sum_columns<{CUDA_TYPES[dtype.name]}>")
+
+
+class _Outline(SimpleNamespace):
+    """Shape, dtype and flags of an array in C order, without memory."""
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
 
 
 def _outline(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """Return an object with shape, dtype and flags of an array in C order, without memory."""
-    return SimpleNamespace(shape=shape, dtype=dtype, flags=SimpleNamespace(c_contiguous=True))
+    return _Outline(shape=shape, dtype=dtype, flags=SimpleNamespace(c_contiguous=True))
 
 
 def _wider(one: np.dtype[Any], other: np.dtype[Any]) -> np.dtype[Any]:
@@ -384,14 +285,3 @@ def _wider(one: np.dtype[Any], other: np.dtype[Any]) -> np.dtype[Any]:
     if one.itemsize == other.itemsize:  # float16 and bfloat16
         return np.dtype(np.float32)
     return max(one, other, key=lambda dtype: dtype.itemsize)
-
-
-def _stream_lanes(packs: int, n_neurons: int, processors: int) -> int:
-    """Return the lanes of each neuron: fewer waste less, more keep the device busy."""
-
-    def cost(lanes: int) -> float:
-        wasted = -(-packs // lanes) * lanes / packs
-        idle = max(1.0, 1024 * processors / (n_neurons * lanes))
-        return wasted * idle
-
-    return min((1, 2, 4, 8, 16, 32), key=cost)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ THREADS = 256
 BLOCKS_A_PROCESSOR = 8
 
 
+@functools.cache
 def output_type(dtype: np.dtype[Any]) -> np.int32:
     """Return the `OutputType` of numbers.cuh for a dtype."""
     return np.int32(list(CUDA_TYPES).index(dtype.name))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ from numpy.typing import NDArray
 
 from srigl_core._arrays.checks import check_out, check_workspace
 from srigl_core._arrays.dtypes import accumulator_dtype, value_dtype
-from srigl_core._arrays.libraries import as_array, device_of, library_of
+from srigl_core._arrays.libraries import ArrayLibrary, as_array, device_of, library_of
 from srigl_core.backends.cupy_gpu.conversions import converted
 from srigl_core.backends.cupy_gpu.cupy_device import CupyDevice, cupy
 from srigl_core.backends.cupy_gpu.mask_update import count_nonfinite
@@ -27,15 +30,13 @@ class CudaArrays(ArrayOps):
         self._device = device
 
     def execution_context(self, like: object) -> AbstractContextManager[Any]:
-        """Return a context with the stream that is current in the library of `like`."""
-        number = library_of(like).stream(like)
-        if number is None:
+        """Return a context with stream and memory of the library of `like`, if it has a stream."""
+        library = library_of(like)
+        address = library.stream(like)
+        if address is None:
             return nullcontext()
-        # Stream 0 is the legacy stream, PyTorch's default.
-        stream: AbstractContextManager[Any] = (
-            cupy.cuda.ExternalStream(number) if number else cupy.cuda.Stream.null
-        )
-        return stream
+        device = cupy.cuda.runtime.getDevice()
+        return _context(_stream(address, device), _allocator(library, device))
 
     def as_float_array(self, array: object, what: str) -> Any:
         shared = self._as_array(array, what)
@@ -130,5 +131,56 @@ class CudaArrays(ArrayOps):
         return shared
 
 
+@dataclass(frozen=True)
+class _Address:
+    """The address of a stream, as CuPy reads it from other libraries' streams."""
+
+    address: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Return the protocol's version, and the address."""
+        return 0, self.address
+
+
+@functools.lru_cache(maxsize=64)
+def _stream(address: int, device: int) -> AbstractContextManager[Any]:
+    """Return CuPy's stream of an address on a device, which must be the current one."""
+    stream: AbstractContextManager[Any]
+    if not address:
+        stream = cupy.cuda.Stream.null  # the legacy stream, PyTorch's default
+    elif hasattr(cupy.cuda.Stream, "from_external"):
+        stream = cupy.cuda.Stream.from_external(_Address(address))
+    else:  # CuPy 13
+        stream = cupy.cuda.ExternalStream(address)
+    return stream
+
+
+@functools.cache
+def _allocator(library: ArrayLibrary, device: int) -> Callable[[int], Any]:
+    """Return a function that takes CuPy's memory on a device from another library."""
+
+    def allocate(nbytes: int) -> Any:
+        address, owner = library.memory(nbytes)
+        memory = cupy.cuda.UnownedMemory(address, nbytes, owner, device)
+        return cupy.cuda.MemoryPointer(memory, 0)
+
+    return allocate
+
+
+@contextmanager
+def _context(
+    stream: AbstractContextManager[Any], allocator: Callable[[int], Any]
+) -> Iterator[None]:
+    with stream, cupy.cuda.using_allocator(allocator):
+        yield
+
+
 def _read(array: Any) -> Any:
-    return cupy.from_dlpack(array) if hasattr(array, "__dlpack__") else cupy.asarray(array)
+    """Return a CuPy array of the memory of another library's array.
+
+    By DLPack PyTorch would make the current stream wait for its own, although they are the same:
+    it compares its numbers of streams, not their addresses. The other interface waits for nothing.
+    """
+    if library_of(array).stream(array) is None and hasattr(array, "__dlpack__"):
+        return cupy.from_dlpack(array)
+    return cupy.asarray(array)

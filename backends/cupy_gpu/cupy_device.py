@@ -22,7 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 from srigl_core._cache_folder import cache_version, find_cache, keep_kernel, kept_kernel
 from srigl_core._files import write_whole
 from srigl_core._install import install_command
-from srigl_core.backends.cupy_gpu.device import DeviceProperties
+from srigl_core.backends.cupy_gpu.device import DeviceProperties, check_not_capturing
 from srigl_core.backends.cupy_gpu.variants import COMPILER_OPTIONS, Variant
 from srigl_core.errors import BackendUnavailableError
 
@@ -38,7 +38,8 @@ __all__ = ["CupyDevice", "check_device", "compiled", "cupy", "runtime_info"]
 
 FOLDER = Path(__file__).parent
 
-_MOST_STATIC_SHARED_BYTES = 48 << 10
+_kernels: dict[tuple[int, Variant], Any] = {}
+"""The kernels loaded so far, by the device's number."""
 
 
 def check_device() -> None:
@@ -75,10 +76,27 @@ class CupyDevice:
         shared_bytes: int = 0,
     ) -> None:
         """Run a kernel on the current stream; it is compiled at first use."""
-        kernel = _kernel(cupy.cuda.runtime.getDevice(), variant)
-        if shared_bytes > _MOST_STATIC_SHARED_BYTES:
-            kernel.max_dynamic_shared_size_bytes = shared_bytes
-        kernel(grid, block, arguments, shared_mem=shared_bytes)
+        self._kernel(variant)(grid, block, arguments, shared_mem=shared_bytes)
+
+    def load(self, variant: Variant) -> None:
+        """Compile a kernel, or read the compiled one, for the current device."""
+        self._kernel(variant)
+
+    def fitting_blocks(self, variant: Variant, threads: int, shared_bytes: int) -> int:
+        """Return how many blocks of a kernel run on the device at once, as the driver says."""
+        return _fitting_blocks(cupy.cuda.runtime.getDevice(), variant, threads, shared_bytes)
+
+    def is_capturing(self) -> bool:
+        """Return whether the current stream captures its work in a graph."""
+        return bool(cupy.cuda.get_current_stream().is_capturing())
+
+    def _kernel(self, variant: Variant) -> Any:
+        device = cupy.cuda.runtime.getDevice()
+        kernel = _kernels.get((device, variant))
+        if kernel is None:
+            check_not_capturing(self, f"kernel {variant.name}")
+            kernel = _kernels.setdefault((device, variant), _loaded_kernel(device, variant))
+        return kernel
 
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Any:
         """Return an uninitialised array from CuPy's pool."""
@@ -115,18 +133,26 @@ def compiled(variant: Variant, architecture: str) -> tuple[bytes, str]:
     ----------
     variant : Variant
     architecture : str
-        Such as "90". If it is newer than the compiler, the driver compiles the returned PTX.
+        Such as "90". If the compiler does not know it, the driver compiles the returned PTX.
 
     Raises
     ------
     BackendUnavailableError
-        If NVRTC cannot compile it, for example without headers. The message quotes NVRTC.
+        If the compiler is too new for the device, or NVRTC cannot compile the kernel, for example
+        without headers. The message quotes NVRTC.
     """
     nvrtc = cupy.cuda.nvrtc
+    supported = nvrtc.getSupportedArchs()
+    if int(architecture) < min(supported):
+        raise BackendUnavailableError(
+            f"CUDA {'.'.join(map(str, nvrtc.getVersion()))} no longer compiles for this device, of "
+            f"architecture {architecture}: the oldest is {min(supported)}; replace cupy-cuda13x by "
+            f"CuPy for CUDA 12: {install_command('cupy12')}"
+        )
+    known = max(each for each in supported if each <= int(architecture))
     program = nvrtc.createProgram((FOLDER / variant.file).read_text(), variant.file, (), ())
-    newest = max(nvrtc.getSupportedArchs())
-    is_known = int(architecture) <= newest
-    target = f"-arch=sm_{architecture}" if is_known else f"-arch=compute_{newest}"
+    is_known = known == int(architecture)
+    target = f"-arch={'sm' if is_known else 'compute'}_{known}"
     try:
         nvrtc.addNameExpression(program, variant.name)
         options = (*COMPILER_OPTIONS, target, f"-I{FOLDER}", *_cuda_headers())
@@ -163,12 +189,16 @@ def _properties(device: int) -> DeviceProperties:
         processors=properties["multiProcessorCount"],
         block_shared_bytes=properties["sharedMemPerBlockOptin"],
         processor_shared_bytes=properties["sharedMemPerMultiprocessor"],
+        processor_threads=properties["maxThreadsPerMultiProcessor"],
     )
 
 
-@functools.cache
-def _kernel(device: int, variant: Variant) -> Any:
-    """Return a kernel for a device, which must be the current one."""
+def _loaded_kernel(device: int, variant: Variant) -> Any:
+    """Return a kernel for a device, which must be the current one.
+
+    It may use all of a block's shared memory. That is set once: if each launch set what it needs,
+    another thread could launch the kernel in between.
+    """
     architecture = cupy.cuda.Device(device).compute_capability
     key = repr((variant.file, variant.name, architecture))
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
@@ -179,7 +209,18 @@ def _kernel(device: int, variant: Variant) -> Any:
         if folder is None or not _keep(folder, name, code, symbol):
             folder = Path(_own_folder().name)
             _code_file(folder, name).write_bytes(code)
-    return cupy.RawModule(path=str(_code_file(folder, name))).get_function(symbol)
+    kernel = cupy.RawModule(path=str(_code_file(folder, name))).get_function(symbol)
+    most = _properties(device).block_shared_bytes - kernel.shared_size_bytes
+    kernel.max_dynamic_shared_size_bytes = most
+    return kernel
+
+
+@functools.cache
+def _fitting_blocks(device: int, variant: Variant, threads: int, shared_bytes: int) -> int:
+    """Return how many blocks run on a device, which must be the current one, at once."""
+    function = CupyDevice()._kernel(variant).kernel.ptr
+    ask = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor
+    return _properties(device).processors * max(1, int(ask(function, threads, shared_bytes)))
 
 
 @functools.cache

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 from numpy.typing import DTypeLike, NDArray
 
 from srigl_core.backends.cupy_gpu.variants import Variant
+from srigl_core.errors import SriglError
 
-__all__ = ["Device", "DeviceProperties", "fitting_blocks"]
+__all__ = ["Device", "DeviceProperties", "check_not_capturing"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,15 @@ class DeviceProperties:
         Most shared memory of a block, after opting in.
     processor_shared_bytes : int
         Shared memory of a multiprocessor.
+    processor_threads : int
+        Most threads that a multiprocessor runs at once.
     """
 
     name: str
     processors: int
     block_shared_bytes: int
     processor_shared_bytes: int
+    processor_threads: int
 
 
 class Device(Protocol):
@@ -66,6 +70,18 @@ class Device(Protocol):
         """
         ...
 
+    def load(self, variant: Variant) -> None:
+        """Compile a kernel, or read the compiled one, so that its next launch need not."""
+        ...
+
+    def fitting_blocks(self, variant: Variant, threads: int, shared_bytes: int) -> int:
+        """Return how many blocks of a kernel run on the device at once."""
+        ...
+
+    def is_capturing(self) -> bool:
+        """Return whether the current stream captures its work in a graph."""
+        ...
+
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Any:
         """Return an uninitialised array."""
         ...
@@ -91,9 +107,10 @@ class Device(Protocol):
         ...
 
 
-def fitting_blocks(properties: DeviceProperties, shared_bytes: int, threads: int) -> int:
-    """Return how many blocks can run on the device at once."""
-    per_processor = min(
-        2048 // threads, properties.processor_shared_bytes // max(1, shared_bytes + 1024)
-    )
-    return properties.processors * max(1, per_processor)
+def check_not_capturing(device: Device, missing: str) -> None:
+    """Raise SriglError if a graph is captured: what is missing cannot be made meanwhile."""
+    if device.is_capturing():
+        raise SriglError(
+            f"{missing} is missing and cannot be made while a CUDA graph is captured; call "
+            f"plan.warm(batches, dtypes) with the batches and dtypes of the graph before"
+        )

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from srigl_core._format.weight import CondensedWeight
-from srigl_core.backends.cupy_gpu.device import Device
-from srigl_core.backends.cupy_gpu.tiles import Tiles, pack_tiles
+from srigl_core.backends.cupy_gpu.device import Device, check_not_capturing
+from srigl_core.backends.cupy_gpu.tiles import CHUNK, Tiles, pack_tiles, smallest_positions
 
 __all__ = ["Layouts", "Stream"]
-
-PACK = 8
-"""Connections that a lane of the stream product processes at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,16 +22,17 @@ class Stream:
 
     Parameters
     ----------
-    packs : int
-        Packs of eight connections for each neuron.
-    indices : device array of uint16 or uint32, (n_active, 8 * packs)
+    steps : int
+        Steps of a neuron's lanes, in each of which a lane has four connections.
+    indices : device array of uint16 or uint32, (slices, steps, 32, 4)
+        The order of `stream_product.cu`. Padding is never multiplied.
     columns : device array of int32, (n_out,)
         Column of the result for each neuron; neurons without connections are last.
-    positions : device array of int64, (n_active * 8 * packs,)
+    positions : device array of int32 or int64, (slices * steps * 32 * 4,)
         Position of each value in the condensed values, -1 for padding.
     """
 
-    packs: int
+    steps: int
     indices: Any
     columns: Any
     positions: Any
@@ -51,8 +50,8 @@ class Layouts:
     kept.
     """
 
-    def __init__(self, weight: CondensedWeight, device: Device) -> None:
-        self._device = device
+    def __init__(self, weight: CondensedWeight, device: Device, block_shared_bytes: int) -> None:
+        self._device, self._block_shared_bytes = device, block_shared_bytes
         self._shape, self._fan_in, self._nnz = weight.shape, weight.fan_in, weight.nnz
         self._indices, self._active = weight.indices, weight.active
         self._columns = np.concatenate([weight.active, weight.ablated])
@@ -69,13 +68,15 @@ class Layouts:
         tiles: Tiles = self._kept(("tiles", lanes, of_columns), lambda: pack(lanes))
         return tiles
 
-    def stream(self, *, staged: bool) -> Stream:
+    def stream(self, lanes: int, *, staged: bool) -> Stream:
         """Return the packing for the stream product, with x in shared memory or not."""
-        stream: Stream = self._kept(("stream", staged), lambda: self._pack_stream(staged))
+        key = "stream", lanes, staged
+        stream: Stream = self._kept(key, lambda: self._pack_stream(lanes, staged))
         return stream
 
     def _kept(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._made:
+            check_not_capturing(self._device, "a layout of the mask")
             made = make()
             self._device.finish()
             self._made.setdefault(key, made)
@@ -90,7 +91,7 @@ class Layouts:
             self._columns,
             n_inputs=self._shape[1],
             lanes=lanes,
-            shared_bytes=self._device.properties.block_shared_bytes,
+            shared_bytes=self._block_shared_bytes,
         )
 
     def _pack_columns(self, lanes: int) -> Tiles:
@@ -104,19 +105,24 @@ class Layouts:
             np.arange(self._shape[1]),
             n_inputs=self._shape[0],
             lanes=lanes,
-            shared_bytes=self._device.properties.block_shared_bytes,
+            shared_bytes=self._block_shared_bytes,
         )
 
-    def _pack_stream(self, staged: bool) -> Stream:
-        packs = -(-self._fan_in // PACK)
-        shape = (len(self._active), packs * PACK)
-        indices = np.full(shape, self._shape[1], np.uint16 if staged else np.uint32)
-        indices[:, : self._fan_in] = self._indices
-        positions = np.full(shape, -1, np.int64)
-        positions[:, : self._fan_in] = np.arange(self._nnz).reshape(-1, self._fan_in)
+    def _pack_stream(self, lanes: int, staged: bool) -> Stream:
+        members, steps = 32 // lanes, -(-self._fan_in // (CHUNK * lanes))
+        slices = -(-len(self._active) // members)
+
+        def packed(numbers: NDArray[Any], padding: int, dtype: DTypeLike) -> NDArray[Any]:
+            whole = np.full((slices * members, steps * lanes * CHUNK), padding, dtype)
+            whole[: len(numbers), : self._fan_in] = numbers
+            by_slice = whole.reshape(slices, members, steps, lanes, CHUNK)
+            return np.ascontiguousarray(by_slice.swapaxes(1, 2))
+
+        numbers = np.arange(self._nnz).reshape(self._indices.shape)
+        positions = packed(numbers, -1, np.int64).ravel()
         return Stream(
-            packs,
-            self._device.upload(indices),
+            steps,
+            self._device.upload(packed(self._indices, 0, np.uint16 if staged else np.uint32)),
             self._device.upload(self._columns.astype(np.int32)),
-            self._device.upload(positions.ravel()),
+            self._device.upload(smallest_positions(positions, self._nnz)),
         )

@@ -2,18 +2,22 @@
 //
 // The magnitudes of floats are ordered as their bits without the sign, so that one kernel serves
 // all types of a size. A selection finds the smallest chosen magnitude, eight bits at a time:
-// `count_digits` counts the next digit of the candidates that agree with all digits so far, and
-// `choose_digit` takes the digit of the last chosen candidate. Candidates with exactly that
-// magnitude are ties, and are chosen in index order: `count_ties` counts them in each row,
-// `share_ties` sets how many each row may choose, and `mark_largest` marks. Selections within rows
-// use a block for each row.
+// `count_digits` counts the next digit of the candidates that agree with all digits so far, and its
+// last block takes the digit of the last chosen candidate. Candidates with exactly that magnitude
+// are ties, and are chosen in index order: `count_ties` counts them in each row, its last block sets
+// how many each row may choose, and `mark_largest` marks. Selections within rows use a block for
+// each row.
 //
-// Nothing waits for the host. Counts use integer atomics, whose order does not matter.
-//   bits       (n_out, n_in)  weights or gradients
-//   mask       (n_out, n_in)  bool
-//   marks      (n_out, n_in)  uint8, bits of `Mark`
-//   survives   (n_out)        bool
-//   selection  {magnitude so far, number of candidates that remain to be chosen}
+// Nothing waits for the host. Counts use integer atomics, whose order does not matter. One launch
+// serves one selection or two, whose scores and candidates are `first` and `second`: in a grid
+// (blocks, selections), or in turns.
+//   first, second  (n_out, n_in)  bits of weights or gradients
+//   mask           (n_out, n_in)  bool
+//   marks          (n_out, n_in)  uint8, bits of `Mark`
+//   survives       (n_out)        bool
+//   selections     (selections)   {magnitude so far, candidates that remain to be chosen}
+//   histograms     (selections, 256), ties (selections, n_out)
+//   arrived        (selections)   blocks that have come to their end; 0 before and after a launch
 // Blocks of 256 threads, rows in a grid-stride loop.
 
 enum Mark { kByMagnitude = 1, kByGradient = 2, kKept = 4, kGrown = 8 };
@@ -43,11 +47,32 @@ __device__ __forceinline__ bool is_candidate(int candidates, bool active, bool s
   }
 }
 
-// totals += {active weights, active weights that are not zero}.
+struct Selection {
+  Wide last, missing;
+};
+
+// Whether all other blocks along the grid's first axis have come here before. All threads call this.
+// What the other blocks have written is then read from the second-level cache, by __ldcg.
+__device__ __forceinline__ bool is_last_block(unsigned int* arrived) {
+  __shared__ bool is_last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    is_last = atomicAdd(arrived, 1u) + 1 == gridDim.x;
+    if (is_last) *arrived = 0;
+  }
+  __syncthreads();
+  if (is_last) __threadfence();
+  return is_last;
+}
+
+// totals += {active weights, active weights that are not zero}. From these follow the counts of
+// SPEC 4.2: the weights to keep, those to prune, and again those to keep, for three selections.
 template <class U>
 __global__ void __launch_bounds__(kThreads, 4)
     count_weights(const U* __restrict__ bits, const Byte* __restrict__ mask, long long n,
-                  Wide* totals) {
+                  double drop_fraction, Wide* totals, unsigned int* arrived,
+                  Selection* selections) {
   const long long stride = static_cast<long long>(gridDim.x) * kThreads;
   Wide active = 0, nonzero = 0;
   for (long long start = static_cast<long long>(blockIdx.x) * kThreads; start < n;
@@ -57,9 +82,17 @@ __global__ void __launch_bounds__(kThreads, 4)
     active += __syncthreads_count(counts);
     nonzero += __syncthreads_count(counts && magnitude(bits[i]) != 0);
   }
-  if (threadIdx.x > 0) return;
-  atomicAdd(totals, active);
-  atomicAdd(totals + 1, nonzero);
+  if (threadIdx.x == 0) {
+    atomicAdd(totals, active);
+    atomicAdd(totals + 1, nonzero);
+  }
+  if (!is_last_block(arrived) || threadIdx.x > 0) return;
+  const Wide n_active = __ldcg(totals), n_nonzero = __ldcg(totals + 1);
+  const Wide rest = n_active - static_cast<Wide>(floor(n_active * drop_fraction));
+  const Wide n_keep = rest < n_nonzero ? rest : n_nonzero;
+  selections[0] = {0, n_keep};
+  selections[1] = {0, n_active - n_keep};
+  selections[2] = {0, n_keep};
 }
 
 // total += numbers with all bits of `infinity`, where the mask is true if `masked`.
@@ -75,30 +108,6 @@ __global__ void __launch_bounds__(kThreads, 4)
     count += __syncthreads_count(i < n && (bits[i] & infinity) == infinity && (!masked || mask[i]));
   }
   if (threadIdx.x == 0) atomicAdd(total, count);
-}
-
-// histogram += the number of candidates with each next digit. Bits above `shift` + 8 are known.
-template <class U>
-__global__ void __launch_bounds__(kThreads, 4)
-    count_digits(const U* __restrict__ bits, const Byte* __restrict__ mask,
-                 const Byte* __restrict__ survives, long long n_out, long long n_in, int candidates,
-                 int shift, const Wide* __restrict__ selection, Wide* histogram) {
-  __shared__ unsigned int counts[kDigits];
-  constexpr int width = 8 * static_cast<int>(sizeof(U));
-  const Wide so_far = selection[0];
-  counts[threadIdx.x] = 0;
-  __syncthreads();
-  for (long long row = blockIdx.x; row < n_out; row += gridDim.x) {
-    for (long long i = row * n_in + threadIdx.x; i < (row + 1) * n_in; i += kThreads) {
-      const Wide size = magnitude(bits[i]);
-      if (!is_candidate(candidates, mask[i], survives[row], size != 0)) continue;
-      if (shift + kDigitBits < width && size >> (shift + kDigitBits) != so_far) continue;
-      atomicAdd(counts + (size >> shift & (kDigits - 1)), 1u);
-    }
-  }
-  __syncthreads();
-  const unsigned int count = counts[threadIdx.x];
-  if (count) atomicAdd(histogram + threadIdx.x, static_cast<Wide>(count));
 }
 
 // The digit of the last of the `missing` largest candidates, and how many of these have it. All
@@ -125,45 +134,47 @@ __device__ __forceinline__ void choose(Wide count, Wide missing, Wide* sums, Wid
   __syncthreads();
 }
 
-// One block: append the chosen digit to the selection, and clear the histogram.
-__global__ void __launch_bounds__(kThreads, 4) choose_digit(Wide* histogram, Wide* selection) {
-  __shared__ Wide sums[kDigits], digit, left;
-  choose(histogram[threadIdx.x], selection[1], sums, &digit, &left);
-  histogram[threadIdx.x] = 0;
-  if (threadIdx.x > 0) return;
-  selection[0] = selection[0] << kDigitBits | digit;
-  selection[1] = left;
-}
-
-// ties[row] = number of candidates with the selection's magnitude.
+// histogram += the number of candidates with each next digit. Bits above `shift` + 8 are known. The
+// last block appends the chosen digit to the selection, and clears the histogram.
 template <class U>
 __global__ void __launch_bounds__(kThreads, 4)
-    count_ties(const U* __restrict__ bits, const Byte* __restrict__ mask,
-               const Byte* __restrict__ survives, long long n_out, long long n_in, int candidates,
-               const Wide* __restrict__ selection, long long* ties) {
-  const Wide last = selection[0];
+    count_digits(const U* __restrict__ first, const U* __restrict__ second,
+                 const Byte* __restrict__ mask, const Byte* __restrict__ survives, long long n_out,
+                 long long n_in, int first_candidates, int second_candidates, int shift,
+                 Selection* selections, Wide* histograms, unsigned int* arrived) {
+  __shared__ unsigned int counts[kDigits];
+  __shared__ Wide sums[kDigits], digit, left;
+  constexpr int width = 8 * static_cast<int>(sizeof(U));
+  const U* __restrict__ bits = blockIdx.y ? second : first;
+  const int candidates = blockIdx.y ? second_candidates : first_candidates;
+  Wide* histogram = histograms + blockIdx.y * kDigits;
+  Selection* selection = selections + blockIdx.y;
+  const Wide so_far = selection->last, missing = selection->missing;
+  counts[threadIdx.x] = 0;
+  __syncthreads();
   for (long long row = blockIdx.x; row < n_out; row += gridDim.x) {
-    long long count = 0;
-    for (long long start = 0; start < n_in; start += kThreads) {
-      const long long column = start + threadIdx.x, i = row * n_in + column;
-      bool is_tie = false;
-      if (column < n_in) {
-        const Wide size = magnitude(bits[i]);
-        is_tie = size == last && is_candidate(candidates, mask[i], survives[row], size != 0);
-      }
-      count += __syncthreads_count(is_tie);
+    for (long long i = row * n_in + threadIdx.x; i < (row + 1) * n_in; i += kThreads) {
+      const Wide size = magnitude(bits[i]);
+      if (!is_candidate(candidates, mask[i], survives[row], size != 0)) continue;
+      if (shift + kDigitBits < width && size >> (shift + kDigitBits) != so_far) continue;
+      atomicAdd(counts + (size >> shift & (kDigits - 1)), 1u);
     }
-    if (threadIdx.x == 0) ties[row] = count;
   }
+  __syncthreads();
+  const unsigned int count = counts[threadIdx.x];
+  if (count) atomicAdd(histogram + threadIdx.x, static_cast<Wide>(count));
+  if (!is_last_block(arrived + blockIdx.y)) return;
+  choose(__ldcg(histogram + threadIdx.x), missing, sums, &digit, &left);
+  histogram[threadIdx.x] = 0;
+  if (threadIdx.x == 0) *selection = {so_far << kDigitBits | digit, left};
 }
 
-// One block: ties[row] = number of its ties that a row may choose; first rows come first.
-__global__ void __launch_bounds__(kThreads, 4)
-    share_ties(long long* ties, long long n_out, const Wide* __restrict__ selection) {
+// ties[row] = number of its ties that a row may choose; the first rows come first. All threads of a
+// block call this. Before, ties[row] is the number of ties in the row.
+__device__ __forceinline__ void share_ties(long long* ties, long long n_out, long long missing) {
   __shared__ long long sums[kThreads];
-  long long missing = static_cast<long long>(selection[1]);
   for (long long start = 0; start < n_out; start += kThreads) {
-    const long long row = start + threadIdx.x, mine = row < n_out ? ties[row] : 0;
+    const long long row = start + threadIdx.x, mine = row < n_out ? __ldcg(ties + row) : 0;
     sums[threadIdx.x] = mine;
     __syncthreads();
     for (int distance = 1; distance < kThreads; distance *= 2) {
@@ -179,6 +190,35 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (missing < 0) missing = 0;
     __syncthreads();
   }
+}
+
+// ties[row] = number of candidates with the selection's magnitude that the row may choose.
+template <class U>
+__global__ void __launch_bounds__(kThreads, 4)
+    count_ties(const U* __restrict__ first, const U* __restrict__ second,
+               const Byte* __restrict__ mask, const Byte* __restrict__ survives, long long n_out,
+               long long n_in, int first_candidates, int second_candidates,
+               const Selection* __restrict__ selections, long long* all_ties,
+               unsigned int* arrived) {
+  const U* __restrict__ bits = blockIdx.y ? second : first;
+  const int candidates = blockIdx.y ? second_candidates : first_candidates;
+  const Selection selection = selections[blockIdx.y];
+  long long* ties = all_ties + blockIdx.y * n_out;
+  for (long long row = blockIdx.x; row < n_out; row += gridDim.x) {
+    long long count = 0;
+    for (long long start = 0; start < n_in; start += kThreads) {
+      const long long column = start + threadIdx.x, i = row * n_in + column;
+      bool is_tie = false;
+      if (column < n_in) {
+        const Wide size = magnitude(bits[i]);
+        is_tie = size == selection.last && is_candidate(candidates, mask[i], survives[row], size != 0);
+      }
+      count += __syncthreads_count(is_tie);
+    }
+    if (threadIdx.x == 0) ties[row] = count;
+  }
+  if (is_last_block(arrived + blockIdx.y))
+    share_ties(ties, n_out, static_cast<long long>(selection.missing));
 }
 
 // The number of ties in threads of the block before this one, and in all of its threads.
@@ -197,46 +237,42 @@ __device__ __forceinline__ int ties_before(bool is_tie, int* warp_ties, int* all
   return before;
 }
 
-// marks |= mark where a candidate is chosen; counts[row] = number of chosen candidates.
+// marks |= first_mark, or twice that for the second selection, where a candidate is chosen;
+// counts[row] = number of positions with any of the marks `counted`.
 template <class U>
 __global__ void __launch_bounds__(kThreads, 4)
-    mark_largest(const U* __restrict__ bits, const Byte* __restrict__ mask,
-                 const Byte* __restrict__ survives, long long n_out, long long n_in, int candidates,
-                 const Wide* __restrict__ selection, const long long* __restrict__ ties, int mark,
-                 Byte* marks, long long* counts) {
+    mark_largest(const U* __restrict__ first, const U* __restrict__ second,
+                 const Byte* __restrict__ mask, const Byte* __restrict__ survives, long long n_out,
+                 long long n_in, int first_candidates, int second_candidates, int n_selections,
+                 const Selection* __restrict__ selections, const long long* __restrict__ ties,
+                 int first_mark, int counted, Byte* marks, long long* counts) {
   __shared__ int warp_ties[kThreads / 32];
-  const Wide last = selection[0];
-  for (long long row = blockIdx.x; row < n_out; row += gridDim.x) {
-    long long count = 0, seen = 0;
-    for (long long start = 0; start < n_in; start += kThreads) {
-      const long long column = start + threadIdx.x, i = row * n_in + column;
-      Wide size = 0;
-      bool counts_here = false;
-      if (column < n_in) {
-        size = magnitude(bits[i]);
-        counts_here = is_candidate(candidates, mask[i], survives[row], size != 0);
-      }
-      const bool is_tie = counts_here && size == last;
-      int all;
-      const int before = ties_before(is_tie, warp_ties, &all);
-      const bool chosen = counts_here && (size > last || (is_tie && seen + before < ties[row]));
-      seen += all;
-      if (chosen) marks[i] = static_cast<Byte>(marks[i] | mark);
-      count += __syncthreads_count(chosen);
-    }
-    if (threadIdx.x == 0) counts[row] = count;
-  }
-}
-
-// counts[row] = number of positions with any of these marks.
-__global__ void __launch_bounds__(kThreads, 4)
-    count_marks(const Byte* __restrict__ marks, long long n_out, long long n_in, int which,
-                long long* counts) {
   for (long long row = blockIdx.x; row < n_out; row += gridDim.x) {
     long long count = 0;
-    for (long long start = 0; start < n_in; start += kThreads) {
-      const long long column = start + threadIdx.x;
-      count += __syncthreads_count(column < n_in && (marks[row * n_in + column] & which));
+    for (int s = 0; s < n_selections; ++s) {
+      const U* __restrict__ bits = s ? second : first;
+      const int candidates = s ? second_candidates : first_candidates, mark = first_mark << s;
+      const Wide last = selections[s].last;
+      const long long own_ties = ties[s * n_out + row];
+      long long seen = 0;
+      count = 0;
+      for (long long start = 0; start < n_in; start += kThreads) {
+        const long long column = start + threadIdx.x, i = row * n_in + column;
+        Wide size = 0;
+        bool counts_here = false;
+        if (column < n_in) {
+          size = magnitude(bits[i]);
+          counts_here = is_candidate(candidates, mask[i], survives[row], size != 0);
+        }
+        const bool is_tie = counts_here && size == last;
+        int all;
+        const int before = ties_before(is_tie, warp_ties, &all);
+        const bool chosen = counts_here && (size > last || (is_tie && seen + before < own_ties));
+        seen += all;
+        int now = column < n_in ? marks[i] : 0;
+        if (chosen) marks[i] = static_cast<Byte>(now |= mark);
+        count += __syncthreads_count(now & counted);
+      }
     }
     if (threadIdx.x == 0) counts[row] = count;
   }

@@ -1,13 +1,14 @@
 """The SRigL mask update of one layer on the device, bit for bit that of the reference (SPEC 4).
 
 `srigl_update` has the same steps, in the same order, as `srigl_core.reference.mask_update`. The
-host needs only the counts of 4.2 and the salient counts of 4.4.
+host waits twice: for the salient counts of 4.4, and for the counts of the result.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from srigl_core._update import MaskUpdate, UpdateSettings
 from srigl_core.backends.cupy_gpu.conversions import BLOCKS_A_PROCESSOR, THREADS, launch_over
 from srigl_core.backends.cupy_gpu.device import Device
 from srigl_core.backends.cupy_gpu.variants import BIT_TYPES, Variant
-from srigl_core.reference.mask_update import ablation_threshold, keep_and_prune, new_fan_in
+from srigl_core.reference.mask_update import ablation_threshold, new_fan_in
 
 __all__ = ["count_nonfinite", "srigl_update"]
 
@@ -24,6 +25,9 @@ DIGIT_BITS = 8
 
 BY_MAGNITUDE, BY_GRADIENT, KEPT = 1, 2, 4
 ACTIVE, INACTIVE, ALL, SURVIVING = range(4)
+N_SELECTIONS = 3
+TOTALS_BYTES = 16
+"""Bytes of the two totals of `remap_weight`."""
 
 
 def srigl_update(
@@ -44,17 +48,14 @@ def srigl_update(
         `mask` and `weight` are on the device, the arrays about rows on the host.
     """
     layer = _Layer(device, weight, grad, mask)
-    n_active, n_nonzero = layer.count_weights()
-    n_keep, n_prune = keep_and_prune(n_active, n_nonzero, settings.drop_fraction)
-    layer.mark_largest(weight, ACTIVE, n_keep, BY_MAGNITUDE)
+    layer.count_weights(settings.drop_fraction)
     scope = INACTIVE if settings.saliency_scope == "inactive" else ALL
-    layer.mark_largest(grad, scope, n_prune, BY_GRADIENT)
-    salient_counts = layer.count_marks(BY_MAGNITUDE | BY_GRADIENT)
+    salient_counts = layer.mark_salient(scope)
     threshold = ablation_threshold(salient_counts, settings, layer.n_in)
     fan_in = new_fan_in(salient_counts, threshold, settings, layer.n_in)
     survives = salient_counts >= threshold
     layer.keep_rows(survives)
-    layer.mark_largest(weight, SURVIVING, n_keep, KEPT)
+    layer.mark_kept()
     layer.fill_rows(weight, fan_in, grows=False)
     layer.fill_rows(grad, fan_in, grows=True)
     new_mask, new_weight, was_active, n_pruned, n_grown = layer.remap(settings.grown_init)
@@ -83,6 +84,15 @@ def count_nonfinite(device: Device, array: Any, mask: Any | None = None) -> int:
     return int(device.download(total)[0])
 
 
+class _Selection(NamedTuple):
+    """A choice of candidates of largest magnitude; its number is its place in the arrays."""
+
+    number: int
+    scores: Any
+    candidates: int
+    mark: int
+
+
 @dataclass
 class _Layer:
     """A layer on the device, and the marks of its update, one byte for each position."""
@@ -98,40 +108,52 @@ class _Layer:
         self._marks = device.zeros((self.n_out, self.n_in), np.uint8)
         self._survives = device.zeros(self.n_out, np.bool_)
         self._counts = device.empty(self.n_out, np.int64)
+        self._ties = device.empty((N_SELECTIONS, self.n_out), np.int64)
+        self._selections = device.empty((N_SELECTIONS, 2), np.uint64)
+        self._histograms = device.zeros((N_SELECTIONS, 1 << DIGIT_BITS), np.uint64)
+        self._arrived = device.zeros(N_SELECTIONS, np.uint32)
 
-    def count_weights(self) -> tuple[int, int]:
-        """Return the number of active weights, and the number of those that are not zero."""
+    def count_weights(self, drop_fraction: float) -> None:
+        """Count active weights, and set how many weights each selection chooses (SPEC 4.2)."""
         totals = self.device.zeros(2, np.uint64)
-        n = np.int64(self.weight.size)
-        blocks = -(-self.weight.size // THREADS)
-        self._launch(
-            "count_weights", blocks, self.weight, (_bits(self.weight), self.mask, n, totals)
-        )
-        n_active, n_nonzero = self.device.download(totals)
-        return int(n_active), int(n_nonzero)
+        n, blocks = np.int64(self.weight.size), -(-self.weight.size // THREADS)
+        counted = totals, self._arrived, self._selections
+        arguments = (_bits(self.weight), self.mask, n, np.float64(drop_fraction), *counted)
+        self._launch("count_weights", blocks, self.weight, arguments)
 
-    def mark_largest(self, scores: Any, candidates: int, count: int, mark: int) -> None:
-        """Mark the `count` candidates of largest magnitude, or all if there are fewer."""
-        device = self.device
-        selection = device.upload(np.array([0, count], np.uint64))
-        histogram = device.zeros(1 << DIGIT_BITS, np.uint64)
-        ties = device.empty(self.n_out, np.int64)
-        bits = _bits(scores)
-        common = (bits, self.mask, self._survives, *self._shape, np.int32(candidates))
-        for shift in reversed(range(0, 8 * bits.itemsize, DIGIT_BITS)):
-            counted = (*common, np.int32(shift), selection, histogram)
-            self._launch("count_digits", self.n_out, scores, counted)
-            self._launch("choose_digit", 1, None, (histogram, selection))
-        self._launch("count_ties", self.n_out, scores, (*common, selection, ties))
-        self._launch("share_ties", 1, None, (ties, self._shape[0], selection))
-        arguments = (*common, selection, ties, np.int32(mark), self._marks, self._counts)
-        self._launch("mark_largest", self.n_out, scores, arguments)
+    def mark_salient(self, scope: int) -> NDArray[np.int64]:
+        """Mark salient weights and gradients; return the number of salient positions in each row.
 
-    def count_marks(self, which: int) -> NDArray[np.int64]:
-        """Return the number of positions in each row that have any of these marks."""
-        arguments = (self._marks, *self._shape, np.int32(which), self._counts)
-        self._launch("count_marks", self.n_out, None, arguments)
+        Gradients are chosen among the candidates `scope`.
+        """
+        by_magnitude = _Selection(0, self.weight, ACTIVE, BY_MAGNITUDE)
+        by_gradient = _Selection(1, self.grad, scope, BY_GRADIENT)
+        self._mark_largest((by_magnitude, by_gradient), BY_MAGNITUDE | BY_GRADIENT)
         return self.device.download(self._counts)
+
+    def mark_kept(self) -> None:
+        """Mark the largest weights of the rows that survive."""
+        self._mark_largest((_Selection(2, self.weight, SURVIVING, KEPT),), KEPT)
+
+    def _mark_largest(self, selections: Sequence[_Selection], counted: int) -> None:
+        """Mark the candidates of each selection, and count the marks `counted` of each row."""
+        sizes = {selection.scores.dtype.itemsize for selection in selections}
+        for group in [selections] if len(sizes) == 1 else [[each] for each in selections]:
+            first, last = group[0], group[-1]
+            number, scores = first.number, first.scores
+            chosen, ties = self._selections[number:], self._ties[number:]
+            arrived, histograms = self._arrived[number:], self._histograms[number:]
+            candidates = np.int32(first.candidates), np.int32(last.candidates)
+            bits, rows = (_bits(scores), _bits(last.scores)), (self.mask, self._survives)
+            common = (*bits, *rows, *self._shape, *candidates)
+            for shift in reversed(range(0, 8 * scores.dtype.itemsize, DIGIT_BITS)):
+                arguments = (*common, np.int32(shift), chosen, histograms, arrived)
+                self._launch("count_digits", self.n_out, scores, arguments, len(group))
+            counting = (*common, chosen, ties, arrived)
+            self._launch("count_ties", self.n_out, scores, counting, len(group))
+            marks = np.int32(first.mark), np.int32(counted), self._marks, self._counts
+            marking = (*common, np.int32(len(group)), chosen, ties, *marks)
+            self._launch("mark_largest", self.n_out, scores, marking)
 
     def keep_rows(self, survives: NDArray[np.bool_]) -> None:
         """Set which rows survive."""
@@ -148,26 +170,35 @@ class _Layer:
         device = self.device
         new_mask = device.empty(self.mask.shape, np.bool_)
         new_weight = device.empty(self.weight.shape, self.weight.dtype)
-        was_active, totals = device.empty(self.n_out, np.bool_), device.zeros(2, np.uint64)
+        counted = device.zeros(TOTALS_BYTES + self.n_out, np.uint8)  # downloaded in one go
+        totals, was_active = counted[:TOTALS_BYTES].view(np.uint64), counted[TOTALS_BYTES:]
         grown = _bits(np.array([grown_init]).astype(self.weight.dtype))[0]
         arguments = (
             *(_bits(self.weight), self.mask, self._marks, *self._shape, grown),
             *(new_mask, _bits(new_weight), was_active, totals),
         )
         self._launch("remap_weight", self.n_out, self.weight, arguments)
-        n_pruned, n_grown = device.download(totals)
-        return new_mask, new_weight, device.download(was_active), int(n_pruned), int(n_grown)
+        counts = device.download(counted)
+        n_pruned, n_grown = (int(n) for n in counts[:TOTALS_BYTES].view(np.uint64))
+        return new_mask, new_weight, counts[TOTALS_BYTES:].astype(np.bool_), n_pruned, n_grown
 
     @property
     def _shape(self) -> tuple[np.int64, np.int64]:
         return np.int64(self.n_out), np.int64(self.n_in)
 
-    def _launch(self, kernel: str, blocks: int, scores: Any, arguments: tuple[Any, ...]) -> None:
-        """Launch a kernel on the bits of `scores`; None if the kernel takes no scores."""
+    def _launch(
+        self,
+        kernel: str,
+        blocks: int,
+        scores: Any,
+        arguments: tuple[Any, ...],
+        n_selections: int = 1,
+    ) -> None:
+        """Launch a kernel on the bits of `scores`."""
         most = BLOCKS_A_PROCESSOR * self.device.properties.processors
-        name = kernel if scores is None else f"{kernel}<{BIT_TYPES[scores.dtype.itemsize]}>"
-        variant = Variant("mask_update.cu", name)
-        self.device.launch(variant, (min(blocks, most),), (THREADS,), arguments)
+        name = f"{kernel}<{BIT_TYPES[scores.dtype.itemsize]}>"
+        variant, grid = Variant("mask_update.cu", name), (min(blocks, most), n_selections)
+        self.device.launch(variant, grid, (THREADS,), arguments)
 
 
 def _bits(array: Any) -> Any:

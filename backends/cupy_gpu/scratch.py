@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class Scratch:
     def __init__(self, device: Device, workspace: Any | None = None) -> None:
         self._device, self._workspace = device, workspace
         self._converted: dict[tuple[int, str], Any] = {}
-        self._conversions: list[tuple[Any, Any]] = []
+        self._first: list[Callable[[], None]] = []
         self.nbytes = 0
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
@@ -57,8 +58,12 @@ class Scratch:
         """Return an array in C order for the result; `out` itself if it is in C order."""
         return out if out.flags.c_contiguous else self.empty(out.shape, out.dtype)
 
+    def before_launch(self, fill: Callable[[], None]) -> None:
+        """Have `fill` called before the first kernel, to write a temporary array."""
+        self._first.append(fill)
+
     def fill(self) -> None:
-        """Launch the conversions.
+        """Write the temporary arrays that kernels read.
 
         Raises
         ------
@@ -70,12 +75,12 @@ class Scratch:
                 f"workspace has {self._workspace.nbytes} bytes, but this call needs {self.nbytes}; "
                 f"plan.workspace_bytes(batch) says how many suffice"
             )
-        for source, target in self._conversions:
-            convert(self._device, source, target)
+        for fill in self._first:
+            fill()
 
     def _of(self, array: Any, dtype: np.dtype[Any]) -> Any:
         key = (id(array), dtype.name)
         if key not in self._converted:
-            self._converted[key] = self.empty(array.shape, dtype)
-            self._conversions.append((array, self._converted[key]))
+            target = self._converted[key] = self.empty(array.shape, dtype)
+            self.before_launch(lambda: convert(self._device, array, target))
         return self._converted[key]

@@ -22,7 +22,7 @@
 #include "batch_tile.cuh"
 
 template <class T, int Lanes>
-__global__ void __launch_bounds__(1024, 1)
+__global__ void __launch_bounds__(kMostThreads<T>, 1)
     tile_product(const T* __restrict__ x, long long batch, long long n_in,
                  const Four<T>* __restrict__ values, const Four<unsigned short>* __restrict__ places,
                  const long long* __restrict__ starts, const int* __restrict__ columns,

@@ -21,12 +21,22 @@ from numpy.typing import NDArray
 
 from srigl_core.backends.cupy_gpu.device import Device
 
-__all__ = ["Tiles", "pack_tiles", "rows_of_tile"]
+__all__ = ["Tiles", "pack_tiles", "rows_of_tile", "smallest_positions"]
 
 MOST_PLACES = 1 << 16
 """A place is 16 bits."""
 
+MOST_NARROW_POSITIONS = np.iinfo(np.int32).max
+"""Most values whose positions are kept in 32 bits."""
+
 CHUNK = 4
+
+WINDOW = 32
+"""Neurons that are sorted by their degrees among themselves.
+
+A larger window needs less padding. In a smaller one the results of a warp are nearer to each other
+in memory, where eight columns of four bytes are written at once.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +54,9 @@ class Tiles:
     places : device array of uint16, (chunks, 32 / lanes, 4)
     starts : device array of int64, (n_segments, groups + 1)
     columns : device array of int32, (n_neurons,)
-        Column of the result for each neuron; neurons without connections are last.
-    positions : device array of int64, (chunks * 32 / lanes * 4,)
+        Column of the result for each neuron, sorted by degree in windows; neurons without
+        connections are last.
+    positions : device array of int32 or int64, (chunks * 32 / lanes * 4,)
         Position of each value in the condensed values, -1 for padding.
     """
 
@@ -114,7 +125,8 @@ def pack_tiles(
     """
     tile_rows, n_segments = rows_of_tile(n_inputs, lanes, shared_bytes)
     members, classes = 32 // lanes, 8 // lanes
-    by_degree = np.argsort(-degrees, kind="stable")
+    window = np.arange(degrees.size) // WINDOW
+    by_degree = np.lexsort((-degrees, window, degrees == 0))
     rank = np.empty_like(by_degree)
     rank[by_degree] = np.arange(rank.size)
     n_connected = int(np.count_nonzero(degrees))
@@ -146,8 +158,13 @@ def pack_tiles(
         places=device.upload(places),
         starts=device.upload(starts),
         columns=device.upload(columns.astype(np.int32)),
-        positions=device.upload(positions),
+        positions=device.upload(smallest_positions(positions, inputs.size)),
     )
+
+
+def smallest_positions(positions: NDArray[np.int64], nnz: int) -> NDArray[Any]:
+    """Return positions in `nnz` values in 32 bits, if these suffice."""
+    return positions.astype(np.int32) if nnz <= MOST_NARROW_POSITIONS else positions
 
 
 def _ordered(

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
-__all__ = ["COMPILER_OPTIONS", "CUDA_TYPES", "Variant", "variants"]
+import numpy as np
+
+__all__ = [
+    "COMPILER_OPTIONS",
+    "CUDA_TYPES",
+    "STREAM_ROWS",
+    "TILE_LANES",
+    "Variant",
+    "position_type",
+    "stream_product",
+    "tile_product",
+    "variants",
+]
 
 COMPILER_OPTIONS = ("--std=c++17",)
 """Options of NVRTC, besides the architecture and the headers' folders."""
@@ -18,6 +31,9 @@ CUDA_TYPES = {
 }
 """CUDA's names of the value types, in the order of `OutputType` in numbers.cuh."""
 
+POSITION_TYPES = {"int32": "int", "int64": "long long"}
+"""CUDA's names of the types of positions in the condensed values."""
+
 TILE_LANES = (1, 2, 4, 8)
 STREAM_ROWS = (1, 2, 4, 8)
 BIT_TYPES = {2: "unsigned short", 4: "unsigned int", 8: "unsigned long long"}
@@ -27,7 +43,6 @@ OF_BITS = (
     *("count_weights", "count_not_finite", "count_digits", "count_ties"),
     *("mark_largest", "fill_rows", "remap_weight"),
 )
-OF_NO_BITS = ("choose_digit", "share_ties", "count_marks")
 
 
 @dataclass(frozen=True)
@@ -56,17 +71,28 @@ def variants() -> tuple[Variant, ...]:
             for t, rows, staged in product(CUDA_TYPES, STREAM_ROWS, (True, False))
         ),
         *(Variant("value_gradient.cu", f"sum_products<{name}>") for name in types),
-        *(Variant("value_gradient.cu", f"add_splits<{name}>") for name in ("float", "double")),
+        *(
+            Variant("value_gradient.cu", f"add_splits<{name}, {positions}>")
+            for name, positions in product(("float", "double"), POSITION_TYPES.values())
+        ),
+        *(
+            Variant("arrays.cu", f"arrange<{name}, {positions}>")
+            for name, positions in product(types, POSITION_TYPES.values())
+        ),
         *(
             Variant("arrays.cu", f"{kernel}<{name}>")
-            for kernel, name in product(("convert", "arrange", "sum_columns"), types)
+            for kernel, name in product(("convert", "sum_columns"), types)
         ),
         *(
             Variant("mask_update.cu", f"{kernel}<{bits}>")
             for kernel, bits in product(OF_BITS, BIT_TYPES.values())
         ),
-        *(Variant("mask_update.cu", kernel) for kernel in OF_NO_BITS),
     )
+
+
+def position_type(dtype: np.dtype[Any]) -> str:
+    """Return CUDA's name of the type of an array of positions."""
+    return POSITION_TYPES[dtype.name]
 
 
 def tile_product(dtype: str, lanes: int) -> Variant:

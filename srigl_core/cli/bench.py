@@ -140,12 +140,21 @@ def kernel(
 
 @bench.command(cls=Command)
 @one_line_errors
-def gpu(quick: _Quick = False, out: _Out = _OUT, only: _Only = None) -> None:
+def gpu(
+    quick: _Quick = False,
+    out: _Out = _OUT,
+    only: _Only = None,
+    predict: Annotated[
+        bool,
+        typer.Option("--predict", help="Only print predicted times for known GPUs; needs none."),
+    ] = False,
+) -> None:
     """Time the CUDA kernels against dense in all precisions, CSR and gathers."""
     from srigl_core.benchmarks.gpu import main
 
     words = [argument for word in only or () for argument in ("--only", word)]
-    raise typer.Exit(main(["--out", str(out), *words, *(["--quick"] if quick else [])]))
+    flags = [*(["--quick"] if quick else []), *(["--predict"] if predict else [])]
+    raise typer.Exit(main(["--out", str(out), *words, *flags]))
 
 
 @bench.command(cls=Command)

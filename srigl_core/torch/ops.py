@@ -13,6 +13,7 @@ kernels take the arguments of the schemas, in their order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -50,6 +51,7 @@ _TAGS = (
     # A captured graph would keep using the layout that was packed when it was captured.
     torch.Tag.cudagraph_unsafe,
 )
+_ON_CPU = nullcontext()
 _HALVES = {torch.float16, torch.bfloat16}
 _FLOATS = {*_HALVES, torch.float32, torch.float64}
 
@@ -88,22 +90,28 @@ def multiply(x: Any, *layer: Any) -> Any:
     values, indices, active, counts, bias, in_features, *activation = layer
     if y.numel():
         with on_device_of(x):
-            plan = packing_of(values, indices, active, counts, in_features).plan
+            packing = packing_of(values, indices, active, counts, in_features, lends=True)
             bias = None if bias is None else may_be_viewed(bias)
-            _write_product(plan, x, bias, activation[0] if activation else "none", y)
+            given = values if packing.takes_values else None
+            name = activation[0] if activation else "none"
+            _write_product(packing.plan, x, bias, name, y, given)
     return y
 
 
-def _write_product(plan: ProductPlan, x: Any, bias: Any | None, activation: str, y: Any) -> None:
+def _write_product(
+    plan: ProductPlan, x: Any, bias: Any | None, activation: str, y: Any, values: Any = None
+) -> None:
     threads = torch.get_num_threads()
     try:
-        plan.write_product(
-            _rows(_as_array(x, "x", plan)),
-            None if bias is None else _as_array(bias, "bias", plan),
-            activation=activation,
-            out=_rows(_as_array(y, "y", plan)),
-            threads=threads,
-        )
+        with _stream_of(x, plan):
+            plan.write_product(
+                _rows(_as_array(x, "x", plan)),
+                None if bias is None else _as_array(bias, "bias", plan),
+                activation=activation,
+                out=_rows(_as_array(y, "y", plan)),
+                threads=threads,
+                values=None if values is None else _as_array(values, "values", plan),
+            )
     finally:
         restore_threads(threads)
 
@@ -169,20 +177,28 @@ def compute_gradients(grad: Any, x: Any, *layer: Any) -> tuple[Any, Any, Any]:
             result.zero_()
         return results
     with on_device_of(grad):
-        packing = packing_of(values, indices, active, counts, in_features, compare=False)
+        packing = packing_of(
+            values, indices, active, counts, in_features, compare=False, lends=True
+        )
         plan, weight = packing.plan, packing.weight
         dvalues[weight.nnz :].zero_()
         used = dvalues[: weight.nnz].view(weight.values.shape) if needs_values else None
-        out = MatmulGradients(
-            _rows(_as_array(dx, "dx", plan)) if needs_x else None,
-            None if used is None else _as_array(used, "dvalues", plan),
-            _as_array(dbias, "dbias", plan) if needs_bias else None,
-        )
-        rows = _rows(_as_array(x, "x", plan)) if needs_values else None
-        grad_rows = _rows(_as_array(grad, "grad", plan))
         threads = torch.get_num_threads()
         try:
-            plan.write_gradients(grad_rows, rows, out=out, threads=threads)
+            with _stream_of(grad, plan):
+                out = MatmulGradients(
+                    _rows(_as_array(dx, "dx", plan)) if needs_x else None,
+                    None if used is None else _as_array(used, "dvalues", plan),
+                    _as_array(dbias, "dbias", plan) if needs_bias else None,
+                )
+                given = values if packing.takes_values else None
+                plan.write_gradients(
+                    _rows(_as_array(grad, "grad", plan)),
+                    _rows(_as_array(x, "x", plan)) if needs_values else None,
+                    out=out,
+                    threads=threads,
+                    values=None if given is None else _as_array(given, "values", plan),
+                )
         finally:
             restore_threads(threads)
     return results
@@ -284,6 +300,14 @@ def _as_array(tensor: Any, what: str, plan: ProductPlan) -> Any:
     if tensor.is_cpu:
         return as_numpy(tensor)
     return plan.arrays.as_float_array(tensor.detach(), what)
+
+
+def _stream_of(tensor: Any, plan: ProductPlan) -> AbstractContextManager[Any]:
+    """Return a context with PyTorch's stream, for a tensor that is not on the CPU.
+
+    Tensors are read within it: the backend would make its own stream wait for PyTorch's otherwise.
+    """
+    return _ON_CPU if tensor.is_cpu else plan.arrays.execution_context(tensor)
 
 
 def _rows(array: Any) -> Any:

@@ -7,6 +7,10 @@ A packing is used only if the tensors hold the numbers that were packed: at each
 are compared. PyTorch's counts of writes would not do: it does not count those of fused optimisers,
 through ``.data``, NumPy and DLPack views, by collectives or by another process.
 `srigl_core.torch.freeze` leaves the comparison out.
+
+On a GPU a comparison would make the host wait. There a product reads the values from the tensor
+itself at each call, so that only the mask is packed; of the mask, writes that PyTorch counts are
+looked for.
 """
 
 from __future__ import annotations
@@ -62,6 +66,8 @@ class Packing:
     seen : tuple
         The `state_of` the layer's tensors when their numbers were compared last, and the memory of
         values, active rows and counts, so that no other tensor gets their addresses.
+    takes_values : bool
+        Whether the plan is to be given the layer's values at each call, in place of those packed.
     """
 
     plan: Plan
@@ -70,6 +76,7 @@ class Packing:
     values: Any
     evict: Any
     seen: tuple[list[tuple[int, int]], list[Any]]
+    takes_values: bool
 
     @property
     def weight(self) -> CondensedWeight:
@@ -80,6 +87,17 @@ class Packing:
         """Return whether these connections are packed."""
         return n_in == self.n_in and all(map(holds, mask, self.mask))
 
+    def has_counted_mask(self, values: Any, state: list[tuple[int, int]], n_in: int) -> bool:
+        """Return whether values of this dtype can be given with a mask that nobody wrote since."""
+        of_mask = state[1:]
+        return (
+            self.takes_values
+            and n_in == self.n_in
+            and self.seen[0][1:] == of_mask
+            and all(count >= 0 for _, count in of_mask)
+            and self.weight.dtype == numpy_dtype(values.dtype)
+        )
+
 
 _packings: dict[int, Packing] = {}
 """The last packing of each layer, by the address of its indices."""
@@ -89,7 +107,14 @@ _frozen: dict[tuple[int, int], Packing] = {}
 
 
 def packing_of(
-    values: Any, indices: Any, active: Any, counts: Any, n_in: int, *, compare: bool = True
+    values: Any,
+    indices: Any,
+    active: Any,
+    counts: Any,
+    n_in: int,
+    *,
+    compare: bool = True,
+    lends: bool = False,
 ) -> Packing:
     """Return a layer's weight, packed for the backend of its device.
 
@@ -103,6 +128,9 @@ def packing_of(
     compare : bool
         False in a backward pass, which uses the numbers of the forward pass. Then only writes that
         PyTorch counts are looked for.
+    lends : bool
+        True if the caller gives the plan the values where `Packing.takes_values`, so that those
+        that are packed may be others.
 
     Raises
     ------
@@ -123,6 +151,8 @@ def packing_of(
     # Threads may pack at the same time: each one uses its own packing, and the last one is kept.
     kept = _packings.get(key)
     if kept is not None and not compare and kept.seen[0] == state:
+        return kept
+    if kept is not None and lends and kept.has_counted_mask(values, state, n_in):
         return kept
     values = may_be_viewed(values)
     same_mask = kept is not None and kept.has_mask(mask, n_in)
@@ -152,7 +182,8 @@ def packing_of(
     if values.is_cpu:
         flat = _Bits(weight.values.reshape(-1), values.dtype)
     seen = state, memory_of(values, active, counts)
-    _packings[key] = packing = Packing(plan, copies, n_in, flat, evict, seen)
+    takes_values = not values.is_cpu and plan.takes_device_values
+    _packings[key] = packing = Packing(plan, copies, n_in, flat, evict, seen, takes_values)
     return packing
 
 
@@ -160,7 +191,8 @@ def freeze_packing(values: Any, indices: Any, active: Any, counts: Any, n_in: in
     """Pack a layer's tensors; later calls use that packing without a comparison."""
     unfreeze_packing(values, indices)
     key = values.data_ptr(), indices.data_ptr()
-    _frozen[key] = replace(packing_of(values, indices, active, counts, n_in))
+    packing = packing_of(values, indices, active, counts, n_in)
+    _frozen[key] = replace(packing, takes_values=False)
     weakref.finalize(indices.untyped_storage(), _frozen.pop, key, None)
 
 

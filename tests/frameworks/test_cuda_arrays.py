@@ -105,6 +105,37 @@ def test_a_call_waits_for_nothing_and_runs_on_the_callers_stream(batch):
     np.testing.assert_array_equal(out.cpu().numpy(), wanted)
 
 
+@pytest.mark.parametrize("batch", [3, 40])
+def test_a_condensed_layer_is_captured_with_its_gradients(batch):
+    """A replay multiplies with the values that the layer has by then."""
+    torch = pytest.importorskip("torch")
+    from srigl_core.torch import CondensedLinear
+
+    layer = CondensedLinear(30, 12, fan_in=5, rng=0).cuda()
+    x = torch.ones(batch, 30, device="cuda", requires_grad=True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            layer(x).sum().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    for tensor in (x, *layer.parameters()):
+        tensor.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        y.sum().backward()
+    with torch.no_grad():
+        layer.values.mul_(2)
+        x.copy_(torch.randn(batch, 30))
+    graph.replay()
+    dense = layer.to_linear()
+    wanted = x.detach().requires_grad_()
+    dense(wanted).sum().backward()
+    torch.testing.assert_close(y, dense(x))
+    torch.testing.assert_close(x.grad, wanted.grad)
+
+
 @pytest.mark.parametrize("library", ["cupy", "torch"])
 def test_a_result_waits_for_its_input_on_the_same_stream(library):
     weight, x, _, _ = problem(batch=(40,))

@@ -25,7 +25,7 @@ from through_host import ThroughHost
 
 from srigl_core import CondensedWeight, get_backend, prepare, update_mask
 from srigl_core._arrays.dtypes import VALUE_TYPES, round_to, value_dtype
-from srigl_core.backends.cupy_gpu import condensed_matmul
+from srigl_core.backends.cupy_gpu import launch_model
 from srigl_core.backends.cupy_gpu.conversions import converted
 from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
 from srigl_core.backends.cupy_gpu.mask_update import count_nonfinite
@@ -41,7 +41,10 @@ SHAPES = [  # n_in, n_active, fan_in, batch
     (100, 70, 7, 33),
     (17, 300, 9, 20),
     (40, 33, 1, 70),
+    (17, 600, 9, 3),  # more neurons than the warps of a small device have at once
+    (700, 150, 33, 33),  # several trips to stage a tile, and passes of a block's warps
 ]
+MOST_SEGMENTS = 40
 BATCH_OF_FAR_INPUTS = 3
 LAYERS = [(1, 1), (5, 600), (300, 7), (20, 257)]
 
@@ -117,11 +120,14 @@ def _checks(backend: GpuBackend, options: argparse.Namespace) -> Iterator[tuple[
             yield str(result) if result.status == "failed" else "", result.examples
 
 
-def _problems() -> Iterator[tuple[np.random.Generator, CondensedWeight, Any, Any]]:
+def _problems(backend: Any) -> Iterator[tuple[np.random.Generator, CondensedWeight, Any, Any]]:
     """Yield small integers, whose products are exact in each type."""
+    shared_bytes = backend.device.properties.block_shared_bytes
     for number, ((n_in, n_active, fan_in, batch), name) in enumerate(
         (shape, name) for shape in SHAPES for name in VALUE_TYPES
     ):
+        if n_in * 64 > MOST_SEGMENTS * shared_bytes:
+            continue  # a simulated device would take minutes
         rng, dtype = np.random.default_rng(number), value_dtype(name)
         n_out = n_active + number % 3
         weight = CondensedWeight.random((n_out, n_in), fan_in=fan_in, n_active=n_active, rng=rng)
@@ -131,7 +137,7 @@ def _problems() -> Iterator[tuple[np.random.Generator, CondensedWeight, Any, Any
 
 
 def _exact_products(backend: GpuBackend) -> Iterator[tuple[str, int]]:
-    for rng, weight, x, dtype in _problems():
+    for rng, weight, x, dtype in _problems(backend):
         bias = rng.integers(-2, 3, weight.shape[0]).astype(dtype)
         expected = x.astype(float) @ weight.to_dense().astype(float).T + bias.astype(float)
         plan = prepare(weight, backend=backend)
@@ -144,7 +150,7 @@ def _exact_products(backend: GpuBackend) -> Iterator[tuple[str, int]]:
 
 
 def _exact_gradients(backend: GpuBackend) -> Iterator[tuple[str, int]]:
-    for rng, weight, x, dtype in _problems():
+    for rng, weight, x, dtype in _problems(backend):
         grad = rng.integers(-2, 3, (len(x), weight.shape[0])).astype(dtype)
         got = prepare(weight, backend=backend).backward(grad, x)
         wide = grad.astype(float)
@@ -245,7 +251,7 @@ def _conversions(backend: GpuBackend) -> Iterator[tuple[str, int]]:
 
 def _far_inputs(backend: GpuBackend) -> Iterator[tuple[str, int]]:
     """More inputs than 32 bits can address, of which a few are looked at; the rest is no memory."""
-    if condensed_matmul.MOST_STREAM_ROWS < BATCH_OF_FAR_INPUTS:
+    if launch_model.MOST_STREAM_ROWS < BATCH_OF_FAR_INPUTS:
         return
     n_in = 1 << 30
     x = np.frombuffer(mmap.mmap(-1, 2 * BATCH_OF_FAR_INPUTS * n_in), np.float16).reshape(-1, n_in)

@@ -49,12 +49,15 @@ def seen(array: Any) -> Any:
 class HostedDevice(CupyDevice):
     """A device whose CuPy arrays lie in the host's memory, which a simulated one computes on."""
 
-    properties = DeviceProperties("hosted", 3, 48 << 10, 192 << 10)
+    properties = DeviceProperties("hosted", 3, 48 << 10, 192 << 10, 2048)
 
     def __init__(self) -> None:
         self._simulated = SimulatedDevice(self.properties)
         self.copies: list[tuple[str, int]] = []
         """Each copy between host and device: its direction and its bytes."""
+        self.waits = 0
+        """How often the host waited for the device."""
+        self.n_launches = 0
 
     def number(self) -> int:
         """Return the only device's."""
@@ -64,6 +67,31 @@ class HostedDevice(CupyDevice):
         """Run a kernel on the CPU."""
         hosted = tuple(seen(a) if isinstance(a, cupy.ndarray) else a for a in arguments)
         self._simulated.launch(variant, grid, block, hosted, shared)
+        self.n_launches += 1
+
+    def load(self, variant: Any) -> None:
+        """Note that a kernel will be launched."""
+        self._simulated.load(variant)
+
+    def fitting_blocks(self, variant: Any, threads: int, shared_bytes: int) -> int:
+        """Return how many blocks run at once."""
+        return self._simulated.fitting_blocks(variant, threads, shared_bytes)
+
+    captures = False
+
+    def is_capturing(self) -> bool:
+        """Return whether a graph is captured, which `captures` says."""
+        return self.captures
+
+    @property
+    def launched(self) -> set[Any]:
+        """The kernels launched so far."""
+        return self._simulated.launched
+
+    @property
+    def loaded(self) -> set[Any]:
+        """The kernels loaded so far."""
+        return self._simulated.loaded
 
     def zeros(self, shape: Any, dtype: Any) -> Any:
         """Return an array of zeros."""
@@ -78,6 +106,7 @@ class HostedDevice(CupyDevice):
 
     def download(self, array: Any) -> Any:
         """Return a NumPy array of the same numbers."""
+        self.waits += 1
         self.copies.append(("to the host", array.nbytes))
         return seen(array).copy()
 
@@ -91,7 +120,8 @@ class HostedDevice(CupyDevice):
         return made
 
     def finish(self) -> None:
-        """Do nothing: a kernel has run when its launch returns."""
+        """Count: a kernel has run when its launch returns."""
+        self.waits += 1
 
 
 class HostedArrays(CudaArrays):

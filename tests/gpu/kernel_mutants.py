@@ -73,8 +73,8 @@ MUTANTS = (
     Mutant(
         "input behind the last row",
         "batch_tile.cuh",
-        "b < batch ?",
-        "b <= batch ?",
+        "left = batch - b;",
+        "left = batch + 1 - b;",
         needs_sanitizer=True,
     ),
     Mutant(
@@ -92,8 +92,37 @@ MUTANTS = (
     Mutant(
         "lanes of a row swapped",
         "batch_tile.cuh",
-        "place_of_row<Lanes>(row) ^ lane",
-        "place_of_row<Lanes>(row) ^ (Lanes - 1 - lane)",
+        "place_of_row<Lanes>(own_row) ^ quad_of",
+        "place_of_row<Lanes>(own_row) ^ (Lanes - 1 - quad_of)",
+    ),
+    Mutant(
+        "inputs of a later trip are those of the first",
+        "batch_tile.cuh",
+        "    from += ahead * stride;\n",
+        "",
+        ("several trips",),
+    ),
+    Mutant(
+        "later trips go to the wrong rows",
+        "batch_tile.cuh",
+        "to += ahead * stride * Lanes;",
+        "to += ahead * stride;",
+        ("several trips",),
+    ),
+    Mutant(
+        "quads of a trip too near to each other",
+        "batch_tile.cuh",
+        "to[a * stride * Lanes] = quads[a]",
+        "to[a * stride] = quads[a]",
+        ("several trips",),
+    ),
+    Mutant(
+        "a trip begins before the one before it ends",
+        "batch_tile.cuh",
+        "row += ahead * stride",
+        "row += stride",
+        ("several trips",),
+        needs_sanitizer=True,
     ),
     Mutant(
         "inputs read before they are staged",
@@ -103,12 +132,11 @@ MUTANTS = (
         ("streamed",),
     ),
     Mutant(
-        "padding reads an input",
+        "values of a warp's next neurons not loaded",
         STREAM,
-        "else if (c < n_in)",
-        "else",
-        ("streamed in place",),
-        needs_sanitizer=True,
+        "is_last ? slice + stride : slice",
+        "slice",
+        ("streamed again",),
     ),
     Mutant(
         "address of 32 bits",
@@ -121,13 +149,13 @@ MUTANTS = (
     Mutant(
         "gradients' tile is overwritten while it is read",
         VALUES,
-        "    if (step > 0) __syncthreads();  // all warps are done with the tile before\n",
+        "      __syncthreads();  // all warps are done with the tile before\n",
         "",
         ("eight lanes",),
     ),
     Mutant("tile before forgotten", VALUES, "sum : mine[at] + sum", "sum : sum", ("whole inputs",)),
     Mutant("first split alone", VALUES, "s < splits", "s < 1"),
-    Mutant("one tie too many", MASK, "seen + before < ties[row]", "seen + before <= ties[row]"),
+    Mutant("one tie too many", MASK, "seen + before < own_ties", "seen + before <= own_ties"),
     Mutant(
         "digits of others counted",
         MASK,

@@ -22,7 +22,7 @@ from host_device import (
 
 from srigl_core._arrays.operations import HostArrays
 from srigl_core.backends import cupy_gpu
-from srigl_core.backends.cupy_gpu import condensed_matmul
+from srigl_core.backends.cupy_gpu import launch_model, tiles
 from srigl_core.backends.cupy_gpu.device import DeviceProperties
 from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
 from srigl_core.backends.cupy_gpu.variants import Variant, variants
@@ -52,6 +52,8 @@ class SimulatedDevice:
     folder: Path = KERNELS
     one_by_one: bool = False
     launched: set[Variant] = field(default_factory=set)
+    loaded: set[Variant] = field(default_factory=set)
+    captures: bool = False
     n_made: int = 0
     _kernels: dict[Variant, HostKernel] = field(default_factory=dict)
 
@@ -74,6 +76,19 @@ class SimulatedDevice:
         kernel.max_dynamic_shared_size_bytes = shared_bytes
         kernel(grid, block, arguments, shared_mem=shared_bytes)
         self.launched.add(variant)
+
+    def load(self, variant: Variant) -> None:
+        """Note that a kernel will be launched."""
+        self.loaded.add(variant)
+
+    def fitting_blocks(self, variant: Variant, threads: int, shared_bytes: int) -> int:
+        """Return how many blocks run at once."""
+        resident = launch_model.resident_blocks(self.properties, threads, shared_bytes)
+        return self.properties.processors * resident
+
+    def is_capturing(self) -> bool:
+        """Return whether a graph is captured, which `captures` says."""
+        return self.captures
 
     def _build(self, wanted: Variant) -> None:
         whole = [variant for variant in variants() if variant.file == wanted.file]
@@ -132,6 +147,12 @@ class Setting:
     stream_rows : int
         Rows up to which the weight is streamed.
     processors : int
+    warps : tuple of int
+        Of a block that stages a tile. Few, since a tile of few bytes takes many rounds of a block.
+    processor_threads : int
+        Few, so that a warp has several slices of neurons.
+    narrow_positions : int
+        Values up to which positions have 32 bits.
     order : Order
         Of threads and blocks.
     """
@@ -140,6 +161,9 @@ class Setting:
     lanes: tuple[int, ...] = (1, 2, 4, 8)
     stream_rows: int = 0
     processors: int = 3
+    warps: tuple[int, ...] = (8,)
+    processor_threads: int = 2048
+    narrow_positions: int = 1 << 31
     order: Order = field(default_factory=Order)
 
 
@@ -148,12 +172,18 @@ CAPABILITIES = Capabilities(largest_problem=200_000)
 
 SETTINGS = {
     "one lane": Setting(288, (1,)),
-    "two lanes": Setting(512, (2,), order=Order("reverse", "reverse")),
+    "two lanes": Setting(512, (2,), narrow_positions=0, order=Order("reverse", "reverse")),
     "four lanes": Setting(1024, (4,), processors=132, order=Order(1)),
     "eight lanes": Setting(2048, (8,), processors=1, order=Order(2, "reverse")),
-    "whole inputs": Setting(48 << 10, order=Order(3)),
+    "whole inputs": Setting(48 << 10, warps=launch_model.WARPS, order=Order(3)),
+    "several trips": Setting(48 << 10, (4,), warps=launch_model.WARPS, order=Order(6)),
     "streamed": Setting(48 << 10, stream_rows=8, order=Order(4)),
-    "streamed in place": Setting(160, (1, 4), stream_rows=8, processors=1, order=Order("reverse")),
+    "streamed in place": Setting(
+        160, (1, 4), stream_rows=8, processors=1, processor_threads=256, order=Order("reverse")
+    ),
+    "streamed again": Setting(
+        48 << 10, stream_rows=8, processors=1, processor_threads=256, order=Order(5)
+    ),
 }
 
 
@@ -161,14 +191,20 @@ SETTINGS = {
 def simulated_backend(setting: Setting, **device: Any) -> Iterator[GpuBackend]:
     """Give the backend on a simulated device; `device` are options of `SimulatedDevice`."""
     properties = DeviceProperties(
-        "simulated", setting.processors, setting.shared_bytes, 4 * setting.shared_bytes
+        "simulated",
+        setting.processors,
+        setting.shared_bytes,
+        4 * setting.shared_bytes,
+        setting.processor_threads,
     )
     backend = GpuBackend(SimulatedDevice(properties, **device), "simulated", CAPABILITIES)
     backend.arrays = TightArrays()
     with (
-        mock.patch.object(condensed_matmul, "TILE_LANES", setting.lanes),
-        mock.patch.object(condensed_matmul, "MOST_STREAM_ROWS", setting.stream_rows),
-        mock.patch.object(condensed_matmul, "MOST_BATCH_SPLITS", 2),  # several tiles to a block
+        mock.patch.object(launch_model, "TILE_LANES", setting.lanes),
+        mock.patch.object(launch_model, "MOST_STREAM_ROWS", setting.stream_rows),
+        mock.patch.object(launch_model, "MOST_BATCH_SPLITS", 2),  # several tiles to a block
+        mock.patch.object(launch_model, "WARPS", setting.warps),
+        mock.patch.object(tiles, "MOST_NARROW_POSITIONS", setting.narrow_positions),
         run_in_order(setting.order),
     ):
         yield backend

@@ -3,7 +3,10 @@
 `tests/frameworks/test_cuda_arrays.py` has the arrays of PyTorch and JAX on a device.
 """
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -31,7 +34,8 @@ from cuda_problems import (  # noqa: E402
 )
 from cupy_on_host import hosted_backend, seen  # noqa: E402
 
-from srigl_core.backends.cupy_gpu import cupy_device  # noqa: E402
+from srigl_core.backends.cupy_gpu import cuda_arrays, cupy_device  # noqa: E402
+from srigl_core.backends.cupy_gpu.device import DeviceProperties  # noqa: E402
 from srigl_core.backends.cupy_gpu.variants import Variant, variants  # noqa: E402
 from srigl_core.errors import BackendUnavailableError  # noqa: E402
 
@@ -66,6 +70,17 @@ def test_a_kernel_that_does_not_compile_says_why():
 
 
 @needs_compiler
+def test_a_device_too_old_for_the_compiler_needs_another_cupy(monkeypatch):
+    with pytest.raises(BackendUnavailableError, match=r"oldest is \d+; replace .*cupy-cuda12x"):
+        cupy_device.compiled(CONVERT, "20")
+    supported = cupy.cuda.nvrtc.getSupportedArchs()
+    between = next(n for n in range(min(supported), max(supported)) if n not in supported)
+    for_the_driver, _ = cupy_device.compiled(CONVERT, str(between))
+    (named,) = re.findall(rb"\.target sm_(\d+)", for_the_driver)
+    assert int(named) == max(n for n in supported if n < between)
+
+
+@needs_compiler
 def test_what_is_compiled_is_read_again(monkeypatch, tmp_path):
     monkeypatch.setenv("SRIGL_CACHE_DIR", str(tmp_path))
     loaded = []
@@ -73,9 +88,9 @@ def test_what_is_compiled_is_read_again(monkeypatch, tmp_path):
     monkeypatch.setattr(cupy, "RawModule", lambda path: FakeModule(path, loaded))
     cupy_device._cache.cache_clear()
     try:
-        first = cupy_device._kernel.__wrapped__(0, CONVERT)
+        first = cupy_device._loaded_kernel(0, CONVERT)
         monkeypatch.setattr(cupy_device, "compiled", None)
-        assert cupy_device._kernel.__wrapped__(0, CONVERT) == first
+        assert cupy_device._loaded_kernel(0, CONVERT).symbol == first.symbol
     finally:
         cupy_device._cache.cache_clear()
     assert loaded[0] == loaded[1]
@@ -107,7 +122,7 @@ def test_a_damaged_kernel_is_compiled_anew(monkeypatch, tmp_path, spoil, ending)
     monkeypatch.setattr(cupy_device, "compiled", compile_it)
     monkeypatch.setattr(cupy_device, "_cache", lambda: (tmp_path, ""))
     for expected in (1, 1, 2, 2):
-        assert cupy_device._kernel.__wrapped__(0, CONVERT) == "convert"
+        assert cupy_device._loaded_kernel(0, CONVERT).symbol == "convert"
         assert len(compiled) == expected
         if len(loaded) == 2:
             (file,) = tmp_path.rglob(f"*.{ending}")
@@ -124,7 +139,7 @@ def test_where_nothing_can_be_kept_a_kernel_is_compiled_all_the_same(monkeypatch
     monkeypatch.setattr(cupy, "RawModule", lambda path: FakeModule(path, loaded))
     gone = tmp_path / "gone"
     monkeypatch.setattr(cupy_device, "_cache", lambda: (None if place == "off" else gone, place))
-    assert "convert" in cupy_device._kernel.__wrapped__(0, CONVERT)
+    assert "convert" in cupy_device._loaded_kernel(0, CONVERT).symbol
     assert not gone.exists()
     assert not loaded[0].startswith(str(tmp_path))
 
@@ -143,7 +158,88 @@ class FakeModule:
         loaded.append(path)
 
     def get_function(self, symbol):
-        return symbol
+        return FakeKernel(symbol)
+
+
+class FakeKernel:
+    shared_size_bytes = 1000
+
+    def __init__(self, symbol):
+        self.symbol, self.kernel = symbol, SimpleNamespace(ptr=77)
+
+
+@pytest.fixture(autouse=True)
+def properties(monkeypatch):
+    """Give the properties of a device that is not there."""
+    made_up = DeviceProperties("made up", 10, 100_000, 120_000, 1536)
+    if not number_of_devices():
+        monkeypatch.setattr(cupy_device, "_properties", lambda device: made_up)
+    return made_up
+
+
+def test_a_kernel_is_given_all_shared_memory_when_it_is_loaded(monkeypatch, tmp_path, properties):
+    """If launches set what they need, a thread could change it for another's launch."""
+    monkeypatch.setattr(cupy_device, "_properties", lambda device: properties)
+    monkeypatch.setattr(cupy.cuda, "Device", FakeDevice)
+    monkeypatch.setattr(cupy, "RawModule", lambda path: FakeModule(path, []))
+    monkeypatch.setattr(cupy_device, "compiled", lambda *_: (b"\x7fELF", "convert"))
+    monkeypatch.setattr(cupy_device, "_cache", lambda: (tmp_path, ""))
+    kernel = cupy_device._loaded_kernel(0, CONVERT)
+    assert kernel.max_dynamic_shared_size_bytes == 99_000
+
+
+def test_the_driver_says_how_many_blocks_fit(monkeypatch, properties):
+    asked = []
+
+    def occupancy(*arguments):
+        asked.append(arguments)
+        return 3
+
+    monkeypatch.setattr(cupy_device, "_properties", lambda device: properties)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 5)
+    monkeypatch.setattr(cupy.cuda.driver, "occupancyMaxActiveBlocksPerMultiprocessor", occupancy)
+    monkeypatch.setitem(cupy_device._kernels, (5, CONVERT), FakeKernel("convert"))
+    device = cupy_device.CupyDevice()
+    try:
+        assert [device.fitting_blocks(CONVERT, 256, 500) for _ in range(2)] == [30, 30]
+    finally:
+        cupy_device._fitting_blocks.cache_clear()
+    assert asked == [(77, 256, 500)]
+
+
+def test_pytorchs_stream_and_memory_are_used_without_a_warning(monkeypatch):
+    """The suite turns warnings into errors, as users may."""
+    library = mock.Mock(**{"stream.return_value": 0x7F00, "memory.return_value": (4096, "owner")})
+    monkeypatch.setattr(cuda_arrays, "library_of", lambda array: library)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
+    contexts = []
+    monkeypatch.setattr(cuda_arrays, "_context", lambda *parts: contexts.append(parts))
+    for cached in (cuda_arrays._stream, cuda_arrays._allocator):
+        cached.cache_clear()
+    try:
+        for _ in range(2):
+            cuda_arrays.CudaArrays(None).execution_context(object())
+        stream, allocate = contexts[0]
+        assert stream.ptr == 0x7F00
+        assert contexts[1] == (stream, allocate)
+        memory = allocate(64)
+        assert (memory.ptr, memory.mem.size, memory.device_id) == (4096, 64, 0)
+    finally:
+        for cached in (cuda_arrays._stream, cuda_arrays._allocator):
+            cached.cache_clear()
+
+
+def test_arrays_with_a_stream_are_read_without_waiting_for_it(monkeypatch):
+    """PyTorch's DLPack makes streams wait for each other, which a captured graph forbids."""
+    read = []
+    monkeypatch.setattr(cupy, "asarray", lambda array: read.append("interface"))
+    monkeypatch.setattr(cupy, "from_dlpack", lambda array: read.append("dlpack"))
+    given = SimpleNamespace(__dlpack__=None)
+    for address in (0x7F00, None):
+        library = SimpleNamespace(stream=lambda array, address=address: address)
+        monkeypatch.setattr(cuda_arrays, "library_of", lambda array, library=library: library)
+        cuda_arrays._read(given)
+    assert read == ["interface", "dlpack"]
 
 
 @pytest.fixture
@@ -170,6 +266,41 @@ def test_cupy_arrays_go_in_and_come_out(hosted, dtype, batch):
     got = plan.backward(upload(grad), upload(x))
     for name in ("x", "values", "bias"):
         np.testing.assert_array_equal(seen(getattr(got, name)), getattr(wanted, name))
+
+
+@pytest.mark.parametrize("batch", [3, 40])
+def test_while_a_graph_is_captured_nothing_is_made_that_is_not_there_yet(hosted, batch):
+    weight, x, grad, bias = problem("float32", (batch,))
+    upload, device = hosted.device.upload, hosted.device
+    plan = prepare(weight, backend=hosted)
+    x, grad, bias = upload(x), upload(grad), upload(bias)
+    calls = lambda: (plan(x, bias), plan(x), plan.backward(grad, x))  # noqa: E731
+    device.captures = True
+    for call in (lambda: plan(x), lambda: plan.backward(grad, x)):
+        with pytest.raises(SriglError, match=r"missing .* captured; call plan.warm\(batches"):
+            call()
+    device.captures = False
+    plan.warm([batch], [np.float32])
+    device.captures, device.waits = True, 0
+    product, without_bias, gradients = calls()
+    assert device.waits == 0
+    assert device.launched <= device.loaded
+    wanted = condensed_matmul(seen(x), weight, seen(bias), backend="reference")
+    np.testing.assert_array_equal(seen(product), wanted)
+    wanted = condensed_matmul(seen(x), weight, backend="reference")
+    np.testing.assert_array_equal(seen(without_bias), wanted)
+    wanted = condensed_matmul_backward(seen(grad), seen(x), weight, backend="reference")
+    for name in ("x", "values", "bias"):
+        np.testing.assert_array_equal(seen(getattr(gradients, name)), getattr(wanted, name))
+
+
+def test_batches_and_dtypes_to_warm_are_checked(hosted):
+    plan = prepare(problem("float32", (3,))[0], backend=hosted)
+    with pytest.raises(SriglError, match="batch"):
+        plan.warm([0])
+    with pytest.raises(ValueTypeError, match="dtype"):
+        plan.warm([1], [np.int32])
+    prepare(plan.weight, backend="reference").warm([1])  # has nothing to make
 
 
 @pytest.mark.parametrize("where", ["host", "device"])
@@ -200,6 +331,19 @@ def test_cupy_masks_are_updated(hosted, dtype):
     got = update_mask(*map(hosted.device.upload, arrays), **UPDATE, backend=hosted)
     np.testing.assert_array_equal(seen(got.mask), wanted.mask)
     np.testing.assert_array_equal(seen(got.weight), wanted.weight)
+
+
+def test_an_update_has_few_launches_and_waits_for_two_counts(hosted):
+    """Beside those of the checks, which count what is not finite in gradient and weight."""
+    weight, grad, mask = map(hosted.device.upload, update_problem())
+    device = hosted.device
+    device.n_launches = device.waits = 0
+    update_mask(weight, grad, mask, **UPDATE, backend=hosted)
+    assert device.n_launches <= 20
+    assert device.waits == 2 + 2
+    device.n_launches = device.waits = 0
+    assert hosted.arrays.count_nonfinite(grad) == hosted.arrays.count_nonfinite(weight, mask) == 0
+    assert (device.n_launches, device.waits) == (2, 2)
 
 
 def test_bad_arrays_are_refused_by_name(hosted):

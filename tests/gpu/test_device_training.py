@@ -1,4 +1,4 @@
-"""Masked training with the CuPy backend: weights, gradients and masks stay on the device.
+"""Training with the CuPy backend: weights, gradients and masks stay on the device.
 
 CuPy arrays are real, in the host's memory; CUDA tensors are host tensors that PyTorch's adapter
 reports as device tensors. Each copy between host and device is counted, by bytes.
@@ -11,7 +11,15 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from srigl_core import SparseTrainer, SriglError, TrainingConfig, ValueTypeError
+from srigl_core import (
+    CondensedWeight,
+    SparseTrainer,
+    SriglError,
+    TrainingConfig,
+    ValueTypeError,
+    condensed_matmul,
+    condensed_matmul_backward,
+)
 from srigl_core._arrays.libraries.pytorch import PytorchTensors
 from srigl_core.errors import BackendUnavailableError
 from srigl_core.reference import UpdateSchedule
@@ -190,3 +198,118 @@ def test_a_model_on_the_device_is_updated_there_if_a_backend_can_run(backend, av
         assert srigl.trainer.device == ("cuda" if available else "cpu")
     for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.fixture
+def layer_on_the_device(backend):
+    """Give tensors of a condensed layer, which say they are elsewhere, and the ops' modules."""
+    torch = pytest.importorskip("torch")
+    from srigl_core.torch import CondensedLinear, ops, packing
+
+    class DeviceTensor(torch.Tensor):
+        is_cpu = property(lambda self: False)
+
+    torch.manual_seed(0)
+    layer = CondensedLinear(30, 12, fan_in=5, rng=0)
+    tensors = layer.values, layer.indices, layer.active, layer.counts
+    there = [tensor.detach().clone().as_subclass(DeviceTensor) for tensor in tensors]
+    with (
+        tensors_on_the_device(backend.device),
+        mock.patch.object(packing, "get_backend", return_value=backend),
+    ):
+        yield ops, packing, there, DeviceTensor
+
+
+def numpy_weight(values, indices, active, counts):
+    n_active, fan_in = counts.tolist()
+    used = slice(n_active * fan_in)
+    values, indices = (t[used].numpy().reshape(n_active, fan_in) for t in (values, indices))
+    return CondensedWeight(values, indices, active[:n_active].numpy(), (len(active), 30))
+
+
+@pytest.mark.parametrize("batch", [3, 40])
+def test_a_condensed_layer_trains_on_the_device_without_copies_or_waits(
+    backend, layer_on_the_device, batch
+):
+    """However its values are written: PyTorch does not count the writes of fused optimisers."""
+    ops, _, (values, *mask), there = layer_on_the_device
+    torch, device = pytest.importorskip("torch"), backend.device
+    x, grad, bias = (torch.randn(*n).as_subclass(there) for n in ((batch, 30), (batch, 12), (12,)))
+
+    def step():
+        y = ops.multiply(x, values, *mask, bias, 30)
+        gradients = ops.compute_gradients(grad, x, values, *mask, 30, True, True, True)
+        weight = numpy_weight(values, *mask)
+        close = {"rtol": 1e-4, "atol": 1e-4}
+        wanted = condensed_matmul(x.numpy(), weight, bias.numpy(), backend="reference")
+        np.testing.assert_allclose(y.numpy(), wanted, **close)
+        wanted = condensed_matmul_backward(grad.numpy(), x.numpy(), weight, backend="reference")
+        for got, name in zip(gradients, ("x", "values", "bias"), strict=True):
+            expected = getattr(wanted, name).reshape(got.shape)
+            np.testing.assert_allclose(got.numpy(), expected, **close)
+
+    step()  # packs the mask
+    device.copies.clear()
+    device.waits = 0
+    with mock.patch.object(torch, "equal", side_effect=AssertionError("the host waits")):
+        for factor in (2.0, -1.0):
+            values.numpy()[...] *= factor  # which PyTorch does not count
+            step()
+    assert (device.copies, device.waits) == ([], 0)
+    indices = mask[0]
+    indices.copy_((indices + 1) % 30)  # which it counts: another mask
+    waits = mock.patch.object(torch, "equal", side_effect=AssertionError("the host waits"))
+    with waits, pytest.raises(AssertionError, match="waits"):
+        step()
+
+
+def test_values_of_any_strides_are_read(layer_on_the_device):
+    ops, _, (values, *mask), there = layer_on_the_device
+    torch = pytest.importorskip("torch")
+    x, strided = torch.randn(9, 30).as_subclass(there), torch.stack([values, -values], 1)[:, 0]
+    assert not strided.is_contiguous()
+    expected = ops.multiply(x, values, *mask, None, 30)
+    assert torch.equal(ops.multiply(x, strided, *mask, None, 30), expected)
+
+
+def test_a_frozen_layer_keeps_the_order_of_its_values(backend, layer_on_the_device):
+    ops, packing, tensors, there = layer_on_the_device
+    torch = pytest.importorskip("torch")
+    x = torch.randn(40, 30).as_subclass(there)
+    packing.freeze_packing(*tensors, 30)
+    try:
+        y = ops.multiply(x, *tensors, None, 30)
+        launches = backend.device.n_launches
+        assert torch.equal(ops.multiply(x, *tensors, None, 30), y)
+        assert backend.device.n_launches == launches + 1
+    finally:
+        packing.unfreeze_packing(*tensors[:2])
+    wanted = condensed_matmul(x.numpy(), numpy_weight(*tensors), backend="reference")
+    np.testing.assert_allclose(y.numpy(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_are_read_on_pytorchs_stream(backend, layer_on_the_device):
+    """If they were read before, their stream and the backend's would wait for each other."""
+    ops, _, (values, *mask), there = layer_on_the_device
+    torch, inside = pytest.importorskip("torch"), []
+
+    @contextmanager
+    def context(like):
+        assert isinstance(like, torch.Tensor) or inside
+        inside.append(True)
+        yield
+        inside.pop()
+
+    arrays, outside = backend.arrays, []
+    read = arrays.as_float_array
+
+    def as_float_array(array, what):
+        if not inside:
+            outside.append(what)
+        return read(array, what)
+
+    x, grad = torch.randn(9, 30).as_subclass(there), torch.randn(9, 12).as_subclass(there)
+    with mock.patch.multiple(arrays, execution_context=context, as_float_array=as_float_array):
+        ops.multiply(x, values, *mask, torch.randn(12).as_subclass(there), 30)
+        ops.compute_gradients(grad, x, values, *mask, 30, True, True, True)
+    assert outside == []

@@ -100,6 +100,13 @@ class ArrayLibrary:
         """Return the address of the library's current CUDA stream; None if it has none."""
         return None
 
+    def memory(self, nbytes: int) -> tuple[int, Any]:
+        """Return the address and the owner of new memory on the current CUDA device.
+
+        Work on the library's current stream may use it. Only for libraries with a stream.
+        """
+        raise NotImplementedError
+
 
 @functools.cache
 def bfloat16() -> np.dtype[Any]:

@@ -96,3 +96,12 @@ class PytorchTensors(ArrayLibrary):
         if not array.is_cuda:
             return None
         return int(sys.modules["torch"].cuda.current_stream(array.device).cuda_stream)
+
+    def memory(self, nbytes: int) -> tuple[int, Any]:
+        """Return the address and the owner of memory from PyTorch's allocator.
+
+        Unlike CuPy's pool it has memory while a graph is captured.
+        """
+        torch = sys.modules["torch"]
+        owner = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+        return owner.data_ptr(), owner
