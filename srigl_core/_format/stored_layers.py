@@ -21,7 +21,7 @@ __all__ = ["StoredLayer", "load_layers"]
 class StoredLayer(NamedTuple):
     """A layer of a file, in the order in which `chain` takes it.
 
-    Parameters
+    Attributes
     ----------
     weight : CondensedWeight or QuantizedWeight
         That of a convolution is flattened, (out, in * kernel height * kernel width).
