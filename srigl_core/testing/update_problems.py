@@ -149,7 +149,7 @@ def _any_settings(
 
     nnz_budget = source.integer(source.sampled_from((n_out, n_out, n_out, 1)), n_out * n_in)
     each = nnz_budget // n_out
-    whole = source.sampled_from((1,) if is_tall else (*8 * (None,), each, each, n_in, n_in))
+    whole = source.sampled_from((1,) if is_tall else (*7 * (None,), each, each, *3 * (n_in,)))
     if whole is not None:  # each neuron may have the same number of weights
         nnz_budget = n_out * max(1, whole)
     drop_fractions = (0.3, 0.0, 0.0, 1.0, 0.05, 0.5, 0.9)
@@ -160,7 +160,7 @@ def _any_settings(
     if is_plain:
         gammas, gamma_shares = gammas[-1:] if is_tall else gammas, (None,)
     elif 2 * _DECIMAL_COUNTS[0] <= n_in <= LARGE:  # wide enough for decimal fractions to matter
-        gammas, gamma_shares = gammas[:1], (*5 * (_decimal,), _just_below_a_count)
+        gammas, gamma_shares = gammas[:1], (_decimal,)
     gamma_sal = setting("gamma_sal", gammas)
     gamma_share = source.sampled_from(gamma_shares)
     counts = (source.integer(0, n_in), source.sampled_from((n_in + 1, 2**40)))
@@ -270,4 +270,4 @@ def _connections_of_a_decimal_count(
 _SHARES = (*6 * (None,), *2 * (_just_below_a_count,), *3 * (_decimal,))
 """How a fraction is made for a number of weights; None is one of any value."""
 
-_GAMMA_SHARES = (None, None, None, _just_below_a_count, _decimal, _decimal)
+_GAMMA_SHARES = (None, None, _just_below_a_count, *3 * (_decimal,))
