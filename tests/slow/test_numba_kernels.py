@@ -874,7 +874,7 @@ for n_out, n_active, n_in, fan_in in (
         NeuronLanes.estimate = staticmethod(lambda *shape, estimate=estimate: estimate)
         condensed_matmul.has_byte_lookup = lambda: kernel == "byte planes"
         plan = srigl_core.prepare(weight, backend="numba")
-        beyond = " up to batch 2" if kernel == "neuron lanes" else " up to batch 4"
+        beyond = f" up to batch {MOST_ROWS if kernel == 'neuron lanes' else 4}"
         begin = "neuron lanes" if kernel == "few" else kernel + beyond
         assert plan.describe()["kernel"].startswith(begin)
         for batch in ROWS + TILES if kernel != "byte planes" else ROWS:
