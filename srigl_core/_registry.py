@@ -120,9 +120,9 @@ def get_backend(
             for status in list_backends()
             if status.capabilities and _offers(status.capabilities, operation, inputs)
         ]
-        wanted = operation if inputs == "float" else f"{operation} with inputs={inputs!r}"
         raise SriglError(
-            f"backend {chosen.name!r} does not offer {wanted}; use one of: {', '.join(offering)}"
+            f"backend {chosen.name!r} does not offer {_wanted(operation, inputs)}; use one of: "
+            f"{', '.join(offering)}"
         )
     return chosen
 
@@ -172,6 +172,10 @@ def _offers(capabilities: Capabilities, operation: str, inputs: str) -> bool:
     return operation in capabilities.operations and not is_other_product
 
 
+def _wanted(operation: str, inputs: str) -> str:
+    return operation if inputs == "float" else f"{operation} with inputs={inputs!r}"
+
+
 @functools.cache
 def _preferred(operation: str, device: str, inputs: str = "float") -> Backend:
     for status in list_backends():
@@ -181,7 +185,8 @@ def _preferred(operation: str, device: str, inputs: str = "float") -> Backend:
     if device != "cpu":
         reasons = "; ".join(s.reason for s in list_backends() if not s.available) or "none is known"
         raise BackendUnavailableError(
-            f"the arrays are on a {device} device, and no backend for it can run here: {reasons}"
+            f"the arrays are on a {device} device, and no backend for it that offers "
+            f"{_wanted(operation, inputs)} can run here: {reasons}"
         )
     raise BackendUnavailableError(
         f"no backend that offers {operation} is installed; is srigl-core itself installed? "

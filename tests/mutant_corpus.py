@@ -284,6 +284,7 @@ def _simulated_backend(file: str, change: Change) -> Any:
     from simulated import KERNELS, SimulatedDevice, TightArrays
 
     from srigl_core.backends.cupy_gpu.device import DeviceProperties
+    from srigl_core.backends.cupy_gpu.gpu_backend import CAPABILITIES
 
     module, folder = "srigl_core.backends.cupy_gpu.gpu_backend", KERNELS
     if file.endswith(".py"):
@@ -319,8 +320,12 @@ def _simulated_backend(file: str, change: Change) -> Any:
             self.device.properties = devices[weight.nnz % 2]
             return super().prepare(weight)
 
+        def prepare_quantized(self, weight: Any, inputs: str) -> Any:
+            self.device.properties = devices[weight.nnz % 2]
+            return super().prepare_quantized(weight, inputs)
+
     most = 400_000 if "update" in file else 900_000  # an update of many rows takes seconds
-    backend = Backend(Device(), "simulated", Capabilities(largest_problem=most))
+    backend = Backend(Device(), "simulated", replace(CAPABILITIES, largest_problem=most))
     backend.arrays = TightArrays()
     return backend
 

@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from srigl_core import (
+    BackendUnavailableError,
     CondensedWeight,
     QuantizedPlan,
     QuantizedWeight,
@@ -416,6 +417,12 @@ def test_a_backend_that_lacks_the_product_is_an_error_that_names_those_that_have
     ):
         with pytest.raises(SriglError, match=message):
             call()
+
+
+def test_where_no_backend_of_a_device_has_the_product_the_error_names_it():
+    message = "on a cuda device, .* offers quantized_matmul with inputs='int8' can run here"
+    with pytest.raises(BackendUnavailableError, match=message):
+        get_backend(operation="quantized_matmul", device="cuda", inputs="int8")
 
 
 def test_where_none_is_named_one_that_has_the_product_is_used():

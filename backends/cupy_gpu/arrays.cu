@@ -12,6 +12,7 @@ __global__ void __launch_bounds__(256, 4)
 }
 
 // out[i] = values[positions[i]], or 0 where positions[i] is negative: the order of a layout.
+// Quantised values keep their type.
 template <class T, class Position>
 __global__ void __launch_bounds__(256, 4)
     arrange(const T* __restrict__ values, const Position* __restrict__ positions, void* out,
@@ -20,7 +21,10 @@ __global__ void __launch_bounds__(256, 4)
   for (long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
        i += stride) {
     const Position position = positions[i];
-    write(out, i, position < 0 ? Sum<T>(0) : widened(values[position]), out_type);
+    if constexpr (sizeof(T) == 1)
+      static_cast<T*>(out)[i] = position < 0 ? 0 : values[position];
+    else
+      write(out, i, position < 0 ? Sum<T>(0) : widened(values[position]), out_type);
   }
 }
 

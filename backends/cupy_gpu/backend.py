@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from srigl_core.backends.cupy_gpu.cuda_arrays import CudaArrays
 from srigl_core.backends.cupy_gpu.cupy_device import CupyDevice, check_device, runtime_info
-from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
-from srigl_core.contract import Capabilities
+from srigl_core.backends.cupy_gpu.gpu_backend import CAPABILITIES, GpuBackend
 
 __all__ = ["CupyBackend"]
 
@@ -16,7 +17,7 @@ class CupyBackend(GpuBackend):
     def __init__(self) -> None:
         check_device()
         device = CupyDevice()
-        super().__init__(device, "cupy", Capabilities(device="cuda", priority=30))
+        super().__init__(device, "cupy", replace(CAPABILITIES, device="cuda", priority=30))
         self.arrays = CudaArrays(device)
 
     def runtime_info(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The product with a condensed weight, and its gradients, as CUDA kernels (SPEC 2).
+"""The product with a weight, and the gradients of a condensed one, as CUDA kernels (SPEC 2, 6).
 
 `products` has the launches, which all values on a mask share. One kernel arranges values in the
 order of a launch. No kernel uses atomics, so that results are reproducible bit for bit. A call
@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from srigl_core._arrays.dtypes import accumulator_dtype
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core.backends.cupy_gpu.conversions import convert, launch_over, output_type
 from srigl_core.backends.cupy_gpu.device import Device, check_not_capturing
 from srigl_core.backends.cupy_gpu.launch_model import MOST_STREAM_ROWS
 from srigl_core.backends.cupy_gpu.products import Epilogue, Products
 from srigl_core.backends.cupy_gpu.scratch import Scratch
-from srigl_core.backends.cupy_gpu.variants import CUDA_TYPES, Variant, position_type
+from srigl_core.backends.cupy_gpu.variants import CUDA_TYPES, VALUE_TYPES, Variant, position_type
 from srigl_core.contract import ACTIVATIONS, MatmulGradients
 from srigl_core.errors import SriglError
 
@@ -34,11 +34,12 @@ _Launch = Callable[[], None]
 
 
 class GpuPrepared:
-    """A condensed weight in this backend's layouts.
+    """A condensed or quantised weight in this backend's layouts.
 
     Parameters
     ----------
-    weight : CondensedWeight
+    weight : CondensedWeight or QuantizedWeight
+        A quantised one has products only.
     device : Device
     products : Products or None
         The launches of the weight's mask, if there are any yet.
@@ -48,7 +49,7 @@ class GpuPrepared:
 
     def __init__(
         self,
-        weight: CondensedWeight,
+        weight: CondensedWeight | QuantizedWeight,
         device: Device,
         products: Products | None = None,
         values: Any | None = None,
@@ -58,6 +59,12 @@ class GpuPrepared:
         self._home = device.number()
         self._products = products or Products(weight, device)
         self._may_change = values is not None
+        self._is_quantized = isinstance(weight, QuantizedWeight)
+        self._scale: Any = np.intp(0)  # a null pointer
+        if isinstance(weight, QuantizedWeight):
+            scale = np.ones(weight.shape[0], np.float32)
+            scale[weight.active] = weight.scale
+            self._scale = device.upload(scale)
         if values is None:
             values = device.upload(np.ascontiguousarray(weight.values).ravel())
             device.finish()
@@ -75,8 +82,10 @@ class GpuPrepared:
 
     def describe(self) -> dict[str, object]:
         """Return kernels, layout, and bytes in addition to the weight's own."""
-        launch = self._products.model.tile(_DESCRIBED_BATCH, self.weight.dtype)
-        kept = (self._values, *self._arranged.values())
+        launch = self._products.model.tile(_DESCRIBED_BATCH, self.weight.float_dtype)
+        kept = [self._values, *self._arranged.values()]
+        if self._is_quantized:
+            kept.append(self._scale)
         return {
             "kernel": f"stream up to batch {MOST_STREAM_ROWS}, tiles beyond",
             f"at batch {_DESCRIBED_BATCH}": str(launch),
@@ -136,13 +145,17 @@ class GpuPrepared:
         product_type = _wider(dtype, self._values.dtype)
         self._products.zeros(self.weight.shape[0], accumulator_dtype(product_type))
         products = [
-            *(self._products.forward(batch, product_type, dtype, (0, c)) for c in (False, True)),
-            self._products.input_gradient(batch, product_type, dtype),
+            self._products.forward(batch, product_type, dtype, (0, c)) for c in (False, True)
         ]
-        kernels = {variant for product in products for variant in product.variants}
-        kernels |= {*self._products.value_gradient(batch, product_type).variants}
-        kernels |= {_sum_columns(dtype), *(self._arrange(each.positions) for each in products)}
-        types = {dtype.name, self._values.dtype.name, product_type.name}
+        types = {dtype.name, product_type.name}
+        kernels = set()
+        if not self._is_quantized:
+            products.append(self._products.input_gradient(batch, product_type, dtype))
+            kernels = {*self._products.value_gradient(batch, product_type).variants}
+            kernels.add(_sum_columns(dtype))
+            types.add(self._values.dtype.name)
+        for each in products:
+            kernels |= {*each.variants, self._arrange(each.positions)}
         kernels |= {Variant("arrays.cu", f"convert<{CUDA_TYPES[name]}>") for name in types}
         for variant in kernels:
             self._device.load(variant)
@@ -154,9 +167,10 @@ class GpuPrepared:
         n_out, n_in = self.weight.shape
         x, grad = _outline((batch, n_in), dtype), _outline((batch, n_out), dtype)
         bias = _outline((n_out,), _wider(dtype, self._values.dtype))
-        gradients = MatmulGradients(x, _outline(self.weight.values.shape, dtype), bias)
         self._product(x, bias, grad, _NO_ACTIVATION, forward)
-        self._gradients(grad, x, gradients, backward)
+        if not self._is_quantized:
+            gradients = MatmulGradients(x, _outline(self.weight.values.shape, dtype), bias)
+            self._gradients(grad, x, gradients, backward)
 
     def _check_home(self) -> None:
         current = self._device.number()
@@ -177,8 +191,12 @@ class GpuPrepared:
             bias = self._products.zeros(self.weight.shape[0], sums)
         else:
             bias = scratch.converted(bias, sums)
+        if self._is_quantized:
+            dtype = self._values.dtype
         values = self._arranged_values(product.positions, dtype, scratch)
-        return self._written(out, scratch, lambda result: product.launch(x, values, bias, result))
+        return self._written(
+            out, scratch, lambda result: product.launch(x, values, bias, self._scale, result)
+        )
 
     def _gradients(
         self, grad: Any, x: Any | None, out: MatmulGradients, scratch: Scratch
@@ -199,7 +217,7 @@ class GpuPrepared:
         values = self._arranged_values(product.positions, dtype, scratch)
         grad = scratch.converted(grad, dtype)
         return self._written(
-            out, scratch, lambda result: product.launch(grad, values, bias, result)
+            out, scratch, lambda result: product.launch(grad, values, bias, self._scale, result)
         )
 
     def _value_gradient(self, grad: Any, x: Any, out: Any, scratch: Scratch) -> _Launch:
@@ -258,7 +276,7 @@ class GpuPrepared:
         launch_over(self._device, self._arrange(positions), positions.size, arguments)
 
     def _arrange(self, positions: Any) -> Variant:
-        types = f"{CUDA_TYPES[self._values.dtype.name]}, {position_type(positions.dtype)}"
+        types = f"{VALUE_TYPES[self._values.dtype.name]}, {position_type(positions.dtype)}"
         return Variant("arrays.cu", f"arrange<{types}>")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from srigl_core.backends.cupy_gpu.device import Device
-from srigl_core.backends.cupy_gpu.variants import CUDA_TYPES, Variant
+from srigl_core.backends.cupy_gpu.variants import CUDA_TYPES, VALUE_TYPES, Variant
 
 __all__ = ["BLOCKS_A_PROCESSOR", "THREADS", "convert", "converted", "launch_over", "output_type"]
 
@@ -19,7 +19,7 @@ BLOCKS_A_PROCESSOR = 8
 @functools.cache
 def output_type(dtype: np.dtype[Any]) -> np.int32:
     """Return the `OutputType` of numbers.cuh for a dtype."""
-    return np.int32(list(CUDA_TYPES).index(dtype.name))
+    return np.int32(list(VALUE_TYPES).index(dtype.name))
 
 
 def launch_over(device: Device, variant: Variant, size: int, arguments: tuple[Any, ...]) -> None:

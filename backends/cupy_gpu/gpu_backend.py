@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core._update import MaskUpdate, UpdateSettings
 from srigl_core.backends.cupy_gpu import mask_update
 from srigl_core.backends.cupy_gpu.condensed_matmul import GpuPrepared
 from srigl_core.backends.cupy_gpu.device import Device
-from srigl_core.contract import Capabilities
+from srigl_core.contract import OPERATIONS, Capabilities
 
-__all__ = ["GpuBackend"]
+__all__ = ["CAPABILITIES", "GpuBackend"]
+
+CAPABILITIES = Capabilities(
+    operations=frozenset({*OPERATIONS[:3], "quantized_matmul"}),
+    quantized_inputs=frozenset({"float"}),
+)
+"""What the kernels can do, on any device."""
 
 
 class GpuBackend:
@@ -31,6 +37,10 @@ class GpuBackend:
 
     def prepare(self, weight: CondensedWeight) -> GpuPrepared:
         """Return `weight` in this backend's layout."""
+        return GpuPrepared(weight, self.device)
+
+    def prepare_quantized(self, weight: QuantizedWeight, inputs: str) -> GpuPrepared:
+        """Return a quantised weight in this backend's layout; `inputs` is "float"."""
         return GpuPrepared(weight, self.device)
 
     def update_mask(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.packed_weight import PackedWeight
 from srigl_core.backends.cupy_gpu.device import Device, check_not_capturing
 from srigl_core.backends.cupy_gpu.tiles import CHUNK, Tiles, pack_tiles, smallest_positions
 
@@ -50,7 +50,7 @@ class Layouts:
     kept.
     """
 
-    def __init__(self, weight: CondensedWeight, device: Device, block_shared_bytes: int) -> None:
+    def __init__(self, weight: PackedWeight, device: Device, block_shared_bytes: int) -> None:
         self._device, self._block_shared_bytes = device, block_shared_bytes
         self._shape, self._fan_in, self._nnz = weight.shape, weight.fan_in, weight.nnz
         self._indices, self._active = weight.indices, weight.active

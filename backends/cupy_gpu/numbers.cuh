@@ -26,6 +26,7 @@ __device__ __forceinline__ float widened(float x) { return x; }
 __device__ __forceinline__ double widened(double x) { return x; }
 __device__ __forceinline__ float widened(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widened(signed char x) { return x; }
 
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
@@ -51,9 +52,9 @@ struct Rounding<__nv_bfloat16, double> {
   static __device__ __forceinline__ __nv_bfloat16 of(double x) { return __double2bfloat16(x); }
 };
 
-enum OutputType { kFloat16, kBfloat16, kFloat32, kFloat64 };
+enum OutputType { kFloat16, kBfloat16, kFloat32, kFloat64, kInt8 };
 
-// out[at] = x, rounded once.
+// out[at] = x, rounded once; of a type that is not kInt8.
 template <class A>
 __device__ __forceinline__ void write(void* out, long long at, A x, int type) {
   switch (type) {
@@ -96,6 +97,12 @@ __device__ __forceinline__ A activated(A z, int activation) {
     default:
       return z / (1 + exp_of(-z));
   }
+}
+
+// A sum of values of type V, times its neuron's scale if these are quantised (SPEC 6).
+template <class V, class A>
+__device__ __forceinline__ A scaled(A sum, const float* __restrict__ scale, long long column) {
+  return sizeof(V) == 1 ? sum * scale[column] : sum;
 }
 
 // Adjacent numbers for one load, aligned to their size, at most 16 bytes.

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from srigl_core._arrays.dtypes import accumulator_dtype
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.packed_weight import PackedWeight
+from srigl_core._format.weight import QuantizedWeight
 from srigl_core.backends.cupy_gpu.conversions import launch_over, output_type
 from srigl_core.backends.cupy_gpu.device import Device, check_not_capturing
 from srigl_core.backends.cupy_gpu.launch_model import (
@@ -61,12 +62,13 @@ class Product:
     variants : tuple of Variant
         The kernels.
     launch : callable
-        Takes x, values, bias and result.
+        Takes x, values, bias, scale and result; the scale is a null pointer unless the values are
+        quantised.
     """
 
     positions: Any
     variants: tuple[Variant, ...]
-    launch: Callable[[Any, Any, Any, Any], None]
+    launch: Callable[[Any, Any, Any, Any, Any], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +95,7 @@ class Products:
 
     Parameters
     ----------
-    weight : CondensedWeight
+    weight : CondensedWeight or QuantizedWeight
         Its values are not used.
     device : Device
 
@@ -103,7 +105,8 @@ class Products:
         Chooses the launches.
     """
 
-    def __init__(self, weight: CondensedWeight, device: Device) -> None:
+    def __init__(self, weight: PackedWeight, device: Device) -> None:
+        self._is_quantized = isinstance(weight, QuantizedWeight)
         size, properties = (*weight.shape, weight.n_active, weight.fan_in), device.properties
         self.model = LaunchModel(properties, *size)
         self._layouts = Layouts(weight, device, properties.block_shared_bytes)
@@ -187,7 +190,8 @@ class Products:
         n_neurons = model.n_active if compact else model.n_out
         staged, shared_bytes = chosen.shared_bytes > 0, chosen.shared_bytes
         stream = self._layouts.stream(chosen.lanes, staged=staged)
-        variant = stream_product(dtype.name, chosen.rows, staged=staged)
+        kind = dtype.name, chosen.rows
+        variant = stream_product(*kind, staged=staged, quantized=self._is_quantized)
         fitting = device.fitting_blocks(variant, STREAM_THREADS, shared_bytes)
         grid = (min(-(-n_neurons * chosen.lanes // STREAM_THREADS), fitting),)
         given = np.int32(batch), np.int64(model.n_in)
@@ -202,8 +206,8 @@ class Products:
             np.int64(n_neurons),
         )
 
-        def launch(x: Any, values: Any, bias: Any, out: Any) -> None:
-            arguments = (x, *given, values, *packed, bias, out, *rest)
+        def launch(x: Any, values: Any, bias: Any, scale: Any, out: Any) -> None:
+            arguments = (x, *given, values, *packed, bias, scale, out, *rest)
             device.launch(variant, grid, (STREAM_THREADS,), arguments, shared_bytes)
 
         return Product(stream.positions, (variant,), launch)
@@ -223,7 +227,7 @@ class Products:
         if of_columns:
             n_inputs, n_neurons = model.n_out, model.n_in
         tiles = self._layouts.tiles(chosen.lanes, of_columns=of_columns)
-        variant = tile_product(dtype.name, chosen.lanes)
+        variant = tile_product(dtype.name, chosen.lanes, quantized=self._is_quantized)
         grid, block = (chosen.tiles, chosen.splits), (32 * chosen.warps,)
         shared_bytes = tiles.shared_bytes
         given = np.int64(batch), np.int64(n_inputs)
@@ -239,8 +243,8 @@ class Products:
             np.int32(n_neurons),
         )
 
-        def launch(x: Any, values: Any, bias: Any, out: Any) -> None:
-            arguments = (x, *given, values, *packed, bias, out, *rest)
+        def launch(x: Any, values: Any, bias: Any, scale: Any, out: Any) -> None:
+            arguments = (x, *given, values, *packed, bias, scale, out, *rest)
             device.launch(variant, grid, block, arguments, shared_bytes)
 
         return Product(tiles.positions, (variant,), launch)

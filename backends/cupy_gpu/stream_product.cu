@@ -16,7 +16,7 @@
 //                                    l / lanes, and in step s the connections from
 //                                    (s * lanes + l % lanes) * 4 on
 //   indices  (slices, steps, 32, 4)  uint16 if x is staged, else uint32
-//   columns, bias, out: as in tile_product.cu; neurons from n_active on have no connections
+//   columns, bias, scale, out: as in tile_product.cu; neurons from n_active on have no connections
 #include "numbers.cuh"
 
 template <class T>
@@ -54,14 +54,15 @@ __device__ __forceinline__ void stage_rows(Pack<T, Rows>* staged, const T* __res
   }
 }
 
-template <class T, int Rows, template <class> class Source>
+template <class T, int Rows, template <class> class Source, class V>
 __global__ void __launch_bounds__(256, 2)
     stream_product(const T* __restrict__ x, int batch, long long n_in,
-                   const Four<T>* __restrict__ values,
+                   const Four<V>* __restrict__ values,
                    const Four<typename Source<T>::Index>* __restrict__ indices, int fan_in,
                    int steps, const int* __restrict__ columns, const Sum<T>* __restrict__ bias,
-                   void* out, long long width, int out_type, int activation, int compact, int lanes,
-                   long long n_active, long long n_neurons) {
+                   const float* __restrict__ scale, void* out, long long width, int out_type,
+                   int activation, int compact, int lanes, long long n_active,
+                   long long n_neurons) {
   DYNAMIC_SHARED(memory);
   Pack<T, Rows>* staged = reinterpret_cast<Pack<T, Rows>*>(memory);
   const int members = 32 / lanes, member = threadIdx.x % 32 / lanes, lane = threadIdx.x % lanes;
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(256, 2)
   const long long connected = (n_active + members - 1) / members;  // slices that have connections
   const long long stride = static_cast<long long>(gridDim.x) * (blockDim.x / 32);
   long long slice = static_cast<long long>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-  Four<T> next_values[kAhead];
+  Four<V> next_values[kAhead];
   Four<typename Source<T>::Index> next_indices[kAhead];
   const auto load = [&](long long of_slice, int step) {
 #pragma unroll
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
     for (int b = 0; b < Rows; ++b) sums[b] = 0;
     for (int step = 0; slice < connected && step < steps; step += kAhead) {
-      Four<T> four[kAhead];
+      Four<V> four[kAhead];
       Four<typename Source<T>::Index> index[kAhead];
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
@@ -135,6 +136,6 @@ __global__ void __launch_bounds__(256, 2)
     for (int b = 0; b < Rows; ++b)
       if (b < batch && b % lanes == lane)
         write(out, b * width + (compact ? neuron : column),
-              activated(sums[b] + offset, activation), out_type);
+              activated(scaled<V>(sums[b], scale, column) + offset, activation), out_type);
   }
 }

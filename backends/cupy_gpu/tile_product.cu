@@ -2,6 +2,9 @@
 //
 //   out[b, columns[i]] = act(bias[columns[i]] + sum_j values[i, j] * x[b, indices[i, j]])
 //
+// Values of type `signed char` are quantised: a finished sum is multiplied by the neuron's scale
+// (SPEC 6). Other values have the type of x.
+//
 // A block processes a tile of the batch (`batch_tile.cuh`) and a range of neuron groups. Each
 // neuron has `Lanes` lanes of a warp. Each lane sums, in registers, for the batch rows in its 16
 // bytes of the tile. A group is 32 / Lanes neurons. Their connections are packed in chunks of four,
@@ -18,17 +21,18 @@
 //   columns  (n_neurons) index of a neuron's bias, and its column of the result. If `compact`, the
 //            column is the neuron's number instead
 //   bias     of the accumulator's type
+//   scale    of quantised values, at the index of the bias; else null
 //   out      (batch, width) of `out_type`
 #include "batch_tile.cuh"
 
-template <class T, int Lanes>
+template <class T, int Lanes, class V>
 __global__ void __launch_bounds__(kMostThreads<T>, 1)
     tile_product(const T* __restrict__ x, long long batch, long long n_in,
-                 const Four<T>* __restrict__ values, const Four<unsigned short>* __restrict__ places,
+                 const Four<V>* __restrict__ values, const Four<unsigned short>* __restrict__ places,
                  const long long* __restrict__ starts, const int* __restrict__ columns,
-                 const Sum<T>* __restrict__ bias, void* out, long long width, int out_type,
-                 int activation, int compact, int n_segments, int tile_rows, int groups,
-                 int n_neurons) {
+                 const Sum<T>* __restrict__ bias, const float* __restrict__ scale, void* out,
+                 long long width, int out_type, int activation, int compact, int n_segments,
+                 int tile_rows, int groups, int n_neurons) {
   DYNAMIC_SHARED(memory);
   Quad<T>* tile = reinterpret_cast<Quad<T>*>(memory);
   constexpr int size = Quad<T>::size, group_neurons = 32 / Lanes;
@@ -59,7 +63,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
       const long long stop = bounds[1];
       for (long long chunk = bounds[0]; chunk < stop; ++chunk) {
         const long long at = chunk * group_neurons + member;
-        const Four<T> four = values[at];
+        const Four<V> four = values[at];
         const Four<unsigned short> place = places[at];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -80,7 +84,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
       const long long b = first + lane * size + j;
       if (b < batch)
         write(out, b * width + (compact ? neuron : column),
-              activated(sums[j] + offset, activation), out_type);
+              activated(scaled<V>(sums[j], scale, column) + offset, activation), out_type);
     }
   }
 }

@@ -13,6 +13,7 @@ __all__ = [
     "CUDA_TYPES",
     "STREAM_ROWS",
     "TILE_LANES",
+    "VALUE_TYPES",
     "Variant",
     "position_type",
     "stream_product",
@@ -29,7 +30,10 @@ CUDA_TYPES = {
     "float32": "float",
     "float64": "double",
 }
-"""CUDA's names of the value types, in the order of `OutputType` in numbers.cuh."""
+"""CUDA's names of the types of inputs and results, in the order of `OutputType` in numbers.cuh."""
+
+VALUE_TYPES = {**CUDA_TYPES, "int8": "signed char"}
+"""CUDA's names of the types of values, in the same order; those of 8 bits are quantised."""
 
 POSITION_TYPES = {"int32": "int", "int64": "long long"}
 """CUDA's names of the types of positions in the condensed values."""
@@ -65,10 +69,15 @@ def variants() -> tuple[Variant, ...]:
     """Return all kernels that can be compiled."""
     types = CUDA_TYPES.values()
     return (
-        *(tile_product(t, lanes) for t, lanes in product(CUDA_TYPES, TILE_LANES)),
         *(
-            stream_product(t, rows, staged=staged)
-            for t, rows, staged in product(CUDA_TYPES, STREAM_ROWS, (True, False))
+            tile_product(dtype, lanes, quantized=quantized)
+            for dtype, lanes, quantized in product(CUDA_TYPES, TILE_LANES, (False, True))
+        ),
+        *(
+            stream_product(dtype, rows, staged=staged, quantized=quantized)
+            for dtype, rows, staged, quantized in product(
+                CUDA_TYPES, STREAM_ROWS, (True, False), (False, True)
+            )
         ),
         *(Variant("value_gradient.cu", f"sum_products<{name}>") for name in types),
         *(
@@ -77,7 +86,7 @@ def variants() -> tuple[Variant, ...]:
         ),
         *(
             Variant("arrays.cu", f"arrange<{name}, {positions}>")
-            for name, positions in product(types, POSITION_TYPES.values())
+            for name, positions in product(VALUE_TYPES.values(), POSITION_TYPES.values())
         ),
         *(
             Variant("arrays.cu", f"{kernel}<{name}>")
@@ -95,12 +104,20 @@ def position_type(dtype: np.dtype[Any]) -> str:
     return POSITION_TYPES[dtype.name]
 
 
-def tile_product(dtype: str, lanes: int) -> Variant:
-    """Return the batched product of `dtype` with `lanes` lanes for each neuron."""
-    return Variant("tile_product.cu", f"tile_product<{CUDA_TYPES[dtype]}, {lanes}>")
+def tile_product(dtype: str, lanes: int, *, quantized: bool) -> Variant:
+    """Return the batched product of inputs of `dtype`, with `lanes` lanes for each neuron.
+
+    Values are of `dtype`, too, unless they are quantised.
+    """
+    values = VALUE_TYPES["int8" if quantized else dtype]
+    return Variant("tile_product.cu", f"tile_product<{CUDA_TYPES[dtype]}, {lanes}, {values}>")
 
 
-def stream_product(dtype: str, rows: int, *, staged: bool) -> Variant:
-    """Return the product of up to `rows` rows, with staged inputs in shared memory."""
-    source = "Staged" if staged else "InPlace"
-    return Variant("stream_product.cu", f"stream_product<{CUDA_TYPES[dtype]}, {rows}, {source}>")
+def stream_product(dtype: str, rows: int, *, staged: bool, quantized: bool) -> Variant:
+    """Return the product of up to `rows` rows, with staged inputs in shared memory.
+
+    Inputs and values have types as those of `tile_product`.
+    """
+    source, values = "Staged" if staged else "InPlace", VALUE_TYPES["int8" if quantized else dtype]
+    name = f"stream_product<{CUDA_TYPES[dtype]}, {rows}, {source}, {values}>"
+    return Variant("stream_product.cu", name)

@@ -23,7 +23,7 @@ from host_device import KernelError, tight_empty
 from simulated import KERNELS, SETTINGS, simulated_backend
 from through_host import ThroughHost
 
-from srigl_core import CondensedWeight, get_backend, prepare, update_mask
+from srigl_core import CondensedWeight, QuantizedWeight, get_backend, prepare, update_mask
 from srigl_core._arrays.dtypes import VALUE_TYPES, round_to, value_dtype
 from srigl_core.backends.cupy_gpu import launch_model
 from srigl_core.backends.cupy_gpu.conversions import converted
@@ -137,16 +137,24 @@ def _problems(backend: Any) -> Iterator[tuple[np.random.Generator, CondensedWeig
 
 
 def _exact_products(backend: GpuBackend) -> Iterator[tuple[str, int]]:
-    for rng, weight, x, dtype in _problems(backend):
-        bias = rng.integers(-2, 3, weight.shape[0]).astype(dtype)
-        expected = x.astype(float) @ weight.to_dense().astype(float).T + bias.astype(float)
-        plan = prepare(weight, backend=backend)
-        for compact in (False, True):
-            got = plan(x, bias, compact=compact).astype(float)
-            wanted = expected[:, weight.active] if compact else expected
-            yield _difference(f"product of {weight}, {len(x)} rows", got, wanted), 1
-        got = plan(x, bias, activation="relu").astype(float)
-        yield _difference(f"relu of {weight}, {len(x)} rows", got, np.maximum(expected, 0)), 1
+    for rng, condensed, x, dtype in _problems(backend):
+        bias = rng.integers(-2, 3, condensed.shape[0]).astype(dtype)
+        for weight in (condensed, _quantized(condensed, rng)):
+            expected = x.astype(float) @ weight.to_dense().astype(float).T + bias.astype(float)
+            plan = prepare(weight, backend=backend)
+            for compact in (False, True):
+                got = plan(x, bias, compact=compact).astype(float)
+                wanted = expected[:, weight.active] if compact else expected
+                yield _difference(f"product of {weight}, {len(x)} rows", got, wanted), 1
+            got = plan(x, bias, activation="relu").astype(float)
+            yield _difference(f"relu of {weight}, {len(x)} rows", got, np.maximum(expected, 0)), 1
+
+
+def _quantized(weight: CondensedWeight, rng: np.random.Generator) -> QuantizedWeight:
+    """Return a weight on the same connections, whose scales are powers of two."""
+    values = rng.integers(-127, 128, weight.values.shape).astype(np.int8)
+    scale = 2.0 ** rng.integers(-3, 4, weight.n_active)
+    return QuantizedWeight.from_connections(values, scale.astype(np.float32), weight.connections)
 
 
 def _exact_gradients(backend: GpuBackend) -> Iterator[tuple[str, int]]:
@@ -196,16 +204,19 @@ def _lent_memory(backend: GpuBackend) -> Iterator[tuple[str, int]]:
         x, grad = (rng.integers(-2, 3, (batch, n)).astype(dtype) for n in (21, 9))
         bias = rng.integers(-2, 3, 9).astype(np.float16)
         plan = prepare(weight, backend=backend)
+        quantized = prepare(weight.quantize(), backend=backend)
         calls: dict[str, Callable[..., list[Any]]] = {
             "product": lambda x, g, memory, p=plan, b=bias: [p(x, b, workspace=memory)],
+            "quantised product": lambda x, g, memory, p=quantized: [p(x, workspace=memory)],
             "gradients": lambda x, g, memory, p=plan: list(
                 vars(p.backward(g, x, workspace=memory)).values()
             ),
         }
-        size = plan.workspace_bytes(batch, dtype)
         strided = np.repeat(x, 2, axis=1)[:, ::2], np.repeat(grad, 2, axis=0)[::2]
         for what, call in calls.items():
             expected = call(x, grad, None)
+            lender = quantized if what == "quantised product" else plan
+            size = lender.workspace_bytes(batch, dtype)
             for arrays, lent in (((x, grad), size), (strided, 3 * size + 10_000)):
                 made = backend.device.n_made
                 results = call(*arrays, tight_empty(lent, np.uint8))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -22,8 +23,7 @@ from srigl_core._arrays.operations import HOST_ARRAYS
 from srigl_core.backends.cupy_gpu.cuda_arrays import CudaArrays
 from srigl_core.backends.cupy_gpu.cupy_device import CupyDevice
 from srigl_core.backends.cupy_gpu.device import DeviceProperties
-from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
-from srigl_core.contract import Capabilities
+from srigl_core.backends.cupy_gpu.gpu_backend import CAPABILITIES, GpuBackend
 
 __all__ = ["HostedDevice", "as_cupy", "hosted_backend", "seen"]
 
@@ -157,7 +157,7 @@ def as_cupy(array: Any) -> Any:
 def hosted_backend() -> Iterator[GpuBackend]:
     """Give the CuPy backend on such a device, as far as it is not the device's own."""
     device = HostedDevice()
-    backend = GpuBackend(device, "cupy", Capabilities(device="cuda"))
+    backend = GpuBackend(device, "cupy", replace(CAPABILITIES, device="cuda"))
     backend.arrays = HostedArrays(device)
     before = cupy.cuda.get_allocator()
     cupy.cuda.set_allocator(_hosted)

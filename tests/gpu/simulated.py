@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,9 +24,8 @@ from srigl_core._arrays.operations import HostArrays
 from srigl_core.backends import cupy_gpu
 from srigl_core.backends.cupy_gpu import launch_model, tiles
 from srigl_core.backends.cupy_gpu.device import DeviceProperties
-from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
+from srigl_core.backends.cupy_gpu.gpu_backend import CAPABILITIES, GpuBackend
 from srigl_core.backends.cupy_gpu.variants import Variant, variants
-from srigl_core.contract import Capabilities
 
 MOST_COPIED_BYTES = 1 << 30
 
@@ -167,7 +166,7 @@ class Setting:
     order: Order = field(default_factory=Order)
 
 
-CAPABILITIES = Capabilities(largest_problem=200_000)
+LARGEST_PROBLEM = 200_000
 """A simulated thread takes a thousand times as long as one of a GPU."""
 
 SETTINGS = {
@@ -197,7 +196,8 @@ def simulated_backend(setting: Setting, **device: Any) -> Iterator[GpuBackend]:
         4 * setting.shared_bytes,
         setting.processor_threads,
     )
-    backend = GpuBackend(SimulatedDevice(properties, **device), "simulated", CAPABILITIES)
+    capabilities = replace(CAPABILITIES, largest_problem=LARGEST_PROBLEM)
+    backend = GpuBackend(SimulatedDevice(properties, **device), "simulated", capabilities)
     backend.arrays = TightArrays()
     with (
         mock.patch.object(launch_model, "TILE_LANES", setting.lanes),

@@ -13,6 +13,7 @@ import pytest
 
 from srigl_core import (
     CondensedWeight,
+    QuantizedWeight,
     chain,
     condensed_matmul,
     condensed_matmul_backward,
@@ -292,6 +293,33 @@ def test_while_a_graph_is_captured_nothing_is_made_that_is_not_there_yet(hosted,
     wanted = condensed_matmul_backward(seen(grad), seen(x), weight, backend="reference")
     for name in ("x", "values", "bias"):
         np.testing.assert_array_equal(seen(getattr(gradients, name)), getattr(wanted, name))
+
+
+@pytest.mark.parametrize("dtype", VALUE_TYPES)
+@pytest.mark.parametrize("batch", [3, 40])
+def test_a_quantized_weight_that_is_warm_makes_nothing_while_a_graph_is_captured(
+    hosted, dtype, batch
+):
+    weight, x, _, bias = problem(dtype, (batch,))
+    values, scale = weight.values.astype(np.int8), np.full(weight.n_active, 0.5, np.float32)
+    quantized = QuantizedWeight.from_connections(values, scale, weight.connections)
+    upload, device = hosted.device.upload, hosted.device
+    plan = prepare(quantized, backend=hosted)
+    x, bias = upload(x), upload(bias)
+    plan.warm([batch], [dtype])
+    device.captures, device.waits = True, 0
+    product = plan(x, bias, compact=True)
+    assert device.waits == 0
+    assert device.launched <= device.loaded
+    wanted = condensed_matmul(seen(x), quantized, seen(bias), compact=True, backend="reference")
+    np.testing.assert_array_equal(seen(product), wanted)
+
+
+def test_the_gpu_does_not_quantise_inputs(hosted):
+    weight = problem("float32", (3,))[0].quantize()
+    message = "'cupy' does not offer quantized_matmul with inputs='int8'"
+    with pytest.raises(SriglError, match=message):
+        prepare(weight, inputs="int8", backend=hosted)
 
 
 def test_batches_and_dtypes_to_warm_are_checked(hosted):

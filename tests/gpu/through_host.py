@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from srigl_core._format.weight import CondensedWeight
+from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core._update import MaskUpdate, UpdateSettings
-from srigl_core.contract import MatmulGradients, PreparedWeight
+from srigl_core.contract import MatmulGradients
 
 __all__ = ["ThroughHost"]
 
@@ -31,6 +31,10 @@ class ThroughHost:
         """Return `weight` in the backend's layout."""
         return _Prepared(self.backend.prepare(weight), self.device)
 
+    def prepare_quantized(self, weight: QuantizedWeight, inputs: str) -> _Prepared:
+        """Return a quantised weight in the backend's layout."""
+        return _Prepared(self.backend.prepare_quantized(weight, inputs), self.device)
+
     def update_mask(
         self, weight: Any, grad: Any, mask: Any, settings: UpdateSettings, *, threads: int | None
     ) -> MaskUpdate:
@@ -42,7 +46,7 @@ class ThroughHost:
 
 
 class _Prepared:
-    def __init__(self, prepared: PreparedWeight, device: Any) -> None:
+    def __init__(self, prepared: Any, device: Any) -> None:
         self._prepared, self._device = prepared, device
 
     def describe(self) -> Any:
