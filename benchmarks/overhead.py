@@ -40,9 +40,12 @@ def calls() -> Calls:
     plan = srigl_core.prepare(weight, backend="numba", threads=1)
     kernel = get_backend("numba").prepare(weight).matmul_fast  # type: ignore[attr-defined]
     x, y = np.ones((1, SIZE), np.float32), np.empty((1, SIZE), np.float32)
+    chain = srigl_core.chain(3 * [(weight, None, None)], backend="numba", threads=1)
     ways: Calls = {
         "the backend's own call": lambda: kernel(x, None, 0, y, 1),
         "NumPy, plan": lambda: plan(x),
+        "NumPy, plans of three layers": lambda: plan(plan(plan(x))),
+        "NumPy, chain of three layers": lambda: chain(x),
     }
     if importlib.util.find_spec("torch"):
         ways |= _torch_calls(weight, plan, x)

@@ -90,7 +90,7 @@ def multiply(x: Any, *layer: Any) -> Any:
     values, indices, active, counts, bias, in_features, *activation = layer
     if y.numel():
         with on_device_of(x):
-            packing = packing_of(values, indices, active, counts, in_features, lends=True)
+            packing = packing_of(values, indices, active, counts, in_features, gives_values=True)
             bias = None if bias is None else may_be_viewed(bias)
             given = values if packing.takes_values else None
             name = activation[0] if activation else "none"
@@ -178,7 +178,7 @@ def compute_gradients(grad: Any, x: Any, *layer: Any) -> tuple[Any, Any, Any]:
         return results
     with on_device_of(grad):
         packing = packing_of(
-            values, indices, active, counts, in_features, compare=False, lends=True
+            values, indices, active, counts, in_features, compare=False, gives_values=True
         )
         plan, weight = packing.plan, packing.weight
         dvalues[weight.nnz :].zero_()

@@ -114,7 +114,7 @@ def packing_of(
     n_in: int,
     *,
     compare: bool = True,
-    lends: bool = False,
+    gives_values: bool = False,
 ) -> Packing:
     """Return a layer's weight, packed for the backend of its device.
 
@@ -128,7 +128,7 @@ def packing_of(
     compare : bool
         False in a backward pass, which uses the numbers of the forward pass. Then only writes that
         PyTorch counts are looked for.
-    lends : bool
+    gives_values : bool
         True if the caller gives the plan the values where `Packing.takes_values`, so that those
         that are packed may be others.
 
@@ -152,7 +152,7 @@ def packing_of(
     kept = _packings.get(key)
     if kept is not None and not compare and kept.seen[0] == state:
         return kept
-    if kept is not None and lends and kept.has_counted_mask(values, state, n_in):
+    if kept is not None and gives_values and kept.has_counted_mask(values, state, n_in):
         return kept
     values = may_be_viewed(values)
     same_mask = kept is not None and kept.has_mask(mask, n_in)

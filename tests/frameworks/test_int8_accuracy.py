@@ -19,17 +19,17 @@ def test_a_network_is_tested_in_each_form(case):
     run = next(run for run in int8_accuracy.runs() if (run.data, run.network) == case)
     found = int8_accuracy.accuracies(run.changed(epochs=2))
     assert set(found["accuracy"]) == set(int8_accuracy.FORMS)
-    assert found["accuracy"]["float32"] > 0.5
+    assert all(accuracy > 0.5 for accuracy in found["accuracy"].values())  # chance is 0.1
     assert found["changed"]["float32"] == 0
-    assert all(share < 0.05 for share in found["changed"].values())
     assert any(found["changed"].values())
 
 
-def test_errors_grow_with_what_is_rounded():
+def test_errors_grow_with_what_is_rounded_and_are_not_above_those_of_pytorch():
     pytest.importorskip("numba")
     found = int8_accuracy.errors()
     weights, both = (found[f"srigl numba, int8 weights{more}"] for more in ("", " and inputs"))
-    assert 0 < weights < both < 0.01
+    assert 0 < weights < both
+    assert all(both <= error for name, error in found.items() if name.startswith("torch"))
 
 
 def test_the_table_has_a_row_for_each_network_and_sparsity():
