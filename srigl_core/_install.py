@@ -15,6 +15,8 @@ _PACKAGES = {
     "cli": ("typer", "rich"),
     "cupy": ("cupy-cuda13x",),
     "cupy12": ("cupy-cuda12x",),
+    "equinox": ("equinox",),
+    "flax": ("flax",),
     "jax": ("jax",),
     "lightning": ("lightning",),
     "onnx": ("onnx", "onnxscript"),

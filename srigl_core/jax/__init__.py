@@ -1,4 +1,4 @@
-"""SRigL in JAX: a condensed layer for ``jit``, ``grad`` and ``vmap``, and the update of its mask.
+"""SRigL in JAX: a condensed layer for ``jit``, ``grad`` and ``vmap``, and sparse training.
 
 `condensed_linear` computes on the CPU with the backends of `srigl_core.condensed_matmul`, also in
 jitted functions. These take `Connections` as arguments, and are not compiled again after a mask
@@ -22,9 +22,11 @@ from srigl_core.jax.connections import Connections, from_condensed, to_condensed
 from srigl_core.jax.dense_gradient import with_dense_gradient
 from srigl_core.jax.mask_update import SriglUpdate, remap_state, srigl_update
 from srigl_core.jax.quantized_matmul import quantized_linear
+from srigl_core.jax.training import SRigL
 
 __all__ = [
     "Connections",
+    "SRigL",
     "SriglUpdate",
     "condensed_linear",
     "from_condensed",

@@ -33,6 +33,7 @@ from srigl_core._product_spec import ArraySpec, product_spec
 from srigl_core.contract import ACTIVATIONS, MatmulGradients
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.jax.connections import Connections
+from srigl_core.jax.dense_gradient import with_dense_gradient
 from srigl_core.jax.host_call import check_on_cpu, host_call
 from srigl_core.jax.plan_cache import any_plan_for, plan_for
 from srigl_core.jax.sharding import array_like, sharded_as, vary, varying_axes
@@ -57,8 +58,9 @@ def condensed_linear(
     ----------
     x : array, (..., n_in)
         float16, bfloat16, float32 or float64.
-    values : array, (n_active, k)
-        The weights at the connections.
+    values : array, (n_active, k), or (n_out, n_in)
+        The weights at the connections; or the dense weight, of which only these are read. The
+        gradient of a dense weight is that of all its positions, which a mask update needs.
     connections : Connections
     bias : array, (n_out,), or None
     activation : str or None
@@ -113,13 +115,17 @@ def condensed_linear(
         bias_shape=None if bias is None else bias.shape,
         activation=activation,
     )
-    if values.shape != connections.indices.shape:
-        raise SriglError(
-            f"values has shape {values.shape}, but must have one number for each connection: "
-            f"{connections.indices.shape}"
-        )
     check_on_cpu(*jax.tree.leaves((x, values, connections, bias)))
-    return _linear(x, values, connections, bias, spec.activation.name)
+    if values.shape == connections.indices.shape:
+        return _linear(x, values, connections, bias, spec.activation.name)
+    if values.shape != connections.shape:
+        raise SriglError(
+            f"values has shape {values.shape}, but must have one number for each connection, "
+            f"{connections.indices.shape}, or be the dense weight, {connections.shape}"
+        )
+    used = jax.lax.stop_gradient(connections.gather(values))
+    z = with_dense_gradient(_linear(x, used, connections, bias, "none"), x, values)
+    return _ACTIVATIONS[spec.activation.name](z)
 
 
 @partial(jax.jit, static_argnums=4)  # outside of jit it is traced only once

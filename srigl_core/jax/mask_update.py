@@ -14,7 +14,7 @@ from srigl_core.errors import SriglError
 from srigl_core.jax.connections import Connections
 from srigl_core.jax.plan_cache import evict
 
-__all__ = ["SriglUpdate", "remap_state", "srigl_update"]
+__all__ = ["SriglUpdate", "check_same_structure", "is_mask", "remap_state", "srigl_update"]
 
 
 class SriglUpdate(NamedTuple):
@@ -102,18 +102,22 @@ def srigl_update(
     return SriglUpdate(connections.gather(report.weight), connections, new_state, report)
 
 
-def remap_state(state: Any, before: Any, after: Any) -> Any:
-    """Return optimiser state with zeros where a weight is newly active or inactive (SPEC 4.8).
+def remap_state(state: Any, before: Any, after: Any, start: Any = None) -> Any:
+    """Return optimiser state that starts anew where a weight is newly active or inactive.
 
     Parameters
     ----------
     state : pytree
         The state of one layer or of several. For one layer, arrays of the weight's shape are
-        remapped. For several, parts with the structure of `before` are remapped, such as the
-        moments in optax. Everything else, such as a step count, is returned unchanged.
+        remapped. For several, those are whose path ends with the path of a parameter and which have
+        its shape, such as the moments in optax. Everything else, such as a step count, is returned
+        unchanged.
     before, after : array of bool, Connections, or pytree of them
         The mask or the connections of one layer. For several layers, a pytree in the structure of
         the parameters, with None for parameters without a mask.
+    start : pytree
+        The state that the optimiser starts with at the new parameters, in the structure of `state`.
+        None means zeros.
 
     Returns
     -------
@@ -124,39 +128,58 @@ def remap_state(state: Any, before: Any, after: Any) -> Any:
     Raises
     ------
     SriglError
-        If `before` and `after` differ in structure or shape.
+        If `before` and `after` differ in structure or shape, or `state` and `start` in structure.
+
+    Notes
+    -----
+    SPEC 4.8.
     """
-    old, layers = jax.tree.flatten(before, is_leaf=_is_mask)
-    new, new_layers = jax.tree.flatten(after, is_leaf=_is_mask)
+    layers = [jax.tree_util.tree_flatten_with_path(m, is_leaf=is_mask) for m in (before, after)]
+    (old, structure), (new, new_structure) = layers
     shapes, new_shapes = (
-        [mask if mask is None else mask.shape for mask in ms] for ms in (old, new)
+        [mask if mask is None else mask.shape for _, mask in masks] for masks in (old, new)
     )
-    if (layers, shapes) != (new_layers, new_shapes):
+    if (structure, shapes) != (new_structure, new_shapes):
         raise SriglError(
-            f"before and after must be masks of the same layers, but are of {layers} and "
-            f"{new_layers}, with shapes {shapes} and {new_shapes}"
+            f"before and after must be masks of the same layers, but are of {structure} and "
+            f"{new_structure}, with shapes {shapes} and {new_shapes}"
+        )
+    masks = {path: (mask, new_mask) for (path, mask), (_, new_mask) in zip(old, new, strict=True)}
+
+    def remapped(path: tuple[Any, ...], leaf: Any, first: Any = None) -> Any:
+        for ending in (path[i:] for i in range(len(path) + 1)):
+            if ending in masks:
+                return _remapped(leaf, first, *masks[ending])
+        return leaf
+
+    if start is None:
+        return jax.tree_util.tree_map_with_path(remapped, state)
+    check_same_structure(state, start)
+    return jax.tree_util.tree_map_with_path(remapped, state, start)
+
+
+def check_same_structure(state: Any, start: Any) -> None:
+    """Check that an optimiser's state has the structure of the state that it starts with."""
+    structures = [jax.tree.structure(each) for each in (state, start)]
+    if structures[0] != structures[1]:
+        raise SriglError(
+            f"state must have the structure of the state that the optimiser starts with, "
+            f"{structures[1]}, but has {structures[0]}; pass the state of this optimiser"
         )
 
-    def has_layers(part: Any) -> bool:
-        return bool(jax.tree.structure(part, is_leaf=lambda leaf: leaf is None) == layers)
 
-    def remapped(part: Any) -> Any:
-        if not has_layers(part):
-            return part
-        leaves = jax.tree.leaves(part, is_leaf=lambda leaf: leaf is None)
-        return layers.unflatten(map(_remapped, leaves, old, new))
-
-    return jax.tree.map(remapped, state, is_leaf=has_layers)
-
-
-def _is_mask(leaf: Any) -> bool:
+def is_mask(leaf: Any) -> bool:
+    """Return whether an entry of a pytree of masks is None or connections."""
     return leaf is None or isinstance(leaf, Connections)
 
 
-def _remapped(leaf: Any, before: Any, after: Any) -> Any:
-    shape = getattr(leaf, "shape", None)
-    if isinstance(before, Connections):
-        return after.gather(before.scatter(leaf)) if shape == before.indices.shape else leaf
-    if before is None or shape != before.shape:
+def _remapped(leaf: Any, first: Any, before: Any, after: Any) -> Any:
+    is_condensed = isinstance(before, Connections)
+    shape = before.indices.shape if is_condensed else getattr(before, "shape", None)
+    if before is None or getattr(leaf, "shape", None) != shape:
         return leaf
-    return jnp.where(before & after, leaf, jnp.zeros((), leaf.dtype))
+    if is_condensed:
+        leaf, kept = after.gather(before.scatter(leaf)), after.gather(before.to_mask())
+    else:
+        kept = before & after
+    return jnp.where(kept, leaf, jnp.zeros((), leaf.dtype) if first is None else first)
