@@ -52,8 +52,9 @@ class SRigL:
     optimizer : optax.GradientTransformation
         Its ``init`` gives the state of newly active weights.
     layers : iterable of str
-        Names of the sparse weights, or patterns such as "block*.kernel", in network order. Neurons
-        of the last, the network's outputs, are not ablated.
+        Names of the sparse weights, or patterns, in network order. Neurons of the last, the
+        network's outputs, are not ablated. A pattern has the order of the pytree, which sorts
+        dictionaries; a name may be repeated later: ``["*.kernel", "output.kernel"]``.
     sparsity : float or None
         Sparsity of these weights together, in [0, 1). None, if all are of condensed layers, which
         then keep their sizes.
@@ -189,18 +190,16 @@ class SRigL:
         """
         leaves = self._leaves(gradient, "gradient")
         if self.trainer.needs_grad:
-            for name in self.trainer.sparse_layers:
-                if (
-                    name in self._connections
-                    and leaves[name].shape != self._connections[name].shape
-                ):
+            rows = {name: self._rows(name, leaves[name]) for name in self.trainer.sparse_layers}
+            for name, grad in rows.items():
+                if grad.shape != (shape := self.trainer.budgets[name].shape):
                     raise SriglError(
-                        f"the gradient of {name!r} has shape {leaves[name].shape}, but this step "
-                        f"needs that of all {self._connections[name].shape} positions; take the "
-                        f"gradient at srigl.for_gradient(params)"
+                        f"the gradient of {name!r} has shape {grad.shape}, but this step needs "
+                        f"that of all positions, {shape}; take the gradient at "
+                        f"srigl.for_gradient(params)"
                     )
-            for name in self.trainer.sparse_layers:
-                self.trainer.accumulate(name, self._rows(name, leaves[name]))
+            for name, grad in rows.items():
+                self.trainer.accumulate(name, grad)
         return _masked(gradient, self.masks)
 
     def step(self, params: Any, state: Any) -> tuple[Any, Any]:
@@ -290,7 +289,7 @@ class SRigL:
         return {
             **arrays,
             "window": {n: np.zeros(1) if sum_ is None else sum_ for n, (sum_, _) in window.items()},
-            "settings": np.frombuffer(json.dumps(state).encode(), np.uint8),
+            "trainer": np.frombuffer(json.dumps(state).encode(), np.uint8),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -308,7 +307,7 @@ class SRigL:
                 part: {name: np.asarray(array) for name, array in state[part].items()}
                 for part in ("masks", "ever_active", "window")
             }
-            rest = json.loads(np.asarray(state["settings"]).tobytes())
+            rest = json.loads(np.asarray(state["trainer"]).tobytes())
             window = {name: (arrays["window"][name], n) for name, n in rest["window"].items() if n}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SriglError(f"state is not a whole state_dict(): {error!r}") from error
@@ -329,7 +328,8 @@ class SRigL:
 
     def _rows(self, name: str, dense: Any) -> Any:
         """Return an array of a layer on the host, with its neurons first."""
-        return np.moveaxis(np.asarray(dense), self._axes.get(name, 0), 0)
+        array = np.asarray(dense)
+        return np.moveaxis(array, -1, 0) if self._axes.get(name) == -1 else array
 
     def _values_of(self, path: Any) -> str:
         """Return the name of the values beside connections, which linen has in a collection."""
@@ -362,8 +362,8 @@ def _selected(layers: Iterable[str], names: list[str]) -> list[str]:
         found = fnmatch.filter(names, pattern)
         if not found:
             raise SriglError(f"layers names {pattern!r}; there are {', '.join(names)}")
-        selected += found
-    return list(dict.fromkeys(selected))
+        selected = [name for name in selected if name not in found] + found
+    return selected
 
 
 def _neuron_axis(name: str, weight: Any, neuron_axis: int | None) -> int:
@@ -386,7 +386,7 @@ def _map(function: Callable[[Any, Any], Any], masks: Any, tree: Any) -> Any:
 # Each is one compiled function, since shapes are new after an update that ablates neurons.
 
 
-@jax.jit
+@jax.jit  # type: ignore[untyped-decorator] # JAX is untyped here
 def _masked(tree: Any, masks: Any) -> Any:
     """Return parameters or gradients in the parameters' shapes, with zeros at inactive weights."""
 
@@ -398,7 +398,7 @@ def _masked(tree: Any, masks: Any) -> Any:
     return _map(masked, masks, tree)
 
 
-@jax.jit
+@jax.jit  # type: ignore[untyped-decorator]
 def _dense(params: Any, masks: Any) -> Any:
     """Return parameters with dense weights in place of the values of condensed layers."""
 

@@ -48,7 +48,8 @@ def test_samples_of_frameworks_run(page, tmp_path, monkeypatch, capsys):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
 def test_examples_of_frameworks_run(script, tmp_path):
-    packages = r"^(?:import|from) (accelerate|jax|lightning|torch|transformers)\b"
+    known = "accelerate|equinox|flax|jax|lightning|optax|orbax|torch|transformers"
+    packages = rf"^(?:import|from) ({known})\b"
     for package in sorted(set(re.findall(packages, script.read_text(), re.M))):
         pytest.importorskip(package)
     takes_quick = "--quick" in script.read_text()
@@ -61,6 +62,10 @@ INTEGRATIONS = {
     "lightning_callback.py": "srigl_core.integrations.lightning",
     "accelerate_loop.py": "accelerator.register_for_checkpointing(srigl)",
     "prune_and_condense.py": "prune_to_constant_fan_in",
+    "train_equinox.py": "srigl_core.integrations.equinox",
+    "train_flax_linen.py": "srigl_core.integrations.flax_linen",
+    "train_flax_nnx.py": "srigl_core.integrations.flax_nnx",
+    "train_optax.py": "from srigl_core.jax import SRigL",
 }
 
 

@@ -1,5 +1,7 @@
 """SRigL for a training loop of optax: the masks of SparseTrainer, in both kinds of layers."""
 
+import functools
+
 import numpy as np
 import pytest
 from two_masks import registered  # noqa: F401
@@ -17,11 +19,8 @@ from srigl_core.jax import Connections, SRigL, condensed_linear  # noqa: E402
 N_IN, N_HIDDEN, N_OUT = 12, 16, 4
 SCHEDULE = UpdateSchedule(t_end=1000, delta_t=3, alpha=0.5)
 CONFIG = TrainingConfig(grad_window=2, gamma_sal=0.9, seed=1)
-N_STEPS, N_BEFORE = 10, 5  # updates at steps 3, 6 and 9; step 5 is within a window
-NAMES = {
-    "masked": ["hidden.weight", "output.weight"],
-    "condensed": ["hidden.values", "output.values"],
-}
+N_STEPS, N_BEFORE = 7, 5  # updates at steps 3 and 6; step 5 is within a window
+LEAF = {"masked": "weight", "condensed": "values"}
 
 
 def batch(step):
@@ -73,15 +72,26 @@ def start(kind, optimizer):
     for name, weight in weights.items():
         params[name]["bias"] = jnp.zeros(len(weight))
     options = {"sparsity": 0.7, "schedule": SCHEDULE, "config": CONFIG}
-    srigl = SRigL(params, optimizer, layers=NAMES[kind], connections=rest, **options)
+    srigl = SRigL(
+        params,
+        optimizer,
+        layers=[f"{name}.{LEAF[kind]}" for name in params],
+        connections=rest,
+        **options,
+    )
     return srigl.masked(params), rest, optimizer.init(params), srigl
+
+
+@functools.cache
+def update_of(optimizer):
+    return jax.jit(optimizer.update)
 
 
 def train(kind, optimizer, run, steps):
     params, rest, state, srigl = run
     for step in steps:
         _, gradient = PRODUCTS[kind](srigl.for_gradient(params), rest, *batch(step))
-        updates, state = optimizer.update(srigl.after_backward(gradient), state, params)
+        updates, state = update_of(optimizer)(srigl.after_backward(gradient), state, params)
         params, state = srigl.step(optax.apply_updates(params, updates), state)
         rest = srigl.connect(rest)
     return params, rest, state, srigl
@@ -140,7 +150,7 @@ def test_masks_and_weights_are_those_of_sparse_trainer_in_numpy(kind):
         np.testing.assert_array_equal(masks[name], trainer.masks[name])
         np.testing.assert_allclose(weights[name], wanted[name], rtol=1e-3, atol=1e-5)
         assert not weights[name][~masks[name]].any()
-    assert run[3].trainer.n_updates == trainer.n_updates == 3
+    assert run[3].trainer.n_updates == trainer.n_updates == 2
     _, first = first_weights()
     assert any((first[name] != masks[name]).any() for name in masks)
 
@@ -151,7 +161,7 @@ def everything(run):
     return params, rest, state, srigl.state_dict()
 
 
-@pytest.mark.parametrize("tool", ["flax", "orbax"])
+@pytest.mark.parametrize(("kind", "tool"), [("masked", "orbax"), ("condensed", "flax")])
 def test_a_run_resumes_to_the_same_bits(kind, tool, tmp_path):
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.05))
     half = train(kind, optimizer, start(kind, optimizer), range(N_BEFORE))
@@ -176,7 +186,7 @@ def test_a_run_resumes_to_the_same_bits(kind, tool, tmp_path):
     assert len(found) == len(wanted)
     for got, want in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
-    assert again[-1].trainer.n_updates == 3
+    assert again[-1].trainer.n_updates == 2
 
 
 STATES = {
@@ -192,40 +202,30 @@ STATES = {
 }
 
 
-def state_of_hidden(tree, shape):
-    """Return the arrays of an optimiser's state in the shape of a layer's weight."""
-    return [leaf for leaf in jax.tree.leaves(tree) if leaf.shape == shape]
-
-
 @pytest.mark.parametrize("name", STATES)
 def test_new_connections_have_the_state_that_the_optimiser_starts_with(name, kind):
     optimizer, first = STATES[name]
     run = train(kind, optimizer, start(kind, optimizer), range(2))
-    params, _, state, srigl = run
-    before = srigl.masks["hidden"]
-    _, gradient = PRODUCTS[kind](srigl.for_gradient(params), run[1], *batch(2))
+    params, rest, state, srigl = run
+    before = srigl.masks["hidden"][LEAF[kind]]
+    _, gradient = PRODUCTS[kind](srigl.for_gradient(params), rest, *batch(2))
     updates, state = optimizer.update(srigl.after_backward(gradient), state, params)
-    params, new_state = srigl.step(optax.apply_updates(params, updates), state)
-    after = srigl.masks["hidden"]
-    if kind == "masked":
-        shapes, dense = [before["weight"].shape] * 2, lambda array, _: array
-        masks = before["weight"], after["weight"]
-    else:
-        parts = before["values"], after["values"]
-        shapes, dense = [p.indices.shape for p in parts], lambda array, mask: mask.scatter(array)
-        masks = [part.to_mask() for part in parts]
-    old, new = (
-        state_of_hidden(s, shape) for s, shape in zip((state, new_state), shapes, strict=True)
-    )
+    _, new_state = srigl.step(optax.apply_updates(params, updates), state)
+    after = srigl.masks["hidden"][LEAF[kind]]
+
+    def dense_states(state, mask):
+        """Return the arrays of the hidden layer's weight, dense, and its mask."""
+        if kind == "masked":
+            return [leaf for leaf in jax.tree.leaves(state) if leaf.shape == mask.shape], mask
+        found = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == mask.indices.shape]
+        return list(map(mask.scatter, found)), mask.to_mask()
+
+    old, old_mask = dense_states(state, before)
+    new, new_mask = dense_states(new_state, after)
     assert len(old) == len(new) == (2 if name == "adam" else 1)
-    kept, grown = masks[0] & masks[1], ~masks[0] & masks[1]
+    kept, grown = old_mask & new_mask, ~old_mask & new_mask
     assert grown.any()
     for array, new_array in zip(old, new, strict=True):
-        array, new_array = (
-            (dense(a, m) for a, m in zip((array, new_array), (before, after), strict=True))
-            if kind == "masked"
-            else (parts[0].scatter(array), parts[1].scatter(new_array))
-        )
         assert (new_array[grown] == first).all()
         np.testing.assert_array_equal(new_array[kept], array[kept])
         assert (array[kept] != first).any()
@@ -236,7 +236,11 @@ def test_the_neurons_of_a_kernel_are_on_its_last_axis():
     rng = np.random.default_rng(0)
     conv, dense = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((3, 3, 4, 8), (8, 5)))
     params = {"conv": {"kernel": conv}, "dense": {"kernel": dense}, "free": jnp.ones((2, 3))}
-    options = {"sparsity": 0.7, "schedule": SCHEDULE, "config": TrainingConfig(seed=1)}
+    options = {
+        "sparsity": 0.7,
+        "schedule": SCHEDULE,
+        "config": TrainingConfig(distribution="uniform"),
+    }
     srigl = SRigL(params, optax.sgd(1.0), layers=["*.kernel"], **options)
     assert srigl.trainer.budgets["conv.kernel"].shape == (8, 3, 3, 4)
     assert srigl.masks["free"] is None
@@ -254,13 +258,22 @@ def test_the_neurons_of_a_kernel_are_on_its_last_axis():
         np.testing.assert_array_equal(mask, np.moveaxis(trained, 0, -1))
 
 
-def test_the_last_layer_that_is_named_is_the_output():
-    params = {name: {"kernel": jnp.ones((8, 8))} for name in ("b", "a", "c")}
-    options = {"sparsity": 0.5, "schedule": SCHEDULE}
-    srigl = SRigL(params, optax.sgd(1.0), layers=["b.kernel", "c.kernel", "a.kernel"], **options)
+@pytest.mark.parametrize(
+    "layers", [["b.kernel", "c.kernel", "a.kernel"], ["[bc].kernel", "a.*"], ["*", "a.kernel"]]
+)
+def test_the_last_layer_that_is_named_is_the_output_and_is_not_ablated(layers):
+    params = {name: {"kernel": jnp.ones((32, 32))} for name in "bac"}
+    config = TrainingConfig(gamma_sal=1.0, seed=1)
+    srigl = make(params, layers=layers, sparsity=0.8, config=config)
     assert srigl.trainer.sparse_layers == ["b.kernel", "c.kernel", "a.kernel"]
-    ablate = {name: option.ablate for name, option in srigl.trainer._options.items()}
-    assert ablate == {"b.kernel": True, "c.kernel": True, "a.kernel": False}
+    state, gradient = optax.sgd(0.1).init(params), jax.tree.map(jnp.zeros_like, params)
+    gradient = {name: {"kernel": g["kernel"].at[0].set(1.0)} for name, g in gradient.items()}
+    for _ in range(3):
+        srigl.after_backward(gradient)
+        params, state = srigl.step(params, state)
+    n_active = srigl.trainer.n_active
+    assert max(n_active["b.kernel"], n_active["c.kernel"]) < 32
+    assert n_active["a.kernel"] == 32
 
 
 def test_a_dense_layer_is_left_alone():
@@ -296,6 +309,29 @@ def test_wrong_arguments_are_errors(options, error, message):
         make(params, **options)
 
 
+def test_connections_that_an_update_has_changed_must_be_taken():
+    optimizer = optax.sgd(0.1)
+    params, rest, state, srigl = train(
+        "condensed", optimizer, start("condensed", optimizer), [0, 1]
+    )
+    _, gradient = PRODUCTS["condensed"](srigl.for_gradient(params), rest, *batch(2))
+    params, _ = srigl.step(srigl.after_backward(gradient), state)
+    with pytest.raises(SriglError, match=r"connections = srigl.connect\(connections\)"):
+        srigl.for_gradient(params)
+    with pytest.raises(SriglError, match=r"no connections of layer output\.values"):
+        srigl.connect({"hidden": rest["hidden"], "other": None})
+    as_linen = srigl.connect({"connections": rest, "batch_stats": {"n": 3}})  # with collections
+    assert as_linen == {"connections": srigl.connect(rest), "batch_stats": {"n": 3}}
+    assert as_linen["connections"] != rest
+    assert as_linen["connections"]["hidden"]["connections"] == srigl.masks["hidden"]["values"]
+    srigl.for_gradient(params)
+    wrong = {name: {"values": jnp.ones((2, 2))} for name in rest}
+    with pytest.raises(SriglError, match=r"has shape \(2, 2\), but its connections are of"):
+        make(wrong, layers=["*.values"], connections=rest)
+    with pytest.raises(SriglError, match="if it is the values of a condensed layer, pass the conn"):
+        make(wrong, layers=["*.values"])
+
+
 def test_nothing_is_changed_by_an_error(kind):
     optimizer = optax.adam(0.05)
     params, rest, state, srigl = train(kind, optimizer, start(kind, optimizer), range(1))
@@ -313,7 +349,7 @@ def test_nothing_is_changed_by_an_error(kind):
     bad = jax.tree.map(lambda p: p * jnp.nan, params)
     with pytest.raises(SriglError, match="layer 'hidden"):
         srigl.step(bad, state)
-    for wrong in ({}, {**before, "settings": before["settings"][:5]}, None):
+    for wrong in ({}, {**before, "trainer": before["trainer"][:5]}, None):
         with pytest.raises(SriglError, match="state is not a whole state_dict"):
             srigl.load_state_dict(wrong)
     jax.tree.map(np.testing.assert_array_equal, srigl.state_dict(), before)
