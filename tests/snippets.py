@@ -16,7 +16,8 @@ _BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _FRAMEWORK = re.compile(
-    r"^(?:import|from) (?:srigl_core\.)?(equinox|flax|jax|optax|orbax|torch|transformers)\b", re.MULTILINE
+    r"^(?:import|from) (?:srigl_core\.)?(equinox|flax|jax|optax|orbax|torch|transformers)\b",
+    re.MULTILINE,
 )
 
 

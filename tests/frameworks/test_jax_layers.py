@@ -195,8 +195,7 @@ def test_values_and_bias_have_gradients_and_connections_have_none(library):
     assert len(jax.tree.leaves(whole)) == 2
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "silu"])
-@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(("activation", "mapped"), [(None, False), ("relu", True), ("silu", False)])
 def test_a_dense_weight_in_place_of_values_has_the_gradient_of_all_positions(activation, mapped):
     weight, bias, x = problem()
     values, connections, _ = parts_of(LAYERS["nnx"](weight, bias))

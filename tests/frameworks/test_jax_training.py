@@ -1,6 +1,10 @@
 """SRigL for a training loop of optax: the masks of SparseTrainer, in both kinds of layers."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,7 +206,10 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("adam", "condensed"), ("adagrad", "masked"), ("multi_transform", "condensed")],
+)
 def test_new_connections_have_the_state_that_the_optimiser_starts_with(name, kind):
     optimizer, first = STATES[name]
     run = train(kind, optimizer, start(kind, optimizer), range(2))
@@ -256,6 +263,40 @@ def test_the_neurons_of_a_kernel_are_on_its_last_axis():
         assert not weight[~mask].any()
         trained = srigl.trainer.masks[f"{name}.kernel"]
         np.testing.assert_array_equal(mask, np.moveaxis(trained, 0, -1))
+
+
+SHARDED = """
+import sys
+
+sys.path[:0] = sys.argv[1:]
+import jax, numpy as np, optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from test_jax_training import N_STEPS, start, train
+
+optimizer, found = optax.sgd(0.1, momentum=0.9), []
+whole = start("masked", optimizer)
+mesh = Mesh(np.array(jax.devices()), ("d",))
+axes = lambda leaf: NamedSharding(mesh, P("d") if leaf.ndim == 2 else P())
+split = jax.device_put((whole[0], whole[2]), jax.tree.map(axes, (whole[0], whole[2])))
+sharded = split[0], None, split[1], start("masked", optimizer)[3]
+for run in (whole, sharded):
+    params, _, state, srigl = train("masked", optimizer, run, range(N_STEPS))
+    found.append((params, srigl.masks))
+weights = [leaf for leaf in jax.tree.leaves((params, state)) if leaf.ndim == 2]
+assert len(weights) == 4
+assert all(leaf.sharding.is_equivalent_to(axes(leaf), 2) for leaf in weights)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *found)
+assert srigl.trainer.n_updates == 2
+"""
+
+
+def test_dense_weights_may_be_on_several_devices():
+    """Each stays where it is, and the masks are the same."""
+    variables = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    folder = Path(__file__).parent
+    command = [sys.executable, "-c", SHARDED, str(folder), str(folder.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=variables)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
