@@ -35,9 +35,10 @@ class CondensedLinear(linen.Module):  # type: ignore[misc] # the package's types
     collection ``connections`` has its `connections`, which are not trained. ``init`` draws them all
     by the key ``params``, outside of ``jit`` and ``eval_shape``.
 
-    Parameters
+    Attributes
     ----------
     in_features, out_features : int
+        These and the others are the constructor's arguments, in this order.
     fan_in : int
         Connections of each neuron that ``init`` draws, 1..in_features.
     use_bias : bool

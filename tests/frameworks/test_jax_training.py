@@ -255,7 +255,8 @@ def test_the_neurons_of_a_kernel_are_on_its_last_axis():
     for _ in range(3):
         masked = srigl.after_backward(gradient)
         assert (masked["free"] == gradient["free"]).all()
-        params, state = srigl.step(params, state)
+        params, state = srigl.step(params, state)  # they have all weights at the first
+        assert not params["dense"]["kernel"][~srigl.masks["dense"]["kernel"]].any()
     for name in ("conv", "dense"):
         mask, weight = np.asarray(srigl.masks[name]["kernel"]), np.asarray(params[name]["kernel"])
         counts = mask.reshape(-1, mask.shape[-1]).sum(axis=0)
