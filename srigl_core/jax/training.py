@@ -67,7 +67,8 @@ class SRigL:
         The axis of the neurons in dense weights. None means the last axis of a "kernel", as in
         flax, and the first of a "weight", as in equinox. Other names need it.
     config : TrainingConfig or None
-        Method, distribution, update settings, options of single layers, seed.
+        Method, distribution, update settings, options of single layers, seed. Condensed layers need
+        the method "srigl".
 
     Attributes
     ----------
@@ -224,7 +225,8 @@ class SRigL:
         ------
         SriglError
             If a number is not finite, a gradient is missing, or `state` is not one of the optimiser
-            and these parameters. Nothing is changed, and the step is not counted.
+            and these parameters. Nothing is changed, and the step is not counted. Also, after its
+            first update, if the method has another mask for the backward pass.
         """
         before, weights = self.masks, {}
         leaves = self._leaves(params, "params")
@@ -247,10 +249,10 @@ class SRigL:
                 new = update.weight[update.mask].reshape(self._connections[name].indices.shape)
             else:
                 new = np.moveaxis(update.weight, 0, self._axes[name])
-            is_placed = getattr(leaves[name], "committed", False)
-            leaves[name] = jax.device_put(new, leaves[name].sharding if is_placed else None)
+            leaves[name] = _placed(new, leaves[name])
         params = _masked(self._structure.unflatten(leaves.values()), self.masks)
-        return params, _restarted(self._optimizer.init, params, state, before, self.masks)
+        new_state = _restarted(self._optimizer.init, params, state, before, self.masks)
+        return params, jax.tree.map(_placed, new_state, state)
 
     def connect(self, tree: Any) -> Any:
         """Return a pytree with the present connections in place of those of condensed layers.
@@ -377,6 +379,11 @@ def _neuron_axis(name: str, weight: Any, neuron_axis: int | None) -> int:
             f"a condensed layer, pass the connections"
         )
     return axis
+
+
+def _placed(new: Any, old: Any) -> Any:
+    """Return an array on the devices of another one, if that was put there."""
+    return jax.device_put(new, old.sharding if getattr(old, "committed", False) else None)
 
 
 def _map(function: Callable[[Any, Any], Any], masks: Any, tree: Any) -> Any:

@@ -272,7 +272,7 @@ import sys
 sys.path[:0] = sys.argv[1:]
 import jax, numpy as np, optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from test_jax_training import N_STEPS, start, train
+from test_jax_training import start, train
 
 optimizer, found = optax.sgd(0.1, momentum=0.9), []
 whole = start("masked", optimizer)
@@ -281,18 +281,16 @@ axes = lambda leaf: NamedSharding(mesh, P("d") if leaf.ndim == 2 else P())
 split = jax.device_put((whole[0], whole[2]), jax.tree.map(axes, (whole[0], whole[2])))
 sharded = split[0], None, split[1], start("masked", optimizer)[3]
 for run in (whole, sharded):
-    params, _, state, srigl = train("masked", optimizer, run, range(N_STEPS))
+    params, _, state, srigl = train("masked", optimizer, run, range(6))  # the last one updates
     found.append((params, srigl.masks))
-weights = [leaf for leaf in jax.tree.leaves((params, state)) if leaf.ndim == 2]
-assert len(weights) == 4
-assert all(leaf.sharding.is_equivalent_to(axes(leaf), 2) for leaf in weights)
+assert all(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves((params, state)))
 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *found)
 assert srigl.trainer.n_updates == 2
 """
 
 
 def test_dense_weights_may_be_on_several_devices():
-    """Each stays where it is, and the masks are the same."""
+    """They stay there at an update, and the masks are the same."""
     variables = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     folder = Path(__file__).parent
     command = [sys.executable, "-c", SHARDED, str(folder), str(folder.parent)]
