@@ -59,9 +59,13 @@ def parameters_of_dense(
     Raises
     ------
     SriglError
-        If the mask has another shape than the weight or is not constant fan-in, or `bias` has
-        another shape than (n_out,).
+        If the weight is no matrix, the mask has another shape or is not constant fan-in, or `bias`
+        has another shape than (n_out,).
     """
+    if weight.ndim != 2:
+        raise SriglError(
+            f"the weight has shape {weight.shape}, but must be (n_out, n_in); pass a linear layer"
+        )
     if weight.shape != mask.shape:
         raise SriglError(
             f"mask has shape {mask.shape}, but the weight has {weight.shape}, as (n_out, n_in)"

@@ -140,6 +140,15 @@ def test_a_layer_of_a_dense_one_has_its_weights_where_the_mask_is_true(library, 
         condensed(layer, np.triu(np.ones(shaped.shape, bool)))
 
 
+def test_layers_that_are_not_linear_are_refused():
+    convolution = nnx.Conv(4, 6, (3,), rngs=nnx.Rngs(0))
+    with pytest.raises(SriglError, match=r"weight has shape \(6, 4, 3\), but.*a linear layer"):
+        flax_nnx.CondensedLinear.from_dense(convolution, np.ones((3, 4, 6), bool))
+    weight, bias, _ = problem()
+    with pytest.raises(SriglError, match=r"bias has shape \(5,\), but must be \(6,\)"):
+        equinox.CondensedLinear.from_condensed(weight, bias[:5])
+
+
 def test_a_key_decides_the_layer(library):
     one, same, other = (parts_of(DRAW[library](seed)) for seed in (0, 0, 1))
     values, connections, bias = one
