@@ -22,7 +22,7 @@ from srigl_core._registry import check_dtype, get_backend
 from srigl_core.contract import ACTIVATIONS, Backend, PreparedProduct
 from srigl_core.errors import SriglError, ValueTypeError
 
-__all__ = ["PLAIN", "BoundToProcess", "ProductPlan", "merged_rows"]
+__all__ = ["PLAIN", "BoundToProcess", "ProductPlan", "is_plain_out", "merged_rows"]
 
 Array = TypeVar("Array")
 
@@ -167,14 +167,7 @@ class ProductPlan(BoundToProcess):
             return None
         if out is None:
             out = np.empty(n_out if rank == 1 else (shape[0], n_out), dtype)
-        elif not (
-            type(out) is np.ndarray
-            and out.dtype is dtype
-            and out.shape == (*shape[:-1], n_out)
-            and out.flags.num & _WRITABLE == _WRITABLE
-            and not np.may_share_memory(out, x)
-            and not (bias is not None and np.may_share_memory(out, bias))
-        ):
+        elif not is_plain_out(out, (*shape[:-1], n_out), dtype, x, bias):
             return None
         self._matmul_fast(x, bias, code, out, threads)  # type: ignore[misc] # checked by callers
         return out
@@ -392,6 +385,20 @@ class ProductPlan(BoundToProcess):
         if not hasattr(self._prepared, "workspace_bytes"):
             raise SriglError(f"backend {self.backend.name!r} takes no workspace; leave it out")
         return {"workspace": self.arrays.as_workspace(workspace, others)}
+
+
+def is_plain_out(
+    out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], x: Any, bias: Any = None
+) -> bool:
+    """Whether a plain product can be written to `out` without further checks."""
+    return (
+        type(out) is np.ndarray
+        and out.dtype is dtype
+        and out.shape == shape
+        and out.flags.num & _WRITABLE == _WRITABLE
+        and not np.may_share_memory(out, x)
+        and (bias is None or not np.may_share_memory(out, bias))
+    )
 
 
 def merged_rows(array: Any) -> Any:
