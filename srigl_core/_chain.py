@@ -18,7 +18,7 @@ from srigl_core._arrays.operations import HOST_ARRAYS, ArrayOps
 from srigl_core._format.packed_weight import PackedWeight
 from srigl_core._format.weight import QuantizedWeight
 from srigl_core._plan import Plan, QuantizedPlan, plan_of
-from srigl_core._product_plan import PLAIN, BoundToProcess
+from srigl_core._product_plan import PLAIN, BoundToProcess, is_plain_out
 from srigl_core._product_spec import ArraySpec, checked_threads, product_spec
 from srigl_core._registry import get_backend
 from srigl_core.contract import Backend, ChainLayer
@@ -270,12 +270,12 @@ class Chain(BoundToProcess):
             If a dtype is not supported, or float16 meets bfloat16; the message names the layer.
         """
         threads = self.threads if threads is None else checked_threads(threads)
-        if out is None and self._matmul_fast is not None:
-            result: Array | None = (
-                self._multiply_fast(x, compact, threads)
-                if type(x) is np.ndarray
-                else self._convert_and_multiply_fast(x, compact, threads)
-            )
+        if self._matmul_fast is not None:
+            result: Array | None = None
+            if type(x) is np.ndarray:
+                result = self._multiply_fast(x, compact, threads, out)
+            elif out is None:
+                result = self._convert_and_multiply_fast(x, compact, threads)
             if result is not None:
                 return result
         with self.arrays.execution_context(x):
@@ -286,7 +286,9 @@ class Chain(BoundToProcess):
         """Return whether the backend computes all layers in one call for inputs of that dtype."""
         return self._matmul_fast is not None and bool(dtype == self._usual[0])
 
-    def _multiply_fast(self, x: Any, compact: Any, threads: int | None) -> Any | None:
+    def _multiply_fast(
+        self, x: Any, compact: Any, threads: int | None, out: Any = None
+    ) -> Any | None:
         """As that of a plan, for the arguments of a chain: there is no time for the others."""
         dtype, n_out, n_in, is_full = self._usual
         shape = x.shape
@@ -300,7 +302,10 @@ class Chain(BoundToProcess):
             or not shape[0]
         ):
             return None
-        out = np.empty((shape[0], n_out) if is_batch else n_out, dtype)
+        if out is None:
+            out = np.empty((shape[0], n_out) if is_batch else n_out, dtype)
+        elif not is_plain_out(out, (*shape[:-1], n_out), dtype, x):
+            return None
         self._matmul_fast(x, None, 0, out, threads)  # type: ignore[misc] # checked by callers
         return out
 

@@ -22,13 +22,14 @@ from srigl_core._registry import check_dtype, get_backend
 from srigl_core.contract import ACTIVATIONS, Backend, PreparedProduct
 from srigl_core.errors import SriglError, ValueTypeError
 
-__all__ = ["PLAIN", "BoundToProcess", "ProductPlan", "merged_rows"]
+__all__ = ["PLAIN", "BoundToProcess", "ProductPlan", "is_plain_out", "merged_rows"]
 
 Array = TypeVar("Array")
 
 _BATCHES_DESCRIBED = (1, 2, 4, 8, 16, 64, 256)
 PLAIN = 0x101
 """NumPy's flags of an array in C order and aligned: NPY_ARRAY_C_CONTIGUOUS and _ALIGNED."""
+_WRITABLE = PLAIN | 0x400
 _CODES = {name: activation.code for name, activation in ACTIVATIONS.items()}
 
 
@@ -117,11 +118,12 @@ class ProductPlan(BoundToProcess):
             An array of the library of `x`.
         """
         threads = self.threads if threads is None else checked_threads(threads)
-        if self._matmul_fast is not None and out is None and workspace is None:
-            multiply = (
-                self._multiply_fast if type(x) is np.ndarray else self._convert_and_multiply_fast
-            )
-            product: Array | None = multiply(x, bias, activation, compact, threads)
+        if self._matmul_fast is not None and workspace is None:
+            product: Array | None = None
+            if type(x) is np.ndarray:
+                product = self._multiply_fast(x, bias, activation, compact, threads, out)
+            elif out is None:
+                product = self._convert_and_multiply_fast(x, bias, activation, compact, threads)
             if product is not None:
                 return product
         with self.arrays.execution_context(x):
@@ -129,7 +131,13 @@ class ProductPlan(BoundToProcess):
             return result
 
     def _multiply_fast(
-        self, x: Any, bias: Any, activation: Any, compact: Any, threads: int | None
+        self,
+        x: Any,
+        bias: Any,
+        activation: Any,
+        compact: Any,
+        threads: int | None,
+        out: Any = None,
     ) -> Any | None:
         """Return the product of plain arrays, or None for arguments that need all the checks.
 
@@ -157,7 +165,10 @@ class ProductPlan(BoundToProcess):
         code = 0 if activation is None else type(activation) is str and _CODES.get(activation, -1)
         if code is False or code < 0 or not shape[0]:
             return None
-        out = np.empty(n_out if rank == 1 else (shape[0], n_out), dtype)
+        if out is None:
+            out = np.empty(n_out if rank == 1 else (shape[0], n_out), dtype)
+        elif not is_plain_out(out, (*shape[:-1], n_out), dtype, x, bias):
+            return None
         self._matmul_fast(x, bias, code, out, threads)  # type: ignore[misc] # checked by callers
         return out
 
@@ -374,6 +385,20 @@ class ProductPlan(BoundToProcess):
         if not hasattr(self._prepared, "workspace_bytes"):
             raise SriglError(f"backend {self.backend.name!r} takes no workspace; leave it out")
         return {"workspace": self.arrays.as_workspace(workspace, others)}
+
+
+def is_plain_out(
+    out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], x: Any, bias: Any = None
+) -> bool:
+    """Whether a plain product can be written to `out` without further checks."""
+    return (
+        type(out) is np.ndarray
+        and out.dtype is dtype
+        and out.shape == shape
+        and out.flags.num & _WRITABLE == _WRITABLE
+        and not np.may_share_memory(out, x)
+        and (bias is None or not np.may_share_memory(out, bias))
+    )
 
 
 def merged_rows(array: Any) -> Any:
