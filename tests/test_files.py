@@ -273,7 +273,7 @@ def test_where_a_file_that_is_read_cannot_be_replaced_the_writer_waits(
     if refusals == 3:
         write_whole(tmp_path / "a", b"new")
     else:
-        with pytest.raises(PermissionError, match="Access is denied.*a'"):
+        with pytest.raises(PermissionError, match=r"Access is denied.*a'"):
             write_whole(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == (b"new" if refusals == 3 else b"old")
     assert os.listdir(tmp_path) == ["a"]
