@@ -1,7 +1,7 @@
 """Layers as C source: compilers take it without a warning, and its functions obey the laws.
 
 Each layer of a problem is compiled by itself and called by ctypes. Compilers that are not installed
-are skipped. Where Clang is not, Zig's is used, from the package ziglang; it tries fewer problems.
+are skipped. For Clang, Zig's is used then, from the package ziglang, with fewer problems and types.
 """
 
 import ctypes
@@ -107,6 +107,8 @@ def quantized_kernel(library):
     "dtypes", [("float32", "float16"), ("bfloat16",), ("float64",)], ids=lambda names: names[-1]
 )
 def test_the_functions_obey_the_laws_of_products(compiler, dtypes):
+    if compiler == ZIG and "float32" not in dtypes:
+        pytest.skip("Zig starts slowly")
     capabilities = KernelCapabilities(value_dtypes=frozenset(dtypes), largest_problem=LARGEST)
     function = kernel(Library(*compiler, *STRICT, "-O2"))
     check_kernel(function, capabilities=capabilities, max_examples=n_problems(compiler))
