@@ -421,6 +421,16 @@ def test_what_cannot_be_saved_or_loaded_is_an_error_and_nothing_is_written(tmp_p
     mixed.classifier.bfloat16()
     with pytest.raises(SriglError, match=r"parameters of torch\.bfloat16, torch\.float32"):
         for_transformers.save_pretrained(mixed, tmp_path / "new")
+    damaged = condensed_bert()
+    next(m for m in damaged.modules() if isinstance(m, CondensedLinear)).indices.fill_(7)
+    with pytest.raises(SriglError, match="indices"):
+        for_transformers.save_pretrained(damaged, tmp_path / "new")
+    generating = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    )
+    generating.generation_config.max_new_tokens = -1
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        for_transformers.save_pretrained(generating, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     bert().save_pretrained(tmp_path)
     before = sorted(tmp_path.iterdir())
