@@ -4,5 +4,3 @@
 `srigl_core.integrations.lightning` for Lightning. Hugging Face's accelerate needs no module: it
 saves and loads an `SRigL` by ``accelerator.register_for_checkpointing(srigl)``.
 """
-
-import srigl_core.torch  # noqa: F401 - which says how to install PyTorch where that is missing

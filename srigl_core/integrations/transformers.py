@@ -9,9 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from srigl_core._files import write_whole
 from srigl_core._install import install_command
 from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
@@ -19,6 +16,8 @@ from srigl_core.torch import SRigL, load_model
 from srigl_core.torch.model_file import model_as_bytes
 
 try:
+    import torch
+    from torch import nn
     from transformers import AutoConfig, GenerationConfig, PreTrainedModel, TrainerCallback
 except ImportError as error:
     raise BackendUnavailableError(

@@ -662,11 +662,19 @@ def test_accelerate_resumes_to_the_same_bits(mode, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "command"),
-    [("transformers", "transformers accelerate"), ("lightning", "lightning")],
+    ("module", "missing", "command"),
+    [
+        ("transformers", "transformers", "transformers accelerate"),
+        ("lightning", "lightning", "lightning"),
+        ("lightning", "torch", "torch"),
+    ],
 )
-def test_a_missing_package_is_an_error_that_says_what_to_install(module, command):
-    program = f"import sys; sys.modules[{module!r}] = None; import srigl_core.integrations.{module}"
+def test_a_missing_package_is_an_error_that_says_what_to_install(module, missing, command):
+    program = f"""
+import sys
+sys.modules[{missing!r}] = None
+import srigl_core.integrations.{module}
+"""
     run = [sys.executable, "-c", program]
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
