@@ -240,19 +240,21 @@ def _forward(
     """Return products with each batch; for the batches in `cold` also with cold caches."""
     is_headline = (layer.n_in, layer.n_out) == HEADLINE and not layer.is_ablated
     compiled = (1, 8, 64) if threads else (1, 64, 256)
+    is_large = layer.n_out >= _OUTPUT_LAYER.n_out
+    narrow = (1, 8) if is_headline else (1,) if is_large else ()
     hot = [
         Case(
             "forward",
             layer,
             threads,
             batch,
-            narrow=bool(threads) and is_headline and batch in (1, 8),
+            narrow=bool(threads) and batch in narrow,
             compiled=is_headline and layer.sparsity == 0.9 and batch in compiled,
         )
         for batch in batches
     ]
     return hot + [
-        replace(case, cold=True, narrow=False, compiled=case.compiled and not threads)
+        replace(case, cold=True, compiled=case.compiled and not threads)
         for case in hot
         if case.batch in cold
     ]

@@ -75,7 +75,7 @@ def run(settings: Settings, out: Path, *, name: str = "") -> list[Path]:
         return results
 
     if bench is None:
-        if machine["load"] > _BUSY:
+        if machine.get("load", 0.0) > _BUSY:
             print(f"the machine is busy (load {machine['load']}): the times will be unreliable")
         processes = [_in_own_process(one) for one in each]
     else:

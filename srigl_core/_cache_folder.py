@@ -206,8 +206,9 @@ def _check_owner(step: Path) -> None:
         raise _UnsafeFolderError(f"{step} belongs to another user")
     if not stat.S_ISDIR(status.st_mode) or status.st_mode & stat.S_ISVTX:
         return
-    # Where the usual umask is 002 each user has a group of his own.
-    own_group = stat.S_IWGRP if status.st_gid == os.getegid() else 0
+    # Where the usual umask is 002 each user has a group of his own. Under macOS all are in one.
+    has_own_group = sys.platform != "darwin" and status.st_gid == os.getegid()
+    own_group = stat.S_IWGRP if has_own_group else 0
     if status.st_mode & _WRITABLE_BY_OTHERS & ~own_group:
         raise _UnsafeFolderError(f"other users can write to {step}")
 

@@ -13,12 +13,13 @@ from srigl_core._activations import activation_named
 from srigl_core._arrays.checks import check_flag
 from srigl_core._arrays.dtypes import accumulator_dtype
 from srigl_core._arrays.immutable import immutable
-from srigl_core._arrays.libraries import common_library, device_of, library_of
+from srigl_core._arrays.libraries import common_library, device_of
 from srigl_core._arrays.operations import HOST_ARRAYS, ArrayOps
+from srigl_core._fast_path import FastPath
 from srigl_core._format.packed_weight import PackedWeight
 from srigl_core._format.weight import QuantizedWeight
 from srigl_core._plan import Plan, QuantizedPlan, plan_of
-from srigl_core._product_plan import PLAIN, BoundToProcess
+from srigl_core._product_plan import BoundToProcess
 from srigl_core._product_spec import ArraySpec, checked_threads, product_spec
 from srigl_core._registry import get_backend
 from srigl_core.contract import Backend, ChainLayer
@@ -185,7 +186,7 @@ def _own(bias: Any, arrays: ArrayOps) -> Any:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Chain(BoundToProcess):
+class Chain(FastPath, BoundToProcess):
     """The plans of a stack of layers; immutable, callable and printable.
 
     Made by `chain`. One chain may be called from many threads at once. It is for inference and
@@ -206,7 +207,6 @@ class Chain(BoundToProcess):
     arrays: ArrayOps = field(init=False)
     _matmul_fast: Callable[..., None] | None = field(init=False)
     _usual: tuple[Any, ...] = field(init=False)
-    """As those of a plan, for all layers together."""
 
     def __post_init__(self) -> None:
         first, last = self.layers[0].plan.weight, self.layers[-1].plan.weight
@@ -270,14 +270,9 @@ class Chain(BoundToProcess):
             If a dtype is not supported, or float16 meets bfloat16; the message names the layer.
         """
         threads = self.threads if threads is None else checked_threads(threads)
-        if out is None and self._matmul_fast is not None:
-            result: Array | None = (
-                self._multiply_fast(x, compact, threads)
-                if type(x) is np.ndarray
-                else self._convert_and_multiply_fast(x, compact, threads)
-            )
-            if result is not None:
-                return result
+        result: Array | None = self.fast_product(x, None, None, compact, threads, out)
+        if result is not None:
+            return result
         with self.arrays.execution_context(x):
             last: Array = self._call_each(x, out, compact, threads)
         return last
@@ -285,30 +280,6 @@ class Chain(BoundToProcess):
     def is_native_for(self, dtype: np.dtype[Any]) -> bool:
         """Return whether the backend computes all layers in one call for inputs of that dtype."""
         return self._matmul_fast is not None and bool(dtype == self._usual[0])
-
-    def _multiply_fast(self, x: Any, compact: Any, threads: int | None) -> Any | None:
-        """As that of a plan, for the arguments of a chain: there is no time for the others."""
-        dtype, n_out, n_in, is_full = self._usual
-        shape = x.shape
-        is_batch = len(shape) == 2
-        if (
-            x.dtype is not dtype
-            or not (is_batch or len(shape) == 1)
-            or shape[-1] != n_in
-            or x.flags.num & PLAIN != PLAIN
-            or not (compact is False or is_full)
-            or not shape[0]
-        ):
-            return None
-        out = np.empty((shape[0], n_out) if is_batch else n_out, dtype)
-        self._matmul_fast(x, None, 0, out, threads)  # type: ignore[misc] # checked by callers
-        return out
-
-    def _convert_and_multiply_fast(self, x: Any, compact: Any, threads: int | None) -> Any | None:
-        library = library_of(x)
-        converted = library.as_numpy_fast(x)
-        result = None if converted is None else self._multiply_fast(converted, compact, threads)
-        return None if result is None else library.to_caller(result, x)
 
     def _call_each(self, x: Any, out: Any | None, compact: bool, threads: int | None) -> Any:
         """Call the plans one after the other."""

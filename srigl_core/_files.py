@@ -38,6 +38,9 @@ _TEMPORARY = re.compile(r"\.srigl-core-[0-9a-f]{16}\.tmp")
 _SECONDS_TO_WRITE = 3600
 """Where files cannot be locked, a temporary file of this age was left by a process that ended."""
 
+_SECONDS_TO_READ = 2
+"""As long Windows may refuse to replace a file, since another process reads it."""
+
 _FILE_TYPES = {
     stat.S_IFDIR: "a directory",
     stat.S_IFCHR: "a device",
@@ -160,10 +163,22 @@ def _write(target: Path, content: bytes, old: os.stat_result | None, mode: int) 
                 temporary.chmod(stat.S_IMODE(old.st_mode))
             if fcntl is None:
                 locked.close()  # Windows does not rename an open file
-            temporary.replace(target)
+            _replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    end = time.monotonic() + _SECONDS_TO_READ
+    while True:
+        try:
+            temporary.replace(target)
+            return
+        except PermissionError:
+            if fcntl is not None or time.monotonic() > end:
+                raise
+        time.sleep(0.01)
 
 
 def _copy_owner(temporary: Path, old: os.stat_result) -> None:

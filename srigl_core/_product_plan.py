@@ -13,23 +13,21 @@ from numpy.typing import DTypeLike
 
 from srigl_core._arrays.checks import check_flag, check_integer
 from srigl_core._arrays.dtypes import accumulator_dtype, result_dtype, value_dtype
-from srigl_core._arrays.libraries import common_library, library_of
+from srigl_core._arrays.libraries import common_library
 from srigl_core._arrays.operations import HOST_ARRAYS, ArrayOps
 from srigl_core._cost_model import compared, dense_nanoseconds
+from srigl_core._fast_path import PLAIN, FastPath
 from srigl_core._format.packed_weight import PackedWeight
 from srigl_core._product_spec import ArraySpec, bias_dtype, checked_threads, product_spec
 from srigl_core._registry import check_dtype, get_backend
 from srigl_core.contract import ACTIVATIONS, Backend, PreparedProduct
 from srigl_core.errors import SriglError, ValueTypeError
 
-__all__ = ["PLAIN", "BoundToProcess", "ProductPlan", "merged_rows"]
+__all__ = ["BoundToProcess", "ProductPlan", "merged_rows"]
 
 Array = TypeVar("Array")
 
 _BATCHES_DESCRIBED = (1, 2, 4, 8, 16, 64, 256)
-PLAIN = 0x101
-"""NumPy's flags of an array in C order and aligned: NPY_ARRAY_C_CONTIGUOUS and _ALIGNED."""
-_CODES = {name: activation.code for name, activation in ACTIVATIONS.items()}
 
 
 class BoundToProcess:
@@ -46,7 +44,7 @@ class BoundToProcess:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ProductPlan(BoundToProcess):
+class ProductPlan(FastPath, BoundToProcess):
     """A packed weight laid out for one backend; immutable, callable and printable.
 
     Made by `prepare`. One plan may be called from many threads at once.
@@ -73,7 +71,6 @@ class ProductPlan(BoundToProcess):
     arrays: ArrayOps = field(init=False)
     _matmul_fast: Callable[..., None] | None = field(init=False)
     _usual: tuple[Any, ...] = field(init=False)
-    """What the fast path compares its arguments with: dtype, n_out, n_in, all neurons active."""
 
     def __post_init__(self) -> None:
         weight = self.weight
@@ -117,63 +114,13 @@ class ProductPlan(BoundToProcess):
             An array of the library of `x`.
         """
         threads = self.threads if threads is None else checked_threads(threads)
-        if self._matmul_fast is not None and out is None and workspace is None:
-            multiply = (
-                self._multiply_fast if type(x) is np.ndarray else self._convert_and_multiply_fast
-            )
-            product: Array | None = multiply(x, bias, activation, compact, threads)
+        if workspace is None:
+            product: Array | None = self.fast_product(x, bias, activation, compact, threads, out)
             if product is not None:
                 return product
         with self.arrays.execution_context(x):
             result: Array = self._multiply(x, bias, activation, compact, out, threads, workspace)
             return result
-
-    def _multiply_fast(
-        self, x: Any, bias: Any, activation: Any, compact: Any, threads: int | None
-    ) -> Any | None:
-        """Return the product of plain arrays, or None for arguments that need all the checks.
-
-        Plain are C-ordered NumPy arrays of the dtype that is summed. At batch 1 the other checks
-        would take as long as the product.
-        """
-        dtype, n_out, n_in, is_full = self._usual
-        shape = x.shape
-        rank = len(shape)
-        if (
-            x.dtype is not dtype
-            or not 0 < rank < 3
-            or shape[-1] != n_in
-            or x.flags.num & PLAIN != PLAIN
-            or not (compact is False or is_full)
-        ):
-            return None
-        if bias is not None and not (
-            type(bias) is np.ndarray
-            and bias.dtype is dtype
-            and bias.shape == (n_out,)
-            and bias.flags.num & PLAIN == PLAIN
-        ):
-            return None
-        code = 0 if activation is None else type(activation) is str and _CODES.get(activation, -1)
-        if code is False or code < 0 or not shape[0]:
-            return None
-        out = np.empty(n_out if rank == 1 else (shape[0], n_out), dtype)
-        self._matmul_fast(x, bias, code, out, threads)  # type: ignore[misc] # checked by callers
-        return out
-
-    def _convert_and_multiply_fast(self, x: Any, bias: Any | None, *options: Any) -> Any | None:
-        """Return the fast product of another library's arrays in that library, or None."""
-        library = library_of(x)
-        converted = library.as_numpy_fast(x)
-        if converted is None:
-            return None
-        if bias is not None:
-            is_alike = type(bias) is type(x) or library_of(bias) is library
-            bias = library.as_numpy_fast(bias) if is_alike else None
-            if bias is None:
-                return None
-        product = self._multiply_fast(converted, bias, *options)
-        return None if product is None else library.to_caller(product, x)
 
     def _multiply(
         self,
@@ -250,7 +197,7 @@ class ProductPlan(BoundToProcess):
             array.dtype is dtype and array.flags.num & PLAIN == PLAIN
             for array in ((x, out) if bias is None else (x, out, bias))
         ):
-            self._matmul_fast(x, bias, _CODES[activation], out, threads)
+            self._matmul_fast(x, bias, ACTIVATIONS[activation].code, out, threads)
             return
         arrays = self.arrays
         with arrays.execution_context(x):

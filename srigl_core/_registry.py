@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, TypeGuard
@@ -16,6 +17,9 @@ from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeErro
 __all__ = ["BackendStatus", "check_dtype", "get_backend", "is_backend", "list_backends"]
 
 ENTRY_POINT_GROUP = "srigl_core.backends"
+
+_FASTEST = "numba"
+"""The backend with the compiled kernels for CPUs. Others do the work where it cannot run."""
 
 _METHODS = {
     "condensed_matmul": "prepare",
@@ -94,6 +98,11 @@ def get_backend(
     Returns
     -------
     Backend
+
+    Warns
+    -----
+    RuntimeWarning
+        Once, if none is named and "numba", the fastest one on CPUs, cannot run here.
 
     Raises
     ------
@@ -178,12 +187,15 @@ def _wanted(operation: str, inputs: str) -> str:
 
 @functools.cache
 def _preferred(operation: str, device: str, inputs: str = "float") -> Backend:
-    for status in list_backends():
+    statuses = list_backends()
+    for status in statuses:
         offered = status.capabilities
         if offered and offered.device == device and _offers(offered, operation, inputs):
+            if device == "cpu":
+                _warn_if_slow({s.name: s.reason for s in statuses}.get(_FASTEST, ""))
             return _load(status.name)
     if device != "cpu":
-        reasons = "; ".join(s.reason for s in list_backends() if not s.available) or "none is known"
+        reasons = "; ".join(s.reason for s in statuses if not s.available) or "none is known"
         raise BackendUnavailableError(
             f"the arrays are on a {device} device, and no backend for it that offers "
             f"{_wanted(operation, inputs)} can run here: {reasons}"
@@ -192,6 +204,17 @@ def _preferred(operation: str, device: str, inputs: str = "float") -> Backend:
         f"no backend that offers {operation} is installed; is srigl-core itself installed? "
         f"A source folder on the path has no entry points: {INSTALL_CHECKOUT}"
     )
+
+
+@functools.cache
+def _warn_if_slow(reason: str) -> None:
+    if reason:
+        warnings.warn(
+            f"the compiled kernels cannot run here, so slower ones are used: {reason}. To use "
+            f"others without this warning, name a backend, such as 'scipy'",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @functools.cache

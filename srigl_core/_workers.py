@@ -20,8 +20,18 @@ from multiprocessing.connection import Connection
 __all__ = ["END_WITH_STDIN", "end_with_parent", "worker_pool", "worker_stdin"]
 
 END_WITH_STDIN = """
-import os, threading
-threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+import os, sys, threading, time
+def wait_for_end():
+    if sys.platform == "win32":  # a read that waits there would stop the import of NumPy
+        import _winapi, msvcrt
+        try:
+            while _winapi.PeekNamedPipe(msvcrt.get_osfhandle(0)):
+                time.sleep(0.2)
+        except OSError:
+            os._exit(1)
+    os.read(0, 1)
+    os._exit(1)
+threading.Thread(target=wait_for_end, daemon=True).start()
 """
 """Begins the code of a ``python -c`` whose standard input is that of `worker_stdin`."""
 

@@ -1,6 +1,7 @@
 """The command line: what it prints, and how it ends."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -224,6 +225,21 @@ def files(tmp_path):
     save_file(dense, tmp_path / "dense.safetensors")
     save_file({"fc1": packed().to_mask()}, tmp_path / "masks.safetensors")
     return tmp_path
+
+
+def test_what_the_outputs_encoding_lacks_is_printed_as_an_escape(tmp_path):
+    file = tmp_path / "a→b"
+    save_condensed(file, {"größe→": packed()})
+    for command in (["show", file], ["export", file, "--c", "-o", tmp_path / "→"]):
+        result = subprocess.run(
+            [sys.executable, "-m", "srigl_core.cli", *command],
+            capture_output=True,
+            timeout=120,
+            env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+        )
+        assert result.returncode == 0, result.stderr
+        assert ("größe" if command[0] == "show" else "wrote").encode("cp1252") in result.stdout
+        assert rb"\u2192" in result.stdout
 
 
 def test_show_prints_the_layers_of_a_file(files):

@@ -705,6 +705,25 @@ def test_the_preferred_backend_is_used_where_none_is_named():
         assert get_backend(None, operation=operation) is get_backend(able[0].name)
 
 
+def test_where_numba_cannot_run_one_warning_says_why_and_others_do_the_work(monkeypatch):
+    reason = "backend 'numba' needs the package 'numba': pip install numba"
+    without = [s for s in list_backends() if s.name != "numba"]
+    caches = (_registry._preferred, _registry._warn_if_slow)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            _registry, "list_backends", lambda: [*without, BackendStatus("numba", False, reason)]
+        )
+        for cache in caches:
+            cache.cache_clear()
+        assert get_backend("scipy").name == "scipy"  # named, so without a warning
+        with pytest.warns(RuntimeWarning, match=re.escape(reason)) as warned:
+            chosen = [get_backend(operation=each).name for each in (None, "update_mask")]
+        assert chosen == ["scipy", "reference"]
+        assert len(warned) == 1
+    for cache in caches:
+        cache.cache_clear()
+
+
 class OnCuda:
     """What tells of an array on a CUDA device, and no more."""
 

@@ -5,6 +5,9 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+from packaging.requirements import Requirement
+
 import srigl_core
 from srigl_core._install import _PACKAGES, INSTALL_CHECKOUT, install_command
 
@@ -33,6 +36,29 @@ def test_classifiers_name_what_the_workflow_tests():
     assert {parts[-1] for parts in classified if parts[0] == "Operating System"} == tested
     assert [parts[-1] for parts in classified if re.match(r"3\.", parts[-1])] == pythons
     assert PROJECT["requires-python"] == f">={pythons[0]}"
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "python", "is_installed"),
+    [
+        ("linux", "x86_64", "3.11", True),
+        ("linux", "aarch64", "3.15", True),
+        ("linux", "riscv64", "3.12", False),
+        ("linux", "x86_64", "3.16", False),
+        ("darwin", "arm64", "3.14", True),
+        ("darwin", "x86_64", "3.13", True),
+        ("darwin", "x86_64", "3.14", False),
+        ("win32", "AMD64", "3.12", True),
+        ("win32", "ARM64", "3.14", True),
+        ("emscripten", "wasm32", "3.13", False),
+    ],
+)
+def test_numba_is_installed_where_it_has_wheels(system, machine, python, is_installed):
+    (line,) = (line for line in PROJECT["dependencies"] if line.startswith("numba"))
+    place = {"sys_platform": system, "platform_machine": machine, "python_version": python}
+    for interpreter, expected in (("CPython", is_installed), ("PyPy", False)):
+        place["platform_python_implementation"] = interpreter
+        assert Requirement(line).marker.evaluate(place) == expected
 
 
 def test_every_public_module_has_a_page_and_its_row_of_promises():

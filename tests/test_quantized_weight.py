@@ -33,7 +33,6 @@ from srigl_core.testing import (
     verify,
 )
 from srigl_core.testing.flush_mode import flushing_subnormals
-from srigl_core.testing.int8_oracle import nearest_float32
 from srigl_core.testing.verification import law_named
 
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
@@ -56,6 +55,19 @@ def neuron(values, dtype=np.float32):
 
 
 # ---------------------------------------------------------------- quantising
+
+
+def nearest_float32(number):
+    """Return the float32 number nearest to a fraction of at least 0, ties to even."""
+    if number >= Fraction(2**128 - 2**103):
+        return np.float32(np.inf)
+    near = np.float32(min(float(number), float(np.finfo(np.float32).max)))
+    with np.errstate(all="ignore"):
+        neighbours = [np.nextafter(near, np.float32(end)) for end in (-np.inf, np.inf)]
+    return min(
+        (candidate for candidate in (near, *neighbours) if np.isfinite(candidate)),
+        key=lambda found: (abs(Fraction(float(found)) - number), int(found.view(np.uint32)) & 1),
+    )
 
 
 def by_fractions(values):
@@ -99,9 +111,21 @@ def test_a_neuron_is_quantized_as_the_page_says(values, dtype):
 @example(number=3.4028235677973366e38)  # halfway to 2^128
 @example(number=2.0**-150)
 @example(number=3 * 2.0**-150)
-def test_the_oracle_rounds_fractions_as_numpy_rounds_float64(number):
+def test_fractions_are_rounded_as_numpy_rounds_float64(number):
     with np.errstate(over="ignore"):
         assert nearest_float32(Fraction(number)) == np.float32(number)
+
+
+@given(number=st.floats(2.0**-149, 2.0**127, width=32) | st.floats(2.0**-149, 2.0**-119, width=32))
+@example(number=127 * 2.0**-149)
+@example(number=63.5 * 2.0**-148)
+def test_quotients_of_float32_may_be_rounded_to_float64_first(number):
+    with np.errstate(over="ignore"):
+        for quotient, exact in (
+            (number / 127, Fraction(number) / 127),
+            (127 / number, 127 / Fraction(number)),
+        ):
+            assert np.float32(quotient) == nearest_float32(exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,5 +1,8 @@
 """Number types: which there are, how they combine, and that everything is rounded once."""
 
+import ctypes
+import shutil
+import subprocess
 from fractions import Fraction
 
 import ml_dtypes
@@ -8,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from srigl_core._arrays import float_mode
 from srigl_core._arrays.dtypes import (
     VALUE_TYPES,
     accumulator_dtype,
@@ -137,8 +141,32 @@ def test_every_sixteen_bit_number_is_read_exactly(backend_names):
         assert (np.signbit(numbers[zeros]) == np.signbit(expected[zeros])).all()
 
 
+MACOS = """ /* where FE_DFL_ENV is the address of an object */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fenv.h>
+fenv_t _FE_DFL_ENV;
+__attribute__((constructor)) static void fill(void) { fegetenv(&_FE_DFL_ENV); }
+int fesetenv(const fenv_t *environment)
+{
+    int (*set)(const fenv_t *) = dlsym(RTLD_NEXT, "fesetenv");
+    return environment == (const fenv_t *)-1 ? 1 : set(environment);
+}
+"""
+
+
 @pytest.mark.skipif(not can_flush_subnormals(), reason="the mode can be set on Linux x86-64 only")
-def test_a_flushing_thread_is_noticed_and_switched_for_the_time_of_a_call():
+@pytest.mark.parametrize("system", ["GNU", "musl", "macOS"])
+def test_a_flushing_thread_is_noticed_and_switched_for_the_time_of_a_call(
+    system, tmp_path, monkeypatch
+):
+    library = {"GNU": "libm.so.6", "musl": None}.get(system, tmp_path / "libSystem.so")
+    if system == "macOS":
+        if shutil.which("gcc") is None:
+            pytest.skip("needs gcc")
+        command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", library, "-lm"]
+        subprocess.run(command, input=MACOS, text=True, check=True)
+    monkeypatch.setattr(float_mode, "_c_library", lambda: ctypes.CDLL(library))
     assert not subnormals_are_flushed()
     with flushing_subnormals():
         assert subnormals_are_flushed()

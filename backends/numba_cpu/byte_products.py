@@ -113,7 +113,8 @@ def _summer(n_rows: int) -> Any:
     @kernel()
     def sum_rows(groups, rows, values, arrays, columns, bias, out, octets, scales, sums):
         """Sum two steps at a time, with sums of their own, which do not wait for each other."""
-        values, octets, sums = uncounted(values), uncounted(octets), uncounted(sums)
+        values, octets, sums, scales = uncounted((values, octets, sums, scales))
+        columns, bias, out = uncounted((columns, bias, out))
         lookups, blocks, ends, corrections, scale = uncounted(arrays)
         for group in range(groups[0], groups[1]):
             step, last, at = u(ends[group]), u(ends[group + 1]), u(ends[group] + group)
@@ -128,30 +129,32 @@ def _summer(n_rows: int) -> Any:
                 even, odd, low = odd, total, high
                 step += u(1)
             store(sums, u(0), add(even, odd))
-            neurons = group * LANES, corrections, scale
-            _deliver(sums, scales, neurons, rows, columns, bias, out)
+            first = u(group * LANES)
+            factors = load(corrections, first, LANES), load(scale, first, LANES)
+            _deliver(sums, scales, group * LANES, factors, rows, columns, bias, out)
 
     return sum_rows
 
 
 @kernel()
-def _deliver(sums, scales, neurons, rows, columns, bias, out):
+def _deliver(sums, scales, neuron, factors, rows, columns, bias, out):
     """Scale the sums of a group, add the bias, and write them to the result."""
     u = np.uint64
-    neuron, corrections, scale = neurons
-    first, n_columns = u(neuron), u(bias.size)
-    correction, own = load(corrections, first, LANES), load(scale, first, LANES)
-    is_whole = are_side_by_side(columns, neuron, LANES)
-    column = u(columns[neuron])
-    for i in range(u(rows[1] - rows[0])):
-        place = (u(rows[0]) + i) * n_columns
-        acc = add(load(sums, i * u(LANES), LANES), correction)
-        product = int8_product(acc, own, scales[i])
-        if is_whole:
-            store(out, place + column, add(product, load(bias, column, LANES)))
-        else:
-            spare = registers(LANES, scales)
-            deliver_sums(product, LANES, neuron, columns, bias, out, np.int64(place), spare)
+    correction, own = factors
+    n_columns, n_rows = u(bias.size), u(rows[1] - rows[0])
+    start = u(rows[0]) * n_columns
+    if are_side_by_side(columns, neuron, LANES):
+        start += u(columns[neuron])
+        offset = load(bias, u(columns[neuron]), LANES)
+        for i in range(n_rows):
+            acc = add(load(sums, i * u(LANES), LANES), correction)
+            store(out, start + i * n_columns, add(int8_product(acc, own, scales[i]), offset))
+    else:
+        spare = registers(LANES, scales)
+        for i in range(n_rows):
+            acc = add(load(sums, i * u(LANES), LANES), correction)
+            product, place = int8_product(acc, own, scales[i]), np.int64(start + i * n_columns)
+            deliver_sums(product, LANES, neuron, columns, bias, out, place, spare)
 
 
 _ONE_ROW, _TWO_ROWS, _FOUR_ROWS, _EIGHT_ROWS = (_summer(n) for n in (1, 2, 4, MOST_ROWS))

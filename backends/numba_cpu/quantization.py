@@ -38,7 +38,8 @@ def row_scales(row):
     """
     bits, most = row.view(np.int32), np.int32(0)
     for i in range(bits.size):
-        most = max(most, bits[i] & _MAGNITUDE)  # NaN is the largest of all
+        magnitude = np.int32(bits[i] & _MAGNITUDE)  # that of NaN is the largest
+        most = magnitude if magnitude > most else most
     zero, a = np.float32(0), float_of_bits(most)
     if most >= _INFINITY:
         return zero, np.float32(np.nan)
@@ -64,11 +65,18 @@ def write_octets(row, r, octets, at, stride):
     """
     u = np.uint64
     size, place, width = u(row.size), u(at), u(64)
-    for first in range(u(0), size, width):
-        for i in range(min(width, size - first)):
-            number = np.int32(np.rint(row[first + i] * r)) + np.int32(128)
-            octets[place + i] = np.uint8(number)
+    whole = size // width * width
+    for first in range(u(0), whole, width):
+        for i in range(width):
+            octets[place + i] = _octet(row[first + i] * r)
         place += u(stride)
+    for i in range(size - whole):
+        octets[place + i] = _octet(row[whole + i] * r)
+
+
+@kernel(exact=True)
+def _octet(number):
+    return np.uint8(np.int32(np.rint(number)) + np.int32(128))
 
 
 @intrinsic

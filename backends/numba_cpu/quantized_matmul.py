@@ -130,7 +130,7 @@ class Int8Lookup:
 
     def __init__(self, weight: QuantizedWeight) -> None:
         self.weight, self._layout = weight, ByteProducts(weight)
-        self._columns = weight.active, np.arange(weight.n_active)
+        self._active = weight.active
         self._no_bias = _no_bias(weight)
         self._ready: dict[int, Any] = {}
 
@@ -138,32 +138,34 @@ class Int8Lookup:
         self, x: Array, bias: Array | None, code: int, out: Array, threads: int | None
     ) -> None:
         """Write the product of plain arrays to `out`."""
+        layout, batch = self._layout, 1 if x.ndim == 1 else len(x)
         offset = self._no_bias if bias is None else bias
-        self._multiply(x, offset, self._columns[0], out, code, threads)
+        arguments = (x, offset, self._active, out, code, *layout.arrays)
+        if threads == 1 or is_small(threads, layout.nanoseconds(batch)):
+            serial = self._ready.get(x.ndim) or self._make_ready(x.ndim, arguments)
+            serial(layout.n_items(batch), arguments)
+        else:
+            self._share(threads, batch, arguments)
 
     def calls(self, x: Array, bias: Array | None, out: Array, code: int) -> Iterator[Call]:
         """Yield the kernel that `matmul_fast` calls on one thread, as `NumbaPrepared` does."""
         layout, offset = self._layout, self._no_bias if bias is None else bias
-        arguments = (x, offset, self._columns[0], out, code, *layout.arrays)
+        arguments = (x, offset, self._active, out, code, *layout.arrays)
         yield layout.launch, layout.n_items(len(x)), arguments
 
     def work(self, batch: int) -> float:
         """Estimate the nanoseconds of a product's sums on one thread."""
         return self._layout.nanoseconds(batch)
 
-    def _multiply(
-        self, x: Array, bias: Array, columns: Array, out: Array, code: int, threads: int | None
-    ) -> None:
-        layout, batch = self._layout, 1 if x.ndim == 1 else len(x)
-        arguments = (x, bias, columns, out, code, *layout.arrays)
-        work = 0 if threads == 1 else layout.nanoseconds(batch)
-        if threads == 1 or is_small(threads, work):
-            serial = self._ready.get(x.ndim)
-            if serial is None:
-                serial = self._ready[x.ndim] = layout.launch.serial(arguments)
-            serial(layout.n_items(batch), arguments)
-            return
-        with pool(threads, work) as n_threads:
+    def _make_ready(self, rank: int, arguments: tuple[Any, ...]) -> Any:
+        """Return the compiled kernel for inputs of this many axes."""
+        self._ready[rank] = self._layout.launch.serial(arguments)
+        return self._ready[rank]
+
+    def _share(self, threads: int | None, batch: int, arguments: tuple[Any, ...]) -> None:
+        """Compute on up to this many threads."""
+        layout = self._layout
+        with pool(threads, layout.nanoseconds(batch)) as n_threads:
             layout.launch(layout.n_items(batch), n_threads, arguments)
 
     def matmul(
@@ -178,13 +180,16 @@ class Int8Lookup:
     ) -> None:
         """Write the product to `out`."""
         offset = self._no_bias if bias is None else bias
-        columns = self.weight.active if compact else slice(None)
-        offset = np.require(offset[columns], _FLOAT32, ["C", "A"])
+        if compact:
+            offset = offset[self._active]
+        offset = np.require(offset, _FLOAT32, ["C", "A"])
         is_wide = out.dtype == np.float64
         code = ACTIVATIONS["none" if is_wide else activation].code
         inputs = np.require(x, np.float32, ["C", "A"])
         with rounded_into(out, _FLOAT32) as result:
-            self._multiply(inputs, offset, self._columns[compact], result, code, threads)
+            columns = np.arange(self.weight.n_active) if compact else self._active
+            arguments = (inputs, offset, columns, result, code, *self._layout.arrays)
+            self._share(threads, len(inputs), arguments)
         if is_wide:
             out[...] = activate(out, activation)
 

@@ -33,7 +33,8 @@ def _compiler() -> str | None:
 
 
 def _product(problem: Problem) -> Bind:
-    with tempfile.TemporaryDirectory() as folder:
+    # Windows does not delete a library that is loaded.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         layers = {"layer": (problem.weight, problem.bias, None)}
         source, _ = export_c(layers, folder, name="bench")
         built = Path(folder, "bench.so")

@@ -125,13 +125,15 @@ class CpuDevice:
 
     def facts(self) -> dict[str, Any]:
         """Return the description of the machine in the result file."""
-        return {
+        facts = {
             "cpu": cpu_name(),
             "cores": n_cores(),
             "system": f"{platform.system()} {platform.machine()}",
             "caches": cache_sizes(),
-            "load": round(os.getloadavg()[0], 2),
         }
+        if hasattr(os, "getloadavg"):  # not under Windows
+            facts["load"] = round(os.getloadavg()[0], 2)
+        return facts
 
     def software(self) -> dict[str, Any]:
         """Return the environment variables, and the libraries with threads."""

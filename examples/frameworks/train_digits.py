@@ -5,7 +5,6 @@ Each run has its own process, so that its memory can be measured. With `--quick`
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -22,6 +21,11 @@ from torch import nn
 from srigl_core._workers import END_WITH_STDIN, worker_stdin
 from srigl_core.reference import UpdateSchedule
 from srigl_core.torch import SRigL
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 WORKER = f"""{END_WITH_STDIN}
 import runpy, sys
@@ -118,7 +122,11 @@ def tensor_bytes(model, optimizer, masks) -> int:
 
 
 def peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Return the largest memory of this process so far; 0 where the system does not tell."""
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -21,7 +22,7 @@ _SMALLEST_NORMAL = 2.2250738585072014e-308
 _SMALLEST_SUBNORMAL = 5e-324
 _HALF = 0.5
 _FENV_BYTES = 512  # larger than any platform's fenv_t
-_FE_DFL_ENV = ctypes.c_void_p(-1)  # glibc and musl: ((const fenv_t *) -1)
+_MCW_DN, _DN_SAVE = 0x03000000, 0  # of Windows' <float.h>
 
 
 def subnormals_are_flushed() -> bool:
@@ -35,14 +36,15 @@ def honour_subnormals() -> AbstractContextManager[None]:
     Raises
     ------
     SriglError
-        If the thread flushes them and the platform's C library has no ``fesetenv``.
+        If the thread flushes them and cannot be switched.
     """
     return _ieee_environment() if subnormals_are_flushed() else nullcontext()
 
 
 @contextmanager
 def _ieee_environment() -> Iterator[None]:
-    with float_environment(lambda current: _FE_DFL_ENV):
+    is_windows = sys.platform == "win32"
+    with _windows_saves_denormals() if is_windows else float_environment(_default_environment):
         if subnormals_are_flushed():
             raise SriglError(
                 "this thread flushes subnormal numbers to zero and could not be switched back; "
@@ -54,7 +56,7 @@ def _ieee_environment() -> Iterator[None]:
 @contextmanager
 def float_environment(changed: Callable[[bytes], Any]) -> Iterator[None]:
     """Run this thread in the environment that `changed` makes of the current ``fenv_t``'s bytes."""
-    libm = _libm()
+    libm = _c_library()
     saved = ctypes.create_string_buffer(_FENV_BYTES)
     libm.fegetenv(saved)
     libm.fesetenv(changed(saved.raw))
@@ -64,14 +66,32 @@ def float_environment(changed: Callable[[bytes], Any]) -> Iterator[None]:
         libm.fesetenv(saved)
 
 
-@functools.cache
-def _libm() -> ctypes.CDLL:
+def _default_environment(current: bytes) -> Any:
+    """Return the pointer FE_DFL_ENV."""
+    try:  # macOS: an object
+        return (ctypes.c_char * _FENV_BYTES).in_dll(_c_library(), "_FE_DFL_ENV")
+    except ValueError:  # glibc and musl
+        return ctypes.c_void_p(-1)
+
+
+@contextmanager
+def _windows_saves_denormals() -> Iterator[None]:
+    """Honour subnormals by the one function that Windows documents for it."""
+    control = _c_library()._controlfp_s
+    before, ignored = ctypes.c_uint(), ctypes.c_uint()
+    control(ctypes.byref(before), 0, 0)
+    control(ctypes.byref(ignored), _DN_SAVE, _MCW_DN)
     try:
-        libm = ctypes.CDLL("libm.so.6")
-        libm.fegetenv.argtypes = libm.fesetenv.argtypes = [ctypes.c_void_p]
-    except (OSError, AttributeError):
-        raise SriglError(
-            "this thread flushes subnormal numbers to zero, and this platform's C library offers "
-            "no way to switch back; call from a thread in the default floating-point mode"
-        ) from None
-    return libm
+        yield
+    finally:
+        control(ctypes.byref(ignored), before.value, _MCW_DN)
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    if sys.platform == "win32":
+        return ctypes.CDLL("ucrtbase")
+    try:
+        return ctypes.CDLL("libm.so.6")
+    except OSError:  # macOS and musl have no library of its own for <fenv.h>
+        return ctypes.CDLL(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 from srigl_core._install import install_command
@@ -23,4 +24,7 @@ def main() -> None:
         sys.exit(1)
     from srigl_core.cli.app import app
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr: in Windows' code pages, not every name of a layer or a file can be printed.
+        sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="srigl")

@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from srigl_core._install import install_command
 from srigl_core.errors import BackendUnavailableError, SriglError
 from srigl_core.torch import SRigL
 
 try:
+    import torch
     from lightning.pytorch import Callback
 except ImportError as error:
     raise BackendUnavailableError(

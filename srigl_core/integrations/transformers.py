@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
+from srigl_core._files import write_whole
 from srigl_core._install import install_command
 from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
-from srigl_core.torch import SRigL, load_model, save_model
+from srigl_core.torch import SRigL, load_model
+from srigl_core.torch.model_file import model_as_bytes
 
 try:
+    import torch
+    from torch import nn
     from transformers import AutoConfig, GenerationConfig, PreTrainedModel, TrainerCallback
 except ImportError as error:
     raise BackendUnavailableError(
@@ -152,7 +155,10 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> None:
         If `model` is not a model of Transformers.
     SriglError
         If its parameters have several dtypes, the folder holds weights in another format, or as in
-        `save_model`. Nothing is written.
+        `save_model`.
+    ValueError
+        If Transformers refuses to save the configuration. After any of these errors nothing is
+        written.
 
     Notes
     -----
@@ -177,14 +183,17 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> None:
             f"folder {str(folder)!r} holds weights in another format ({', '.join(others)}), which "
             f"the model's own from_pretrained would load in place of these; choose an empty one"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(model, folder / _FILE)
+    content = model_as_bytes(model)
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as written:
+        config.save_pretrained(written)
+        if model.can_generate():
+            model.generation_config.save_pretrained(written)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / _FILE, content)
+        shutil.copytree(written, folder, dirs_exist_ok=True)
 
 
 def from_pretrained(model_class: Any, folder: str | os.PathLike[str]) -> Any:

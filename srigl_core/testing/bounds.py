@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,29 +62,38 @@ class Outcome:
             terms=np.broadcast_to(self.terms, self.z.shape)[..., neurons],
         )
 
-    @property
+    # A product is compared in every output type, so what the types share is computed once.
+
+    @cached_property
     def y(self) -> NDArray[np.float64]:
         """The sum after the activation."""
         with np.errstate(all="ignore"):
             return activate(self.z.astype(np.float64), self.activation)
 
-    @property
+    @cached_property
     def unchecked(self) -> NDArray[np.bool_]:
         """Where the sum of magnitudes exceeds half the accumulator's largest number."""
         return np.asarray(self.scale > float_limits(self.accumulator).largest / 2)
 
-    def bound(self, dtype: np.dtype[Any]) -> NDArray[np.float64]:
-        """Return how far a result of `dtype` may be from `y`, elementwise; inf where unchecked."""
-        acc, out = float_limits(self.accumulator), float_limits(dtype)
-        z, y = np.abs(self.z), np.abs(self.y)
+    @cached_property
+    def _bound_before_rounding(self) -> NDArray[np.longdouble]:
+        """How far the result may be from `y` before it is rounded to its type."""
+        limits = float_limits(self.accumulator)
         with np.errstate(all="ignore"):
             n = self.terms + 2.0
-            inside = 2 * n * acc.roundoff * self.scale + n * acc.smallest
+            inside = 2 * n * limits.roundoff * self.scale + n * limits.smallest
             inside *= not self.is_rounded
             if self.activation != "none":
                 inside *= ACTIVATIONS[self.activation].lipschitz
-                inside += 8 * acc.roundoff * (z + y)
-            bound = inside + out.roundoff * y + out.smallest
+                inside += 8 * limits.roundoff * (np.abs(self.z) + np.abs(self.y))
+        return inside
+
+    def bound(self, dtype: np.dtype[Any]) -> NDArray[np.float64]:
+        """Return how far a result of `dtype` may be from `y`, elementwise; inf where unchecked."""
+        limits = float_limits(dtype)
+        with np.errstate(all="ignore"):
+            rounding = limits.roundoff * np.abs(self.y) + limits.smallest
+            bound = self._bound_before_rounding + rounding
             return np.where(self.unchecked, np.inf, bound).astype(np.float64)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 from srigl_core._arrays.dtypes import VALUE_TYPES
 from srigl_core.contract import (
@@ -135,7 +135,7 @@ def completed(capabilities: Capabilities) -> KernelCapabilities:
     """Return capabilities as `KernelCapabilities`, which by default restrict nothing."""
     if isinstance(capabilities, KernelCapabilities):
         return capabilities
-    return KernelCapabilities(**asdict(capabilities))
+    return KernelCapabilities(**vars(capabilities))
 
 
 def left_out(capabilities: KernelCapabilities) -> list[str]:

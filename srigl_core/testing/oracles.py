@@ -12,7 +12,7 @@ from srigl_core._arrays.dtypes import accumulator_dtype
 from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core.testing.bounds import Outcome, float_limits
 
-__all__ = ["expected_gradients", "expected_product"]
+__all__ = ["chunks_of_neurons", "expected_gradients", "expected_product"]
 
 
 _CHUNK = 2**18
@@ -40,7 +40,7 @@ def expected_product(
         terms = np.zeros(weight.shape[0], np.int64)
         terms[weight.active] = weight.fan_in
         inputs = x.astype(np.longdouble)
-        for neurons in _chunks(weight, inputs.size // x.shape[-1]):
+        for neurons in chunks_of_neurons(weight, inputs.size // x.shape[-1]):
             values = weight.values[neurons].astype(np.longdouble)
             products = inputs[..., weight.indices[neurons]] * values
             rows, scale = weight.active[neurons], scales[neurons]
@@ -54,7 +54,7 @@ def expected_product(
         return Outcome(z, magnitude, terms, accumulator, activation)
 
 
-def _chunks(weight: CondensedWeight | QuantizedWeight, batch: int) -> Iterator[slice]:
+def chunks_of_neurons(weight: CondensedWeight | QuantizedWeight, batch: int) -> Iterator[slice]:
     """Yield slices of neurons that have few products each."""
     step = max(1, _CHUNK // max(1, batch * weight.fan_in))
     for start in range(0, weight.n_active, step):
@@ -63,7 +63,9 @@ def _chunks(weight: CondensedWeight | QuantizedWeight, batch: int) -> Iterator[s
 
 def _magnitudes(products: NDArray[np.longdouble]) -> NDArray[np.longdouble]:
     """Return the magnitudes of the finite terms: only these may overflow in a partial sum."""
-    return np.where(np.isfinite(products), np.abs(products), 0)
+    magnitudes = np.abs(products)
+    magnitudes[~np.isfinite(magnitudes)] = 0
+    return magnitudes
 
 
 def expected_gradients(
@@ -76,7 +78,7 @@ def expected_gradients(
     dvalues, values_scale = (np.zeros(weight.values.shape, np.longdouble) for _ in range(2))
     degree = np.bincount(weight.indices.ravel(), minlength=weight.shape[1])
     with np.errstate(all="ignore"):
-        for neurons in _chunks(weight, len(g)):
+        for neurons in chunks_of_neurons(weight, len(g)):
             columns, connected = weight.indices[neurons], g[:, weight.active[neurons]]
             values = weight.values[neurons].astype(np.longdouble)
             products = connected[:, :, None] * values

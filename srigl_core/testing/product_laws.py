@@ -47,15 +47,6 @@ def _expected(problem: MatmulProblem) -> Outcome:
     return expected_product(problem.weight, problem.x, bias, problem.activation)
 
 
-def _columns(outcome: Outcome, neurons: NDArray[np.int64]) -> Outcome:
-    return replace(
-        outcome,
-        z=outcome.z[..., neurons],
-        scale=outcome.scale[..., neurons],
-        terms=outcome.terms[neurons],
-    )
-
-
 def _call(plan: Plan, problem: MatmulProblem, **options: Any) -> NDArray[Any]:
     return plan(problem.x, problem.bias, activation=problem.activation, **options)
 
@@ -67,7 +58,7 @@ def _product(backend: str | Backend, problem: MatmulProblem, **options: Any) -> 
 def _assert_product(backend: Backend, problem: MatmulProblem, what: str) -> None:
     """Check a product, its compact form, and both in an `out` of any type."""
     plan, expected = prepare(problem.weight, backend=backend), _expected(problem)
-    columns = _columns(expected, problem.weight.active)
+    columns = expected.of_neurons(problem.weight.active)
     assert_within(_call(plan, problem), expected, f"{what}, the product")
     assert_within(_call(plan, problem, compact=True), columns, f"{what}, the compact product")
     if not capabilities_of(backend).out:
@@ -115,7 +106,7 @@ def product_agrees_with_other_oracles(backend: Backend, problem: MatmulProblem) 
 @_law("extended precision", "within the error bound of SPEC 2")
 def compact_output_is_the_active_columns(backend: Backend, problem: MatmulProblem) -> None:
     """With compact=True the result has the active neurons' columns and no others."""
-    expected = _columns(_expected(problem), problem.weight.active)
+    expected = _expected(problem).of_neurons(problem.weight.active)
     product = _product(backend, problem, compact=True)
     assert_within(product, expected, "the compact product")
 
@@ -128,7 +119,7 @@ def ablated_neurons_output_the_activated_bias(backend: Backend, problem: MatmulP
         raise NotApplicable("no neuron is ablated")
     poisoned = replace(problem, x=np.full_like(problem.x, np.nan))
     product = _product(backend, poisoned)[..., ablated]
-    assert_within(product, _columns(_expected(problem), ablated), "the output of ablated neurons")
+    assert_within(product, _expected(problem).of_neurons(ablated), "the output of ablated neurons")
 
 
 @_law("extended precision", "within the error bound of SPEC 2")
@@ -241,7 +232,7 @@ def out_is_filled_whatever_it_held(backend: Backend, problem: MatmulProblem) -> 
         raise NotApplicable("it returns its results")
     plan, whole = prepare(problem.weight, backend=backend), _expected(problem)
     for compact in (False, True):
-        outcome = _columns(whole, problem.weight.active) if compact else whole
+        outcome = whole.of_neurons(problem.weight.active) if compact else whole
         out = out_array(outcome.z.shape, problem)
         if _call(plan, problem, out=out, compact=compact) is not out:
             raise LawViolation("the call did not return the array passed as out")
@@ -256,12 +247,10 @@ def memory_layout_does_not_matter(backend: Backend, problem: MatmulProblem) -> N
     layouts = [each for each in DISTINCT_LAYOUTS if each in capabilities_of(backend).layouts]
     if len(layouts) == 1:
         raise NotApplicable("it takes arrays in C order only")
-    plan = prepare(problem.weight, backend=backend)
+    plan, expected = prepare(problem.weight, backend=backend), _expected(problem)
     for layout in layouts:
-        elsewhere = replace(problem, x=laid_out(problem.x, layout))
-        assert_within(
-            _call(plan, elsewhere), _expected(elsewhere), f"the product of x laid out {layout!r}"
-        )
+        product = _call(plan, replace(problem, x=laid_out(problem.x, layout)))
+        assert_within(product, expected, f"the product of x laid out {layout!r}")
 
 
 @_law(

@@ -47,7 +47,7 @@ from srigl_core.torch.sharded_tensors import check_not_sharded
 from srigl_core.torch.targets import submodule
 from srigl_core.torch.tensors import as_numpy, from_numpy, numpy_dtype, torch_dtype
 
-__all__ = ["load_model", "save_model"]
+__all__ = ["load_model", "model_as_bytes", "save_model"]
 
 _LAYER_TENSORS = {
     CondensedLinear: ("weight", "bias", "values", "indices", "active", "counts"),
@@ -74,6 +74,11 @@ def save_model(model: Any, path: str | os.PathLike[str]) -> None:
         If a condensed layer's tensors are not a valid weight, or something else is registered in
         it, for which the file has no place.
     """
+    write_whole(path, model_as_bytes(model))
+
+
+def model_as_bytes(model: Any) -> bytes:
+    """Return the content of a file of `save_model`."""
     from safetensors.torch import save
 
     check_not_sharded(model)
@@ -91,7 +96,7 @@ def save_model(model: Any, path: str | os.PathLike[str]) -> None:
     stored = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = layer_metadata(weights)
     metadata[MODULES_KEY] = json.dumps({name: _description(m) for name, m in layers.items()})
-    write_whole(path, save(stored, metadata=metadata))
+    return bytes(save(stored, metadata=metadata))
 
 
 def load_model(path: str | os.PathLike[str], model: Any) -> Any:

@@ -86,16 +86,30 @@ quantized_linear = torch.ops.srigl_core.quantized_linear.default
 
 def multiply(x: Any, *layer: Any) -> Any:
     """Return the product in a new tensor: the kernel of CPU and CUDA."""
-    y = _empty_product(x, *layer)
     values, indices, active, counts, bias, in_features, *activation = layer
+    name = activation[0] if activation else "none"
+    bias = None if bias is None else may_be_viewed(bias)
+    if x.is_cpu and x.numel():
+        plan = packing_of(values, indices, active, counts, in_features).plan
+        y = _fast_product(plan, x, bias, name)
+        if y is not None:
+            return y
+    y = _empty_product(x, *layer)
     if y.numel():
         with on_device_of(x):
             packing = packing_of(values, indices, active, counts, in_features, gives_values=True)
-            bias = None if bias is None else may_be_viewed(bias)
             given = values if packing.takes_values else None
-            name = activation[0] if activation else "none"
             _write_product(packing.plan, x, bias, name, y, given)
     return y
+
+
+def _fast_product(plan: ProductPlan, x: Any, bias: Any | None, activation: str) -> Any | None:
+    """Return the product in a new tensor, or None for tensors that need all the checks."""
+    threads = torch.get_num_threads()
+    try:
+        return plan.fast_product(x, bias, activation, False, threads)
+    finally:
+        restore_threads(threads)
 
 
 def _write_product(
@@ -131,11 +145,16 @@ def _empty_product(x: Any, *layer: Any) -> Any:
 
 def multiply_quantized(x: Any, *layer: Any) -> Any:
     """Return the product of a quantised layer in a new tensor: the kernel of CPU and CUDA."""
+    values, scale, indices, active, bias, n_out, n_in, dtype, inputs, activation = layer
+    tensors = values, scale, indices, active
+    if x.is_cpu and x.numel() and x.dtype is dtype:
+        plan = quantized_plan_of(tensors, (n_out, n_in), inputs)
+        y = _fast_product(plan, x, bias, activation)
+        if y is not None:
+            return y
     y = _empty_quantized(x, *layer)
-    values, scale, indices, active, bias, n_out, n_in, _, inputs, activation = layer
     if y.numel():
         with on_device_of(x):
-            tensors = values, scale, indices, active
             plan = quantized_plan_of(tensors, (n_out, n_in), inputs)
             _write_product(plan, x, bias, activation, y)
     return y

@@ -421,6 +421,16 @@ def test_what_cannot_be_saved_or_loaded_is_an_error_and_nothing_is_written(tmp_p
     mixed.classifier.bfloat16()
     with pytest.raises(SriglError, match=r"parameters of torch\.bfloat16, torch\.float32"):
         for_transformers.save_pretrained(mixed, tmp_path / "new")
+    damaged = condensed_bert()
+    next(m for m in damaged.modules() if isinstance(m, CondensedLinear)).indices.fill_(7)
+    with pytest.raises(SriglError, match="indices"):
+        for_transformers.save_pretrained(damaged, tmp_path / "new")
+    generating = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    )
+    generating.generation_config.max_new_tokens = -1
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        for_transformers.save_pretrained(generating, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     bert().save_pretrained(tmp_path)
     before = sorted(tmp_path.iterdir())
@@ -652,11 +662,19 @@ def test_accelerate_resumes_to_the_same_bits(mode, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "command"),
-    [("transformers", "transformers accelerate"), ("lightning", "lightning")],
+    ("module", "missing", "command"),
+    [
+        ("transformers", "transformers", "transformers accelerate"),
+        ("lightning", "lightning", "lightning"),
+        ("lightning", "torch", "torch"),
+    ],
 )
-def test_a_missing_package_is_an_error_that_says_what_to_install(module, command):
-    program = f"import sys; sys.modules[{module!r}] = None; import srigl_core.integrations.{module}"
+def test_a_missing_package_is_an_error_that_says_what_to_install(module, missing, command):
+    program = f"""
+import sys
+sys.modules[{missing!r}] = None
+import srigl_core.integrations.{module}
+"""
     run = [sys.executable, "-c", program]
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -834,7 +835,12 @@ def test_cliffs_alone_are_looked_for_on_demand(tmp_path, monkeypatch):
     assert measure.chosen(settings) == []
 
 
-def test_a_run_ends_with_what_the_machine_measured(tmp_path, monkeypatch):
+@pytest.mark.parametrize("tells_its_load", [True, False])
+def test_a_run_ends_with_what_the_machine_measured(tmp_path, monkeypatch, tells_its_load):
+    """Windows tells no load."""
+    monkeypatch.delattr(os, "getloadavg", raising=False)
+    if tells_its_load:
+        monkeypatch.setattr(os, "getloadavg", lambda: (0.125, 1, 1), raising=False)
     monkeypatch.setattr(run, "_in_own_process", lambda one: made_up("cpu").processes[0])
     monkeypatch.setenv("COLUMNS", "200")
     result = command("cpu", "--quick", "--threads", "1", "--out", tmp_path)
@@ -846,6 +852,8 @@ def test_a_run_ends_with_what_the_machine_measured(tmp_path, monkeypatch):
     assert "faster than the best dense int8 product in 4 of 4 cases" in last
     assert "not installed: PyTorch: pip install torch" in last
     assert last.endswith("times as long.")
+    machine = load_results(tmp_path / "cpu.json").content["machine"]
+    assert machine.get("load") == (0.12 if tells_its_load else None)
 
 
 def test_a_process_that_fails_is_an_error_and_writes_nothing(tmp_path, monkeypatch):

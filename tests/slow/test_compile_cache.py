@@ -525,6 +525,20 @@ def test_a_named_folder_that_others_could_exchange_is_not_used(places, named, mo
 
 
 @needs_users
+def test_the_users_own_group_may_write_above_the_folder_but_not_the_one_group_of_macos(
+    places, monkeypatch
+):
+    kernels = places.asked / "kernels"
+    places.asked.mkdir()
+    places.asked.chmod(0o770)
+    monkeypatch.setenv("SRIGL_CACHE_DIR", str(kernels))
+    assert places.root() == kernels
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.warns(RuntimeWarning, match="is not used.* other users can write to .*asked"):
+        assert places.root() is None
+
+
+@needs_users
 def test_a_folder_below_one_that_all_may_write_to_but_not_delete_is_used(places, named):
     """As the system's temporary folder is."""
     root, _ = named

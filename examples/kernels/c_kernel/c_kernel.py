@@ -59,7 +59,8 @@ def compiled(real: str, index: str, *, buggy: bool = False) -> ctypes.CDLL:
     """Compile the loops for a pair of types, and load them."""
     types = {"float32": "float", "float64": "double", "uint16": "uint16_t", "uint32": "uint32_t"}
     defines = [f"-DREAL={types[real]}", f"-DINDEX={types[index]}"] + ["-DWITH_A_BUG"] * buggy
-    with tempfile.TemporaryDirectory() as folder:
+    # Windows does not delete a library that is loaded.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         built = Path(folder) / "condensed_matmul.so"
         command = [find_compiler(), *FLAGS, *defines, str(SOURCE), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
