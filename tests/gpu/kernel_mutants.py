@@ -117,6 +117,13 @@ MUTANTS = (
         ("several trips",),
     ),
     Mutant(
+        "quads of a trip have the inputs of its first",
+        "batch_tile.cuh",
+        "__ldg(next + a * stride)",
+        "__ldg(next)",
+        ("several trips",),
+    ),
+    Mutant(
         "a trip begins before the one before it ends",
         "batch_tile.cuh",
         "row += ahead * stride",
