@@ -195,6 +195,8 @@ class LaunchModel:
     properties : DeviceProperties
     n_out, n_in : int
     n_active, fan_in : int
+    is_quantized : bool
+        Whether a value is a byte. Otherwise values have the type of x.
     """
 
     properties: DeviceProperties
@@ -202,6 +204,7 @@ class LaunchModel:
     n_in: int
     n_active: int
     fan_in: int
+    is_quantized: bool = False
 
     @property
     def nnz(self) -> int:
@@ -280,7 +283,7 @@ class LaunchModel:
             shared_bytes = 0
         fitting = resident_blocks(self.properties, STREAM_THREADS, shared_bytes)
         trips = -(-self.n_in // (STREAM_THREADS * LOADS_AHEAD // rows))
-        bytes_read = dtype.itemsize + (2 if shared_bytes else 4)
+        bytes_read = (1 if self.is_quantized else dtype.itemsize) + (2 if shared_bytes else 4)
         bytes_gathered = max(4, row_bytes) * GATHER_CONFLICTS[min(16, max(4, row_bytes))]
         launches = []
         for lanes in STREAM_LANES:

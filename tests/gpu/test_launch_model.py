@@ -16,6 +16,7 @@ from srigl_core.backends.cupy_gpu.launch_model import (
     resident_blocks,
 )
 from srigl_core.backends.cupy_gpu.layouts import Layouts
+from srigl_core.backends.cupy_gpu.products import Products
 from srigl_core.backends.cupy_gpu.tiles import rows_of_tile
 from srigl_core.benchmarks.cases import HEADLINE, Case, Layer
 from srigl_core.benchmarks.predict import GPUS, in_the_docs, predicted, table
@@ -81,6 +82,21 @@ def test_the_papers_layer_is_staged_on_its_gpu_at_batch_eight():
     titan = next(gpu for gpu in GPUS if gpu.properties.name == "TITAN V")
     model = model_of(Layer.random(*HEADLINE, 0.9), titan)
     assert model.stream(8, np.dtype(np.float32)).shared_bytes == titan.properties.block_shared_bytes
+
+
+@by_name
+def test_a_quantised_value_is_read_as_a_byte(gpu):
+    """Where the weight's bytes bound the time, it is that of the bytes: a value and its index."""
+    layer, float32 = Layer(768, 670_000, 32, 670_000), np.dtype(np.float32)
+    wide = model_of(layer, gpu)
+    narrow = replace(wide, is_quantized=True)
+    assert wide.stream(1, float32).lanes == narrow.stream(1, float32).lanes
+    slower, faster = (model.stream(1, float32).cycles for model in (wide, narrow))
+    assert faster == pytest.approx(slower * (1 + 2) / (4 + 2), rel=0.1)
+    device = SimpleNamespace(properties=gpu.properties)
+    weight = CondensedWeight.random((8, 16), fan_in=4, rng=0)
+    assert not Products(weight, device).model.is_quantized
+    assert Products(weight.quantize(), device).model.is_quantized
 
 
 def test_a_grid_of_few_tiles_has_as_many_blocks_as_the_device_runs():
