@@ -21,12 +21,24 @@ from srigl_core.backends.cupy_gpu.launch_model import (
 from srigl_core.benchmarks.cases import HEADLINE, Case, Layer, gpu_cases, matching
 from srigl_core.benchmarks.roofline import GpuPeaks, least_time, work_of
 
-__all__ = ["GPUS", "Gpu", "Prediction", "in_the_docs", "predicted", "predictions", "table"]
+__all__ = [
+    "GPUS",
+    "Gpu",
+    "Prediction",
+    "against_dense",
+    "in_the_docs",
+    "predicted",
+    "predictions",
+    "printed",
+    "table",
+]
 
 COPY_SHARE = 0.9
 """Estimated share of the data sheet's memory bandwidth that a copy reaches."""
 
 SHARED_BYTES_A_CYCLE = 128
+
+_SPARSITIES = (0.8, 0.9, 0.95, 0.99)
 
 
 @dataclass(frozen=True)
@@ -62,17 +74,24 @@ class Gpu:
 
 
 def _properties(
-    name: str, processors: int, block_kib: int, processor_kib: int, threads: int = 2048
+    name: str,
+    processors: int,
+    block_kib: int,
+    processor_kib: int,
+    architecture: int,
+    threads: int = 2048,
 ) -> DeviceProperties:
-    return DeviceProperties(name, processors, block_kib << 10, processor_kib << 10, threads)
+    shared_bytes = block_kib << 10, processor_kib << 10
+    return DeviceProperties(name, processors, *shared_bytes, threads, architecture)
 
 
 GPUS = (
-    Gpu(_properties("TITAN V", 80, 96, 96), 1.455e9, 653e9, 64),
-    Gpu(_properties("A100", 108, 163, 164), 1.41e9, 1.555e12, 64),
-    Gpu(_properties("H200", 132, 227, 228), 1.9e9, 4.8e12, 128),
-    Gpu(_properties("RTX 4090", 128, 99, 100, 1536), 2.52e9, 1.008e12, 128),
-    Gpu(_properties("B200-like", 148, 227, 228), 1.85e9, 8e12, 128),
+    Gpu(_properties("TITAN V", 80, 96, 96, 70), 1.455e9, 653e9, 64),
+    Gpu(_properties("A100", 108, 163, 164, 80), 1.41e9, 1.555e12, 64),
+    Gpu(_properties("H100", 132, 227, 228, 90), 1.755e9, 3.35e12, 128),
+    Gpu(_properties("H200", 132, 227, 228, 90), 1.9e9, 4.8e12, 128),
+    Gpu(_properties("RTX 4090", 128, 99, 100, 89, 1536), 2.52e9, 1.008e12, 128),
+    Gpu(_properties("B200-like", 148, 227, 228, 100), 1.85e9, 8e12, 128),
 )
 
 
@@ -142,7 +161,7 @@ def predictions(only: Sequence[str] = (), gpus: Iterable[Gpu] = GPUS) -> list[Pr
 
 def in_the_docs() -> list[Prediction]:
     """Return the predictions of docs/gpu.md: the paper's layer, on its GPU and on the H200."""
-    layers = [Layer.random(*HEADLINE, sparsity) for sparsity in (0.8, 0.9, 0.95, 0.99)]
+    layers = [Layer.random(*HEADLINE, sparsity) for sparsity in _SPARSITIES]
     cases = [
         *(
             Case("forward", layer, batch=batch)
@@ -175,3 +194,35 @@ def table(rows: Iterable[Prediction]) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def against_dense(gpus: Iterable[Gpu] = GPUS) -> str:
+    """Return a table of where dense products on tensor cores are predicted to be faster.
+
+    It is of the headline layer in 16 bits, by sparsity; a plan says the same of its weight.
+    """
+    sizes = [Layer.random(*HEADLINE, sparsity) for sparsity in _SPARSITIES]
+    lines = [
+        f"| GPU | dense, {sizes[0].name} | {' | '.join(f'{s:.0%}' for s in _SPARSITIES)} |",
+        f"|-|-|{'-|' * len(sizes)}",
+    ]
+    for gpu in gpus:
+        for dtype in ("float16", "bfloat16"):
+            models = [
+                LaunchModel(gpu.properties, size.n_out, size.n_in, size.n_active, size.fan_in)
+                for size in sizes
+            ]
+            found = [model.against_dense(value_dtype(dtype)) for model in models]
+            cells = [gpu.properties.name, dtype, *(words or "no tensor cores" for words in found)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def printed(only: Sequence[str] = ()) -> str:
+    """Return what `srigl bench gpu --predict` prints.
+
+    With predictions in 16 bits, the comparison with tensor cores follows.
+    """
+    rows = predictions(only)
+    narrow = any(row.case.dtype == "float16" for row in rows)
+    return table(rows) + (f"\n{against_dense()}" if narrow else "")

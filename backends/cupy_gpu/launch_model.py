@@ -85,6 +85,21 @@ ISSUE_CYCLES = {"float16": 5.75, "bfloat16": 7.06, "float32": 2.22, "float64": 2
 GRADIENT_ISSUE_CYCLES = 3.5
 """The same for the gradient of the values, which exchanges sums."""
 
+TENSOR_MULTIPLY_ADDS = {70: 512, 75: 512, 80: 1024, 86: 512, 89: 512, 90: 2048, 100: 4096, 120: 512}
+"""By the architecture: multiply-adds in 16 bits of a multiprocessor's tensor cores in a cycle; half
+as many on GeForce cards."""
+
+BFLOAT16_ARCHITECTURE = 80
+"""The oldest whose tensor cores take bfloat16."""
+
+TENSOR_SHARE = 0.6
+"""Share of that rate that a dense product of one layer is estimated to reach."""
+
+DENSE_CYCLES = 5_000
+"""Estimated time of a dense product with hardly any multiply-adds."""
+
+COMPARED_BATCHES = tuple(1 << i for i in range(12))
+
 GATHER_CONFLICTS = {4: 3.5, 8: 3.1, 16: 2.6}
 """Wavefronts relative to the ideal, by the bytes of a lane: random inputs in the stream product."""
 
@@ -216,6 +231,40 @@ class LaunchModel:
         if batch <= MOST_STREAM_ROWS:
             return self.stream(batch, dtype)
         return self.tile(batch, dtype)
+
+    def dense(self, batch: int, dtype: np.dtype[Any]) -> float | None:
+        """Return the predicted cycles of the dense product on tensor cores.
+
+        None if the device has none for 16-bit numbers of `dtype`.
+        """
+        properties, n_inputs = self.properties, self.n_out + batch
+        oldest = BFLOAT16_ARCHITECTURE if dtype.name == "bfloat16" else 0
+        rates = [rate for a, rate in TENSOR_MULTIPLY_ADDS.items() if a <= properties.architecture]
+        if dtype.itemsize != 2 or not rates or properties.architecture < oldest:
+            return None
+        summed = self.n_out * self.n_in * batch / (rates[-1] * TENSOR_SHARE)
+        moved = n_inputs * self.n_in + batch * self.n_out
+        read = moved * dtype.itemsize / STAGED_BYTES_A_CYCLE
+        return DENSE_CYCLES + max(summed, read) / properties.processors
+
+    def against_dense(self, dtype: np.dtype[Any]) -> str | None:
+        """Return at which batches dense tensor cores are predicted to be faster, in words.
+
+        None where there are no tensor cores for `dtype`.
+        """
+        faster = []
+        for batch in COMPARED_BATCHES:
+            dense = self.dense(batch, dtype)
+            if dense is None:
+                return None
+            if dense < self.forward(batch, dtype).cycles:
+                faster.append(batch)
+        if not faster:
+            return f"predicted slower up to batch {COMPARED_BATCHES[-1]}"
+        first, last = faster[0], faster[-1]
+        if last < COMPARED_BATCHES[-1]:
+            return f"predicted faster at batch {first} to {last}"
+        return f"predicted faster from batch {first} on"
 
     def tile(self, batch: int, dtype: np.dtype[Any], *, of_columns: bool = False) -> TileLaunch:
         """Return the fastest launch of a batched product, or of the gradient of x.

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from simulated import SimulatedDevice
 from typer.testing import CliRunner
 
-from srigl_core import CondensedWeight
+from srigl_core import CondensedWeight, prepare
+from srigl_core._arrays.dtypes import value_dtype
+from srigl_core.backends.cupy_gpu.gpu_backend import CAPABILITIES, GpuBackend
 from srigl_core.backends.cupy_gpu.launch_model import (
     LaunchModel,
     bank_factor,
@@ -19,11 +22,12 @@ from srigl_core.backends.cupy_gpu.layouts import Layouts
 from srigl_core.backends.cupy_gpu.products import Products
 from srigl_core.backends.cupy_gpu.tiles import rows_of_tile
 from srigl_core.benchmarks.cases import HEADLINE, Case, Layer
-from srigl_core.benchmarks.predict import GPUS, in_the_docs, predicted, table
+from srigl_core.benchmarks.predict import GPUS, against_dense, in_the_docs, predicted, table
 from srigl_core.cli.app import app
 
 BATCHES = (1, 8, 64, 256, 2048)
 SPARSITIES = (0.8, 0.9, 0.95, 0.99)
+NARROW = ("float16", "bfloat16")
 by_name = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.properties.name)
 H200 = next(gpu for gpu in GPUS if gpu.properties.name == "H200")
 
@@ -155,6 +159,51 @@ def test_the_page_has_the_predictions_of_the_model():
     page = Path(__file__).parents[2].joinpath("docs", "gpu.md").read_text()
     shown = page.split("<!-- predictions -->\n")[1].split("<!-- /predictions -->")[0]
     assert shown == table(in_the_docs())
+
+    shown = page.split("<!-- against dense -->\n")[1].split("<!-- /against dense -->")[0]
+    assert shown == against_dense()
+
+
+def test_dense_tensor_cores_win_at_large_batches_and_not_where_few_inputs_are_connected():
+    models = [model_of(Layer.random(*HEADLINE, sparsity), H200) for sparsity in SPARSITIES]
+    float16 = np.dtype(np.float16)
+    first = [model.against_dense(float16) for model in models]
+    assert first[-1] == "predicted slower up to batch 2048"
+    batches = [int(re.fullmatch(r"predicted faster from batch (\d+) on", w)[1]) for w in first[:-1]]
+    assert batches == sorted(batches)
+    for model, batch in zip(models, batches, strict=False):
+        assert model.dense(batch, float16) < model.forward(batch, float16).cycles
+        assert model.dense(batch // 2, float16) >= model.forward(batch // 2, float16).cycles
+
+
+def test_only_16_bits_are_compared_with_tensor_cores_and_only_where_there_are_any():
+    layer, float16, bfloat16 = Layer.random(*HEADLINE, 0.9), *map(value_dtype, NARROW)
+    model = model_of(layer, H200)
+    assert model.dense(64, np.dtype(np.float32)) is None
+    assert model.against_dense(np.dtype(np.float32)) is None
+    old = replace(model, properties=replace(H200.properties, architecture=70))
+    assert old.dense(64, float16) > model.dense(64, float16)
+    assert old.against_dense(bfloat16) is None
+    unknown = replace(model, properties=replace(H200.properties, architecture=0))
+    assert unknown.against_dense(float16) is None
+
+
+def test_a_plan_in_16_bits_says_where_dense_is_predicted_to_be_faster():
+    for dtype in NARROW:
+        weight = CondensedWeight.random((768, 3072), fan_in=307, rng=0)
+        values = weight.values.astype(value_dtype(dtype))
+        weight = CondensedWeight(values, weight.indices, weight.active, weight.shape)
+        device = SimulatedDevice(H200.properties)
+        text = str(prepare(weight, backend=GpuBackend(device, "cupy", CAPABILITIES)))
+        assert "dense on tensor cores=predicted faster from batch 64 on" in text
+    text = str(prepare(weight.quantize(), backend=GpuBackend(device, "cupy", CAPABILITIES)))
+    assert "tensor cores" not in text
+
+
+def test_predictions_in_16_bits_come_with_the_comparison():
+    words = ["--predict", "--only", "3072-768", "--only", "batch=256", "--only", "float16"]
+    done = CliRunner().invoke(app, ["bench", "gpu", *words])
+    assert done.output.endswith(f"\n\n{against_dense()}")
 
 
 def test_the_command_prints_predictions_without_a_device():
