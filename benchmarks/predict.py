@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from srigl_core._arrays.dtypes import value_dtype
 from srigl_core.backends.cupy_gpu.device import DeviceProperties
 from srigl_core.backends.cupy_gpu.launch_model import (
+    Counts,
     GradientLaunch,
     LaunchModel,
     StreamLaunch,
@@ -105,6 +106,8 @@ class Prediction:
     case : Case
     launch : str
         Lanes and grid of the kernels.
+    counts : tuple of Counts
+        What they do.
     time, floor : float
         The predicted time of the kernels, and the time below which none can go.
     bound : str
@@ -114,6 +117,7 @@ class Prediction:
     gpu: str
     case: Case
     launch: str
+    counts: tuple[Counts, ...]
     time: float
     floor: float
     bound: str
@@ -137,8 +141,13 @@ def predicted(case: Case, gpu: Gpu) -> Prediction:
     floor, bound = least_time(work, peaks)
     seconds = sum(launch.cycles for launch in launches) / gpu.clock
     seconds = max(seconds, work.moved / peaks.copy_bandwidth)
+    of_columns = case.operation == "backward"
+    counts = tuple(
+        model.counts(launch, case.batch, dtype, of_columns=of_columns) for launch in launches
+    )
     launch = "; ".join(map(str, launches))
-    return Prediction(gpu.properties.name, case, launch, 1e6 * seconds, 1e6 * floor, bound)
+    times = 1e6 * seconds, 1e6 * floor
+    return Prediction(gpu.properties.name, case, launch, counts, *times, bound)
 
 
 def predictions(only: Sequence[str] = (), gpus: Iterable[Gpu] = GPUS) -> list[Prediction]:
@@ -177,8 +186,9 @@ def in_the_docs() -> list[Prediction]:
 def table(rows: Iterable[Prediction]) -> str:
     """Return the predictions as a table in Markdown."""
     lines = [
-        "| GPU | operation | layer | batch | launch | predicted, us | floor, us | bound by |",
-        "|-|-|-|-:|-|-:|-:|-|",
+        "| GPU | operation | layer | batch | launch | launches | barriers | trips | multiply-adds "
+        "| predicted, us | floor, us | bound by |",
+        "|-|-|-|-:|-|-:|-:|-:|-:|-:|-:|-|",
     ]
     for row in rows:
         layer = row.case.layer
@@ -188,6 +198,11 @@ def table(rows: Iterable[Prediction]) -> str:
             f"{layer.name}, {layer.sparsity:.0%}, {row.case.dtype}",
             str(row.case.batch),
             row.launch,
+            str(sum(each.launches for each in row.counts)),
+            *(
+                "; ".join(str(getattr(each, name)) for each in row.counts)
+                for name in ("barriers", "trips", "multiply_adds")
+            ),
             f"predicted {row.time:.1f}",
             f"{row.floor:.1f}",
             row.bound,

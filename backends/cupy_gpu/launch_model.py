@@ -19,6 +19,7 @@ from srigl_core.backends.cupy_gpu.tiles import CHUNK, rows_of_tile
 from srigl_core.backends.cupy_gpu.variants import STREAM_ROWS, TILE_LANES
 
 __all__ = [
+    "Counts",
     "GradientLaunch",
     "LaunchModel",
     "StreamLaunch",
@@ -119,6 +120,30 @@ def resident_blocks(
     of_threads = min(properties.processor_threads, PROCESSOR_REGISTERS // registers) // threads
     of_memory = properties.processor_shared_bytes // (shared_bytes + RESERVED_SHARED_BYTES)
     return max(1, min(of_threads, of_memory))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the kernels of a launch do, in numbers that the test harness counts, too.
+
+    Parameters
+    ----------
+    launches : int
+    barriers : int
+        That a block passes, at most.
+    trips : int
+        Of a thread, at most, through loops whose loads are in flight together, to stage inputs.
+    loads : int
+        Of a thread, at most: numbers of x, and of the result's gradient, that it loads.
+    multiply_adds : int
+        Of a thread, at most, if no neuron's connections are padded.
+    """
+
+    launches: int
+    barriers: int
+    trips: int
+    loads: int
+    multiply_adds: int
 
 
 @dataclass(frozen=True)
@@ -353,6 +378,58 @@ class LaunchModel:
             launches.append(StreamLaunch(lanes, rows, shared_bytes, cycles))
         return min(launches, key=lambda launch: launch.cycles)
 
+    def counts(
+        self,
+        launch: StreamLaunch | TileLaunch | GradientLaunch,
+        batch: int,
+        dtype: np.dtype[Any],
+        *,
+        of_columns: bool = False,
+    ) -> Counts:
+        """Return what a launch of this model does."""
+        if isinstance(launch, StreamLaunch):
+            return self._stream_counts(launch, batch)
+        if isinstance(launch, GradientLaunch):
+            return self._gradient_counts(launch, batch, dtype)
+        return self._tile_counts(launch, dtype, of_columns=of_columns)
+
+    def _tile_counts(self, launch: TileLaunch, dtype: np.dtype[Any], *, of_columns: bool) -> Counts:
+        n_neurons, n_inputs = (self.n_in, self.n_out) if of_columns else (self.n_out, self.n_in)
+        tile_rows, n_segments = self._tile_shape(launch.lanes, of_columns=of_columns)
+        passes = _passes(n_neurons, launch.lanes, launch.splits, launch.warps)
+        stagings = passes if n_segments > 1 else 1
+        shape = n_inputs, tile_rows, n_segments
+        trips, loads = _staged(*shape, launch.warps, launch.lanes, dtype.itemsize)
+        barriers = 2 * passes * n_segments if n_segments > 1 else 1
+        multiply_adds = passes * -(-self.nnz // n_neurons) * 16 // dtype.itemsize
+        return Counts(1, barriers, stagings * trips, stagings * loads, multiply_adds)
+
+    def _gradient_counts(self, launch: GradientLaunch, batch: int, dtype: np.dtype[Any]) -> Counts:
+        lanes, size = GRADIENT_LANES, 16 // dtype.itemsize
+        tile_rows, n_segments = self._tile_shape(lanes)
+        batch_tiles = -(-batch // (lanes * size))
+        tiles = -(-batch_tiles // launch.splits)
+        passes = _passes(self.n_active, lanes, launch.parts, launch.warps)
+        n_rows = min(self.n_in, tile_rows)
+        trips, loads = _staged(n_rows, tile_rows, 1, launch.warps, lanes, dtype.itemsize)
+        loads += passes * size  # of the result's gradient
+        multiply_adds = passes * -(-self.fan_in // n_segments) * size
+        return Counts(2, 2 * tiles, tiles * trips, tiles * loads, tiles * multiply_adds)
+
+    def _stream_counts(self, launch: StreamLaunch, batch: int) -> Counts:
+        lanes, rows, processors = launch.lanes, launch.rows, self.properties.processors
+        fitting = resident_blocks(self.properties, STREAM_THREADS, launch.shared_bytes)
+        blocks = min(-(-self.n_active * lanes // STREAM_THREADS), processors * fitting)
+        slices = _passes(self.n_active, lanes, blocks, STREAM_THREADS // 32)
+        steps = -(-self.fan_in // (CHUNK * lanes))
+        last = min(CHUNK, self.fan_in - (steps - 1) * lanes * CHUNK)
+        connections = slices * ((steps - 1) * CHUNK + last)
+        if not launch.shared_bytes:
+            return Counts(1, 0, 0, connections * batch, connections * batch)
+        trips = -(-self.n_in // (STREAM_THREADS * LOADS_AHEAD // rows))
+        loads = trips * LOADS_AHEAD // rows * batch
+        return Counts(1, 1, trips, loads, connections * rows)
+
     def _tile_shape(self, lanes: int, *, of_columns: bool = False) -> tuple[int, int]:
         n_inputs = self.n_out if of_columns else self.n_in
         return rows_of_tile(n_inputs, lanes, self.properties.block_shared_bytes)
@@ -384,11 +461,29 @@ def _counted(number: int, noun: str) -> str:
 
 def _stage_cycles(lanes: int, tile_rows: int, itemsize: int, warps: int, resident: int) -> float:
     """Return the cycles in which the blocks of a multiprocessor stage a tile each."""
-    quads_ahead = 1 if itemsize == 8 else LOADS_AHEAD * itemsize // 16
-    rows_a_thread = -(-tile_rows // (32 * warps // lanes))
-    trips = rows_a_thread // quads_ahead + rows_a_thread % quads_ahead
+    trips, _ = _staged(tile_rows, tile_rows, 1, warps, lanes, itemsize)
     bytes_staged = resident * tile_rows * 16 * lanes
     return max(bytes_staged / STAGED_BYTES_A_CYCLE, trips * TRIP_CYCLES)
+
+
+def _staged(
+    n_inputs: int, tile_rows: int, n_segments: int, warps: int, lanes: int, itemsize: int
+) -> tuple[int, int]:
+    """Return the trips and loads in which a thread stages all segments of a tile, at most."""
+    quads_ahead = 1 if itemsize == 8 else LOADS_AHEAD * itemsize // 16
+    trips = loads = 0
+    for rows in (*(n_segments - 1) * (tile_rows,), n_inputs - (n_segments - 1) * tile_rows):
+        rows_a_thread = -(-rows // (32 * warps // lanes))
+        trips += rows_a_thread // quads_ahead + rows_a_thread % quads_ahead
+        loads += rows_a_thread * 16 // itemsize
+    return trips, loads
+
+
+def _passes(n_neurons: int, lanes: int, splits: int, warps: int) -> int:
+    """Return the groups of neurons that a warp of the largest split has, at most."""
+    groups = -(-n_neurons * lanes // 32)
+    per_split = -(-groups // splits)
+    return -(-per_split // warps)
 
 
 def _counts(most: int, more: Iterable[int] = ()) -> list[int]:

@@ -14,6 +14,7 @@ import pytest
 from kernel_mutants import CHECKS, MUTANTS
 from simulated import KERNELS, SETTINGS
 
+from srigl_core.backends.cupy_gpu.launch_model import LOADS_AHEAD
 from srigl_core.backends.cupy_gpu.variants import TILE_LANES, variants
 
 SCRIPT = Path(__file__).with_name("check_kernels.py")
@@ -84,6 +85,7 @@ def test_the_measured_kernels_are_all_and_within_the_limits():
     assert [row for row in rows for numbers in row["needs"].values() if numbers[-1]] == []
     limited = [(row, compile_gate.staging_limits(row["kernel"])) for row in rows]
     limited = [(row, limits) for row, limits in limited if limits is not None]
+    assert {limits.loads for _, limits in limited} == {LOADS_AHEAD}
     assert len(limited) == 3 * (2 * len(TILE_LANES) + 1)
     for row, limits in limited:
         assert row["staging"].keys() == row["needs"].keys()

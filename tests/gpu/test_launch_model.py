@@ -214,5 +214,6 @@ def test_the_command_prints_predictions_without_a_device():
     rows = [line.split(" | ") for line in done.output.splitlines()[2:]]
     assert {row[0].strip("| ") for row in rows} == {gpu.properties.name for gpu in GPUS}
     for row in rows:
-        assert re.fullmatch(r"predicted [\d.]+", row[5])
-        assert float(row[5].split()[1]) >= float(row[6])
+        assert all(int(cell) > 0 for cell in row[5:9])
+        assert re.fullmatch(r"predicted [\d.]+", row[9])
+        assert float(row[9].split()[1]) >= float(row[10])
