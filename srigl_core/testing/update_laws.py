@@ -223,7 +223,7 @@ def numbers_that_are_not_finite_are_refused(backend: Backend, problem: UpdatePro
         numbers = getattr(problem, name).copy()
         numbers[places] = rng.choice([np.nan, np.inf, -np.inf], np.count_nonzero(places))
         wrong = replace(problem, **{name: numbers})
-        count = np.count_nonzero(places if name == "grad" else places & problem.mask)
+        count = int(np.count_nonzero(places if name == "grad" else places & problem.mask))
         _assert_counted(partial(_update, backend, wrong), what, count, size)
 
 
