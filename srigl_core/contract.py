@@ -229,7 +229,8 @@ class Backend(Protocol):
         Parameters
         ----------
         weight, grad : ndarray, (n_out, n_in), C order
-            Any of the input dtypes; `grad` is finite, and so is `weight` where `mask` is True.
+            Any of the input dtypes; `grad` is finite, and so is `weight` where `mask` is True,
+            unless the capabilities declare `checks_finite`.
         mask : ndarray of bool, (n_out, n_in), C order
         settings : UpdateSettings
         threads : int or None
