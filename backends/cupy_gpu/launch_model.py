@@ -25,6 +25,7 @@ __all__ = [
     "StreamLaunch",
     "TileLaunch",
     "bank_factor",
+    "padded_connections",
     "resident_blocks",
 ]
 
@@ -80,6 +81,9 @@ LOADS_AHEAD = 16
 BANK_CONFLICTS = {8: 0.0, 4: 0.55, 2: 2.9, 1: 7.5}
 """By the lanes of a neuron: the conflicts that the order of the connections leaves (`tiles.py`)."""
 
+LARGEST_OF_MEMBERS = {32: 2.07, 16: 1.77, 8: 1.42, 4: 1.03}
+"""Expected largest of so many normal numbers, in standard deviations."""
+
 ISSUE_CYCLES = {"float16": 5.75, "bfloat16": 7.06, "float32": 2.22, "float64": 2.22}
 """Cycles in which a multiprocessor issues the instructions for one load of 16 bytes of a warp."""
 
@@ -113,6 +117,20 @@ def bank_factor(lanes: int, fan_in: float) -> float:
     return 1 + BANK_CONFLICTS[lanes] / math.sqrt(max(1.0, fan_in))
 
 
+def padded_connections(fan_in: float, n_inputs: int, n_segments: int, lanes: int) -> float:
+    """Return the expected connections of a neuron, with the padding that its warp makes of them.
+
+    In each segment of the inputs all neurons of a warp have as many chunks as the one that has the
+    most connections there. The inputs of a neuron are taken to be random.
+    """
+    if n_segments == 1:
+        return CHUNK * math.ceil(fan_in / CHUNK)
+    mean = fan_in / n_segments
+    variance = mean * (1 - 1 / n_segments) * max(0.0, 1 - fan_in / n_inputs)
+    most = mean + LARGEST_OF_MEMBERS[32 // lanes] * math.sqrt(variance)
+    return n_segments * (most + (CHUNK - 1) / 2)
+
+
 def resident_blocks(
     properties: DeviceProperties, threads: int, shared_bytes: int, registers: int = REGISTERS
 ) -> int:
@@ -136,7 +154,8 @@ class Counts:
     loads : int
         Of a thread, at most: numbers of x, and of the result's gradient, that it loads.
     multiply_adds : int
-        Of a thread, at most, if no neuron's connections are padded.
+        Of a thread. Where inputs are cut into segments, it is an estimate, since padding depends
+        on the mask.
     """
 
     launches: int
@@ -304,7 +323,7 @@ class LaunchModel:
             tile_rows, n_segments = self._tile_shape(lanes, of_columns=of_columns)
             tiles = -(-batch * dtype.itemsize // (16 * lanes))
             groups = -(-n_neurons * lanes // 32)
-            reads = self._read_cycles(lanes, n_neurons, ISSUE_CYCLES[dtype.name])
+            reads = self._read_cycles(lanes, ISSUE_CYCLES[dtype.name], of_columns=of_columns)
             for splits, warps in self._grids(groups, tiles, dtype):
                 blocks, per_split = tiles * splits, -(-groups // splits)
                 resident = self._resident(blocks, warps, 16 * lanes * (tile_rows + 1), dtype)
@@ -327,7 +346,7 @@ class LaunchModel:
         batch_tiles = -(-batch * dtype.itemsize // (16 * lanes))
         groups = -(-self.n_active * lanes // 32)
         sums_bytes = max(4, dtype.itemsize) * self.nnz
-        reads = self._read_cycles(lanes, self.n_active, GRADIENT_ISSUE_CYCLES)
+        reads = self._read_cycles(lanes, GRADIENT_ISSUE_CYCLES)
         reads = max(reads, 2 * sums_bytes / STAGED_BYTES_A_CYCLE)  # sums of the tile before, too
         launches = []
         for splits in _counts(min(batch_tiles, MOST_BATCH_SPLITS)):
@@ -401,7 +420,8 @@ class LaunchModel:
         shape = n_inputs, tile_rows, n_segments
         trips, loads = _staged(*shape, launch.warps, launch.lanes, dtype.itemsize)
         barriers = 2 * passes * n_segments if n_segments > 1 else 1
-        multiply_adds = passes * -(-self.nnz // n_neurons) * 16 // dtype.itemsize
+        connections = round(self._padded(launch.lanes, of_columns=of_columns))
+        multiply_adds = passes * connections * 16 // dtype.itemsize
         return Counts(1, barriers, stagings * trips, stagings * loads, multiply_adds)
 
     def _gradient_counts(self, launch: GradientLaunch, batch: int, dtype: np.dtype[Any]) -> Counts:
@@ -413,7 +433,7 @@ class LaunchModel:
         n_rows = min(self.n_in, tile_rows)
         trips, loads = _staged(n_rows, tile_rows, 1, launch.warps, lanes, dtype.itemsize)
         loads += passes * size  # of the result's gradient
-        multiply_adds = passes * -(-self.fan_in // n_segments) * size
+        multiply_adds = passes * round(self._padded(lanes) / n_segments) * size
         return Counts(2, 2 * tiles, tiles * trips, tiles * loads, tiles * multiply_adds)
 
     def _stream_counts(self, launch: StreamLaunch, batch: int) -> Counts:
@@ -440,11 +460,21 @@ class LaunchModel:
         fitting = resident_blocks(self.properties, 32 * warps, shared_bytes, registers)
         return min(fitting, -(-blocks // self.properties.processors))
 
-    def _read_cycles(self, lanes: int, n_neurons: int, issue_cycles: float) -> float:
+    def _read_cycles(self, lanes: int, issue_cycles: float, *, of_columns: bool = False) -> float:
         """Return the cycles in which one multiprocessor reads a tile for all connections."""
+        n_neurons = self.n_in if of_columns else self.n_active
         issue_factor = issue_cycles * SHARED_BYTES_A_CYCLE / WARP_LOAD_BYTES
         factor = max(bank_factor(lanes, self.nnz / n_neurons), issue_factor)
-        return self.nnz * 16 * lanes * factor / (SHARED_BYTES_A_CYCLE * SHARED_EFFICIENCY)
+        read = n_neurons * self._padded(lanes, of_columns=of_columns) * 16 * lanes
+        return read * factor / (SHARED_BYTES_A_CYCLE * SHARED_EFFICIENCY)
+
+    def _padded(self, lanes: int, *, of_columns: bool = False) -> float:
+        """Return the connections of a neuron, or of an input, with their padding."""
+        _, n_segments = self._tile_shape(lanes, of_columns=of_columns)
+        n_neurons, n_inputs = self.n_active, self.n_in
+        if of_columns:
+            n_neurons, n_inputs = self.n_in, self.n_out
+        return padded_connections(self.nnz / n_neurons, n_inputs, n_segments, lanes)
 
     def _grids(self, groups: int, times: int, dtype: np.dtype[Any]) -> Iterator[tuple[int, int]]:
         """Yield splits of the groups and warps of a block, for a grid that is `times` as large."""

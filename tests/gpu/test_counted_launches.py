@@ -42,12 +42,10 @@ def threads_of(launch):
 
 
 def assert_counted(counted, counts, *, is_padded):
-    """Cut into segments, a neuron's connections are padded to chunks in each."""
+    """Cut into segments, a neuron's connections are padded in each, which is an estimate."""
     assert (counted.barriers, counted.loads) == (counts.barriers, counts.loads)
-    if is_padded:
-        assert counts.multiply_adds < counted.multiply_adds <= 2 * counts.multiply_adds
-    else:
-        assert counted.multiply_adds == counts.multiply_adds
+    allowed = 0.25 if is_padded else 0
+    assert counted.multiply_adds == pytest.approx(counts.multiply_adds, rel=allowed)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

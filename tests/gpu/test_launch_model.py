@@ -16,6 +16,7 @@ from srigl_core.backends.cupy_gpu.gpu_backend import CAPABILITIES, GpuBackend
 from srigl_core.backends.cupy_gpu.launch_model import (
     LaunchModel,
     bank_factor,
+    padded_connections,
     resident_blocks,
 )
 from srigl_core.backends.cupy_gpu.layouts import Layouts
@@ -153,6 +154,17 @@ def test_bank_conflicts_are_those_that_the_packing_leaves(lanes, fan_in):
     counts = [(shared == bank).sum(axis=2) for bank in range(classes)]
     counted = np.max(counts, axis=0).mean()
     assert bank_factor(lanes, fan_in) == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4, 8])
+@pytest.mark.parametrize("fan_in", [614, 307, 31])
+@pytest.mark.parametrize("kib", [24, 96, 227])
+def test_padding_is_that_of_the_packing(lanes, fan_in, kib):
+    device = SimpleNamespace(upload=np.asarray, finish=lambda: None, is_capturing=lambda: False)
+    weight = CondensedWeight.random((256, 3072), fan_in=fan_in, rng=0)
+    tiles = Layouts(weight, device, kib << 10).tiles(lanes)
+    expected = padded_connections(fan_in, 3072, tiles.n_segments, lanes)
+    assert expected == pytest.approx(tiles.positions.size / 256, rel=0.06)
 
 
 def test_the_page_has_the_predictions_of_the_model():
