@@ -29,6 +29,10 @@ class Arrays:
         """Return an array rounded to `dtype`."""
         return array.astype(value_dtype(dtype), copy=False)
 
+    def largest_of_rows(self, array: Any) -> Any:
+        """Return the largest number of each row."""
+        return array.max(axis=1)
+
     def tensor(self, array: Any) -> Any:
         """Return an array of the problem, or one of NumPy, as a PyTorch tensor."""
         import torch
@@ -73,6 +77,9 @@ class TorchArrays(Arrays):
 
     def cast(self, array: Any, dtype: str) -> Any:
         return array.to(getattr(self._torch, dtype))
+
+    def largest_of_rows(self, array: Any) -> Any:
+        return array.amax(dim=1)
 
     def tensor(self, array: Any) -> Any:
         return self.array(array) if isinstance(array, np.ndarray) else array

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from srigl_core.benchmarks.measure import Settings
-from srigl_core.benchmarks.predict import predictions, table
+from srigl_core.benchmarks.predict import printed
 from srigl_core.benchmarks.results import load_results
 from srigl_core.benchmarks.run import run
 from srigl_core.errors import SriglError
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     if options.predict:
-        print(table(predictions(options.only)), end="")
+        print(printed(options.only), end="")
         return 0
     try:
         written = run(Settings("gpu", options.quick, tuple(options.only)), options.out)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from srigl_core._arrays.dtypes import value_dtype
 from srigl_core.backends.cupy_gpu.device import DeviceProperties
 from srigl_core.backends.cupy_gpu.launch_model import (
+    Counts,
     GradientLaunch,
     LaunchModel,
     StreamLaunch,
@@ -21,12 +22,24 @@ from srigl_core.backends.cupy_gpu.launch_model import (
 from srigl_core.benchmarks.cases import HEADLINE, Case, Layer, gpu_cases, matching
 from srigl_core.benchmarks.roofline import GpuPeaks, least_time, work_of
 
-__all__ = ["GPUS", "Gpu", "Prediction", "in_the_docs", "predicted", "predictions", "table"]
+__all__ = [
+    "GPUS",
+    "Gpu",
+    "Prediction",
+    "against_dense",
+    "in_the_docs",
+    "predicted",
+    "predictions",
+    "printed",
+    "table",
+]
 
 COPY_SHARE = 0.9
 """Estimated share of the data sheet's memory bandwidth that a copy reaches."""
 
 SHARED_BYTES_A_CYCLE = 128
+
+_SPARSITIES = (0.8, 0.9, 0.95, 0.99)
 
 
 @dataclass(frozen=True)
@@ -62,17 +75,24 @@ class Gpu:
 
 
 def _properties(
-    name: str, processors: int, block_kib: int, processor_kib: int, threads: int = 2048
+    name: str,
+    processors: int,
+    block_kib: int,
+    processor_kib: int,
+    architecture: int,
+    threads: int = 2048,
 ) -> DeviceProperties:
-    return DeviceProperties(name, processors, block_kib << 10, processor_kib << 10, threads)
+    shared_bytes = block_kib << 10, processor_kib << 10
+    return DeviceProperties(name, processors, *shared_bytes, threads, architecture)
 
 
 GPUS = (
-    Gpu(_properties("TITAN V", 80, 96, 96), 1.455e9, 653e9, 64),
-    Gpu(_properties("A100", 108, 163, 164), 1.41e9, 1.555e12, 64),
-    Gpu(_properties("H200", 132, 227, 228), 1.9e9, 4.8e12, 128),
-    Gpu(_properties("RTX 4090", 128, 99, 100, 1536), 2.52e9, 1.008e12, 128),
-    Gpu(_properties("B200-like", 148, 227, 228), 1.85e9, 8e12, 128),
+    Gpu(_properties("TITAN V", 80, 96, 96, 70), 1.455e9, 653e9, 64),
+    Gpu(_properties("A100", 108, 163, 164, 80), 1.41e9, 1.555e12, 64),
+    Gpu(_properties("H100", 132, 227, 228, 90), 1.755e9, 3.35e12, 128),
+    Gpu(_properties("H200", 132, 227, 228, 90), 1.9e9, 4.8e12, 128),
+    Gpu(_properties("RTX 4090", 128, 99, 100, 89, 1536), 2.52e9, 1.008e12, 128),
+    Gpu(_properties("B200-like", 148, 227, 228, 100), 1.85e9, 8e12, 128),
 )
 
 
@@ -86,6 +106,8 @@ class Prediction:
     case : Case
     launch : str
         Lanes and grid of the kernels.
+    counts : tuple of Counts
+        What they do.
     time, floor : float
         The predicted time of the kernels, and the time below which none can go.
     bound : str
@@ -95,6 +117,7 @@ class Prediction:
     gpu: str
     case: Case
     launch: str
+    counts: tuple[Counts, ...]
     time: float
     floor: float
     bound: str
@@ -118,8 +141,13 @@ def predicted(case: Case, gpu: Gpu) -> Prediction:
     floor, bound = least_time(work, peaks)
     seconds = sum(launch.cycles for launch in launches) / gpu.clock
     seconds = max(seconds, work.moved / peaks.copy_bandwidth)
+    of_columns = case.operation == "backward"
+    counts = tuple(
+        model.counts(launch, case.batch, dtype, of_columns=of_columns) for launch in launches
+    )
     launch = "; ".join(map(str, launches))
-    return Prediction(gpu.properties.name, case, launch, 1e6 * seconds, 1e6 * floor, bound)
+    times = 1e6 * seconds, 1e6 * floor
+    return Prediction(gpu.properties.name, case, launch, counts, *times, bound)
 
 
 def predictions(only: Sequence[str] = (), gpus: Iterable[Gpu] = GPUS) -> list[Prediction]:
@@ -142,7 +170,7 @@ def predictions(only: Sequence[str] = (), gpus: Iterable[Gpu] = GPUS) -> list[Pr
 
 def in_the_docs() -> list[Prediction]:
     """Return the predictions of docs/gpu.md: the paper's layer, on its GPU and on the H200."""
-    layers = [Layer.random(*HEADLINE, sparsity) for sparsity in (0.8, 0.9, 0.95, 0.99)]
+    layers = [Layer.random(*HEADLINE, sparsity) for sparsity in _SPARSITIES]
     cases = [
         *(
             Case("forward", layer, batch=batch)
@@ -158,8 +186,9 @@ def in_the_docs() -> list[Prediction]:
 def table(rows: Iterable[Prediction]) -> str:
     """Return the predictions as a table in Markdown."""
     lines = [
-        "| GPU | operation | layer | batch | launch | predicted, us | floor, us | bound by |",
-        "|-|-|-|-:|-|-:|-:|-|",
+        "| GPU | operation | layer | batch | launch | launches | barriers | trips | multiply-adds "
+        "| predicted, us | floor, us | bound by |",
+        "|-|-|-|-:|-|-:|-:|-:|-:|-:|-:|-|",
     ]
     for row in rows:
         layer = row.case.layer
@@ -169,9 +198,46 @@ def table(rows: Iterable[Prediction]) -> str:
             f"{layer.name}, {layer.sparsity:.0%}, {row.case.dtype}",
             str(row.case.batch),
             row.launch,
+            str(sum(each.launches for each in row.counts)),
+            *(
+                "; ".join(str(getattr(each, name)) for each in row.counts)
+                for name in ("barriers", "trips", "multiply_adds")
+            ),
             f"predicted {row.time:.1f}",
             f"{row.floor:.1f}",
             row.bound,
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def against_dense(gpus: Iterable[Gpu] = GPUS) -> str:
+    """Return a table of where dense products on tensor cores are predicted to be faster.
+
+    It is of the headline layer in 16 bits, by sparsity; a plan says the same of its weight.
+    """
+    sizes = [Layer.random(*HEADLINE, sparsity) for sparsity in _SPARSITIES]
+    lines = [
+        f"| GPU | dense, {sizes[0].name} | {' | '.join(f'{s:.0%}' for s in _SPARSITIES)} |",
+        f"|-|-|{'-|' * len(sizes)}",
+    ]
+    for gpu in gpus:
+        for dtype in ("float16", "bfloat16"):
+            models = [
+                LaunchModel(gpu.properties, size.n_out, size.n_in, size.n_active, size.fan_in)
+                for size in sizes
+            ]
+            found = [model.against_dense(value_dtype(dtype)) for model in models]
+            cells = [gpu.properties.name, dtype, *(words or "no tensor cores" for words in found)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def printed(only: Sequence[str] = ()) -> str:
+    """Return what `srigl bench gpu --predict` prints.
+
+    With predictions in 16 bits, the comparison with tensor cores follows.
+    """
+    rows = predictions(only)
+    narrow = any(row.case.dtype == "float16" for row in rows)
+    return table(rows) + (f"\n{against_dense()}" if narrow else "")

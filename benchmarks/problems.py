@@ -299,7 +299,7 @@ class Problem:
             of_columns = self.dense[exact.columns]
             x, weight = (abs(self._cast(a, "float64")) for a in (batch.x, of_columns))
             connected = self._cast(weight != 0, "float64")
-            of_x, of_w = x.max(), weight.max(1)
+            of_x, of_w = x.max(), self.arrays.largest_of_rows(weight)
             self._exact[key] = (
                 *(of_x * weight.sum(1), of_w * (x @ connected.T)),
                 of_x * of_w * connected.sum(1),

@@ -168,8 +168,8 @@ method.
 
 def _kernel_pages() -> dict[str, str]:
     """Return the pages of the laws, of the wrong kernels, and of what the GPU kernels need."""
-    sys.path.append(str(ROOT / "tests"))
-    from gpu.compile_gate import page as gpu_kernels_page
+    sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
+    from compile_gate import page as gpu_kernels_page
     from mutants.table import page as mutants_page
 
     names = ("gpu_kernels", "mutants", "fuzz")

@@ -258,7 +258,16 @@ def apply_update(
         check_dtype(chosen, "input", "grad", arrays.dtype(grad))
         return chosen.update_mask(weight, grad, *others, **options)
 
-    return checked_update(algorithm, weight, grad, mask, settings, arrays=arrays, threads=threads)
+    return checked_update(
+        algorithm,
+        weight,
+        grad,
+        mask,
+        settings,
+        arrays=arrays,
+        finite=not chosen.capabilities.checks_finite,
+        threads=threads,
+    )
 
 
 def update_condensed(

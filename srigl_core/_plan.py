@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from srigl_core.errors import SriglError, ValueTypeError
 __all__ = ["Plan", "QuantizedPlan", "check_inputs", "plan_of", "prepare"]
 
 _GRADIENTS = ("x", "values", "bias")
+
+_gradient_specs = functools.lru_cache(maxsize=256)(gradient_specs)
+"""Programs use few shapes, and the checks take the host longer than it takes to find them."""
 
 
 @overload
@@ -249,7 +253,7 @@ class Plan(ProductPlan):
             raise SriglError("the gradient of the values needs x, the forward pass's input")
         else:
             x = inputs["x"] = arrays.as_float_array(x, "x")
-        specs = gradient_specs(
+        specs = _gradient_specs(
             self._input_spec(grad, "grad"),
             None if x is None else self._input_spec(x, "x"),
             weight.shape,

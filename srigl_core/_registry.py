@@ -167,11 +167,16 @@ def check_dtype(backend: Backend, role: str, what: str, dtype: np.dtype[Any]) ->
         If it does not.
     """
     dtypes: frozenset[str] = getattr(backend.capabilities, f"{role}_dtypes")
-    if dtype.name not in dtypes:
+    if _name(dtype) not in dtypes:
         raise ValueTypeError(
             f"backend {backend.name!r} does not take {what} of dtype {dtype.name}; it takes "
             f"{', '.join(sorted(dtypes))}"
         )
+
+
+@functools.cache
+def _name(dtype: np.dtype[Any]) -> str:
+    return dtype.name  # NumPy makes it anew each time, which takes microseconds
 
 
 def _offers(capabilities: Capabilities, operation: str, inputs: str) -> bool:

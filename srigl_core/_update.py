@@ -24,6 +24,7 @@ __all__ = [
     "MaskUpdate",
     "UpdateOptions",
     "UpdateSettings",
+    "check_finite",
     "check_update_arrays",
     "checked_condensed_update",
     "checked_update",
@@ -273,9 +274,12 @@ def checked_update(
     settings: UpdateSettings,
     *,
     arrays: ArrayOps = HOST_ARRAYS,
+    finite: bool = True,
     **options: Any,
 ) -> MaskUpdate:
     """Check the input, run `algorithm` on two axes, return its result in the weight's shape.
+
+    Without `finite`, the algorithm calls `check_finite`.
 
     Raises
     ------
@@ -283,7 +287,7 @@ def checked_update(
         If a shape, a number or the budget does not fit; nothing is changed.
     """
     with arrays.execution_context(weight):
-        w, g, m = check_update_arrays(weight, grad, mask, arrays)
+        w, g, m = check_update_arrays(weight, grad, mask, arrays, finite=finite)
         shape = arrays.as_float_array(weight, "weight").shape
         check_settings(settings).check_fits(w.shape, arrays.dtype(w))
         update = algorithm(w, g, m, settings, **options)
@@ -311,7 +315,12 @@ def check_settings(settings: object) -> UpdateSettings:
 
 
 def check_update_arrays(
-    weight: ArrayLike, grad: ArrayLike, mask: NDArray[np.bool_], arrays: ArrayOps = HOST_ARRAYS
+    weight: ArrayLike,
+    grad: ArrayLike,
+    mask: NDArray[np.bool_],
+    arrays: ArrayOps = HOST_ARRAYS,
+    *,
+    finite: bool = True,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
     """Return `weight`, `grad` and `mask` as C-ordered arrays of shape (n_out, n_in).
 
@@ -324,6 +333,8 @@ def check_update_arrays(
     mask : ndarray of bool, same shape
     arrays : ArrayOps
         The backend's.
+    finite : bool
+        Whether to check that numbers are finite.
 
     Raises
     ------
@@ -338,16 +349,33 @@ def check_update_arrays(
     if g.shape != w.shape:
         raise SriglError(f"grad has shape {tuple(g.shape)}, but its weight has {tuple(w.shape)}")
     m: Any = arrays.as_mask(mask, w.shape)
-    for name, count in (
-        ("grad", arrays.count_nonfinite(g)),
-        ("weight at active positions", arrays.count_nonfinite(w, m)),
-    ):
-        _check_finite(name, count, shape[0] * shape[1])
+    if finite:
+        counts = arrays.count_nonfinite(g), arrays.count_nonfinite(w, m)
+        check_finite(*counts, shape[0] * shape[1])
     return (
         arrays.contiguous(w).reshape(shape),
         arrays.contiguous(g).reshape(shape),
         arrays.contiguous(m).reshape(shape),
     )
+
+
+def check_finite(n_grad: int, n_weight: int, size: int) -> None:
+    """Check that the numbers of an update are finite.
+
+    Parameters
+    ----------
+    n_grad, n_weight : int
+        Gradients, and weights at active positions, that are not finite.
+    size : int
+        Of the layer.
+
+    Raises
+    ------
+    SriglError
+        If there are any; the message has the count.
+    """
+    _check_finite("grad", n_grad, size)
+    _check_finite("weight at active positions", n_weight, size)
 
 
 def checked_condensed_update(

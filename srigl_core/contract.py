@@ -70,6 +70,9 @@ class Capabilities:
         "float" with inputs as they are, "int8" with quantised inputs.
     priority : int
         Where no backend is named, the one of highest priority that can run is used.
+    checks_finite : bool
+        Whether `update_mask` itself raises SriglError for numbers that are not finite, in place of
+        `ArrayOps.count_nonfinite` before it.
     largest_problem : int
         How large the problems of `srigl_core.testing` may be, in numbers read and written: a slow
         kernel takes less. The report says which sizes it leaves out.
@@ -82,6 +85,7 @@ class Capabilities:
     index_dtypes: frozenset[str] = frozenset({"uint16", "uint32"})
     quantized_inputs: frozenset[str] = frozenset(QUANTIZED_INPUTS)
     priority: int = 0
+    checks_finite: bool = False
     largest_problem: int = 5_000_000
 
 
@@ -225,7 +229,8 @@ class Backend(Protocol):
         Parameters
         ----------
         weight, grad : ndarray, (n_out, n_in), C order
-            Any of the input dtypes; `grad` is finite, and so is `weight` where `mask` is True.
+            Any of the input dtypes; `grad` is finite, and so is `weight` where `mask` is True,
+            unless the capabilities declare `checks_finite`.
         mask : ndarray of bool, (n_out, n_in), C order
         settings : UpdateSettings
         threads : int or None

@@ -82,13 +82,16 @@ class GpuPrepared:
 
     def describe(self) -> dict[str, object]:
         """Return kernels, layout, and bytes in addition to the weight's own."""
-        launch = self._products.model.tile(_DESCRIBED_BATCH, self.weight.float_dtype)
+        model, dtype = self._products.model, self.weight.float_dtype
+        launch = model.tile(_DESCRIBED_BATCH, dtype)
+        dense = model.against_dense(dtype)
         kept = [self._values, *self._arranged.values()]
         if self._is_quantized:
             kept.append(self._scale)
         return {
             "kernel": f"stream up to batch {MOST_STREAM_ROWS}, tiles beyond",
             f"at batch {_DESCRIBED_BATCH}": str(launch),
+            **({} if dense is None else {"dense on tensor cores": dense}),
             "layout": "condensed",
             "device": self._device.properties.name,
             "bytes": self._products.nbytes + sum(int(array.nbytes) for array in kept),

@@ -16,7 +16,6 @@ from srigl_core._arrays.dtypes import accumulator_dtype, value_dtype
 from srigl_core._arrays.libraries import ArrayLibrary, as_array, device_of, library_of
 from srigl_core.backends.cupy_gpu.conversions import converted
 from srigl_core.backends.cupy_gpu.cupy_device import CupyDevice, cupy
-from srigl_core.backends.cupy_gpu.mask_update import count_nonfinite
 from srigl_core.contract import ArrayOps
 from srigl_core.errors import SriglError, ValueTypeError
 
@@ -70,9 +69,6 @@ class CudaArrays(ArrayOps):
 
     def contiguous(self, array: Any) -> Any:
         return self._device.contiguous(array)
-
-    def count_nonfinite(self, array: Any, mask: Any | None = None) -> int:
-        return count_nonfinite(self._device, array, mask)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """Return a new array from CuPy's pool."""

@@ -190,6 +190,7 @@ def _properties(device: int) -> DeviceProperties:
         block_shared_bytes=properties["sharedMemPerBlockOptin"],
         processor_shared_bytes=properties["sharedMemPerMultiprocessor"],
         processor_threads=properties["maxThreadsPerMultiProcessor"],
+        architecture=10 * properties["major"] + properties["minor"],
     )
 
 

@@ -28,6 +28,8 @@ class DeviceProperties:
         Shared memory of a multiprocessor.
     processor_threads : int
         Most threads that a multiprocessor runs at once.
+    architecture : int
+        The compute capability, such as 90; 0 if it is unknown.
     """
 
     name: str
@@ -35,6 +37,7 @@ class DeviceProperties:
     block_shared_bytes: int
     processor_shared_bytes: int
     processor_threads: int
+    architecture: int = 0
 
 
 class Device(Protocol):

@@ -16,6 +16,7 @@ __all__ = ["CAPABILITIES", "GpuBackend"]
 CAPABILITIES = Capabilities(
     operations=frozenset({*OPERATIONS[:3], "quantized_matmul"}),
     quantized_inputs=frozenset({"float"}),
+    checks_finite=True,
 )
 """What the kernels can do, on any device."""
 

@@ -19,11 +19,13 @@ from srigl_core.backends.cupy_gpu.tiles import CHUNK, rows_of_tile
 from srigl_core.backends.cupy_gpu.variants import STREAM_ROWS, TILE_LANES
 
 __all__ = [
+    "Counts",
     "GradientLaunch",
     "LaunchModel",
     "StreamLaunch",
     "TileLaunch",
     "bank_factor",
+    "padded_connections",
     "resident_blocks",
 ]
 
@@ -79,11 +81,29 @@ LOADS_AHEAD = 16
 BANK_CONFLICTS = {8: 0.0, 4: 0.55, 2: 2.9, 1: 7.5}
 """By the lanes of a neuron: the conflicts that the order of the connections leaves (`tiles.py`)."""
 
+LARGEST_OF_MEMBERS = {32: 2.07, 16: 1.77, 8: 1.42, 4: 1.03}
+"""Expected largest of so many normal numbers, in standard deviations."""
+
 ISSUE_CYCLES = {"float16": 5.75, "bfloat16": 7.06, "float32": 2.22, "float64": 2.22}
 """Cycles in which a multiprocessor issues the instructions for one load of 16 bytes of a warp."""
 
 GRADIENT_ISSUE_CYCLES = 3.5
 """The same for the gradient of the values, which exchanges sums."""
+
+TENSOR_MULTIPLY_ADDS = {70: 512, 75: 512, 80: 1024, 86: 512, 89: 512, 90: 2048, 100: 4096, 120: 512}
+"""By the architecture: multiply-adds in 16 bits of a multiprocessor's tensor cores in a cycle; half
+as many on GeForce cards."""
+
+BFLOAT16_ARCHITECTURE = 80
+"""The oldest whose tensor cores take bfloat16."""
+
+TENSOR_SHARE = 0.6
+"""Share of that rate that a dense product of one layer is estimated to reach."""
+
+DENSE_CYCLES = 5_000
+"""Estimated time of a dense product with hardly any multiply-adds."""
+
+COMPARED_BATCHES = tuple(1 << i for i in range(12))
 
 GATHER_CONFLICTS = {4: 3.5, 8: 3.1, 16: 2.6}
 """Wavefronts relative to the ideal, by the bytes of a lane: random inputs in the stream product."""
@@ -97,6 +117,20 @@ def bank_factor(lanes: int, fan_in: float) -> float:
     return 1 + BANK_CONFLICTS[lanes] / math.sqrt(max(1.0, fan_in))
 
 
+def padded_connections(fan_in: float, n_inputs: int, n_segments: int, lanes: int) -> float:
+    """Return the expected connections of a neuron, with the padding that its warp makes of them.
+
+    In each segment of the inputs all neurons of a warp have as many chunks as the one that has the
+    most connections there. The inputs of a neuron are taken to be random.
+    """
+    if n_segments == 1:
+        return CHUNK * math.ceil(fan_in / CHUNK)
+    mean = fan_in / n_segments
+    variance = mean * (1 - 1 / n_segments) * max(0.0, 1 - fan_in / n_inputs)
+    most = mean + LARGEST_OF_MEMBERS[32 // lanes] * math.sqrt(variance)
+    return n_segments * (most + (CHUNK - 1) / 2)
+
+
 def resident_blocks(
     properties: DeviceProperties, threads: int, shared_bytes: int, registers: int = REGISTERS
 ) -> int:
@@ -104,6 +138,31 @@ def resident_blocks(
     of_threads = min(properties.processor_threads, PROCESSOR_REGISTERS // registers) // threads
     of_memory = properties.processor_shared_bytes // (shared_bytes + RESERVED_SHARED_BYTES)
     return max(1, min(of_threads, of_memory))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the kernels of a launch do, in numbers that the test harness counts, too.
+
+    Parameters
+    ----------
+    launches : int
+    barriers : int
+        That a block passes, at most.
+    trips : int
+        Of a thread, at most, through loops whose loads are in flight together, to stage inputs.
+    loads : int
+        Of a thread, at most: numbers of x, and of the result's gradient, that it loads.
+    multiply_adds : int
+        Of a thread. Where inputs are cut into segments, it is an estimate, since padding depends
+        on the mask.
+    """
+
+    launches: int
+    barriers: int
+    trips: int
+    loads: int
+    multiply_adds: int
 
 
 @dataclass(frozen=True)
@@ -195,6 +254,8 @@ class LaunchModel:
     properties : DeviceProperties
     n_out, n_in : int
     n_active, fan_in : int
+    is_quantized : bool
+        Whether a value is a byte. Otherwise values have the type of x.
     """
 
     properties: DeviceProperties
@@ -202,6 +263,7 @@ class LaunchModel:
     n_in: int
     n_active: int
     fan_in: int
+    is_quantized: bool = False
 
     @property
     def nnz(self) -> int:
@@ -213,6 +275,40 @@ class LaunchModel:
         if batch <= MOST_STREAM_ROWS:
             return self.stream(batch, dtype)
         return self.tile(batch, dtype)
+
+    def dense(self, batch: int, dtype: np.dtype[Any]) -> float | None:
+        """Return the predicted cycles of the dense product on tensor cores.
+
+        None if the device has none for 16-bit numbers of `dtype`.
+        """
+        properties, n_inputs = self.properties, self.n_out + batch
+        oldest = BFLOAT16_ARCHITECTURE if dtype.name == "bfloat16" else 0
+        rates = [rate for a, rate in TENSOR_MULTIPLY_ADDS.items() if a <= properties.architecture]
+        if dtype.itemsize != 2 or not rates or properties.architecture < oldest:
+            return None
+        summed = self.n_out * self.n_in * batch / (rates[-1] * TENSOR_SHARE)
+        moved = n_inputs * self.n_in + batch * self.n_out
+        read = moved * dtype.itemsize / STAGED_BYTES_A_CYCLE
+        return DENSE_CYCLES + max(summed, read) / properties.processors
+
+    def against_dense(self, dtype: np.dtype[Any]) -> str | None:
+        """Return at which batches dense tensor cores are predicted to be faster, in words.
+
+        None where there are no tensor cores for `dtype`.
+        """
+        faster = []
+        for batch in COMPARED_BATCHES:
+            dense = self.dense(batch, dtype)
+            if dense is None:
+                return None
+            if dense < self.forward(batch, dtype).cycles:
+                faster.append(batch)
+        if not faster:
+            return f"predicted slower up to batch {COMPARED_BATCHES[-1]}"
+        first, last = faster[0], faster[-1]
+        if last < COMPARED_BATCHES[-1]:
+            return f"predicted faster at batch {first} to {last}"
+        return f"predicted faster from batch {first} on"
 
     def tile(self, batch: int, dtype: np.dtype[Any], *, of_columns: bool = False) -> TileLaunch:
         """Return the fastest launch of a batched product, or of the gradient of x.
@@ -227,7 +323,7 @@ class LaunchModel:
             tile_rows, n_segments = self._tile_shape(lanes, of_columns=of_columns)
             tiles = -(-batch * dtype.itemsize // (16 * lanes))
             groups = -(-n_neurons * lanes // 32)
-            reads = self._read_cycles(lanes, n_neurons, ISSUE_CYCLES[dtype.name])
+            reads = self._read_cycles(lanes, ISSUE_CYCLES[dtype.name], of_columns=of_columns)
             for splits, warps in self._grids(groups, tiles, dtype):
                 blocks, per_split = tiles * splits, -(-groups // splits)
                 resident = self._resident(blocks, warps, 16 * lanes * (tile_rows + 1), dtype)
@@ -250,7 +346,7 @@ class LaunchModel:
         batch_tiles = -(-batch * dtype.itemsize // (16 * lanes))
         groups = -(-self.n_active * lanes // 32)
         sums_bytes = max(4, dtype.itemsize) * self.nnz
-        reads = self._read_cycles(lanes, self.n_active, GRADIENT_ISSUE_CYCLES)
+        reads = self._read_cycles(lanes, GRADIENT_ISSUE_CYCLES)
         reads = max(reads, 2 * sums_bytes / STAGED_BYTES_A_CYCLE)  # sums of the tile before, too
         launches = []
         for splits in _counts(min(batch_tiles, MOST_BATCH_SPLITS)):
@@ -280,7 +376,7 @@ class LaunchModel:
             shared_bytes = 0
         fitting = resident_blocks(self.properties, STREAM_THREADS, shared_bytes)
         trips = -(-self.n_in // (STREAM_THREADS * LOADS_AHEAD // rows))
-        bytes_read = dtype.itemsize + (2 if shared_bytes else 4)
+        bytes_read = (1 if self.is_quantized else dtype.itemsize) + (2 if shared_bytes else 4)
         bytes_gathered = max(4, row_bytes) * GATHER_CONFLICTS[min(16, max(4, row_bytes))]
         launches = []
         for lanes in STREAM_LANES:
@@ -301,6 +397,59 @@ class LaunchModel:
             launches.append(StreamLaunch(lanes, rows, shared_bytes, cycles))
         return min(launches, key=lambda launch: launch.cycles)
 
+    def counts(
+        self,
+        launch: StreamLaunch | TileLaunch | GradientLaunch,
+        batch: int,
+        dtype: np.dtype[Any],
+        *,
+        of_columns: bool = False,
+    ) -> Counts:
+        """Return what a launch of this model does."""
+        if isinstance(launch, StreamLaunch):
+            return self._stream_counts(launch, batch)
+        if isinstance(launch, GradientLaunch):
+            return self._gradient_counts(launch, batch, dtype)
+        return self._tile_counts(launch, dtype, of_columns=of_columns)
+
+    def _tile_counts(self, launch: TileLaunch, dtype: np.dtype[Any], *, of_columns: bool) -> Counts:
+        n_neurons, n_inputs = (self.n_in, self.n_out) if of_columns else (self.n_out, self.n_in)
+        tile_rows, n_segments = self._tile_shape(launch.lanes, of_columns=of_columns)
+        passes = _passes(n_neurons, launch.lanes, launch.splits, launch.warps)
+        stagings = passes if n_segments > 1 else 1
+        shape = n_inputs, tile_rows, n_segments
+        trips, loads = _staged(*shape, launch.warps, launch.lanes, dtype.itemsize)
+        barriers = 2 * passes * n_segments if n_segments > 1 else 1
+        connections = round(self._padded(launch.lanes, of_columns=of_columns))
+        multiply_adds = passes * connections * 16 // dtype.itemsize
+        return Counts(1, barriers, stagings * trips, stagings * loads, multiply_adds)
+
+    def _gradient_counts(self, launch: GradientLaunch, batch: int, dtype: np.dtype[Any]) -> Counts:
+        lanes, size = GRADIENT_LANES, 16 // dtype.itemsize
+        tile_rows, n_segments = self._tile_shape(lanes)
+        batch_tiles = -(-batch // (lanes * size))
+        tiles = -(-batch_tiles // launch.splits)
+        passes = _passes(self.n_active, lanes, launch.parts, launch.warps)
+        n_rows = min(self.n_in, tile_rows)
+        trips, loads = _staged(n_rows, tile_rows, 1, launch.warps, lanes, dtype.itemsize)
+        loads += passes * size  # of the result's gradient
+        multiply_adds = passes * round(self._padded(lanes) / n_segments) * size
+        return Counts(2, 2 * tiles, tiles * trips, tiles * loads, tiles * multiply_adds)
+
+    def _stream_counts(self, launch: StreamLaunch, batch: int) -> Counts:
+        lanes, rows, processors = launch.lanes, launch.rows, self.properties.processors
+        fitting = resident_blocks(self.properties, STREAM_THREADS, launch.shared_bytes)
+        blocks = min(-(-self.n_active * lanes // STREAM_THREADS), processors * fitting)
+        slices = _passes(self.n_active, lanes, blocks, STREAM_THREADS // 32)
+        steps = -(-self.fan_in // (CHUNK * lanes))
+        last = min(CHUNK, self.fan_in - (steps - 1) * lanes * CHUNK)
+        connections = slices * ((steps - 1) * CHUNK + last)
+        if not launch.shared_bytes:
+            return Counts(1, 0, 0, connections * batch, connections * batch)
+        trips = -(-self.n_in // (STREAM_THREADS * LOADS_AHEAD // rows))
+        loads = trips * LOADS_AHEAD // rows * batch
+        return Counts(1, 1, trips, loads, connections * rows)
+
     def _tile_shape(self, lanes: int, *, of_columns: bool = False) -> tuple[int, int]:
         n_inputs = self.n_out if of_columns else self.n_in
         return rows_of_tile(n_inputs, lanes, self.properties.block_shared_bytes)
@@ -311,11 +460,21 @@ class LaunchModel:
         fitting = resident_blocks(self.properties, 32 * warps, shared_bytes, registers)
         return min(fitting, -(-blocks // self.properties.processors))
 
-    def _read_cycles(self, lanes: int, n_neurons: int, issue_cycles: float) -> float:
+    def _read_cycles(self, lanes: int, issue_cycles: float, *, of_columns: bool = False) -> float:
         """Return the cycles in which one multiprocessor reads a tile for all connections."""
+        n_neurons = self.n_in if of_columns else self.n_active
         issue_factor = issue_cycles * SHARED_BYTES_A_CYCLE / WARP_LOAD_BYTES
         factor = max(bank_factor(lanes, self.nnz / n_neurons), issue_factor)
-        return self.nnz * 16 * lanes * factor / (SHARED_BYTES_A_CYCLE * SHARED_EFFICIENCY)
+        read = n_neurons * self._padded(lanes, of_columns=of_columns) * 16 * lanes
+        return read * factor / (SHARED_BYTES_A_CYCLE * SHARED_EFFICIENCY)
+
+    def _padded(self, lanes: int, *, of_columns: bool = False) -> float:
+        """Return the connections of a neuron, or of an input, with their padding."""
+        _, n_segments = self._tile_shape(lanes, of_columns=of_columns)
+        n_neurons, n_inputs = self.n_active, self.n_in
+        if of_columns:
+            n_neurons, n_inputs = self.n_in, self.n_out
+        return padded_connections(self.nnz / n_neurons, n_inputs, n_segments, lanes)
 
     def _grids(self, groups: int, times: int, dtype: np.dtype[Any]) -> Iterator[tuple[int, int]]:
         """Yield splits of the groups and warps of a block, for a grid that is `times` as large."""
@@ -332,11 +491,29 @@ def _counted(number: int, noun: str) -> str:
 
 def _stage_cycles(lanes: int, tile_rows: int, itemsize: int, warps: int, resident: int) -> float:
     """Return the cycles in which the blocks of a multiprocessor stage a tile each."""
-    quads_ahead = 1 if itemsize == 8 else LOADS_AHEAD * itemsize // 16
-    rows_a_thread = -(-tile_rows // (32 * warps // lanes))
-    trips = rows_a_thread // quads_ahead + rows_a_thread % quads_ahead
+    trips, _ = _staged(tile_rows, tile_rows, 1, warps, lanes, itemsize)
     bytes_staged = resident * tile_rows * 16 * lanes
     return max(bytes_staged / STAGED_BYTES_A_CYCLE, trips * TRIP_CYCLES)
+
+
+def _staged(
+    n_inputs: int, tile_rows: int, n_segments: int, warps: int, lanes: int, itemsize: int
+) -> tuple[int, int]:
+    """Return the trips and loads in which a thread stages all segments of a tile, at most."""
+    quads_ahead = 1 if itemsize == 8 else LOADS_AHEAD * itemsize // 16
+    trips = loads = 0
+    for rows in (*(n_segments - 1) * (tile_rows,), n_inputs - (n_segments - 1) * tile_rows):
+        rows_a_thread = -(-rows // (32 * warps // lanes))
+        trips += rows_a_thread // quads_ahead + rows_a_thread % quads_ahead
+        loads += rows_a_thread * 16 // itemsize
+    return trips, loads
+
+
+def _passes(n_neurons: int, lanes: int, splits: int, warps: int) -> int:
+    """Return the groups of neurons that a warp of the largest split has, at most."""
+    groups = -(-n_neurons * lanes // 32)
+    per_split = -(-groups // splits)
+    return -(-per_split // warps)
 
 
 def _counts(most: int, more: Iterable[int] = ()) -> list[int]:

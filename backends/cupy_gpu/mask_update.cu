@@ -18,6 +18,8 @@
 //   selections     (selections)   {magnitude so far, candidates that remain to be chosen}
 //   histograms     (selections, 256), ties (selections, n_out)
 //   arrived        (selections)   blocks that have come to their end; 0 before and after a launch
+//   not_finite     (selections)   scores that are NaN or infinite, where the mask is true if the
+//                                 candidates are the active ones
 // Blocks of 256 threads, rows in a grid-stride loop.
 
 enum Mark { kByMagnitude = 1, kByGradient = 2, kKept = 4, kGrown = 8 };
@@ -95,21 +97,6 @@ __global__ void __launch_bounds__(kThreads, 4)
   selections[2] = {0, n_keep};
 }
 
-// total += numbers with all bits of `infinity`, where the mask is true if `masked`.
-template <class U>
-__global__ void __launch_bounds__(kThreads, 4)
-    count_not_finite(const U* __restrict__ bits, const Byte* __restrict__ mask, int masked,
-                     long long n, U infinity, Wide* total) {
-  const long long stride = static_cast<long long>(gridDim.x) * kThreads;
-  Wide count = 0;
-  for (long long start = static_cast<long long>(blockIdx.x) * kThreads; start < n;
-       start += stride) {
-    const long long i = start + threadIdx.x;
-    count += __syncthreads_count(i < n && (bits[i] & infinity) == infinity && (!masked || mask[i]));
-  }
-  if (threadIdx.x == 0) atomicAdd(total, count);
-}
-
 // The digit of the last of the `missing` largest candidates, and how many of these have it. All
 // threads of the block call this, each with the count of its digit.
 __device__ __forceinline__ void choose(Wide count, Wide missing, Wide* sums, Wide* digit,
@@ -135,32 +122,39 @@ __device__ __forceinline__ void choose(Wide count, Wide missing, Wide* sums, Wid
 }
 
 // histogram += the number of candidates with each next digit. Bits above `shift` + 8 are known. The
-// last block appends the chosen digit to the selection, and clears the histogram.
+// last block appends the chosen digit to the selection, and clears the histogram. For the first
+// digit, not_finite += scores with all bits of infinity.
 template <class U>
 __global__ void __launch_bounds__(kThreads, 4)
     count_digits(const U* __restrict__ first, const U* __restrict__ second,
                  const Byte* __restrict__ mask, const Byte* __restrict__ survives, long long n_out,
-                 long long n_in, int first_candidates, int second_candidates, int shift,
-                 Selection* selections, Wide* histograms, unsigned int* arrived) {
-  __shared__ unsigned int counts[kDigits];
+                 long long n_in, int first_candidates, int second_candidates, U first_infinity,
+                 U second_infinity, int shift, Selection* selections, Wide* histograms,
+                 Wide* not_finite, unsigned int* arrived) {
+  __shared__ unsigned int counts[kDigits], wrong;
   __shared__ Wide sums[kDigits], digit, left;
   constexpr int width = 8 * static_cast<int>(sizeof(U));
   const U* __restrict__ bits = blockIdx.y ? second : first;
   const int candidates = blockIdx.y ? second_candidates : first_candidates;
+  const U infinity = blockIdx.y ? second_infinity : first_infinity;
+  const bool is_first = shift + kDigitBits == width;
   Wide* histogram = histograms + blockIdx.y * kDigits;
   Selection* selection = selections + blockIdx.y;
   const Wide so_far = selection->last, missing = selection->missing;
   counts[threadIdx.x] = 0;
+  if (threadIdx.x == 0) wrong = 0;
   __syncthreads();
   for (long long row = blockIdx.x; row < n_out; row += gridDim.x) {
     for (long long i = row * n_in + threadIdx.x; i < (row + 1) * n_in; i += kThreads) {
       const Wide size = magnitude(bits[i]);
+      if (is_first && size >= infinity && (candidates != kActive || mask[i])) atomicAdd(&wrong, 1u);
       if (!is_candidate(candidates, mask[i], survives[row], size != 0)) continue;
-      if (shift + kDigitBits < width && size >> (shift + kDigitBits) != so_far) continue;
+      if (!is_first && size >> (shift + kDigitBits) != so_far) continue;
       atomicAdd(counts + (size >> shift & (kDigits - 1)), 1u);
     }
   }
   __syncthreads();
+  if (threadIdx.x == 0 && wrong) atomicAdd(not_finite + blockIdx.y, static_cast<Wide>(wrong));
   const unsigned int count = counts[threadIdx.x];
   if (count) atomicAdd(histogram + threadIdx.x, static_cast<Wide>(count));
   if (!is_last_block(arrived + blockIdx.y)) return;

@@ -1,7 +1,8 @@
 """The SRigL mask update of one layer on the device, bit for bit that of the reference (SPEC 4).
 
 `srigl_update` has the same steps, in the same order, as `srigl_core.reference.mask_update`. The
-host waits twice: for the salient counts of 4.4, and for the counts of the result.
+host waits twice: for the salient counts of 4.4, with the counts of what is not finite, and for the
+counts of the result.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_core._update import MaskUpdate, UpdateSettings
-from srigl_core.backends.cupy_gpu.conversions import BLOCKS_A_PROCESSOR, THREADS, launch_over
+from srigl_core._update import MaskUpdate, UpdateSettings, check_finite
+from srigl_core.backends.cupy_gpu.conversions import BLOCKS_A_PROCESSOR, THREADS
 from srigl_core.backends.cupy_gpu.device import Device
 from srigl_core.backends.cupy_gpu.variants import BIT_TYPES, Variant
 from srigl_core.reference.mask_update import ablation_threshold, new_fan_in
 
-__all__ = ["count_nonfinite", "srigl_update"]
+__all__ = ["srigl_update"]
 
 DIGIT_BITS = 8
 
@@ -33,7 +34,7 @@ TOTALS_BYTES = 16
 def srigl_update(
     weight: Any, grad: Any, mask: Any, settings: UpdateSettings, *, device: Device
 ) -> MaskUpdate:
-    """Update one layer; the arguments are checked, two-dimensional and contiguous.
+    """Update one layer; the arguments are checked but for finiteness, flat and contiguous.
 
     Parameters
     ----------
@@ -46,11 +47,17 @@ def srigl_update(
     -------
     MaskUpdate
         `mask` and `weight` are on the device, the arrays about rows on the host.
+
+    Raises
+    ------
+    SriglError
+        If a gradient, or a weight at an active position, is not finite.
     """
     layer = _Layer(device, weight, grad, mask)
     layer.count_weights(settings.drop_fraction)
     scope = INACTIVE if settings.saliency_scope == "inactive" else ALL
-    salient_counts = layer.mark_salient(scope)
+    salient_counts, n_weight, n_grad = layer.mark_salient(scope)
+    check_finite(n_grad, n_weight, weight.size)
     threshold = ablation_threshold(salient_counts, settings, layer.n_in)
     fan_in = new_fan_in(salient_counts, threshold, settings, layer.n_in)
     survives = salient_counts >= threshold
@@ -70,18 +77,6 @@ def srigl_update(
         threshold=threshold,
         salient_counts=salient_counts,
     )
-
-
-def count_nonfinite(device: Device, array: Any, mask: Any | None = None) -> int:
-    """Return how many numbers are NaN or infinite, where `mask` is True if there is one."""
-    bits = _bits(device.contiguous(array))
-    infinity = _bits(np.array([np.inf]).astype(array.dtype))[0]
-    where = bits if mask is None else device.contiguous(mask)
-    total = device.zeros(1, np.uint64)
-    variant = Variant("mask_update.cu", f"count_not_finite<{BIT_TYPES[bits.itemsize]}>")
-    n, masked = np.int64(array.size), np.int32(mask is not None)
-    launch_over(device, variant, array.size, (bits, where, masked, n, infinity, total))
-    return int(device.download(total)[0])
 
 
 class _Selection(NamedTuple):
@@ -107,7 +102,8 @@ class _Layer:
         device = self.device
         self._marks = device.zeros((self.n_out, self.n_in), np.uint8)
         self._survives = device.zeros(self.n_out, np.bool_)
-        self._counts = device.empty(self.n_out, np.int64)
+        self._counted = device.zeros(N_SELECTIONS + self.n_out, np.int64)  # downloaded in one go
+        self._not_finite, self._counts = np.split(self._counted, [N_SELECTIONS])
         self._ties = device.empty((N_SELECTIONS, self.n_out), np.int64)
         self._selections = device.empty((N_SELECTIONS, 2), np.uint64)
         self._histograms = device.zeros((N_SELECTIONS, 1 << DIGIT_BITS), np.uint64)
@@ -121,15 +117,17 @@ class _Layer:
         arguments = (_bits(self.weight), self.mask, n, np.float64(drop_fraction), *counted)
         self._launch("count_weights", blocks, self.weight, arguments)
 
-    def mark_salient(self, scope: int) -> NDArray[np.int64]:
-        """Mark salient weights and gradients; return the number of salient positions in each row.
+    def mark_salient(self, scope: int) -> tuple[NDArray[np.int64], int, int]:
+        """Mark salient weights, and gradients among the candidates `scope`.
 
-        Gradients are chosen among the candidates `scope`.
+        Returns the number of salient positions in each row, and how many weights and gradients are
+        not finite.
         """
         by_magnitude = _Selection(0, self.weight, ACTIVE, BY_MAGNITUDE)
         by_gradient = _Selection(1, self.grad, scope, BY_GRADIENT)
         self._mark_largest((by_magnitude, by_gradient), BY_MAGNITUDE | BY_GRADIENT)
-        return self.device.download(self._counts)
+        counted = self.device.download(self._counted)
+        return counted[N_SELECTIONS:], int(counted[0]), int(counted[1])
 
     def mark_kept(self) -> None:
         """Mark the largest weights of the rows that survive."""
@@ -143,11 +141,14 @@ class _Layer:
             number, scores = first.number, first.scores
             chosen, ties = self._selections[number:], self._ties[number:]
             arrived, histograms = self._arrived[number:], self._histograms[number:]
+            not_finite = self._not_finite[number:]
             candidates = np.int32(first.candidates), np.int32(last.candidates)
+            infinities = _infinity(scores), _infinity(last.scores)
             bits, rows = (_bits(scores), _bits(last.scores)), (self.mask, self._survives)
             common = (*bits, *rows, *self._shape, *candidates)
             for shift in reversed(range(0, 8 * scores.dtype.itemsize, DIGIT_BITS)):
-                arguments = (*common, np.int32(shift), chosen, histograms, arrived)
+                digit = (*infinities, np.int32(shift), chosen, histograms, not_finite, arrived)
+                arguments = (*common, *digit)
                 self._launch("count_digits", self.n_out, scores, arguments, len(group))
             counting = (*common, chosen, ties, arrived)
             self._launch("count_ties", self.n_out, scores, counting, len(group))
@@ -199,6 +200,11 @@ class _Layer:
         name = f"{kernel}<{BIT_TYPES[scores.dtype.itemsize]}>"
         variant, grid = Variant("mask_update.cu", name), (min(blocks, most), n_selections)
         self.device.launch(variant, grid, (THREADS,), arguments)
+
+
+def _infinity(array: Any) -> Any:
+    """Return the bits of infinity of an array's type, as a scalar."""
+    return _bits(np.array([np.inf]).astype(array.dtype))[0]
 
 
 def _bits(array: Any) -> Any:

@@ -108,7 +108,7 @@ class Products:
     def __init__(self, weight: PackedWeight, device: Device) -> None:
         self._is_quantized = isinstance(weight, QuantizedWeight)
         size, properties = (*weight.shape, weight.n_active, weight.fan_in), device.properties
-        self.model = LaunchModel(properties, *size)
+        self.model = LaunchModel(properties, *size, self._is_quantized)
         self._layouts = Layouts(weight, device, properties.block_shared_bytes)
         self._device = device
         self._zeros: dict[Any, Any] = {}

@@ -32,7 +32,8 @@ struct InPlace {
 
 constexpr int kAhead = 2;
 
-// Stage x with sixteen loads of a thread in flight. A thread has all rows of an input.
+// Stage x with sixteen loads of a thread in flight. A thread has all rows of an input. Past the last
+// input it loads that one, so that loads depend on no condition but the batch's.
 template <class T, int Rows>
 __device__ __forceinline__ void stage_rows(Pack<T, Rows>* staged, const T* __restrict__ x,
                                            int batch, int n_in) {
@@ -42,9 +43,10 @@ __device__ __forceinline__ void stage_rows(Pack<T, Rows>* staged, const T* __res
 #pragma unroll
     for (int a = 0; a < inputs_ahead; ++a) {
       const int c = first + a * blockDim.x;
+      const T* from = x + (c < n_in ? c : n_in - 1);
 #pragma unroll
-      for (int b = 0; b < Rows; ++b)
-        inputs[a].at[b] = b < batch && c < n_in ? __ldg(x + b * n_in + c) : zero<T>();
+      for (int b = 0; b < Rows; ++b, from += n_in)
+        inputs[a].at[b] = b < batch ? __ldg(from) : zero<T>();
     }
 #pragma unroll
     for (int a = 0; a < inputs_ahead; ++a) {

@@ -44,7 +44,7 @@ BIT_TYPES = {2: "unsigned short", 4: "unsigned int", 8: "unsigned long long"}
 """Types of the bits of a weight, by its bytes; the bits determine the order of magnitudes."""
 
 OF_BITS = (
-    *("count_weights", "count_not_finite", "count_digits", "count_ties"),
+    *("count_weights", "count_digits", "count_ties"),
     *("mark_largest", "fill_rows", "remap_weight"),
 )
 

@@ -98,6 +98,14 @@ def gpu_contenders(backend: str) -> list[Contender]:
             problem=Problem.active_neurons,
             unfit=unless_ablated,
         ),
+        Contender(
+            f"{ours}, int8 weights",
+            "ours",
+            "forward",
+            _quantized_product(backend, "float"),
+            precision=_INT8["int8 weights"][1],
+            unfit=is_float32,
+        ),
         Contender(ours, "ours", "update", update(backend)),
     ]
     return [replace(each, takes=Problem.for_backend) for each in made]
@@ -122,7 +130,8 @@ def product(backend: str | Backend, *, compact: bool = False) -> Callable[[Probl
 
 def _quantized_product(backend: str, inputs: str) -> Callable[[Problem], Bind]:
     def prepare(problem: Problem) -> Bind:
-        plan, bias = problem.quantized_plan(backend, inputs), problem.whole.bias
+        plan = problem.quantized_plan(backend, inputs)
+        bias = problem.for_backend(problem.whole.bias)
         return lambda batch: lambda: plan(batch.x, bias, threads=batch.threads)
 
     return prepare

@@ -6,6 +6,7 @@ array. Recognising one needs no import: its dtype exists only once ``ml_dtypes``
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,7 @@ def result_dtype(x: np.dtype[Any], values: np.dtype[Any]) -> np.dtype[Any]:
     return np.result_type(x, values)
 
 
+@functools.cache
 def accumulator_dtype(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
     """Return float64 if any of `dtypes` is float64, else float32 (SPEC 2, Types)."""
     wide = any(dtype == np.float64 for dtype in dtypes)

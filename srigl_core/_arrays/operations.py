@@ -93,9 +93,12 @@ class ArrayOps(ABC):
     def contiguous(self, array: Any) -> Any:
         """Return an array in C order, itself if it is."""
 
-    @abstractmethod
     def count_nonfinite(self, array: Any, mask: Any | None = None) -> int:
-        """Return how many numbers are NaN or infinite, where `mask` is True if there is one."""
+        """Return how many numbers are NaN or infinite, where `mask` is True if there is one.
+
+        A backend that declares `Capabilities.checks_finite` does not need it.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:

@@ -60,7 +60,8 @@ class KernelCapabilities(Capabilities):
 
     Parameters
     ----------
-    device, value_dtypes, input_dtypes, index_dtypes, quantized_inputs, priority, largest_problem
+    device, value_dtypes, input_dtypes, index_dtypes, quantized_inputs, priority, checks_finite, \
+largest_problem
         As in `Capabilities`.
     operations : frozenset of str
         The operations that it implements: those of `Capabilities`, "remap_state" and

@@ -214,6 +214,31 @@ def a_fan_in_of_zero_is_an_error(backend: Backend, problem: UpdateProblem) -> No
     _assert_refused(partial(_update, backend), problem)
 
 
+@_law("SPEC 4.9", "exactly")
+def numbers_that_are_not_finite_are_refused(backend: Backend, problem: UpdateProblem) -> None:
+    """NaN or infinity in the gradient, or in the weight where it is active, is a counted error."""
+    rng, size = problem.rng(), problem.mask.size
+    places = rng.random(problem.mask.shape) < 0.5
+    for name, what in (("grad", "grad"), ("weight", "weight at active positions")):
+        numbers = getattr(problem, name).copy()
+        numbers[places] = rng.choice([np.nan, np.inf, -np.inf], np.count_nonzero(places))
+        wrong = replace(problem, **{name: numbers})
+        count = int(np.count_nonzero(places if name == "grad" else places & problem.mask))
+        _assert_counted(partial(_update, backend, wrong), what, count, size)
+
+
+def _assert_counted(update: Callable[[], Any], what: str, count: int, size: int) -> None:
+    """Raise `LawViolation` if an update with `count` wrong numbers is no error that says so."""
+    try:
+        update()
+    except SriglError as error:
+        if not count or f"{what} is not finite in {count} of {size} places" in str(error):
+            return
+        raise LawViolation(f"{count} of {what} are not finite; the error was: {error}") from error
+    if count:
+        raise LawViolation(f"{count} of {what} are not finite, expected SriglError")
+
+
 def _released_update(source: DataSource, capabilities: KernelCapabilities) -> ReleasedUpdate:
     return source.sampled_from(released_updates())
 

@@ -28,7 +28,6 @@ from srigl_core._arrays.dtypes import VALUE_TYPES, round_to, value_dtype
 from srigl_core.backends.cupy_gpu import launch_model
 from srigl_core.backends.cupy_gpu.conversions import converted
 from srigl_core.backends.cupy_gpu.gpu_backend import GpuBackend
-from srigl_core.backends.cupy_gpu.mask_update import count_nonfinite
 from srigl_core.errors import SriglError
 from srigl_core.testing import verify
 
@@ -232,16 +231,21 @@ def _lent_memory(backend: GpuBackend) -> Iterator[tuple[str, int]]:
 
 
 def _not_finite(backend: GpuBackend) -> Iterator[tuple[str, int]]:
-    for number, name in enumerate(VALUE_TYPES):
-        rng = np.random.default_rng(number)
-        array = rng.choice([1.0, -0.0, np.inf, -np.inf, np.nan], (7, 60)).astype(value_dtype(name))
-        mask = rng.random(array.shape) < 0.5
-        wrong = ~np.isfinite(array.astype(np.float64))
-        for given, expected in ((None, wrong.sum()), (mask, (wrong & mask).sum())):
-            upload = backend.device.upload
-            on_device = None if given is None else upload(given)
-            got = count_nonfinite(backend.device, upload(array), on_device)
-            yield "" if got == expected else f"{got} not finite instead of {expected}", 1
+    """Gradients count everywhere and weights where they are active, each by its own type."""
+    for number, names in enumerate(product(VALUE_TYPES, VALUE_TYPES)):
+        rng, shape = np.random.default_rng(number), LAYERS[1 + number % (len(LAYERS) - 1)]
+        mask, wrong = rng.random(shape) < 0.3, rng.random(shape) < 0.02
+        finite = [rng.standard_normal(shape).astype(value_dtype(name)) for name in names]
+        for i, where in enumerate((mask & wrong, wrong)):
+            arrays = [array.copy() for array in finite]
+            arrays[i][wrong] = rng.choice([np.inf, -np.inf, np.nan], np.count_nonzero(wrong))
+            expected = f"is not finite in {np.count_nonzero(where)} of {mask.size}"
+            try:
+                update_mask(*arrays, mask, nnz_budget=shape[0], drop_fraction=0.3, backend=backend)
+            except SriglError as error:
+                yield "" if expected in str(error) else f"{error}, not: {expected}", 1
+            else:
+                yield f"an update with {names[i]} that {expected} passes", 1
 
 
 def _conversions(backend: GpuBackend) -> Iterator[tuple[str, int]]:

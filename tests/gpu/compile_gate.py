@@ -5,7 +5,9 @@ architecture with all its variants in one program. The gate fails where
 
 - a file does not compile, or holds a kernel that no variant names, or a variant comes out as none;
 - registers are spilled to memory;
-- subnormal float32 numbers are flushed to zero, which the semantics forbid.
+- subnormal float32 numbers are flushed to zero, which the semantics forbid;
+- a tile is staged by more instructions, or with fewer loads in flight, than the launch model
+  assumes. That is read from the machine code, for which the command needs NVIDIA's disassembler.
 
     python tests/gpu/compile_gate.py --arch 75 80 90 100 120 --json kernels.json
 
@@ -27,6 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from machine_code import Staging, disassembled, disassembler, staging_of
+
 from srigl_core.backends.cupy_gpu.variants import COMPILER_OPTIONS
 
 __all__ = [
@@ -40,8 +44,11 @@ __all__ = [
     "compiler_version",
     "flushes",
     "missing_compiler",
+    "missing_disassembler",
     "page",
+    "slow_staging",
     "spills",
+    "staging_limits",
 ]
 
 # The module with `variants()`; the .cu files lie beside it. It must import without CuPy or a GPU.
@@ -51,6 +58,18 @@ INSTALL = (
     "pip install cuda-bindings nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl "
     "nvidia-cuda-crt"
 )
+INSTALL_DISASSEMBLER = "pip install nvidia-cuda-nvdisasm"
+
+STAGING_LIMITS = {
+    "float": Staging(34, 16),
+    "__half": Staging(75, 16),
+    "__nv_bfloat16": Staging(75, 16),
+}
+"""By the type of x: most instructions for a quad, and fewest loads in flight, of the kernels that
+stage tiles. Tiles of double have fewer registers for loads, and no limits."""
+
+TILE_KERNELS = ("tile_product", "sum_products")
+STAGING_KERNELS = (*TILE_KERNELS, "stream_product")
 
 _ENTRY = re.compile(r"Compiling entry function '([^']+)' for 'sm_\w+'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -79,7 +98,7 @@ class GateError(RuntimeError):
 
 
 class MissingCompilerError(ImportError):
-    """NVRTC or its headers are not installed."""
+    """NVRTC, its headers or the disassembler are not installed."""
 
 
 class KernelReport(NamedTuple):
@@ -100,6 +119,8 @@ class KernelReport(NamedTuple):
         Size of the machine code.
     flushing : int
         Number of PTX instructions that flush subnormal float32 numbers to zero.
+    staging : Staging or None
+        None if nothing is staged, or the code was not disassembled.
     """
 
     variant: Variant
@@ -111,6 +132,7 @@ class KernelReport(NamedTuple):
     spill_loads: int
     binary_bytes: int
     flushing: int
+    staging: Staging | None = None
 
 
 class _Program(NamedTuple):
@@ -120,6 +142,7 @@ class _Program(NamedTuple):
     variants: tuple[Variant, ...]
     architecture: int
     options: tuple[str, ...]
+    disassembler: Path | None
 
     def __str__(self) -> str:
         return f"{self.path.name} for sm_{self.architecture}"
@@ -132,6 +155,7 @@ def compile_gate(
     *,
     options: Sequence[str] = COMPILER_OPTIONS,
     jobs: int = 1,
+    disassemble: bool = False,
 ) -> list[KernelReport]:
     """Compile the variants, and nothing else, for every architecture.
 
@@ -147,6 +171,8 @@ def compile_gate(
         Options for NVRTC besides the architecture and the folders of headers.
     jobs : int
         Number of programs compiled at a time; NVRTC is as quick in threads as in processes.
+    disassemble : bool
+        Whether to read from the machine code how inputs are staged.
 
     Returns
     -------
@@ -156,7 +182,7 @@ def compile_gate(
     Raises
     ------
     MissingCompilerError
-        If NVRTC or its headers are not installed; says how to install them.
+        If NVRTC, its headers or the disassembler are not installed; says how to install them.
     GateError
         If the kernels compiled are not exactly the variants, or one does not compile; holds the
         compiler's log, for all programs that failed.
@@ -167,7 +193,10 @@ def compile_gate(
     _check_architectures(architectures)
     options = [*options, *(f"-I{include}" for include in (folder, *_header_folders()))]
     _check_sources(folder, variants)
-    programs = _programs(folder, variants, architectures, options)
+    if disassemble and (reason := missing_disassembler()):
+        raise MissingCompilerError(reason)
+    program = disassembler() if disassemble else None
+    programs = _programs(folder, variants, architectures, options, program)
     with ThreadPoolExecutor(jobs) as executor:
         results = list(executor.map(_attempt, programs))
     if failures := [result for result in results if isinstance(result, GateError)]:
@@ -185,18 +214,42 @@ def flushes(reports: Iterable[KernelReport]) -> list[KernelReport]:
     return [report for report in reports if report.flushing]
 
 
+def slow_staging(reports: Iterable[KernelReport]) -> list[KernelReport]:
+    """Return the kernels that stage tiles by more instructions or fewer loads than the limits."""
+    return [report for report in reports if _stages_slowly(report)]
+
+
+def staging_limits(name: str) -> Staging | None:
+    """Return the limits of a kernel, by its name expression; None if it has none."""
+    if _function(name) not in TILE_KERNELS:
+        return None
+    return STAGING_LIMITS.get(_types(name)[0])
+
+
+def _stages_slowly(report: KernelReport) -> bool:
+    found, limits = report.staging, staging_limits(report.variant.name)
+    if limits is None:
+        return False
+    return found is None or found.instructions > limits.instructions or found.loads < limits.loads
+
+
 def as_rows(reports: Iterable[KernelReport]) -> list[dict[str, Any]]:
     """Return a row for each variant: its file, its name, and its needs on each architecture.
 
-    The needs are registers, bytes of static shared memory, of stack, and spilled.
+    The needs are registers, bytes of static shared memory, of stack, and spilled. A kernel that
+    stages has the instructions and loads of that, too.
     """
-    needs: dict[tuple[str, str], dict[str, list[int]]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for report in reports:
+        variant, architecture = report.variant, str(report.architecture)
+        new = {"file": variant.file, "kernel": variant.name, "needs": {}}
+        row = rows.setdefault((variant.file, variant.name), new)
         spilled = report.spill_stores + report.spill_loads
         numbers = [report.registers, report.shared_bytes, report.stack_bytes, spilled]
-        row = needs.setdefault((report.variant.file, report.variant.name), {})
-        row[str(report.architecture)] = numbers
-    return [{"file": file, "kernel": name, "needs": row} for (file, name), row in needs.items()]
+        row["needs"][architecture] = numbers
+        if report.staging is not None:
+            row.setdefault("staging", {})[architecture] = list(report.staging)
+    return list(rows.values())
 
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -204,13 +257,19 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
 
     Stack and spilled bytes follow, where there are any.
     """
-    architectures = sorted({name for row in rows for name in row["needs"]}, key=int)
+    return _table(rows, "needs", _cell)
+
+
+def _table(rows: Sequence[dict[str, Any]], what: str, cell: Callable[..., str]) -> str:
+    """Return a table of the rows that have `what`, a mapping from architectures to numbers."""
+    rows = [row for row in rows if what in row]
+    architectures = sorted({name for row in rows for name in row[what]}, key=int)
     lines = [
         ["file", "kernel", *(f"sm_{architecture}" for architecture in architectures)],
         ["---", "---", *("--:" for _ in architectures)],
     ]
     for row in sorted(rows, key=lambda row: (row["file"], row["kernel"])):
-        cells = (_cell(*row["needs"][a]) if a in row["needs"] else "" for a in architectures)
+        cells = (cell(*row[what][a]) if a in row[what] else "" for a in architectures)
         lines.append([f"`{row['file']}`", f"`{row['kernel']}`", *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -221,7 +280,11 @@ def page(content: dict[str, Any]) -> str:
         "# What the GPU kernels need\n\n"
         "Registers for each thread / bytes of static shared memory, and the stack where there is "
         f"one; compiled by NVRTC {content['nvrtc']}. `make gpu-compile` measures it.\n\n"
-        f"{as_markdown(content['kernels'])}"
+        f"{as_markdown(content['kernels'])}\n"
+        "## Staging\n\n"
+        "Instructions for each 16 bytes of x that a thread brings to shared memory / its loads in "
+        "flight, as the machine code has them.\n\n"
+        f"{_table(content['kernels'], 'staging', _staging_cell)}"
     )
 
 
@@ -238,6 +301,17 @@ def missing_compiler() -> str | None:
     except MissingCompilerError as error:
         return str(error)
     return None
+
+
+def missing_disassembler() -> str | None:
+    """Return what to install to read machine code, or None."""
+    if disassembler() is not None:
+        return None
+    return f"NVIDIA's disassembler is missing; {INSTALL_DISASSEMBLER}"
+
+
+def _staging_cell(instructions: float, loads: int) -> str:
+    return f"{instructions:g} / {loads}"
 
 
 def _cell(registers: int, shared: int, stack: int, spilled: int) -> str:
@@ -276,6 +350,11 @@ def _check_sources(folder: Path, variants: Sequence[Variant]) -> None:
 def _function(name: str) -> str:
     """Return the function of a name expression: "f" of "deep::f<float>"."""
     return name.partition("<")[0].rpartition("::")[2].strip()
+
+
+def _types(name: str) -> list[str]:
+    """Return the arguments of a name expression: ["float", "4"] of "deep::f<float, 4>"."""
+    return name.partition("<")[2].rstrip(">").split(", ")
 
 
 def _kernels_in(source: str) -> set[str]:
@@ -334,12 +413,13 @@ def _programs(
     variants: Sequence[Variant],
     architectures: Sequence[int],
     options: Sequence[str],
+    disassembler: Path | None,
 ) -> list[_Program]:
     by_file: dict[str, list[Variant]] = {}
     for variant in variants:
         by_file.setdefault(variant.file, []).append(variant)
     return [
-        _Program(folder / file, tuple(by_file[file]), architecture, tuple(options))
+        _Program(folder / file, tuple(by_file[file]), architecture, tuple(options), disassembler)
         for file in by_file
         for architecture in architectures
     ]
@@ -406,6 +486,7 @@ def _reports(
     needs = dict(zip(entries[::2], entries[1::2], strict=True))
     _check_kernels(program, symbols, set(needs))
     code, flushing = _code_bytes(cubin), _flushing(ptx)
+    listings = disassembled(cubin, program.disassembler) if program.disassembler else {}
     return [
         KernelReport(
             variant,
@@ -413,9 +494,14 @@ def _reports(
             *_resources(needs[symbol]),
             code[symbol],
             flushing[symbol],
+            _staging(variant, listings.get(symbol, "")),
         )
         for variant, symbol in zip(program.variants, symbols, strict=True)
     ]
+
+
+def _staging(variant: Variant, listing: str) -> Staging | None:
+    return staging_of(listing) if _function(variant.name) in STAGING_KERNELS else None
 
 
 def _resources(log: str) -> tuple[int, int, int, int, int]:
@@ -471,7 +557,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(str(backend.__file__)).parent
     start = time.perf_counter()
     try:
-        reports = compile_gate(folder, backend.variants(), options.arch, jobs=options.jobs)
+        reports = compile_gate(
+            folder, backend.variants(), options.arch, jobs=options.jobs, disassemble=True
+        )
     except (GateError, MissingCompilerError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -485,8 +573,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"at most {max(report.registers for report in reports)} registers, "
         f"in {time.perf_counter() - start:.0f} s"
     )
-    return _complain("spill registers", spills(reports)) | _complain(
-        "flush subnormal numbers to zero", flushes(reports)
+    return (
+        _complain("spill registers", spills(reports))
+        | _complain("flush subnormal numbers to zero", flushes(reports))
+        | _complain("stage too slowly", slow_staging(reports))
     )
 
 

@@ -25,6 +25,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -97,6 +98,7 @@ struct Thread {
   unsigned source;  // the lane that a shuffle reads
   uint64_t value;   // given by this lane, then received
   Place place;
+  uint64_t loads, multiply_adds;
 };
 
 // Sets of lanes. One that is neither ready nor waiting for its warp nor at its end waits for the
@@ -131,6 +133,13 @@ struct Launch {
   uint64_t region_count;
 };
 
+// What a launch did: the most of any block, and of any thread.
+struct Counts {
+  uint64_t barriers;       // of a block
+  uint64_t loads;          // of a thread, by __ldg
+  uint64_t multiply_adds;  // of a thread, by fmaf and fma
+};
+
 // One kernel runs at a time in a module, which its caller sees to.
 inline Thread threads[kMaxThreads];
 inline Warp warps[kMaxWarps];
@@ -159,6 +168,8 @@ inline bool lanes_reversed;  // up or down
 inline unsigned arrived, arrived_true;  // in the barrier of the block
 inline Thread *first_arrived, *arrived_elsewhere;
 inline unsigned barrier_result;
+inline uint64_t barriers;  // that the block has passed
+inline Counts most;
 
 inline char failure[1024];
 
@@ -419,6 +430,7 @@ CUDA_CPU_UNCHECKED inline bool release_block() {
          arrived_elsewhere->place.line);
     return false;
   }
+  ++barriers;
   barrier_result = arrived_true;
   arrived = arrived_true = 0;
   for (unsigned i = 0; i < warp_count; ++i) warps[i].ready = warps[i].present;
@@ -504,7 +516,11 @@ CUDA_CPU_UNCHECKED inline void run_block(const Launch& launch) {
   for (uint64_t i = 0; i < launch.region_count; ++i)
     memset(launch.regions[i].start, kPoison, launch.regions[i].bytes);
   memset(dynamic_shared, kPoison, launch.shared_bytes);
-  for (unsigned i = 0; i < thread_count; ++i) threads[i].fiber = nullptr;
+  for (unsigned i = 0; i < thread_count; ++i) {
+    threads[i].fiber = nullptr;
+    threads[i].loads = threads[i].multiply_adds = 0;
+  }
+  barriers = 0;
   for (unsigned i = 0; i < warp_count; ++i) {
     const unsigned left = thread_count - i * kLanes;
     const unsigned present = left < kLanes ? (1u << left) - 1 : ~0u;
@@ -515,6 +531,11 @@ CUDA_CPU_UNCHECKED inline void run_block(const Launch& launch) {
   Fiber& first = make_current(next_thread());
   host.bottom = nullptr;
   switch_to(host, first);
+  most.barriers = std::max(most.barriers, barriers);
+  for (unsigned i = 0; i < thread_count; ++i) {
+    most.loads = std::max(most.loads, threads[i].loads);
+    most.multiply_adds = std::max(most.multiply_adds, threads[i].multiply_adds);
+  }
 }
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -581,6 +602,11 @@ extern "C" __attribute__((visibility("default"))) void* cuda_cpu_stacks() {
   return memory;
 }
 
+// What the last launch did.
+extern "C" __attribute__((visibility("default"))) const cuda_cpu::Counts* cuda_cpu_counts() {
+  return &cuda_cpu::most;
+}
+
 // Runs a grid. Returns null, or what went wrong in a barrier, a shuffle or a vote.
 extern "C" __attribute__((visibility("default"))) const char* cuda_cpu_launch(
     const cuda_cpu::Kernel* kernel, const cuda_cpu::Launch* launch, void** arguments) {
@@ -600,6 +626,7 @@ extern "C" __attribute__((visibility("default"))) const char* cuda_cpu_launch(
   thread_order = launch->thread_order;
   random_state = launch->seed;
   failure[0] = 0;
+  most = {};
   // Exactly as large as asked for, so that the next byte is one that AddressSanitizer guards.
   dynamic_shared = static_cast<unsigned char*>(malloc(launch->shared_bytes));
   if (dynamic_shared == nullptr && launch->shared_bytes) return "there is no memory left";
@@ -722,7 +749,11 @@ inline void __threadfence_system() {}
   void name(T* pointer, std::remove_cv_t<T> value) { \
     *pointer = value;                                \
   }
-CUDA_CPU_LOAD(__ldg)
+template <class T>
+T __ldg(const T* pointer) {
+  ++cuda_cpu::current->loads;
+  return *pointer;
+}
 CUDA_CPU_LOAD(__ldca)
 CUDA_CPU_LOAD(__ldcg)
 CUDA_CPU_LOAD(__ldcs)
@@ -835,3 +866,7 @@ cuda_cpu::Common<A, B> max(A a, B b) {
   if constexpr (std::is_floating_point_v<T>) return std::fmax(T(a), T(b));
   return T(a) > T(b) ? T(a) : T(b);
 }
+
+// Multiply-adds are counted.
+#define fmaf(a, b, c) (++cuda_cpu::current->multiply_adds, fmaf(a, b, c))
+#define fma(a, b, c) (++cuda_cpu::current->multiply_adds, fma(a, b, c))

@@ -37,6 +37,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 __all__ = [
     "ORDERS",
     "BuildError",
+    "Counts",
     "HarnessUnavailableError",
     "HostKernel",
     "HostModule",
@@ -189,6 +190,33 @@ class _Launch(ctypes.Structure):
     )
 
 
+class _Counts(ctypes.Structure):
+    _fields_ = (
+        ("barriers", ctypes.c_uint64),
+        ("loads", ctypes.c_uint64),
+        ("multiply_adds", ctypes.c_uint64),
+    )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a launch did.
+
+    Parameters
+    ----------
+    barriers : int
+        That a block passed, at most.
+    loads : int
+        Of a thread by ``__ldg``, at most.
+    multiply_adds : int
+        Of a thread by ``fmaf`` and ``fma``, at most.
+    """
+
+    barriers: int
+    loads: int
+    multiply_adds: int
+
+
 _PARAMETER_KINDS = {"p": "a pointer", "i": "an integer", "f": "a float", "s": "a structure"}
 _SCALAR_KINDS = {"i": "i", "u": "i", "b": "i", "f": "f"}
 """Which kind of parameter takes a NumPy scalar, by the kind of its dtype."""
@@ -202,7 +230,11 @@ class HostKernel:
     name : str
     shared_size_bytes : int
         Of the kernel's own static shared arrays; those of functions that it calls are not known.
+    counts : Counts
+        Of the last launch.
     """
+
+    counts = Counts(0, 0, 0)
 
     def __init__(
         self,
@@ -286,7 +318,7 @@ class HostKernel:
         pointers = (ctypes.c_void_p * len(values))(
             *(ctypes.addressof(values) + 8 * i for i in range(len(values)))
         )
-        failure = self._module._launch(self._record, launch, pointers)
+        failure, self.counts = self._module._launch(self._record, launch, pointers)
         if failure is not None:
             raise KernelError(f"{self.name}, {failure}")
 
@@ -392,6 +424,7 @@ class HostModule:
         self._run = self._library.cuda_cpu_launch
         self._run.argtypes = (ctypes.POINTER(_Kernel), ctypes.POINTER(_Launch), ctypes.c_void_p)
         self._run.restype = ctypes.c_char_p
+        self._library.cuda_cpu_counts.restype = ctypes.POINTER(_Counts)
         self._kernels = self._found_kernels(library)
 
     def kernel(self, name: str) -> HostKernel:
@@ -427,12 +460,14 @@ class HostModule:
             kernels[name] = HostKernel(self, name, record, own + shared, static_bytes)
         return kernels
 
-    def _launch(self, record: _Kernel, launch: _Launch, pointers: Any) -> str | None:
+    def _launch(self, record: _Kernel, launch: _Launch, pointers: Any) -> tuple[str | None, Counts]:
         # The state of a launch is its module's, and the stacks are all modules': one at a time.
         with _launching:
             launch.stacks = _stacks(self._library.cuda_cpu_stacks)
             failure: bytes | None = self._run(record, launch, pointers)
-        return None if failure is None else failure.decode()
+            counted = self._library.cuda_cpu_counts().contents
+            counts = Counts(counted.barriers, counted.loads, counted.multiply_adds)
+        return None if failure is None else failure.decode(), counts
 
 
 _launching = threading.Lock()

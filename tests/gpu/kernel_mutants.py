@@ -41,7 +41,7 @@ CHECKS = {
     "batch_tile.cuh": ("products",),
     STREAM: ("products", "far inputs"),
     VALUES: ("gradients",),
-    MASK: ("updates",),
+    MASK: ("updates", "not finite"),
 }
 """The exact checks that show what is wrong in a file."""
 
@@ -117,6 +117,13 @@ MUTANTS = (
         ("several trips",),
     ),
     Mutant(
+        "quads of a trip have the inputs of its first",
+        "batch_tile.cuh",
+        "__ldg(next + a * stride)",
+        "__ldg(next)",
+        ("several trips",),
+    ),
+    Mutant(
         "a trip begins before the one before it ends",
         "batch_tile.cuh",
         "row += ahead * stride",
@@ -162,6 +169,9 @@ MUTANTS = (
         "size >> (shift + kDigitBits) != so_far) continue;",
         "false) continue;",
     ),
+    Mutant("infinity is finite", MASK, "size >= infinity", "size > infinity"),
+    Mutant("inactive weights must be finite", MASK, "(candidates != kActive || mask[i])", "true"),
+    Mutant("counted for each digit", MASK, "is_first && size >= infinity", "size >= infinity"),
     Mutant("zeros of survivors kept", MASK, "active && survives && nonzero", "active && survives"),
     Mutant(
         "full rows keep the smallest",

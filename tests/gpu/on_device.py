@@ -34,11 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     python = sys.executable
     check = [python, str(CHECKS), "--device"]
     exact = [*check, "--examples", "0", "--without-pool", "--only"]
+    exact += ["products", "gradients", "updates", "not finite"]
     steps = {
         "laws": [*check, "--examples", str(options.examples)],
         "tests": [python, "-m", "pytest", "--import-mode=importlib", "-q", *map(str, TESTS)],
-        "memcheck": [*_watched("memcheck"), *exact, "products", "gradients", "updates"],
-        "racecheck": [*_watched("racecheck"), *exact, "products", "gradients", "updates"],
+        "memcheck": [*_watched("memcheck"), *exact],
+        "racecheck": [*_watched("racecheck"), *exact],
         "benchmark": [python, "-m", "srigl_core.benchmarks.gpu", "--out", str(options.out)],
     }
     failed = [name for name in steps if name not in options.without and not _run(name, steps[name])]

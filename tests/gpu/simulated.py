@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from unittest import mock
 
 import numpy as np
 from host_device import (
+    Counts,
     HostKernel,
     HostModule,
     Order,
@@ -52,6 +54,9 @@ class SimulatedDevice:
     one_by_one: bool = False
     launched: set[Variant] = field(default_factory=set)
     loaded: set[Variant] = field(default_factory=set)
+    last: deque[tuple[Variant, tuple[int, ...], tuple[int, ...], Counts]] = field(
+        default_factory=lambda: deque(maxlen=8)
+    )
     captures: bool = False
     n_made: int = 0
     _kernels: dict[Variant, HostKernel] = field(default_factory=dict)
@@ -75,6 +80,7 @@ class SimulatedDevice:
         kernel.max_dynamic_shared_size_bytes = shared_bytes
         kernel(grid, block, arguments, shared_mem=shared_bytes)
         self.launched.add(variant)
+        self.last.append((variant, grid, block, kernel.counts))
 
     def load(self, variant: Variant) -> None:
         """Note that a kernel will be launched."""

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import compile_gate as gate
 import pytest
 from compile_gate import GateError, KernelReport, MissingCompilerError, compile_gate
+from machine_code import Staging, staging_of
 
 from srigl_core.backends.cupy_gpu.variants import COMPILER_OPTIONS
 
 REASON = gate.missing_compiler()
+UNREADABLE = REASON or gate.missing_disassembler()
 RAW_MODULE = (*COMPILER_OPTIONS, "-ftz=true")  # what CuPy's own class would compile with
 
 
@@ -77,6 +79,32 @@ __global__ void scatter(float* x, const int* at, int n) {
 }
 """
 
+# Sixteen loads before four stores of 16 bytes, and then one by one.
+STAGING = """
+struct alignas(16) Quad { float at[4]; };
+extern __shared__ Quad tile[];
+template <class T, int N> __global__ void tile_product(T* out, const T* x, int n, int stride) {
+    int i = threadIdx.x;
+#pragma unroll 1
+    for (; i + (N - 1) * 128 < n; i += N * 128) {
+        Quad quads[N];
+#pragma unroll
+        for (int a = 0; a < N; ++a)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) quads[a].at[j] = __ldg(x + j * stride + i + a * 128);
+#pragma unroll
+        for (int a = 0; a < N; ++a) tile[i + a * 128] = quads[a];
+    }
+#pragma unroll 1
+    for (; i < n; i += 128) tile[i].at[0] = __ldg(x + i);
+    __syncthreads();
+    T sum = 0;
+#pragma unroll 1
+    for (int j = 0; j < n; ++j) sum += tile[j].at[threadIdx.x % 4];
+    out[threadIdx.x] = sum;
+}
+"""
+
 PLAIN = "__global__ void plain(float* out, const float* x) { out[0] = x[0] * x[1]; }\n"
 
 FLUSHING = PLAIN.replace(
@@ -93,6 +121,18 @@ def needs_compiler(test):
     def run(*arguments, **named):
         if REASON:
             pytest.skip(REASON)
+        test(*arguments, **named)
+
+    return run
+
+
+def needs_disassembler(test):
+    """Skip, too, where machine code cannot be read."""
+
+    @functools.wraps(test)
+    def run(*arguments, **named):
+        if UNREADABLE:
+            pytest.skip(UNREADABLE)
         test(*arguments, **named)
 
     return run
@@ -200,6 +240,54 @@ def test_flushing_of_subnormals_is_reported(folder):
     assert gate.flushes(compile_gate(here, variants, [90])) == []
     fast = compile_gate(here, variants, [90], options=("--std=c++17", "--use_fast_math"))
     assert gate.flushes(fast) != []
+
+
+@needs_disassembler
+@pytest.mark.parametrize("architecture", [75, 90, 120])
+def test_staging_is_read_from_the_machine_code(folder, architecture):
+    here = folder(staging=STAGING, plain=PLAIN)
+    names = ("tile_product<float, 4>", "tile_product<float, 1>")
+    variants = [*(Variant("staging.cu", name) for name in names), Variant("plain.cu", "plain")]
+    four, one, plain = compile_gate(here, variants, [architecture], disassemble=True)
+    assert (four.staging.loads, one.staging.loads, plain.staging) == (16, 4, None)
+    assert 5 < four.staging.instructions < one.staging.instructions < 60  # 4 loads and a store
+    assert gate.slow_staging([four, one, plain]) == [one]
+    unread = compile_gate(here, variants, [architecture])
+    assert unread == [each._replace(staging=None) for each in (four, one, plain)]
+    assert gate.slow_staging(unread) == unread[:2]
+
+
+def test_the_innermost_loop_with_most_loads_is_the_staging_loop():
+    """Bytes of 16 and 64 bits, a predicate, and jumps out of and into other loops."""
+    listing = """
+    .L_x_0:
+            /*0000*/                   IADD3 R0, R0, 0x1, RZ ;
+    .L_x_1:
+            /*0010*/              @!P0 LDG.E.U16.CONSTANT R2, desc[UR4][R4.64] ;
+            /*0020*/                   STS.U16 [R6], R2 ;
+            /*0030*/               @P1 BRA `(.L_x_1) ;
+    .L_x_2:
+            /*0040*/                   LDG.E.64.CONSTANT R8, desc[UR4][R4.64] ;
+            /*0050*/                   LDG.E.64.CONSTANT R10, [R4+0x8] ;
+            /*0060*/                   BRA `(.L_x_3) ;
+            /*0070*/                   STS.128 [R6], R8 ;
+            /*0080*/         @!UP2 BRA `(.L_x_2) ;
+    .L_x_3:
+            /*0090*/              @!P0 BRA `(.L_x_0) ;
+    """
+    assert staging_of(listing) == Staging(5, 2)
+    assert staging_of(listing.replace("STS", "STL")) is None
+
+
+def test_tiles_of_double_have_no_limits_and_no_others_are_judged():
+    slow = {"staging": Staging(80, 8)}
+    names = ("tile_product<double, 1, double>", "stream_product<float, 1, Staged, float>")
+    others = [report("a.cu", name, 90, **slow) for name in names]
+    names = ("tile_product<float, 1, signed char>", "sum_products<__half>")
+    judged = [report("a.cu", name, 90, **slow) for name in names]
+    assert gate.slow_staging([*others, *judged]) == judged
+    enough = [judged[0]._replace(staging=Staging(34, 16))]
+    assert gate.slow_staging(enough) == []
 
 
 # --- what is refused -------------------------------------------------------------------------
@@ -316,11 +404,18 @@ def test_a_missing_library_and_missing_headers_are_named(folder, monkeypatch):
     assert "headers of ['cudart', 'cccl']; pip install" in gate.missing_compiler()
 
 
+@needs_compiler
+def test_a_missing_disassembler_is_named_with_what_to_install(folder, monkeypatch):
+    monkeypatch.setattr(gate, "disassembler", lambda: None)
+    with pytest.raises(MissingCompilerError, match="pip install nvidia-cuda-nvdisasm"):
+        compile_gate(folder(plain=PLAIN), [Variant("plain.cu", "plain")], [90], disassemble=True)
+
+
 # --- the table and the command ---------------------------------------------------------------
 
 
 def report(file, name, architecture, **figures):
-    need = dict.fromkeys(KernelReport._fields[2:], 0) | figures
+    need = dict.fromkeys(KernelReport._fields[2:-1], 0) | figures
     return KernelReport(Variant(file, name), architecture, **need)
 
 
@@ -341,6 +436,20 @@ def test_the_table_has_a_sorted_row_for_each_variant():
     ]
 
 
+def test_the_page_has_a_table_of_staging():
+    reports = [
+        report("b.cu", "f<4>", 90, staging=Staging(33.75, 16)),
+        report("b.cu", "f<4>", 75, staging=Staging(18, 2)),
+        report("a.cu", "g", 90),
+    ]
+    page = gate.page({"nvrtc": "13.5", "kernels": gate.as_rows(reports)})
+    assert page.split("## Staging\n")[1].splitlines()[3:] == [
+        "| file | kernel | sm_75 | sm_90 |",
+        "| --- | --- | --: | --: |",
+        "| `b.cu` | `f<4>` | 18 / 2 | 33.75 / 16 |",
+    ]
+
+
 @pytest.fixture
 def command(monkeypatch):
     """Return a function: run the command on a backend with these variants."""
@@ -354,7 +463,7 @@ def command(monkeypatch):
     return run
 
 
-@needs_compiler
+@needs_disassembler
 def test_the_command_writes_what_the_page_is_made_of_and_passes(folder, command, tmp_path, capsys):
     here = folder(stack=STACK)
     results = tmp_path / "results.json"
@@ -365,10 +474,11 @@ def test_the_command_writes_what_the_page_is_made_of_and_passes(folder, command,
     assert "| `stack.cu` | `scatter` |" in page
 
 
-@needs_compiler
+@needs_disassembler
 @pytest.mark.parametrize(
     ("source", "name", "message"),
     [
+        (STAGING, "tile_product<float, 2>", "2 kernels stage too slowly"),
         (SPILLING, "reverse<96>", "2 kernels spill registers"),
         (FLUSHING, "plain", "2 kernels flush subnormal numbers"),
         (PLAIN.replace("{", ""), "plain", "does not compile"),

@@ -1,5 +1,6 @@
 """The GPU kernels without a GPU: they compile, are right on the CPU, and wrong ones are caught."""
 
+import functools
 import json
 import os
 import subprocess
@@ -13,9 +14,11 @@ import pytest
 from kernel_mutants import CHECKS, MUTANTS
 from simulated import KERNELS, SETTINGS
 
-from srigl_core.backends.cupy_gpu.variants import variants
+from srigl_core.backends.cupy_gpu.launch_model import LOADS_AHEAD
+from srigl_core.backends.cupy_gpu.variants import TILE_LANES, variants
 
 SCRIPT = Path(__file__).with_name("check_kernels.py")
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu_kernels.json"
 ITS_MODULES = {"PYTHONPATH": str(SCRIPT.parent)}
 
 needs_compiler = pytest.mark.skipif(
@@ -47,15 +50,47 @@ def test_every_kernel_obeys_every_law_on_the_cpu():
     assert launched == {f"{variant.file} {variant.name}" for variant in variants()}
 
 
-@pytest.mark.skipif(
+@functools.cache
+def compiled():
+    return compile_gate.compile_gate(
+        KERNELS, variants(), (75, 90), jobs=2, disassemble=not compile_gate.missing_disassembler()
+    )
+
+
+needs_nvrtc = pytest.mark.skipif(
     compile_gate.missing_compiler() is not None, reason=str(compile_gate.missing_compiler())
 )
+
+
+@needs_nvrtc
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles_without_spilling_or_flushing():
-    reports = compile_gate.compile_gate(KERNELS, variants(), (75, 90), jobs=2)
-    assert {report.variant for report in reports} == set(variants())
-    assert compile_gate.spills(reports) == []
-    assert compile_gate.flushes(reports) == []
+    assert {report.variant for report in compiled()} == set(variants())
+    assert compile_gate.spills(compiled()) == []
+    assert compile_gate.flushes(compiled()) == []
+
+
+@needs_nvrtc
+@pytest.mark.skipif(
+    compile_gate.missing_disassembler() is not None, reason=str(compile_gate.missing_disassembler())
+)
+@pytest.mark.timeout(600)
+def test_every_tile_is_staged_within_the_limits():
+    assert compile_gate.slow_staging(compiled()) == []
+
+
+def test_the_measured_kernels_are_all_and_within_the_limits():
+    rows = json.loads(RESULTS.read_text())["kernels"]
+    assert {(row["file"], row["kernel"]) for row in rows} == {(v.file, v.name) for v in variants()}
+    assert [row for row in rows for numbers in row["needs"].values() if numbers[-1]] == []
+    limited = [(row, compile_gate.staging_limits(row["kernel"])) for row in rows]
+    limited = [(row, limits) for row, limits in limited if limits is not None]
+    assert {limits.loads for _, limits in limited} == {LOADS_AHEAD}
+    assert len(limited) == 3 * (2 * len(TILE_LANES) + 1)
+    for row, limits in limited:
+        assert row["staging"].keys() == row["needs"].keys()
+        for instructions, loads in row["staging"].values():
+            assert (instructions <= limits.instructions, loads >= limits.loads) == (True, True), row
 
 
 def test_a_plan_cannot_choose_more_kernels_than_can_be_compiled_ahead():
