@@ -133,7 +133,8 @@ struct Launch {
   uint64_t region_count;
 };
 
-// What a launch did: the most of any block, and of any thread.
+// What a launch did: the most of any block, and of any thread. Loads and multiply-adds are counted
+// with CUDA_CPU_COUNTS alone, since that takes as long as they do.
 struct Counts {
   uint64_t barriers;       // of a block
   uint64_t loads;          // of a thread, by __ldg
@@ -749,11 +750,15 @@ inline void __threadfence_system() {}
   void name(T* pointer, std::remove_cv_t<T> value) { \
     *pointer = value;                                \
   }
+#ifdef CUDA_CPU_COUNTS
 template <class T>
 T __ldg(const T* pointer) {
   ++cuda_cpu::current->loads;
   return *pointer;
 }
+#else
+CUDA_CPU_LOAD(__ldg)
+#endif
 CUDA_CPU_LOAD(__ldca)
 CUDA_CPU_LOAD(__ldcg)
 CUDA_CPU_LOAD(__ldcs)
@@ -867,6 +872,7 @@ cuda_cpu::Common<A, B> max(A a, B b) {
   return T(a) > T(b) ? T(a) : T(b);
 }
 
-// Multiply-adds are counted.
+#ifdef CUDA_CPU_COUNTS
 #define fmaf(a, b, c) (++cuda_cpu::current->multiply_adds, fmaf(a, b, c))
 #define fma(a, b, c) (++cuda_cpu::current->multiply_adds, fma(a, b, c))
+#endif

@@ -47,11 +47,14 @@ class SimulatedDevice:
         Holds the ``.cu`` files.
     one_by_one : bool
         Whether to build a kernel when it is first launched, not all of its file.
+    counts : bool
+        Whether kernels count loads and multiply-adds.
     """
 
     properties: DeviceProperties
     folder: Path = KERNELS
     one_by_one: bool = False
+    counts: bool = False
     launched: set[Variant] = field(default_factory=set)
     loaded: set[Variant] = field(default_factory=set)
     last: deque[tuple[Variant, tuple[int, ...], tuple[int, ...], Counts]] = field(
@@ -98,7 +101,10 @@ class SimulatedDevice:
     def _build(self, wanted: Variant) -> None:
         whole = [variant for variant in variants() if variant.file == wanted.file]
         names = [wanted.name] if self.one_by_one else [variant.name for variant in whole]
-        module = HostModule(self.folder, wanted.file, names, sanitize=is_sanitized())
+        defines = {"CUDA_CPU_COUNTS": 1} if self.counts else {}
+        module = HostModule(
+            self.folder, wanted.file, names, sanitize=is_sanitized(), defines=defines
+        )
         for name in names:
             self._kernels[Variant(wanted.file, name)] = module.kernel(name)
 

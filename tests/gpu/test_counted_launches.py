@@ -27,7 +27,7 @@ TYPES = ("float16", "float32", "float64")
 
 @pytest.fixture(params=DEVICES)
 def backend(request):
-    device = SimulatedDevice(DEVICES[request.param])
+    device = SimulatedDevice(DEVICES[request.param], one_by_one=True, counts=True)
     return GpuBackend(device, "simulated", CAPABILITIES)
 
 
