@@ -84,12 +84,40 @@ def _any_activation(backend: Backend, problem: MatmulProblem, salt: int) -> Matm
 @_law("extended precision", "within the error bound of SPEC 2")
 def product_is_within_the_error_bound(backend: Backend, problem: MatmulProblem) -> None:
     """The product has dtype result_type(x, values), and each element obeys the bound of SPEC 2."""
-    product = _product(backend, problem)
-    if product.dtype != problem.result_dtype:
-        raise LawViolation(
-            f"the product has dtype {product.dtype}, expected {problem.result_dtype}"
-        )
-    assert_within(product, _expected(problem), "the product")
+    for case in (problem, *_of_other_sizes(backend, problem)):
+        product, what = _product(backend, case), f"the product of {case.x.shape}"
+        if product.dtype != case.result_dtype:
+            raise LawViolation(f"{what} has dtype {product.dtype}, expected {case.result_dtype}")
+        assert_within(product, _expected(case), what)
+
+
+def _of_other_sizes(backend: Backend, problem: MatmulProblem) -> Iterator[MatmulProblem]:
+    """Yield the problem with few rows and wide inputs, and with many rows if it has few.
+
+    Kernels for few rows and for many are often different ones, and stage wide inputs in parts.
+    """
+    weight, rng = problem.weight, problem.rng(1)
+    (n_out, n_in), nnz = weight.shape, weight.nnz
+    rows = problem.x.reshape(-1, n_in)
+    few, many = int(rng.integers(1, _FEW_ROWS + 1)), int(rng.integers(_FEW_ROWS + 1, 41))
+    factor = 1 + int(rng.integers(_WIDE // 4, _WIDE)) // n_in
+    most = min(_SMALL_WORK, capabilities_of(backend).largest_problem)
+
+    def is_small(n_rows: int, n_columns: int) -> bool:
+        return n_rows * nnz < _SMALL_WORK and n_rows * (n_out + n_columns) + nnz < most
+
+    if len(rows) and is_small(few, n_in * factor):
+        x = rng.choice(rows.ravel(), (few, n_in * factor))
+        x[:, ::factor] = np.resize(rows, (few, n_in))
+        parts = weight.values, weight.indices.astype(np.int64) * factor, weight.active
+        wide = CondensedWeight(*parts, (n_out, n_in * factor))
+        yield replace(problem, weight=wide, x=laid_out(x, problem.layout))
+    if 0 < len(rows) <= _FEW_ROWS and is_small(many, n_in):
+        yield replace(problem, x=laid_out(np.resize(rows, (many, n_in)), problem.layout))
+
+
+_WIDE = 1200
+_FEW_ROWS = 8
 
 
 @_law("the reference and SciPy CSR", "within twice the bound")
@@ -187,11 +215,22 @@ def same_inputs_give_the_same_bits(backend: Backend, problem: MatmulProblem) -> 
 @_law("fresh plans", "bit for bit")
 def a_used_plan_is_as_a_fresh_one(backend: Backend, problem: MatmulProblem) -> None:
     """Products of other batches, types and options before it do not change a product."""
-    used, rng = prepare(problem.weight, backend=backend), problem.rng()
-    for case, options in _other_products(backend, problem, rng):
-        again, fresh = _call(used, case, **options), _product(backend, case, **options)
-        what = f"the product of a batch of {len(case.x)} of {case.x.dtype} by a used plan"
-        assert_same_bits(again, fresh, what)
+    weight, types = problem.weight, problem.rng(1)
+    used = prepare(weight, backend=backend)
+    names = ("of the result", *(ORDERED_DTYPES if capabilities_of(backend).out else ()))
+    for case, options in _other_products(backend, problem, problem.rng()):
+        shape = len(case.x), weight.n_active if options["compact"] else weight.shape[0]
+        for name in types.permutation(names)[:2]:
+            again, fresh = (
+                _call(plan, case, **options, out=_zeros_of(shape, str(name)))
+                for plan in (used, prepare(weight, backend=backend))
+            )
+            what = f"the product of a batch of {len(case.x)} of {case.x.dtype} by a used plan"
+            assert_same_bits(again, fresh, what)
+
+
+def _zeros_of(shape: tuple[int, ...], name: str) -> NDArray[Any] | None:
+    return np.zeros(shape, value_dtype(name)) if name in ORDERED_DTYPES else None
 
 
 def _other_products(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_core._api import update_condensed, update_mask
+from srigl_core._arrays.dtypes import value_dtype
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._update import CondensedUpdate, MaskUpdate
 from srigl_core.contract import Backend
@@ -21,6 +22,7 @@ from srigl_core.reference.mask_update import srigl_update
 from srigl_core.testing.comparisons import assert_same_bits, assert_same_update, assert_unwritten
 from srigl_core.testing.kernel_capabilities import KernelCapabilities, capabilities_of
 from srigl_core.testing.law import Law, LawViolation, NotApplicable, law_decorator
+from srigl_core.testing.problem_arrays import ORDERED_DTYPES
 from srigl_core.testing.problem_sources import DataSource
 from srigl_core.testing.released_updates import ReleasedUpdate, released_updates
 from srigl_core.testing.thread_calls import assert_repeatable, assert_same_in_threads
@@ -219,12 +221,17 @@ def numbers_that_are_not_finite_are_refused(backend: Backend, problem: UpdatePro
     """NaN or infinity in the gradient, or in the weight where it is active, is a counted error."""
     rng, size = problem.rng(), problem.mask.size
     places = rng.random(problem.mask.shape) < 0.5
-    for name, what in (("grad", "grad"), ("weight", "weight at active positions")):
-        numbers = getattr(problem, name).copy()
-        numbers[places] = rng.choice([np.nan, np.inf, -np.inf], np.count_nonzero(places))
-        wrong = replace(problem, **{name: numbers})
-        count = int(np.count_nonzero(places if name == "grad" else places & problem.mask))
-        _assert_counted(partial(_update, backend, wrong), what, count, size)
+    special = rng.choice([np.nan, np.inf, -np.inf], np.count_nonzero(places))
+    types = [name for name in ORDERED_DTYPES if name in capabilities_of(backend).input_dtypes]
+    for grad in (np.ones(places.shape, value_dtype(name)) for name in types):
+        grad[places] = special
+        wrong = replace(problem, grad=grad)
+        _assert_counted(partial(_update, backend, wrong), "grad", special.size, size)
+    weight = problem.weight.copy()
+    weight[places] = special
+    count = int(np.count_nonzero(places & problem.mask))
+    call = partial(_update, backend, replace(problem, weight=weight))
+    _assert_counted(call, "weight at active positions", count, size)
 
 
 def _assert_counted(update: Callable[[], Any], what: str, count: int, size: int) -> None:
