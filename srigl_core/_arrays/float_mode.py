@@ -57,6 +57,11 @@ def _ieee_environment() -> Iterator[None]:
 def float_environment(changed: Callable[[bytes], Any]) -> Iterator[None]:
     """Run this thread in the environment that `changed` makes of the current ``fenv_t``'s bytes."""
     libm = _c_library()
+    if not hasattr(libm, "fesetenv"):
+        raise SriglError(
+            "this thread flushes subnormal numbers to zero, and this platform's C library offers "
+            "no way to switch back; call from a thread in the default floating-point mode"
+        )
     saved = ctypes.create_string_buffer(_FENV_BYTES)
     libm.fegetenv(saved)
     libm.fesetenv(changed(saved.raw))

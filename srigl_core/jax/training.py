@@ -283,7 +283,7 @@ class SRigL:
         return connected
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact resume needs, a pytree of NumPy arrays whose structure is fixed."""
+        """Return what an exact resume needs, a pytree of NumPy arrays that keeps its structure."""
         state = self.trainer.state_dict()
         arrays = {name: state.pop(name) for name in ("masks", "ever_active")}
         window = {n: state["window"].get(n, (None, 0)) for n in self.trainer.sparse_layers}

@@ -88,16 +88,14 @@ def multiply(x: Any, *layer: Any) -> Any:
     """Return the product in a new tensor: the kernel of CPU and CUDA."""
     values, indices, active, counts, bias, in_features, *activation = layer
     name = activation[0] if activation else "none"
-    bias = None if bias is None else may_be_viewed(bias)
-    if x.is_cpu and x.numel():
-        plan = packing_of(values, indices, active, counts, in_features).plan
-        y = _fast_product(plan, x, bias, name)
-        if y is not None:
-            return y
-    y = _empty_product(x, *layer)
-    if y.numel():
-        with on_device_of(x):
-            packing = packing_of(values, indices, active, counts, in_features, gives_values=True)
+    if not x.numel():
+        return _empty_product(x, *layer)
+    with on_device_of(x):
+        packing = packing_of(values, indices, active, counts, in_features, gives_values=True)
+        bias = None if bias is None else may_be_viewed(bias)
+        y = _fast_product(packing.plan, x, bias, name)
+        if y is None:
+            y = _empty_product(x, *layer)
             given = values if packing.takes_values else None
             _write_product(packing.plan, x, bias, name, y, given)
     return y
@@ -146,16 +144,13 @@ def _empty_product(x: Any, *layer: Any) -> Any:
 def multiply_quantized(x: Any, *layer: Any) -> Any:
     """Return the product of a quantised layer in a new tensor: the kernel of CPU and CUDA."""
     values, scale, indices, active, bias, n_out, n_in, dtype, inputs, activation = layer
-    tensors = values, scale, indices, active
-    if x.is_cpu and x.numel() and x.dtype is dtype:
-        plan = quantized_plan_of(tensors, (n_out, n_in), inputs)
-        y = _fast_product(plan, x, bias, activation)
-        if y is not None:
-            return y
-    y = _empty_quantized(x, *layer)
-    if y.numel():
-        with on_device_of(x):
-            plan = quantized_plan_of(tensors, (n_out, n_in), inputs)
+    if not x.numel():
+        return _empty_quantized(x, *layer)
+    with on_device_of(x):
+        plan = quantized_plan_of((values, scale, indices, active), (n_out, n_in), inputs)
+        y = _fast_product(plan, x, bias, activation) if x.dtype is dtype else None
+        if y is None:
+            y = _empty_quantized(x, *layer)
             _write_product(plan, x, bias, activation, y)
     return y
 
