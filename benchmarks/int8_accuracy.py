@@ -67,12 +67,15 @@ def accuracies(run: RunSpec) -> dict[str, Any]:
     """
     import torch
 
-    torch.set_num_threads(1)
+    from srigl_core.benchmarks.reproduce.torch_networks import one_quick_thread
+    from srigl_core.torch.onnx import without_fast_attention
+
     data = load_dataset(run.data, run.fold)
     model, masks = _trained(run, data)
     x = torch.from_numpy(data.test_x)
     predicted = {}
-    with torch.inference_mode():
+    # PyTorch's fast attention needs weights that are tensors; its int8 layers have none.
+    with one_quick_thread(), without_fast_attention(), torch.inference_mode():
         for form in FORMS:
             predicted[form] = _form(model, masks, form)(x).argmax(1).numpy()
     whole = predicted[FORMS[0]]
@@ -105,7 +108,6 @@ def _form(model: Any, masks: Any, form: str) -> Any:
 
     model = copy.deepcopy(model)
     if form == "dense int8":
-        torch.backends.mha.set_fastpath_enabled(False)  # it needs weights that are tensors
         return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
     condense(model, masks)
     if form != "float32":

@@ -56,11 +56,10 @@ def accuracies(run: RunSpec) -> list[dict[str, Any]]:
         return found
     import torch
 
-    from srigl_core.benchmarks.reproduce.torch_networks import mlp_in_torch
+    from srigl_core.benchmarks.reproduce.torch_networks import mlp_in_torch, one_quick_thread
     from srigl_core.torch import prune_to_constant_fan_in
     from srigl_core.torch.pruning import METHODS
 
-    torch.set_num_threads(1)
     data, dense = load_dataset(run.data, run.fold), mlp_in_torch(kept.network)
     calibration = torch.from_numpy(data.train_x)
     for method in METHODS:
@@ -68,7 +67,7 @@ def accuracies(run: RunSpec) -> list[dict[str, Any]]:
             model = copy.deepcopy(dense)
             inputs = calibration if method == "wanda" else None
             prune_to_constant_fan_in(model, sparsity, method=method, calibration=inputs)
-            with torch.inference_mode():
+            with one_quick_thread(), torch.inference_mode():
                 predicted = model(torch.from_numpy(data.test_x)).argmax(1).numpy()
             accuracy = float(np.mean(predicted == data.test_y))
             entry = {"fold": run.fold, "method": method, "sparsity": sparsity}

@@ -21,7 +21,7 @@ from srigl_core.benchmarks.reproduce.training import (
 )
 from srigl_core.torch import SRigL
 
-__all__ = ["NETWORKS", "mlp_in_torch", "train_torch"]
+__all__ = ["NETWORKS", "mlp_in_torch", "one_quick_thread", "train_torch"]
 
 SIDE = 28
 
@@ -83,7 +83,7 @@ def mlp_in_torch(network: Mlp) -> nn.Sequential:
 
 
 @contextmanager
-def _one_quick_thread() -> Iterator[None]:
+def one_quick_thread() -> Iterator[None]:
     """Compute on one thread, and without subnormal numbers: decayed weights would slow it down."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -95,7 +95,7 @@ def _one_quick_thread() -> Iterator[None]:
         torch.set_num_threads(n_threads)
 
 
-@_one_quick_thread()
+@one_quick_thread()
 def train_torch(spec: RunSpec, data: Dataset) -> tuple[float, nn.Module, SRigL]:
     """Train a network of `NETWORKS`, and return its test accuracy, the model, and its masks."""
     recipe = spec.recipe

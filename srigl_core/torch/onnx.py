@@ -46,7 +46,7 @@ from srigl_core.torch.replacement import (
 from srigl_core.torch.sharded_tensors import check_not_sharded
 from srigl_core.torch.tensors import from_numpy
 
-__all__ = ["FORMS", "export_onnx"]
+__all__ = ["FORMS", "export_onnx", "without_fast_attention"]
 
 FORMS = ("condensed", "masked-dense")
 
@@ -120,7 +120,7 @@ def export_onnx(
     opset = check_integer(opset, "opset", least=_LEAST_OPSET, most=newest)
 
     model = copy.deepcopy(model).eval()
-    with _without_fast_paths():
+    with without_fast_attention():
         result = _result(model, args, kwargs)
         exported = _checked(
             onnx,
@@ -235,7 +235,7 @@ def _length(length: Any) -> int | None:
 
 
 @contextlib.contextmanager
-def _without_fast_paths() -> Iterator[None]:
+def without_fast_attention() -> Iterator[None]:
     """Keep PyTorch's attention layers from kernels that have no translation."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
