@@ -37,26 +37,28 @@ WIDEST_BYTES = 128
 """Bytes of a tile's row in the widest kernel; wider ones are never faster."""
 
 ROW_NANOSECONDS = 0.1
-_TILE_NANOSECONDS = {64: (0.084, 0.0237), 32: (0.062, 0.0251), 16: (0.013, 0.0608)}
-"""Time of an input or output of a batch row; and by the bytes of a vector register, the times of a
-connection in a tile and of each of its lanes.
+LANE_NANOSECONDS = {64: 0.0237, 32: 0.0251, 16: 0.0608}[vector_bytes()]
+"""Time of an input or output of a batch row; and by the bytes of a vector register, the time of
+each connection and lane of a tile.
 
-The latter were fitted by least squares to the shortest times of batches of 8, 16 and 32 rows, in
-float32, with a layer of 3072 inputs and 768 neurons at 90% sparsity, on one core of a Zen 4
-processor. Numba compiled for all its features, for those of Haswell, and for none.
+They choose between kernels for rows and for tiles. The latter were fitted by least squares to the
+shortest times of batches of 8, 16 and 32 rows, in float32, with a layer of 3072 inputs and 768
+neurons at 90% sparsity, on one core of a Zen 4 processor. Numba compiled for all its features, for
+those of Haswell, and for none.
 """
-VISIT_NANOSECONDS, LANE_NANOSECONDS = _TILE_NANOSECONDS[vector_bytes()]
 
 MOVE_NANOSECONDS = 0.15
-_TILE_ESTIMATES = {
-    64: {8: 0.193, 16: 0.225, 32: 0.414},
-    32: {8: 0.197, 16: 0.349, 32: 0.637},
-}
-"""For estimates of whole products: the time of an input or output of a batch row; and by the bytes
-of a vector register, that of a connection in a tile with so many lanes.
+_TILE_NANOSECONDS = {
+    64: {32: 0.193, 64: 0.225, 128: 0.414},
+    32: {32: 0.197, 64: 0.349, 128: 0.637},
+    16: {32: 0.499, 64: 0.986, 128: 1.959},
+}[vector_bytes()]
+"""They choose the tiles of a batch, and estimate the time of a product: the time of an input or
+output of a batch row; and by the bytes of a vector register and of a tile's row, the time of a
+connection.
 
-They are measured like the constants above, and at 99% sparsity, on one core of a Zen 5 processor.
-The choice of kernels keeps its own constants, so that a new machine changes no bits.
+They were measured like the constants above, and at 99% sparsity, on one core of a Zen 5 processor;
+those of the smallest registers are of the Zen 4 processor.
 """
 
 
@@ -87,8 +89,12 @@ def tile_parts(batch: int, itemsize: int) -> tuple[tuple[int, int, int], ...]:
         [width for i, width in enumerate(widths) if chosen >> i & 1]
         for chosen in range(1 << len(widths))
     ]
+
+    def time(tiles: list[int]) -> float:
+        return sum(_TILE_NANOSECONDS[lanes * itemsize] for lanes in tiles)
+
     enough = [choice for choice in choices if sum(choice) >= rest]
-    tiles = [widest] * whole + min(enough, key=_nanoseconds)
+    tiles = [widest] * whole + min(enough, key=time)
     parts, first = [], 0
     for width in widths:
         n = tiles.count(width)
@@ -100,14 +106,8 @@ def tile_parts(batch: int, itemsize: int) -> tuple[tuple[int, int, int], ...]:
 
 def tiles_nanoseconds(batch: int, itemsize: int) -> float:
     """Return the estimated time of a connection in all tiles of a batch."""
-    estimates = _TILE_ESTIMATES.get(vector_bytes(), {})
     parts = tile_parts(batch, itemsize)
-    times = (n * (estimates.get(lanes) or _nanoseconds([lanes])) for _, n, lanes in parts)
-    return sum(times) * itemsize / 4
-
-
-def _nanoseconds(tiles: list[int]) -> float:
-    return sum(VISIT_NANOSECONDS + LANE_NANOSECONDS * lanes for lanes in tiles)
+    return sum(n * _TILE_NANOSECONDS[lanes * itemsize] for _, n, lanes in parts)
 
 
 @kernel()
