@@ -1,13 +1,15 @@
 """int8 weights times int8 inputs, with AVX-512 VBMI and VNNI: inputs looked up, four to a lane.
 
-A row of x is quantised to bytes, each an integer plus 128, in blocks of 64. A step loads two
-blocks. One instruction looks up one of their 128 bytes for each of 64 slots. Another multiplies it
-by the slot's weight, and adds the products of four slots to the lane of their neuron, as int32.
-At the end 128 times the sum of a neuron's weights is taken away. `plane_schedule` chooses the two
-blocks of each step.
+A row of x is quantised to bytes, each an integer plus 128, in blocks of 64. A step has two blocks.
+One instruction looks up one of their 128 bytes for each of 64 slots. Another multiplies it by the
+slot's weight, and adds the products of four slots to the lane of their neuron, as int32. At the end
+128 times the sum of a neuron's weights is taken away. `plane_schedule` chooses the two blocks of
+each step. If neurons have fewer connections than there are blocks, a step loads both of them, and
+any two may meet, which takes half as many steps.
 
 Layout, for a group of 16 neurons: values (steps, 64) of int8, `lookups` (steps, 64) of one byte
-each, and `blocks` (steps + 1), numbers of blocks. A slot without a connection has the weight 0.
+each, and `blocks`, numbers of blocks: (steps + 1), or (2 * steps). A slot without a connection has
+the weight 0.
 
 Up to eight batch rows at a time share what a step loads. Their blocks lie side by side.
 """
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from srigl_core._format.weight import QuantizedWeight
-from srigl_core.backends.numba_cpu.calling import uncounted
+from srigl_core.backends.numba_cpu.calling import Launcher, uncounted
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.compressed_rows import arranged, position_dtype
 from srigl_core.backends.numba_cpu.plane_lookup import BLOCK, INDEX_WORDS, add_products
@@ -41,8 +43,9 @@ MOST_ROWS = 8
 """Batch rows at a time. Their sums and blocks take half of the registers."""
 
 MOST_BLOCKS = 1 << 16
-STEP_NANOSECONDS, STEP_OF_ROW_NANOSECONDS = 0.77, 0.2
-"""Time of loading a step, and of computing it for a batch row, on one core of a Zen 5 processor."""
+STEP_NANOSECONDS = {1: (0.77, 0.2), 2: (0.9, 0.28)}
+"""By the blocks that a step loads: the time of loading its weights, and of computing it for a batch
+row, on one core of a Zen 5 processor."""
 
 INPUT_NANOSECONDS = 0.08
 """Time of quantising an input."""
@@ -59,8 +62,10 @@ class ByteProducts:
 
     def __init__(self, weight: QuantizedWeight) -> None:
         n_neurons, self._n_in = weight.n_active, weight.shape[1]
-        scheduled_steps = scheduled(weight.indices, self._n_in, np.arange(BLOCK), SLOTS)
-        positions, lookups, blocks, ends = scheduled_steps
+        n_blocks = -(-self._n_in // BLOCK)
+        self._fresh = fresh = 2 if 0 < weight.fan_in <= n_blocks else 1
+        steps = scheduled(weight.indices, self._n_in, np.arange(BLOCK), SLOTS, fresh)
+        positions, lookups, blocks, ends = steps
         values = arranged(weight.values, positions, weight.values.dtype).view(np.int32)
         self._n_groups: int = ends.size - 1
         self._n_steps: int = positions.size // BLOCK
@@ -69,7 +74,7 @@ class ByteProducts:
         scale = scale.view(np.float32)
         scale[:n_neurons] = weight.scale
         self.arrays = (values, lookups, blocks, ends, corrections, scale)
-        self.launch = _LAUNCH
+        self.launch = _launcher(fresh)
         self.padding: float = positions.size / weight.nnz
 
     @property
@@ -83,8 +88,8 @@ class ByteProducts:
 
     def nanoseconds(self, batch: int) -> float:
         """Return the estimated single-threaded time of a batch."""
-        tiles = -(-batch // MOST_ROWS)
-        step = STEP_NANOSECONDS * tiles + STEP_OF_ROW_NANOSECONDS * batch
+        loading, computing = STEP_NANOSECONDS[self._fresh]
+        step = loading * -(-batch // MOST_ROWS) + computing * batch
         return step * self._n_steps + INPUT_NANOSECONDS * self._n_in * batch
 
     @staticmethod
@@ -105,8 +110,8 @@ def _quantize(x, first, last, n_in, octets, n_rows, scales):
 
 
 @functools.cache
-def _summer(n_rows: int) -> Any:
-    """Return the kernel that sums up to `n_rows` batch rows."""
+def _summer(n_rows: int, fresh: int) -> Any:
+    """Return the kernel that sums up to `n_rows` batch rows, and loads `fresh` blocks in a step."""
     width = n_rows * LANES
     u = np.uint64
 
@@ -117,12 +122,15 @@ def _summer(n_rows: int) -> Any:
         columns, bias, out = uncounted((columns, bias, out))
         lookups, blocks, ends, corrections, scale = uncounted(arrays)
         for group in range(groups[0], groups[1]):
-            step, last, at = u(ends[group]), u(ends[group + 1]), u(ends[group] + group)
+            step, last = u(ends[group]), u(ends[group + 1])
+            at = step * u(fresh) + u(group) * u(2 - fresh)
             even, odd = zeros(octets, width), zeros(octets, width)
             low = load(octets, u(blocks[at]) * u(width), width)
             while step < last:
-                at += u(1)
-                high = load(octets, u(blocks[at]) * u(width), width)
+                if fresh == 2:
+                    low = load(octets, u(blocks[at]) * u(width), width)
+                high = load(octets, u(blocks[at + u(1)]) * u(width), width)
+                at += u(fresh)
                 index = load(lookups, step * u(INDEX_WORDS), INDEX_WORDS)
                 weights = load(values, step * u(INDEX_WORDS), INDEX_WORDS)
                 total = add_products(even, low, index, high, weights)
@@ -136,7 +144,7 @@ def _summer(n_rows: int) -> Any:
     return sum_rows
 
 
-@kernel()
+@kernel(inline=True)
 def _deliver(sums, scales, neuron, factors, rows, columns, bias, out):
     """Scale the sums of a group, add the bias, and write them to the result."""
     u = np.uint64
@@ -157,24 +165,25 @@ def _deliver(sums, scales, neuron, factors, rows, columns, bias, out):
             deliver_sums(product, LANES, neuron, columns, bias, out, place, spare)
 
 
-_ONE_ROW, _TWO_ROWS, _FOUR_ROWS, _EIGHT_ROWS = (_summer(n) for n in (1, 2, 4, MOST_ROWS))
+@functools.cache
+def _launcher(fresh: int) -> Launcher:
+    """Return the kernel whose steps load `fresh` blocks."""
+    one_row, two_rows, four_rows, eight_rows = (_summer(n, fresh) for n in (1, 2, 4, MOST_ROWS))
 
+    @kernel()
+    def sum_rows(groups, rows, values, arrays, x, n_in, columns, bias, out):
+        n_rows, n_blocks = rows[1] - rows[0], (n_in + BLOCK - 1) // BLOCK
+        width = MOST_ROWS if n_rows > 4 else 4 if n_rows > 2 else n_rows
+        octets, sums = scratch(n_blocks * width * LANES, values), scratch(MOST_ROWS * LANES, values)
+        scales = scratch(MOST_ROWS, x)
+        _quantize(x, rows[0], rows[1], n_in, octets, width, scales)
+        if width == 1:
+            one_row(groups, rows, values, arrays, columns, bias, out, octets, scales, sums)
+        elif width == 2:
+            two_rows(groups, rows, values, arrays, columns, bias, out, octets, scales, sums)
+        elif width == 4:
+            four_rows(groups, rows, values, arrays, columns, bias, out, octets, scales, sums)
+        else:
+            eight_rows(groups, rows, values, arrays, columns, bias, out, octets, scales, sums)
 
-@kernel()
-def _sum_rows(groups, rows, values, arrays, x, n_in, columns, bias, out):
-    n_rows, n_blocks = rows[1] - rows[0], (n_in + BLOCK - 1) // BLOCK
-    width = MOST_ROWS if n_rows > 4 else 4 if n_rows > 2 else n_rows
-    octets, sums = scratch(n_blocks * width * LANES, values), scratch(MOST_ROWS * LANES, values)
-    scales = scratch(MOST_ROWS, x)
-    _quantize(x, rows[0], rows[1], n_in, octets, width, scales)
-    if width == 1:
-        _ONE_ROW(groups, rows, values, arrays, columns, bias, out, octets, scales, sums)
-    elif width == 2:
-        _TWO_ROWS(groups, rows, values, arrays, columns, bias, out, octets, scales, sums)
-    elif width == 4:
-        _FOUR_ROWS(groups, rows, values, arrays, columns, bias, out, octets, scales, sums)
-    else:
-        _EIGHT_ROWS(groups, rows, values, arrays, columns, bias, out, octets, scales, sums)
-
-
-_LAUNCH = row_launcher(LANES, _sum_rows, MOST_ROWS)
+    return row_launcher(LANES, sum_rows, MOST_ROWS)

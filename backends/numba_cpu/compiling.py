@@ -23,7 +23,7 @@ __all__ = ["cache_directory", "frozen", "kernel"]
 
 
 def kernel(
-    *, parallel: bool = False, reorder: bool = False, exact: bool = False
+    *, parallel: bool = False, reorder: bool = False, exact: bool = False, inline: bool = False
 ) -> Callable[[Any], Any]:
     """Return the decorator that compiles a kernel.
 
@@ -37,6 +37,8 @@ def kernel(
     exact : bool
         Whether each operation rounds by itself. Otherwise the compiler may fuse a product and a sum
         into one rounding. NaN, infinity and signed zero always keep their IEEE meaning.
+    inline : bool
+        Whether the code becomes a part of the kernels that call it, whatever LLVM thinks of that.
 
     Notes
     -----
@@ -53,7 +55,9 @@ def kernel(
             # same symbol, and a third process would then run one in place of the other.
             identity = hashlib.sha256(repr(_identity(function)).encode()).hexdigest()[:16]
             function.__qualname__ = f"{function.__qualname__}_{identity}"
-        compiled = numba.njit(function, nogil=True, parallel=parallel, fastmath=flags)
+        compiled = numba.njit(
+            function, nogil=True, parallel=parallel, fastmath=flags, forceinline=inline
+        )
         if function.__module__.startswith(f"{__package__}."):
             compiled._cache = _KernelCache(compiled)
         return compiled

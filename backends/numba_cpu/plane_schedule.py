@@ -38,7 +38,7 @@ def fewest_steps(indices: Any) -> int:
     return int(-(-n_rows // LANES) * max(fan_in, n_blocks - 1))
 
 
-def scheduled(indices: Any, n_in: int, octet_places: Any, slots: int = 1) -> Any:
+def scheduled(indices: Any, n_in: int, octet_places: Any, slots: int = 1, fresh: int = 1) -> Any:
     """Return the steps of all groups of neurons, one in each lane of `slots` slots.
 
     Parameters
@@ -49,6 +49,8 @@ def scheduled(indices: Any, n_in: int, octet_places: Any, slots: int = 1) -> Any
         Place of each slot's index among the 64 bytes of a step.
     slots : int
         Divides 64.
+    fresh : int
+        Blocks that a step loads: 1, beside the last one of the step before, or 2.
 
     Returns
     -------
@@ -57,8 +59,9 @@ def scheduled(indices: Any, n_in: int, octet_places: Any, slots: int = 1) -> Any
     lookups : ndarray of int32, (steps * 16,)
         The index of each slot, four to a number: 0 to 63 in the first block, 64 to 127 in the
         second, `PADDING` for none.
-    blocks : ndarray of uint16, (steps + groups,)
-        Step s of group g looks up in the blocks ``blocks[s + g]`` and ``blocks[s + g + 1]``.
+    blocks : ndarray of uint16, (steps + groups,), or (steps * 2,)
+        Step s of group g looks up in the blocks ``blocks[s + g]`` and ``blocks[s + g + 1]``; with
+        two fresh blocks in ``blocks[2 * s]`` and ``blocks[2 * s + 1]``.
     ends : ndarray of int64, (groups + 1,)
         Group g has the steps ``range(ends[g], ends[g + 1])``.
     """
@@ -66,21 +69,21 @@ def scheduled(indices: Any, n_in: int, octet_places: Any, slots: int = 1) -> Any
     n_blocks = -(-n_in // BLOCK)
     ends = np.zeros(n_groups + 1, np.int64)
     most_steps = n_groups * (2 * fan_in + 16)
-    group, arrays = 0, _arrays(most_steps, n_groups)
+    group, arrays = 0, _arrays(most_steps, n_groups, fresh)
     while True:
-        group = _schedule(indices, n_blocks, group, octet_places, slots, *arrays, ends)
+        group = _schedule(indices, n_blocks, group, octet_places, (slots, fresh), *arrays, ends)
         if group == n_groups:
             break
         # These masks need more steps than most: go on with twice the memory.
         most_steps *= 2
-        arrays = _copies(arrays, _arrays(most_steps, n_groups))
-    positions, octets, blocks = _copies(arrays, _arrays(int(ends[-1]), n_groups))
+        arrays = _copies(arrays, _arrays(most_steps, n_groups, fresh))
+    positions, octets, blocks = _copies(arrays, _arrays(int(ends[-1]), n_groups, fresh))
     return positions, octets.view(np.int32), blocks, ends
 
 
-def _arrays(steps: int, n_groups: int) -> tuple[Any, Any, Any]:
-    octets = aligned_empty(steps * BLOCK, np.uint8)
-    return np.empty(steps * BLOCK, np.int32), octets, np.empty(steps + n_groups, np.uint16)
+def _arrays(steps: int, n_groups: int, fresh: int) -> tuple[Any, Any, Any]:
+    octets, blocks = aligned_empty(steps * BLOCK, np.uint8), steps * fresh + n_groups * (2 - fresh)
+    return np.empty(steps * BLOCK, np.int32), octets, np.empty(blocks, np.uint16)
 
 
 def _copies(sources: tuple[Any, ...], targets: tuple[Any, ...]) -> Any:
@@ -91,14 +94,15 @@ def _copies(sources: tuple[Any, ...], targets: tuple[Any, ...]) -> Any:
 
 
 @kernel()
-def _schedule(indices, n_blocks, first_group, places, slots, positions, octets, blocks, ends):
+def _schedule(indices, n_blocks, first_group, places, sizes, positions, octets, blocks, ends):
     """Schedule groups from `first_group` on; return the first that no longer fits, or their number.
 
     `ends` receives the number of steps up to the end of each group.
     """
     # Each block with connections of the group gets a place.
     place_of, block_of = np.full(n_blocks, -1), np.empty(n_blocks, np.int64)
-    lanes = BLOCK // slots
+    slots, fresh = sizes
+    lanes, kept = BLOCK // slots, 2 - fresh
     backlog = np.empty((lanes, n_blocks), np.float32)
     nearest = np.empty((lanes, n_blocks), np.int32)
     for group in range(first_group, ends.size - 1):
@@ -109,12 +113,12 @@ def _schedule(indices, n_blocks, first_group, places, slots, positions, octets, 
             row,
             positions[first * BLOCK :],
             octets[first * BLOCK :],
-            blocks[first + group : blocks.size - (ends.size - 2 - group)],
+            blocks[first * fresh + group * kept : blocks.size - (ends.size - 2 - group) * kept],
             block_of[:n_places],
             backlog,
             nearest,
             places,
-            slots,
+            sizes,
         )
         if steps < 0:
             return group
@@ -148,9 +152,10 @@ def _count_backlog(indices, row, place_of, block_of, backlog, nearest):
 
 @kernel()
 def _schedule_group(
-    indices, row, positions, octets, blocks, block_of, backlog, nearest, places, slots
+    indices, row, positions, octets, blocks, block_of, backlog, nearest, places, sizes
 ):
     """Schedule the steps of a group; return their number, or -1 if there is no space for them."""
+    slots, fresh = sizes
     n_lanes, fan_in = min(len(backlog), indices.shape[0] - row), indices.shape[1]
     need, scores = np.empty(block_of.size, np.float32), np.empty(block_of.size, np.float32)
     for place in range(need.size):
@@ -160,10 +165,11 @@ def _schedule_group(
     left, step, second = fan_in * n_lanes, 0, _first_maximum(need)
     blocks[0] = block_of[second]
     while left > 0:
-        if step + 1 == blocks.size:
+        if (step + 1) * fresh + 2 - fresh > blocks.size:
             return -1
-        first, second = second, _best_partner(backlog, need, second, missing, slots, scores)
-        blocks[step + 1] = block_of[second]
+        first = second if fresh == 1 else _first_maximum(need)
+        second = _best_partner(backlog, need, first, missing, slots, scores)
+        blocks[step * fresh], blocks[step * fresh + 1] = block_of[first], block_of[second]
         for slot in range(BLOCK):
             lane, at, octet = slot // slots, step * BLOCK + slot, step * BLOCK + places[slot]
             from_first = backlog[lane, first] >= backlog[lane, second]
