@@ -31,7 +31,7 @@ from srigl_core.backends.numba_cpu.plane_lookup import (
     widen_pairs,
 )
 from srigl_core.backends.numba_cpu.plane_schedule import LANES, fewest_steps, scheduled
-from srigl_core.backends.numba_cpu.results import deliver_sums
+from srigl_core.backends.numba_cpu.results import deliverer
 from srigl_core.backends.numba_cpu.row_layout import RowLayout, row_launcher
 from srigl_core.backends.numba_cpu.scratch import registers, scratch
 from srigl_core.backends.numba_cpu.simd import fma, load, store, zeros
@@ -125,7 +125,7 @@ def _load_block(planes, block, row):
     return load(planes, row + np.uint64(block) * np.uint64(BLOCK), BLOCK)
 
 
-@kernel()
+@kernel(inline=True)
 def _sum_row(first, last, values, lookups, blocks, planes, like):
     """Return the sums of a group over steps `first` to `last`, whose blocks are `blocks`."""
     u = np.uint64
@@ -140,7 +140,7 @@ def _sum_row(first, last, values, lookups, blocks, planes, like):
     return total
 
 
-@kernel()
+@kernel(inline=True)
 def _sum_two_rows(first, last, values, lookups, blocks, planes, size, like):
     """Return the sums of a group for two batch rows, whose planes have `size` lanes each."""
     u = np.uint64
@@ -155,6 +155,9 @@ def _sum_two_rows(first, last, values, lookups, blocks, planes, size, like):
         b = fma(weights, look_up(low_b, index, high_b), b)
         low_a, low_b = high_a, high_b
     return a, b
+
+
+_DELIVER = deliverer(LANES)
 
 
 @kernel()
@@ -175,10 +178,10 @@ def _sum_rows(groups, rows, values, arrays, x, n_in, columns, bias, out):
                 total, other = _sum_two_rows(
                     first, last, values, lookups, near, planes, u(row_size), x
                 )
-                deliver_sums(other, LANES, neuron, columns, bias, out, place + n_columns, spare)
+                _DELIVER(other, neuron, columns, bias, out, place + n_columns, spare)
             else:
                 total = _sum_row(first, last, values, lookups, near, planes, x)
-            deliver_sums(total, LANES, neuron, columns, bias, out, place, spare)
+            _DELIVER(total, neuron, columns, bias, out, place, spare)
 
 
 _LAUNCH = row_launcher(LANES, _sum_rows)

@@ -29,7 +29,7 @@ from srigl_core.backends.numba_cpu.compressed_rows import aligned_empty, arrange
 from srigl_core.backends.numba_cpu.plane_lookup import BLOCK, INDEX_WORDS, add_products
 from srigl_core.backends.numba_cpu.plane_schedule import scheduled
 from srigl_core.backends.numba_cpu.quantization import int8_product, row_scales, write_octets
-from srigl_core.backends.numba_cpu.results import are_side_by_side, deliver_sums
+from srigl_core.backends.numba_cpu.results import are_side_by_side, deliverer
 from srigl_core.backends.numba_cpu.row_layout import row_launcher
 from srigl_core.backends.numba_cpu.scratch import registers, scratch
 from srigl_core.backends.numba_cpu.simd import add, load, store, zeros
@@ -150,6 +150,9 @@ def _summer(n_rows: int, fresh: int) -> Any:
     return sum_rows
 
 
+_DELIVER = deliverer(LANES)
+
+
 @kernel(inline=True)
 def _deliver(sums, scales, neuron, factors, rows, columns, bias, out):
     """Scale the sums of a group, add the bias, and write them to the result."""
@@ -168,7 +171,7 @@ def _deliver(sums, scales, neuron, factors, rows, columns, bias, out):
         for i in range(n_rows):
             acc = add(load(sums, i * u(LANES), LANES), correction)
             product, place = int8_product(acc, own, scales[i]), np.int64(start + i * n_columns)
-            deliver_sums(product, LANES, neuron, columns, bias, out, place, spare)
+            _DELIVER(product, neuron, columns, bias, out, place, spare)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from srigl_core.backends.numba_cpu.calling import Launcher, uncounted
 from srigl_core.backends.numba_cpu.compiling import kernel
 from srigl_core.backends.numba_cpu.compressed_rows import aligned_empty, position_dtype
 from srigl_core.backends.numba_cpu.processor import vector_bytes
-from srigl_core.backends.numba_cpu.results import deliver_sums
+from srigl_core.backends.numba_cpu.results import deliverer
 from srigl_core.backends.numba_cpu.row_layout import RowLayout, row_launcher
 from srigl_core.backends.numba_cpu.scratch import registers
 from srigl_core.backends.numba_cpu.simd import fma, gather, load, zeros
@@ -70,6 +70,7 @@ def lanes_of(n_neurons: int) -> int:
 @functools.cache
 def _launcher(lanes: int) -> Launcher:
     width = np.uint64(lanes)
+    deliver = deliverer(lanes)
 
     @kernel()
     def sum_row(first, last, values, indices, x):
@@ -109,11 +110,11 @@ def _launcher(lanes: int) -> Launcher:
                 if n_rows == 4:
                     sums = sum_four_rows(first, last, values, indices, a, b, c, d)
                     for total in sums:
-                        deliver_sums(total, lanes, neuron, columns, bias, out, place, spare)
+                        deliver(total, neuron, columns, bias, out, place, spare)
                         place += n_columns
                 else:
                     total = sum_row(first, last, values, indices, a)
-                    deliver_sums(total, lanes, neuron, columns, bias, out, place, spare)
+                    deliver(total, neuron, columns, bias, out, place, spare)
             row += n_rows
 
     return row_launcher(lanes, sum_rows)

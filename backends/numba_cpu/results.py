@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import numpy as np
 from numba import types
 from numba.extending import overload
@@ -13,7 +16,7 @@ from srigl_core.backends.numba_cpu.simd import add, load, store
 
 __all__ = [
     "are_side_by_side",
-    "deliver_sums",
+    "deliverer",
     "fill_ablated",
     "finish_row",
     "first_column",
@@ -36,20 +39,35 @@ def first_column(row, columns, n_columns):
     return columns[row]
 
 
-@kernel()
+@kernel(inline=True)
 def are_side_by_side(columns, first, count):
     """Whether `count` neurons from `first` on exist, with no ablated one between them."""
     last = first + count - 1
     return last < columns.size and columns[last] - columns[first] == count - 1
 
 
-@kernel()
-def deliver_sums(sums, lanes, neuron, columns, bias, out, row, spare):
-    """Add the bias to the sums of `lanes` neurons from `neuron` on, and write each to its column.
+@functools.cache
+def deliverer(lanes: int) -> Any:
+    """Return the kernel that delivers the sums of `lanes` neurons."""
 
-    The result row starts at ``out[row]``. `spare` is working memory for the vector, whose lanes are
-    a multiple of 16. Lanes behind the last neuron are not written.
-    """
+    @kernel(inline=True)
+    def deliver(sums, neuron, columns, bias, out, row, spare):
+        """Add the bias to the sums of neurons from `neuron` on, and write each to its column.
+
+        The result row starts at ``out[row]``. `spare` is working memory for the vector. Lanes
+        behind the last neuron are not written.
+        """
+        if are_side_by_side(columns, neuron, lanes):
+            column = np.uint64(columns[neuron])
+            store(out, np.uint64(row) + column, add(sums, load(bias, column, lanes)))
+        else:
+            _deliver_with_gaps(sums, lanes, neuron, columns, bias, out, row, spare)
+
+    return deliver
+
+
+@kernel()
+def _deliver_with_gaps(sums, lanes, neuron, columns, bias, out, row, spare):
     store(spare, np.uint64(0), sums)
     for lane in range(0, lanes, _WIDTH):
         first = neuron + lane

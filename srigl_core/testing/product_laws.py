@@ -94,7 +94,9 @@ def product_is_within_the_error_bound(backend: Backend, problem: MatmulProblem) 
 def _of_other_sizes(backend: Backend, problem: MatmulProblem) -> Iterator[MatmulProblem]:
     """Yield the problem with few rows and wide inputs, and with many rows if it has few.
 
-    Kernels for few rows and for many are often different ones, and stage wide inputs in parts.
+    Kernels for few rows and for many are often different ones, and stage wide inputs in parts. With
+    wide inputs all ablated neurons are side by side: kernels often have a fast path for groups
+    without one.
     """
     weight, rng = problem.weight, problem.rng(1)
     (n_out, n_in), nnz = weight.shape, weight.nnz
@@ -109,7 +111,9 @@ def _of_other_sizes(backend: Backend, problem: MatmulProblem) -> Iterator[Matmul
     if len(rows) and is_small(few, n_in * factor):
         x = rng.choice(rows.ravel(), (few, n_in * factor))
         x[:, ::factor] = np.resize(rows, (few, n_in))
-        parts = weight.values, weight.indices.astype(np.int64) * factor, weight.active
+        active = np.arange(weight.n_active)
+        active[int(rng.integers(active.size + 1)) :] += n_out - active.size
+        parts = weight.values, weight.indices.astype(np.int64) * factor, active
         wide = CondensedWeight(*parts, (n_out, n_in * factor))
         yield replace(problem, weight=wide, x=laid_out(x, problem.layout))
     if 0 < len(rows) <= _FEW_ROWS and is_small(many, n_in):
