@@ -9,11 +9,11 @@ __all__ = ["BATCHES", "CALL_NANOSECONDS", "WEIGHT_NANOSECONDS"]
 
 BATCHES = (1, 2, 4, 8, 16, 64, 256, 2048)
 
-CALL_NANOSECONDS = {"dense": 1352.0, "int8": 4081.0}
+CALL_NANOSECONDS = {"dense": 1342.0, "int8": 4127.0}
 """Of a layer with hardly any weights."""
 
 WEIGHT_NANOSECONDS = {
-    "dense": (0.03961, 0.04325, 0.04736, 0.07538, 0.1304, 0.5186, 2.003, 16.06),
-    "int8": (0.01134, 0.01266, 0.01403, 0.02077, 0.03606, 0.1315, 0.5387, 4.601),
+    "dense": (0.03652, 0.04406, 0.04589, 0.07738, 0.1329, 0.5212, 2.012, 16.17),
+    "int8": (0.01221, 0.01241, 0.01359, 0.0204, 0.03643, 0.1341, 0.5518, 4.614),
 }
 """Of each dense weight, at these batch sizes."""

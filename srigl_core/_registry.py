@@ -19,7 +19,8 @@ __all__ = ["BackendStatus", "check_dtype", "get_backend", "is_backend", "list_ba
 ENTRY_POINT_GROUP = "srigl_core.backends"
 
 _FASTEST = "numba"
-"""The backend with the compiled kernels for CPUs. Others do the work where it cannot run."""
+"""The backend with the compiled kernels for CPUs. Where it cannot run, those of NumPy and SciPy are
+used with a warning, and one of another package without."""
 
 _METHODS = {
     "condensed_matmul": "prepare",
@@ -196,9 +197,10 @@ def _preferred(operation: str, device: str, inputs: str = "float") -> Backend:
     for status in statuses:
         offered = status.capabilities
         if offered and offered.device == device and _offers(offered, operation, inputs):
-            if device == "cpu":
+            backend = _load(status.name)
+            if device == "cpu" and type(backend).__module__.startswith(f"{__package__}."):
                 _warn_if_slow({s.name: s.reason for s in statuses}.get(_FASTEST, ""))
-            return _load(status.name)
+            return backend
     if device != "cpu":
         reasons = "; ".join(s.reason for s in statuses if not s.available) or "none is known"
         raise BackendUnavailableError(

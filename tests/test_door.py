@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -720,6 +721,15 @@ def test_where_numba_cannot_run_one_warning_says_why_and_others_do_the_work(monk
             chosen = [get_backend(operation=each).name for each in (None, "update_mask")]
         assert chosen == ["scipy", "reference"]
         assert len(warned) == 1
+        fast = FakeBackend(priority=50)  # of another package, perhaps as fast
+        own = BackendStatus("numba", False, reason)
+        known = [BackendStatus("fake", True, "", fast.capabilities), *without, own]
+        patched.setattr(_registry, "list_backends", lambda: known)
+        patched.setattr(_registry, "_load", lambda name: fast)
+        for cache in caches:
+            cache.cache_clear()
+        with warnings.catch_warnings(action="error"):
+            assert get_backend() is fast
     for cache in caches:
         cache.cache_clear()
 

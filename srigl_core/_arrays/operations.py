@@ -98,7 +98,10 @@ class ArrayOps(ABC):
 
         A backend that declares `Capabilities.checks_finite` does not need it.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no count_nonfinite; add it, or declare "
+            f"Capabilities(checks_finite=True) if update_mask itself refuses such numbers"
+        )
 
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
