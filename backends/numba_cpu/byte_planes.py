@@ -5,7 +5,7 @@ blocks. It looks up one of their 128 numbers for each lane, multiplies it by the
 adds it to the lane's sum. `plane_schedule` chooses the two blocks of each step.
 
 Layout, for a group of 64 neurons: `values` (steps, 64); `lookups` (steps, 16) of int32, four
-indices of one byte each; `blocks` (steps, 2), numbers of blocks. A lane without a connection in a
+indices of one byte each; `blocks` (steps + 1), numbers of blocks. A lane without a connection in a
 step multiplies 0 by 0, whatever the input holds.
 
 Two batch rows at a time share what a step loads.
@@ -157,7 +157,7 @@ def _sum_two_rows(first, last, values, lookups, blocks, planes, size, like):
     return a, b
 
 
-_DELIVER = deliverer(LANES)
+_deliver = deliverer(LANES)
 
 
 @kernel()
@@ -178,10 +178,10 @@ def _sum_rows(groups, rows, values, arrays, x, n_in, columns, bias, out):
                 total, other = _sum_two_rows(
                     first, last, values, lookups, near, planes, u(row_size), x
                 )
-                _DELIVER(other, neuron, columns, bias, out, place + n_columns, spare)
+                _deliver(other, neuron, columns, bias, out, place + n_columns, spare)
             else:
                 total = _sum_row(first, last, values, lookups, near, planes, x)
-            _DELIVER(total, neuron, columns, bias, out, place, spare)
+            _deliver(total, neuron, columns, bias, out, place, spare)
 
 
 _LAUNCH = row_launcher(LANES, _sum_rows)

@@ -4,7 +4,7 @@ A row of x is quantised to bytes, each an integer plus 128, in blocks of 64. A s
 One instruction looks up one of their 128 bytes for each of 64 slots. Another multiplies it by the
 slot's weight, and adds the products of four slots to the lane of their neuron, as int32. At the end
 128 times the sum of a neuron's weights is taken away. `plane_schedule` chooses the two blocks of
-each step. If neurons have fewer connections than there are blocks, a step loads both of them, and
+each step. If neurons have no more connections than there are blocks, a step loads both of them, and
 any two may meet, which takes half as many steps.
 
 Layout, for a group of 16 neurons: `words` (steps, 2, 64) has the lookups of each step, one byte
@@ -150,7 +150,7 @@ def _summer(n_rows: int, fresh: int) -> Any:
     return sum_rows
 
 
-_DELIVER = deliverer(LANES)
+_deliver_row = deliverer(LANES)
 
 
 @kernel(inline=True)
@@ -171,7 +171,7 @@ def _deliver(sums, scales, neuron, factors, rows, columns, bias, out):
         for i in range(n_rows):
             acc = add(load(sums, i * u(LANES), LANES), correction)
             product, place = int8_product(acc, own, scales[i]), np.int64(start + i * n_columns)
-            _DELIVER(product, neuron, columns, bias, out, place, spare)
+            _deliver_row(product, neuron, columns, bias, out, place, spare)
 
 
 @functools.cache

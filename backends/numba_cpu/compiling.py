@@ -38,7 +38,7 @@ def kernel(
         Whether each operation rounds by itself. Otherwise the compiler may fuse a product and a sum
         into one rounding. NaN, infinity and signed zero always keep their IEEE meaning.
     inline : bool
-        Whether the code becomes a part of the kernels that call it, whatever LLVM thinks of that.
+        Whether the code always becomes a part of the kernels that call it. Otherwise LLVM decides.
 
     Notes
     -----
