@@ -74,7 +74,7 @@ def accuracies(run: RunSpec) -> dict[str, Any]:
     model, masks = _trained(run, data)
     x = torch.from_numpy(data.test_x)
     predicted = {}
-    # PyTorch's fast attention needs weights that are tensors; its int8 layers have none.
+    # PyTorch's fused attention takes no weights but tensors, and its int8 layers have other ones.
     with one_quick_thread(), without_fast_attention(), torch.inference_mode():
         for form in FORMS:
             predicted[form] = _form(model, masks, form)(x).argmax(1).numpy()

@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,12 @@ def accuracies(run: RunSpec) -> list[dict[str, Any]]:
 
     data, dense = load_dataset(run.data, run.fold), mlp_in_torch(kept.network)
     calibration = torch.from_numpy(data.train_x)
-    for method in METHODS:
-        for sparsity in SPARSITIES:
+    with one_quick_thread():
+        for method, sparsity in product(METHODS, SPARSITIES):
             model = copy.deepcopy(dense)
             inputs = calibration if method == "wanda" else None
             prune_to_constant_fan_in(model, sparsity, method=method, calibration=inputs)
-            with one_quick_thread(), torch.inference_mode():
+            with torch.inference_mode():
                 predicted = model(torch.from_numpy(data.test_x)).argmax(1).numpy()
             accuracy = float(np.mean(predicted == data.test_y))
             entry = {"fold": run.fold, "method": method, "sparsity": sparsity}

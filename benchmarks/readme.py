@@ -133,7 +133,10 @@ def _learned(results: Results) -> list[dict[str, Any]]:
 
 
 def _cells(row: Row | None, families: Sequence[str], kind: str) -> list[str]:
-    """Return our time and the ratio to the best of each family, which is named if it is int8."""
+    """Return our time and the ratio to the best of each family, which is named if it is int8.
+
+    The name of our contender ends with `kind`.
+    """
     ours = None if row is None else row.time(row.main + kind)
     if row is None or ours is None:
         return [""] * (1 + len(families))

@@ -24,6 +24,8 @@ from srigl_core.errors import ValueTypeError
 __all__ = ["warmup"]
 
 _SHAPE, _FAN_IN, _SOME_ABLATED = (4096, 1024), 102, 3584  # enough work for threads at batch 1
+_SMALL_FAN_IN = 10
+"""A backend may have other kernels for so few connections and int8 inputs."""
 
 _MOST_ROWS = 2**32
 
@@ -61,8 +63,9 @@ def warmup(
     backend : str, Backend or None
         As in `srigl_core.get_backend`.
     weight : CondensedWeight, QuantizedWeight or None
-        The layer to use. None draws two of 90% sparsity, with and without ablated neurons. Of a
-        quantised weight, products with float inputs run unless `quantized` names others.
+        The layer to use. None draws two of 90% sparsity, with and without ablated neurons, and for
+        int8 inputs also one of 99%. Of a quantised weight, products with float inputs run unless
+        `quantized` names others.
 
     Returns
     -------
@@ -121,12 +124,20 @@ def warmup(
         seconds[step] = time.perf_counter() - start
 
     with timed("prepare"):
-        weights: list[Any] = [weight] if weight is not None else _random_weights(value_type, rng)
+        weights: list[Any] = [weight]
+        if weight is None:
+            weights = [
+                _random_weight(value_type, rng, _FAN_IN, n_active)
+                for n_active in (None, _SOME_ABLATED)
+            ]
         trained = [] if is_quantized else [prepare(layer, backend=backend) for layer in weights]
         plans: list[Any] = [*trained]
         for layer, kind in itertools.product(weights, kinds or ["float"] * is_quantized):
             packed = layer if is_quantized else layer.quantize()
             plans.append(prepare(packed, inputs=kind, backend=backend))
+        if weight is None and "int8" in kinds:
+            sparse = _random_weight(value_type, rng, _SMALL_FAN_IN)
+            plans.append(prepare(sparse.quantize(), inputs="int8", backend=backend))
     n_out, n_in = weights[0].shape
     for size in sizes:
         x, grad = normal(size, n_in), normal(size, n_out)
@@ -158,11 +169,10 @@ def warmup(
     return seconds
 
 
-def _random_weights(dtype: np.dtype[Any], rng: np.random.Generator) -> list[CondensedWeight]:
-    return [
-        CondensedWeight.random(_SHAPE, fan_in=_FAN_IN, n_active=n_active, dtype=dtype, rng=rng)
-        for n_active in (None, _SOME_ABLATED)
-    ]
+def _random_weight(
+    dtype: np.dtype[Any], rng: np.random.Generator, fan_in: int, n_active: int | None = None
+) -> CondensedWeight:
+    return CondensedWeight.random(_SHAPE, fan_in=fan_in, n_active=n_active, dtype=dtype, rng=rng)
 
 
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:

@@ -10,7 +10,8 @@ any two may meet, which takes half as many steps.
 Layout, for a group of 16 neurons: `words` (steps, 2, 64) has the lookups of each step, one byte
 each, and its weights of int8, 0 in a slot without a connection. `blocks` has numbers of blocks:
 (steps + 1), or (2 * steps). `factors` (2, neurons) has -128 times the sums of the weights, and the
-scales as the bits of int32. A call takes less time for fewer arrays.
+scales as the bits of int32. Parts that are read together share an array, since each takes time to
+pass.
 
 Up to eight batch rows at a time share what a step loads. Their blocks lie side by side.
 """
@@ -65,7 +66,7 @@ class ByteProducts:
     def __init__(self, weight: QuantizedWeight) -> None:
         n_neurons, self._n_in = weight.n_active, weight.shape[1]
         n_blocks = -(-self._n_in // BLOCK)
-        self._fresh = fresh = 2 if 0 < weight.fan_in <= n_blocks else 1
+        self._fresh = fresh = 2 if weight.fan_in <= n_blocks else 1
         steps = scheduled(weight.indices, self._n_in, np.arange(BLOCK), SLOTS, fresh)
         positions, lookups, blocks, ends = steps
         values = arranged(weight.values, positions, weight.values.dtype)

@@ -163,9 +163,8 @@ def _schedule_group(
     missing = np.zeros(len(backlog), np.int32)
     missing[:n_lanes] = fan_in
     left, step, second = fan_in * n_lanes, 0, _first_maximum(need)
-    blocks[0] = block_of[second]
     while left > 0:
-        if (step + 1) * fresh + 2 - fresh > blocks.size:
+        if step * fresh + 2 > blocks.size:
             return -1
         first = second if fresh == 1 else _first_maximum(need)
         second = _best_partner(backlog, need, first, missing, slots, scores)

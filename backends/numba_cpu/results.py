@@ -68,6 +68,7 @@ def deliverer(lanes: int) -> Any:
 
 @kernel()
 def _deliver_with_gaps(sums, lanes, neuron, columns, bias, out, row, spare):
+    """Deliver sixteen sums at a time, or one by one if ablated neurons lie between them."""
     store(spare, np.uint64(0), sums)
     for lane in range(0, lanes, _WIDTH):
         first = neuron + lane

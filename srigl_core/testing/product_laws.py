@@ -95,8 +95,8 @@ def _of_other_sizes(backend: Backend, problem: MatmulProblem) -> Iterator[Matmul
     """Yield the problem with few rows and wide inputs, and with many rows if it has few.
 
     Kernels for few rows and for many are often different ones, and stage wide inputs in parts. With
-    wide inputs all ablated neurons are side by side: kernels often have a fast path for groups
-    without one.
+    wide inputs all ablated neurons are side by side: kernels often have a fast path for groups of
+    neurons with no ablated one between them.
     """
     weight, rng = problem.weight, problem.rng(1)
     (n_out, n_in), nnz = weight.shape, weight.nnz

@@ -236,7 +236,10 @@ def _length(length: Any) -> int | None:
 
 @contextlib.contextmanager
 def without_fast_attention() -> Iterator[None]:
-    """Keep PyTorch's attention layers from kernels that have no translation."""
+    """Keep PyTorch's attention layers from their fused kernels.
+
+    These have no translation to ONNX, and take no weights but tensors.
+    """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

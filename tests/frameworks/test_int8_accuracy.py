@@ -7,8 +7,9 @@ import pytest
 
 from srigl_core.benchmarks import int8_accuracy
 
-for package in ("torch", "mlxtend", "sklearn"):
+for package in ("mlxtend", "sklearn"):
     pytest.importorskip(package)
+torch = pytest.importorskip("torch")
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "int8.json"
 
@@ -17,7 +18,10 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "int8
 @pytest.mark.parametrize("case", [("digits-noise", "mlp"), ("mnist-5k", "convnet")], ids="-".join)
 def test_a_network_is_tested_in_each_form(case):
     run = next(run for run in int8_accuracy.runs() if (run.data, run.network) == case)
+    n_threads = torch.get_num_threads()
     found = int8_accuracy.accuracies(run.changed(epochs=2))
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.get_num_threads() == n_threads
     assert set(found["accuracy"]) == set(int8_accuracy.FORMS)
     assert all(accuracy > 0.5 for accuracy in found["accuracy"].values())  # chance is 0.1
     assert found["changed"]["float32"] == 0

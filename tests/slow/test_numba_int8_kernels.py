@@ -8,7 +8,13 @@ pytest.importorskip("numba")
 from numba import njit
 
 from srigl_core import CondensedWeight, chain
-from srigl_core.backends.numba_cpu import plane_lookup, quantized_matmul, simd, threads
+from srigl_core.backends.numba_cpu import (
+    plane_lookup,
+    plane_schedule,
+    quantized_matmul,
+    simd,
+    threads,
+)
 from srigl_core.backends.numba_cpu.processor import has_byte_products
 from srigl_core.testing.bounds import first_violation
 from srigl_core.testing.int8_oracle import exact_int8_product
@@ -102,6 +108,29 @@ def test_weight_only_products_are_within_the_bound_whatever_the_shape():
         prepared = quantized_matmul.WeightOnlyProduct(weight)
         got = product_of(prepared, x, bias, n_columns=bias.size)
         assert first_violation(got, expected_product(weight, x, bias, "none")) is None
+
+
+@needs_byte_products
+@pytest.mark.parametrize("fresh", [1, 2])
+def test_a_group_that_finds_no_memory_left_writes_to_none(fresh, monkeypatch):
+    """The first group has 80 blocks. With two in a step it takes the 40 steps that there are."""
+    kept = []
+
+    def guarded(*sizes):
+        arrays = allocate(*sizes)
+        walls = [np.full(array.size + MARGIN, CANARY, array.dtype) for array in arrays]
+        kept.extend((wall, array.size) for wall, array in zip(walls, arrays, strict=True))
+        return tuple(wall[:-MARGIN] for wall in walls)
+
+    allocate = plane_schedule._arrays
+    monkeypatch.setattr(plane_schedule, "_arrays", guarded)
+    columns = np.arange(80).reshape(16, 5) * 64
+    indices = np.concatenate([columns, columns])
+    positions, _, blocks, ends = plane_schedule.scheduled(indices, 5120, np.arange(64), 4, fresh)
+    assert len(kept) > 6  # more memory was needed than the first and the last time
+    assert all((wall[size:] == CANARY).all() for wall, size in kept)
+    assert np.sort(positions[positions >= 0]).tolist() == list(range(indices.size))
+    assert blocks.size == fresh * ends[-1] + 2 * (2 - fresh)
 
 
 @needs_byte_products

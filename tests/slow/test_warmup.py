@@ -158,18 +158,6 @@ def test_after_a_warm_up_nothing_is_compiled_or_loaded(backend_names):
     if "numba" not in backend_names("update_mask"):
         pytest.skip("the numba backend is not under test")
     program = """
-import gc
-import numpy as np
-import srigl_core
-from numba.core.dispatcher import Dispatcher
-
-def compiled():
-    return {
-        kernel.__name__ + str(types)
-        for kernel in gc.get_objects() if isinstance(kernel, Dispatcher)
-        for types in kernel.overloads
-    }
-
 srigl_core.warmup(backward=True, update=True, backend="numba")
 before = compiled()
 assert before
@@ -194,10 +182,50 @@ for n_active in (768, 700):
             dense, dense[::-1], mask, nnz_budget=weight.nnz, drop_fraction=0.3, threads=threads,
             backend="numba",
         )
-print("\\n".join(sorted(compiled() - before)))
 """
+    assert compiled_later(program) == []
+
+
+def test_after_a_warm_up_for_int8_nothing_is_compiled_at_any_sparsity(backend_names):
+    if "numba" not in backend_names("quantized_matmul"):
+        pytest.skip("the numba backend is not under test")
+    program = """
+srigl_core.warmup(quantized="int8", backend="numba")
+before = compiled()
+assert before
+rng = np.random.default_rng(0)
+for fan_in in (307, 31):
+    weight = srigl_core.CondensedWeight.random((768, 3072), fan_in=fan_in, rng=rng).quantize()
+    plan = srigl_core.prepare(weight, inputs="int8", backend="numba")
+    for batch in (1, 8, 64, 256):
+        for threads in (1, None):
+            plan(rng.standard_normal((batch, 3072)).astype(np.float32), threads=threads)
+"""
+    assert compiled_later(program) == []
+
+
+def compiled_later(program):
+    """Return what a program has compiled at its end beside what it calls `before`."""
+    start = """
+import gc
+import numpy as np
+import srigl_core
+from numba.core.dispatcher import Dispatcher
+
+def compiled():
+    return {
+        kernel.py_func.__qualname__ + str(types)
+        for kernel in gc.get_objects() if isinstance(kernel, Dispatcher)
+        for types in kernel.overloads
+    }
+"""
+    end = 'print("\\n".join(sorted(compiled() - before)))'
     process = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-c", f"{start}{program}{end}"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    assert process.stdout.split() == []
+    return process.stdout.split()
