@@ -373,14 +373,15 @@ def test_replicas_that_an_update_would_not_see_are_refused():
 def test_a_window_is_stored_once(monkeypatch):
     """It has the layers' dtype, and an update makes no second copy."""
     module = importlib.import_module("srigl_core.torch.condensed_layers")
+    others = gc.get_objects()  # other tests' tensors; held, so that no id is used twice
+    of_others = set(map(id, others))
     model = convolutional(torch.bfloat16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     srigl = attach(model, optimizer, mode="condensed")
 
     def tensor_bytes():
-        # Without the fake tensors of compiled code, which are of other types.
-        tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
-        tensors = [x for x in tensors if x.is_cpu and not torch._is_functional_tensor(x)]
+        objects = [x for x in gc.get_objects() if id(x) not in of_others]
+        tensors = [x for x in objects if type(x) in (torch.Tensor, nn.Parameter)]
         return sum({x.data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
     def step(number):
