@@ -118,8 +118,8 @@ def explain_update(
     first difference at stage 'grown', as if gradients were ranked with their sign
       rows      [0]
       positions [(0, 0), (0, 1)]
-      expected  [(0, 0)] of 4 places, not in the other
-      got       [(0, 1)] of 4 places, not in the first
+      expected  [(0, 0)], only in this set of 4
+      got       [(0, 1)], only in this set of 4
     """
     w, g, m = check_update_arrays(weight, grad, mask)
     check_settings(settings).check_fits(w.shape, w.dtype)
@@ -228,8 +228,8 @@ def _explanation(
             known_deviation,
             rows,
             np.argwhere(differs),
-            f"{_places(ours & differs)} of {np.count_nonzero(ours)} places, not in the other",
-            f"{_places(theirs & differs)} of {np.count_nonzero(theirs)} places, not in the first",
+            f"{_places(ours & differs)}, only in this set of {np.count_nonzero(ours)}",
+            f"{_places(theirs & differs)}, only in this set of {np.count_nonzero(theirs)}",
         )
     if ours.dtype == np.bool_:
         what, values = "rows", [np.flatnonzero(ours), np.flatnonzero(theirs)]

@@ -20,7 +20,8 @@ from srigl_core.errors import SriglError
 __all__ = ["Recommendation", "recommend"]
 
 _CONDENSED = "condensed"
-_MEASURED_SECONDS = 0.05
+_MEASURED_SECONDS = 0.1
+_BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,11 @@ def recommend(
 def _measured(
     weight: CondensedWeight | QuantizedWeight, batch: int, plan: Callable[..., object]
 ) -> dict[str, float]:
-    """Time the forms alternately, so that a disturbance affects all, and return the medians."""
+    """Return the least of the forms' median times in several blocks of calls.
+
+    A block has the calls of one form: two pools of threads that take turns wait for each other.
+    The blocks of the forms take turns, so that a busy moment is not that of one form alone.
+    """
     dense = weight.to_dense().astype(np.result_type(weight.float_dtype, np.float32)).T
     x = np.ones((batch, weight.shape[1]), dense.dtype)
     forms: dict[str, Callable[[], object]] = {_CONDENSED: lambda: plan(x), DENSE: lambda: x @ dense}
@@ -154,13 +159,21 @@ def _measured(
             y[:, places] = x @ active
 
         forms[ACTIVE_ROWS] = without_ablated_rows
-    for form in forms.values():
-        form()
-    samples: dict[str, list[float]] = {name: [] for name in forms}
-    end = time.perf_counter() + _MEASURED_SECONDS
-    while time.perf_counter() < end or len(samples[DENSE]) < 3:
+    seconds = _MEASURED_SECONDS / (_BLOCKS * len(forms))
+    medians: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(_BLOCKS):
         for name, form in forms.items():
-            start = time.perf_counter()
-            form()
-            samples[name].append(time.perf_counter() - start)
-    return {name: 1e9 * statistics.median(times) for name, times in samples.items()}
+            medians[name].append(_median_seconds(form, seconds))
+    return {name: 1e9 * min(times) for name, times in medians.items()}
+
+
+def _median_seconds(call: Callable[[], object], seconds: float) -> float:
+    """Return the median time of calls during `seconds`, of three at least."""
+    call()  # reads the memory that the calls before it have displaced
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

@@ -10,8 +10,10 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from srigl_core._arrays.checks import check_choice
 from srigl_core._install import INSTALL_CHECKOUT
-from srigl_core.contract import Backend, Capabilities
+from srigl_core._product_spec import QUANTIZED_INPUTS
+from srigl_core.contract import OPERATIONS, Backend, Capabilities
 from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
 
 __all__ = ["BackendStatus", "check_dtype", "get_backend", "is_backend", "list_backends"]
@@ -110,12 +112,14 @@ def get_backend(
     BackendUnavailableError
         If the backend cannot run here. No other one is used instead.
     SriglError
-        If no backend has that name, or it does not offer `operation`.
+        If no backend has that name, or it does not offer `operation`. If `operation` or `inputs` is
+        unknown.
     ValueTypeError
-        If `backend` is neither a name nor a backend, or `operation` no name.
+        If `backend` is neither a name nor a backend.
     """
-    if operation is not None and not isinstance(operation, str):
-        raise ValueTypeError(f"operation must be a name, got {type(operation).__name__}")
+    if operation is not None:
+        check_choice(operation, "operation", OPERATIONS)
+    check_choice(inputs, "inputs", QUANTIZED_INPUTS)
     if backend is None:
         return _preferred(operation or "condensed_matmul", device, inputs)
     chosen = _load(backend) if isinstance(backend, str) else backend
@@ -204,8 +208,9 @@ def _preferred(operation: str, device: str, inputs: str = "float") -> Backend:
     if device != "cpu":
         reasons = "; ".join(s.reason for s in statuses if not s.available) or "none is known"
         raise BackendUnavailableError(
-            f"the arrays are on a {device} device, and no backend for it that offers "
-            f"{_wanted(operation, inputs)} can run here: {reasons}"
+            f"no backend that can run here takes arrays on a {device} device and offers "
+            f"{_wanted(operation, inputs)}; copy the arrays to the CPU, or use another machine. "
+            f"Backends that cannot run here: {reasons}"
         )
     raise BackendUnavailableError(
         f"no backend that offers {operation} is installed; is srigl-core itself installed? "
@@ -234,7 +239,7 @@ def _load(name: str) -> Backend:
         except Exception as error:
             raise BackendUnavailableError(
                 f"backend {name!r} ({entry_point.value}) cannot be loaded "
-                f"({type(error).__name__}: {error}); install or fix the package named above"
+                f"({type(error).__name__}: {error}); install or fix the package that this error names"
             ) from error
         return backend
     raise SriglError(

@@ -72,7 +72,8 @@ class UpdateOptions:
             if self.min_salient is not None:
                 raise SriglError(
                     f"gamma_sal={self.gamma_sal!r} and min_salient={self.min_salient!r} state the "
-                    f"same threshold; to count weights pass gamma_sal=None with min_salient"
+                    f"same threshold, and gamma_sal has a default; to count weights pass "
+                    f"gamma_sal=None with min_salient"
                 )
             gamma_sal = check_real(self.gamma_sal, "gamma_sal")
             if not 0 < gamma_sal <= 1:

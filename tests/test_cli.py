@@ -307,7 +307,8 @@ def test_export_writes_c_source_with_what_is_asked_for(files):
         (["export", "net.safetensors"], "--c for C source"),
         (["export", "net.safetensors", "--c", "--activation", "swish"], "'swish'"),
         (["export", "net.safetensors", "--c", "--activation", "fc9=relu"], "no layer 'fc9'"),
-        (["export", "net.safetensors", "--c", "--inputs", "fc1=int8"], "quantised weight"),
+        (["export", "net.safetensors", "--c", "--inputs", "int8"], "run srigl quantize first"),
+        (["export", "net.safetensors", "--c", "--inputs", "fc1=int8"], "layer 'fc1' has float"),
     ],
 )
 def test_an_error_is_one_line_and_writes_nothing(files, monkeypatch, arguments, message):

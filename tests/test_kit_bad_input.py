@@ -96,7 +96,7 @@ def test_a_target_that_cannot_be_used_is_an_error_in_a_line(folder, target, mess
 def test_options_that_are_not_valid_are_refused_before_anything_is_tried(folder):
     assert "condensed_matmul_backward" in refused("reference", "--op", "nonsense")
     for report in ("no_such/report.json", "."):
-        assert "must name a file in a folder that is there" in refused("--report", report)
+        assert "must name a file in an existing folder" in refused("--report", report)
     xfails = folder / "xfails.txt"
     for content, message in (
         (b"\xff\xfe", "no text in UTF-8"),

@@ -444,7 +444,7 @@ def test_a_backend_that_lacks_the_product_is_an_error_that_names_those_that_have
 
 
 def test_where_no_backend_of_a_device_has_the_product_the_error_names_it():
-    message = "on a cuda device, .* offers quantized_matmul with inputs='int8' can run here"
+    message = "on a cuda device and offers quantized_matmul with inputs='int8'; copy the arrays"
     with pytest.raises(BackendUnavailableError, match=message):
         get_backend(operation="quantized_matmul", device="cuda", inputs="int8")
 

@@ -92,7 +92,7 @@ def condense_arrays(
         condensed[layer] = stored
     if not any(isinstance(each, CondensedWeight) for each in condensed.values()):
         raise SriglError(
-            "no weight has a mask with zeros and is not excluded; there is nothing to condense"
+            "there is nothing to condense: every weight is excluded, or its mask is all True"
         )
     return condensed
 

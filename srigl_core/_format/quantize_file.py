@@ -72,7 +72,8 @@ def quantize_file(
     elif inputs != "float":
         raise SriglError(
             f"inputs={inputs!r} is for files of srigl_core.torch.save_model; for this one, choose "
-            f"inputs where the product is made: srigl_core.prepare(weight, inputs={inputs!r})"
+            f"inputs where the product is made: srigl_core.prepare(weight, inputs={inputs!r}), or "
+            f"srigl export --c --inputs {inputs}"
         )
     quantized = dict(weights)
     for name, weight in floats.items():

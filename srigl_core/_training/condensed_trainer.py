@@ -240,7 +240,11 @@ class CondensedTrainer(TrainerSkeleton):
         for name, bits in state["ever_active"].items():
             ever_active[name] = np.array(bits, np.uint8)
             if ever_active[name].shape != self._ever_active[name].shape:
-                raise SriglError(f"ever_active of layer {name!r} in state has another size")
+                raise SriglError(
+                    f"layer {name!r}: ever_active in state has shape {ever_active[name].shape}, "
+                    f"but must have {self._ever_active[name].shape}; make the trainer with the "
+                    f"same arguments"
+                )
 
         def set_masks() -> None:
             self.connections, self._ever_active = connections, ever_active

@@ -58,9 +58,18 @@ class TrainerSkeleton(ABC):
         self.config = config
         least = 1 if isinstance(schedule, UpdateSchedule) else _FEW_UPDATES
         if not isinstance(schedule, UpdateSchedule):
+            if isinstance(schedule, bool) or not isinstance(schedule, int | np.integer):
+                raise ValueTypeError(
+                    f"schedule must be an UpdateSchedule or the number of training steps, got "
+                    f"{type(schedule).__name__}"
+                )
             schedule = UpdateSchedule.for_training(schedule)
         self.schedule = schedule
-        check_integer(config.grad_window, "grad_window", least=1, most=self.schedule.delta_t)
+        if check_integer(config.grad_window, "grad_window", least=1) > schedule.delta_t:
+            raise SriglError(
+                f"grad_window={config.grad_window!r} exceeds delta_t={schedule.delta_t}, the steps "
+                f"between updates; make the window shorter"
+            )
         options = _layer_options(shapes, config)
         self.budgets = _budgets(shapes, sparsity, config.distribution, options, counts)
         self._options = {
@@ -291,7 +300,9 @@ def _layer_options(
 ) -> dict[str, LayerOptions]:
     """Return the options of every layer; `ablate` is True or False."""
     if not isinstance(shapes, Mapping):
-        raise ValueTypeError("shapes must be a dict from the layers' names to shapes")
+        raise ValueTypeError(
+            f"shapes must be a dict from the layers' names to shapes, got {type(shapes).__name__}"
+        )
     if not shapes:
         raise SriglError("shapes is empty; name at least one layer")
     check_names("layers", config.layers, shapes)
@@ -346,13 +357,15 @@ def check_names(what: str, names: Iterable[str], layers: Iterable[str]) -> None:
     """Check that an argument names only layers."""
     unknown = [name for name in names if name not in layers]
     if unknown:
-        raise SriglError(f"{what} names {unknown[0]!r}; there are {', '.join(layers)}")
+        raise SriglError(
+            f"{what} has an entry {unknown[0]!r}, but the layers are: {', '.join(layers)}"
+        )
 
 
 def entry_of(what: str, arguments: Mapping[str, Any], layer: str) -> Any:
     """Return a layer's entry of an argument of `step`."""
     if layer not in arguments:
-        raise SriglError(f"{what} lacks it; an update needs them all")
+        raise SriglError(f"{what} has no entry for it; pass those of all sparse layers")
     return arguments[layer]
 
 

@@ -356,7 +356,10 @@ class SparseTrainer(TrainerSkeleton):
                     continue
                 total = as_float_array(total, "gradient in state")
                 if total.shape != self.budgets[name].shape:
-                    raise SriglError(f"gradient in state has shape {total.shape}")
+                    raise SriglError(
+                        f"gradient in state has shape {total.shape}, but the layer has "
+                        f"{self.budgets[name].shape}; make the trainer with the same arguments"
+                    )
                 checked[name] = (total, check_integer(calls, "calls in state", least=1))
         return checked
 

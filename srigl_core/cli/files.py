@@ -128,25 +128,33 @@ def export(
         )
     layers = load_layers(file)
     quantized = [name for name, layer in layers.items() if layer.weight.dtype.name == "int8"]
-    for name, chosen in _by_layer(activation, "activation", layers, layers).items():
+    for name, chosen in _by_layer(activation, "activation", list(layers), list(layers)).items():
         layers[name] = layers[name]._replace(activation=chosen)
-    for name, chosen in _by_layer(inputs, "inputs", layers, quantized).items():
+    for name, chosen in _by_layer(inputs, "inputs", list(layers), quantized).items():
         layers[name] = layers[name]._replace(inputs=chosen)
     _print_written(export_c(layers, out, name=file.stem))
 
 
 def _by_layer(
-    settings: list[str] | None, option: str, names: Iterable[str], all_of: Iterable[str]
+    settings: list[str] | None, option: str, names: list[str], having: list[str]
 ) -> dict[str, str]:
-    """Return the values of an option by layer; one without a layer is for `all_of` them."""
+    """Return the values of an option by layer; one without a layer is for all `having` it."""
     chosen: dict[str, str] = {}
     for setting in settings or ():
         layer, equals, value = setting.rpartition("=")
         if equals and layer not in names:
             raise SriglError(
-                f"--{option} {setting}: the file has no layer {layer!r}, but {', '.join(names)}"
+                f"--{option} {setting}: the file has no layer {layer!r}; its layers are: "
+                f"{', '.join(names)}"
             )
-        chosen |= {layer: value} if equals else dict.fromkeys(all_of, value)
+        layers = [layer] if equals else having
+        if value != "float" and not (layers and set(layers) <= set(having)):
+            raise SriglError(
+                f"--{option} {setting} is for quantised layers, but "
+                f"{f'layer {layer!r}' if equals else 'the file'} has float values; run srigl "
+                f"quantize first, or leave the option out"
+            )
+        chosen |= dict.fromkeys(layers, value)
     return chosen
 
 

@@ -56,7 +56,7 @@ def verify_kernels(
     from srigl_core.testing.targets import as_backend
 
     if report is not None and (report.is_dir() or not report.parent.is_dir()):
-        raise SriglError(f"--report {report}: it must name a file in a folder that is there")
+        raise SriglError(f"--report {report}: it must name a file in an existing folder")
     names = targets or [status.name for status in list_backends() if status.available]
     if not names:
         raise SriglError("no backend can run here, so nothing can be verified; see srigl info")

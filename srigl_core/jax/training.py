@@ -363,7 +363,9 @@ def _selected(layers: Iterable[str], names: list[str]) -> list[str]:
     for pattern in layers:
         found = fnmatch.filter(names, pattern)
         if not found:
-            raise SriglError(f"layers names {pattern!r}; there are {', '.join(names)}")
+            raise SriglError(
+                f"layers has an entry {pattern!r}, but the parameters are: {', '.join(names)}"
+            )
         selected = [name for name in selected if name not in found] + found
     return selected
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from srigl_core._arrays.checks import check_integer
 from srigl_core._install import install_command
 from srigl_core.contract import Backend, Capabilities
 from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
@@ -128,10 +129,8 @@ def verify(
     BackendUnavailableError
         If the kernel cannot run here, or Hypothesis is missing.
     """
-    if seed < 0 or max_examples < 1:
-        raise SriglError(
-            f"seed={seed} and max_examples={max_examples} must be at least 0 and at least 1"
-        )
+    seed = check_integer(seed, "seed", least=0)
+    max_examples = check_integer(max_examples, "max_examples", least=1)
     if not isinstance(xfails or {}, Mapping):
         raise ValueTypeError(f"xfails={xfails!r} must map names of laws to reasons")
     backend = as_backend(kernel, op)

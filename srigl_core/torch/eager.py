@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from srigl_core.torch.ops import (
     compute_gradients,
@@ -21,6 +21,7 @@ from srigl_core.torch.ops import (
     gradients,
     keep_for_backward,
     multiply,
+    refuse_tangents,
 )
 
 __all__ = ["are_plain", "condensed_product", "inference_product", "is_eager"]
@@ -30,6 +31,8 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def condensed_product(*inputs: Any) -> Any:
     """Return the product that has a gradient; the arguments are those of ``condensed_linear``."""
+    x, values, *_, bias, _ = inputs
+    refuse_tangents(x, values, bias)  # here, because kernels under a gradient do not see them
     return (CondensedLinearFunction.apply if is_eager(*inputs) else condensed_linear)(*inputs)
 
 
@@ -61,6 +64,7 @@ def is_eager(*inputs: Any) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
         or peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cpu")
         or not are_plain(*inputs)
     )

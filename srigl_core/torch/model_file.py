@@ -359,7 +359,7 @@ def _check_names(tensors: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
     missing, unknown = sorted(rest.keys() - tensors.keys()), sorted(tensors.keys() - rest.keys())
     if missing or unknown:
         differences = [f"lacks {', '.join(map(repr, missing))}"] if missing else []
-        differences += [f"has {', '.join(unknown)}, which the model has not"] if unknown else []
+        differences += [f"has {', '.join(unknown)}, which the model lacks"] if unknown else []
         raise SriglError(
             f"the file {' and '.join(differences)}; make the model as the one that was saved"
         )

@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import library
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from srigl_core._product_plan import ProductPlan
 from srigl_core._product_spec import gradient_specs, product_spec
@@ -41,6 +43,7 @@ __all__ = [
     "multiply_quantized",
     "quantized_linear",
     "refuse_gradient",
+    "refuse_tangents",
     "restore_threads",
 ]
 
@@ -88,6 +91,7 @@ def multiply(x: Any, *layer: Any) -> Any:
     """Return the product in a new tensor: the kernel of CPU and CUDA."""
     values, indices, active, counts, bias, in_features, *activation = layer
     name = activation[0] if activation else "none"
+    refuse_tangents(x, values, bias)
     if not x.numel():
         return _empty_product(x, *layer)
     with on_device_of(x):
@@ -99,6 +103,17 @@ def multiply(x: Any, *layer: Any) -> Any:
             given = values if packing.takes_values else None
             _write_product(packing.plan, x, bias, name, y, given)
     return y
+
+
+def refuse_tangents(*tensors: Any) -> None:
+    """Raise SriglError in forward mode outside of ``torch.func``: kernels drop its derivative."""
+    if forward_ad._current_level < 0 or peek_interpreter_stack() is not None:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise SriglError(
+            "a condensed layer has no derivative in forward mode outside of torch.func, but an "
+            "input has a tangent (torch.autograd.forward_ad); use torch.func.jvp, or reverse mode"
+        )
 
 
 def _fast_product(plan: ProductPlan, x: Any, bias: Any | None, activation: str) -> Any | None:
@@ -144,6 +159,7 @@ def _empty_product(x: Any, *layer: Any) -> Any:
 def multiply_quantized(x: Any, *layer: Any) -> Any:
     """Return the product of a quantised layer in a new tensor: the kernel of CPU and CUDA."""
     values, scale, indices, active, bias, n_out, n_in, dtype, inputs, activation = layer
+    refuse_tangents(x, bias)
     if not x.numel():
         return _empty_quantized(x, *layer)
     with on_device_of(x):

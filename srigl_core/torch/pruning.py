@@ -86,10 +86,15 @@ def prune_to_constant_fan_in(
     check_not_sharded(model)
     check_choice(method, "method", METHODS)
     check_choice(distribution, "distribution", DISTRIBUTIONS)
-    if (method == "wanda") != (calibration is not None):
+    if method == "wanda" and calibration is None:
         raise SriglError(
-            "method='wanda' scores weights by the inputs of their layers, and no other method "
-            "does; give calibration= with it, and only with it"
+            "method='wanda' scores weights by the inputs of their layers; pass batches of them as "
+            "calibration"
+        )
+    if method != "wanda" and calibration is not None:
+        raise SriglError(
+            f"calibration is given, but method={method!r} does not use it; leave it out, or pass "
+            f"method='wanda'"
         )
     targets = find_targets(model, include, exclude, unsupported=why_not_condensed).targets
     fan_ins = _fan_ins(targets, sparsity, distribution)

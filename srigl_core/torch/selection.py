@@ -121,8 +121,9 @@ def _unknown(entry: Entry, weights: Sequence[T], modules: Mapping[str, Any]) -> 
     layers = [weight.name for weight in weights]
     near = difflib.get_close_matches(entry, [*layers, *modules], n=_MOST_SHOWN, cutoff=0.5)
     usual = [weight.name for weight in weights if weight.is_usual]
-    shown = _some(list(dict.fromkeys(near)) or usual)
-    return f"the model has no layer or parameter {entry!r}; it has {shown}"
+    similar = list(dict.fromkeys(near))
+    shown = f"it has {_some(similar)}" if similar else f"its layers are {_some(usual)}"
+    return f"the model has no layer or parameter {entry!r}; {shown}"
 
 
 def _some(names: list[str]) -> str:

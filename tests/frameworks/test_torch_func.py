@@ -21,7 +21,13 @@ from torch.func import (  # noqa: E402
     vmap,
 )
 
-from srigl_core.torch import CondensedLinear, condense  # noqa: E402
+from srigl_core.torch import (  # noqa: E402
+    CondensedLinear,
+    CondensedSequential,
+    condense,
+    freeze,
+    quantize,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
@@ -147,9 +153,25 @@ def test_forward_mode_within_forward_mode_is_refused():
         jacfwd(jacfwd(condensed))(*at)
 
 
-def test_forward_mode_outside_of_transforms_is_refused_by_pytorch():
-    layer, x = CondensedLinear(8, 4, fan_in=2), torch.ones(2, 8)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, x)
-        with pytest.raises(NotImplementedError, match="forward mode"):
-            layer(dual)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("kind", ["plain", "activation", "frozen", "row of layers", "quantised"])
+def test_forward_mode_outside_of_transforms_is_refused(kind, mode):
+    """The kernels would drop the tangent, and the directional derivative would be zero."""
+    layers = [CondensedLinear(8, 8, fan_in=2, rng=i) for i in range(2)]
+    layers[0].activation = "gelu" if kind == "activation" else None
+    model = CondensedSequential(*(layers if kind == "row of layers" else layers[:1]))
+    if kind == "quantised":
+        quantize(model)
+    elif kind == "frozen":
+        freeze(model)
+    x, forward_ad = torch.ones(2, 8), torch.autograd.forward_ad
+    with torch.no_grad():
+        expected = [model(x) for _ in range(3)][-1]  # the third call uses what the others keep
+    with mode(), forward_ad.dual_level():
+        with pytest.raises(SriglError, match=r"use torch\.func\.jvp"):
+            model(forward_ad.make_dual(x, x))
+        torch.testing.assert_close(model(x), expected)  # without a tangent, nothing is lost
+        if kind in ("plain", "row of layers"):
+            bias = forward_ad.make_dual(layers[0].bias.detach(), torch.ones(8))
+            with pytest.raises(SriglError, match="has a tangent"):
+                functional_call(layers[0], {"bias": bias}, (x,))

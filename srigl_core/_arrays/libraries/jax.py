@@ -42,7 +42,7 @@ class JaxArrays(ArrayLibrary):
         if _is_tracer(array):
             raise ValueTypeError(
                 f"{what} is a JAX tracer, which holds no numbers yet; inside jit, grad and vmap "
-                f"use srigl_core.jax.condensed_linear, and update masks outside of them"
+                f"use srigl_core.jax.condensed_linear; draw connections and update masks outside"
             )
         if len(array.devices()) > 1:
             raise ValueTypeError(
