@@ -101,6 +101,28 @@ static float quantize_row(const float *restrict x, int8_t *restrict rounded, siz
 }
 """
 
+_STANDARD_HEADER = re.compile(
+    r"assert|complex|ctype|errno|fenv|float|inttypes|iso646|limits|locale|math|setjmp|signal|"
+    r"std(align|arg|atomic|bool|def|int|io|lib|noreturn)|string|tgmath|threads|time|uchar|w?char|"
+    r"wctype",
+    re.IGNORECASE,
+)
+"""A header of such a name would hide the compiler's own where its folder is searched first."""
+
+_TAKEN = {
+    *("from_float16", "from_bfloat16", "quantize_row"),
+    *(f"{name}_{real}" for name in C_ACTIVATIONS for real in ("float", "double")),
+    *("static_assert", "thread_local", "and_eq", "not_eq", "or_eq", "xor_eq", "co_await"),
+    *("co_return", "co_yield", "const_cast", "dynamic_cast", "reinterpret_cast", "static_cast"),
+}
+"""Names of the source's own functions, and words of C and C++."""
+
+_MACRO = re.compile(
+    r"(U?INT[0-9A-Z]*|U?CHAR|SCHAR|U?SHRT|U?L?LONG|DBL|FLT|FP|HUGE|LDBL|M|MATH|PTRDIFF|SIG|SIZE|"
+    r"WCHAR|WINT)_[0-9A-Z_]*"
+)
+"""Names that the standard headers give to macros, or may."""
+
 _FUNCTION = Template("""
 void $function($parameters)
 {
@@ -160,8 +182,8 @@ _HEADER = Template("""\
  * A function computes a layer for `batch` rows: x has its inputs and y its results, row after row.
  * The arrays must not overlap.
  */
-#ifndef ${guard}_H
-#define ${guard}_H
+#ifndef $guard
+#define $guard
 
 #include <stddef.h>
 #include <stdint.h>
@@ -319,7 +341,8 @@ def _stem(name: object) -> str:
     if not isinstance(name, str):
         raise ValueTypeError(f"name must be a string, got {type(name).__name__}")
     stem = _identifier(name)
-    return stem if stem[:1].isalpha() else f"layers_{stem}".rstrip("_")
+    is_usual = stem[:1].isalpha() and not _STANDARD_HEADER.fullmatch(stem)
+    return stem if is_usual else f"layers_{stem}".rstrip("_")
 
 
 def _identifier(text: str) -> str:
@@ -329,9 +352,10 @@ def _identifier(text: str) -> str:
 def _functions(stem: str, names: Iterable[str]) -> dict[str, str]:
     """Return the names of functions by the layers' names, unique with all that begins with them."""
     functions: dict[str, str] = {}
-    taken: set[str] = set()
+    taken = _TAKEN | {_guard(stem).lower()}
     for name in names:
-        first = candidate = f"{stem}_{_identifier(name) or 'layer'}"
+        first = f"{stem}_{_identifier(name) or 'layer'}"
+        first = candidate = f"{first}_layer" if _MACRO.fullmatch(first) else first
         number = 1
         # Names that end in _t are types of headers, such as int8_t.
         while taken & (own := _names(candidate)) or candidate.endswith("_t"):
@@ -340,6 +364,11 @@ def _functions(stem: str, names: Iterable[str]) -> dict[str, str]:
         taken |= own
         functions[name] = candidate
     return functions
+
+
+def _guard(stem: str) -> str:
+    """Return the macro that the header defines."""
+    return f"{stem.upper()}_H_INCLUDED"
 
 
 def _names(function: str) -> set[str]:
@@ -387,8 +416,8 @@ def _header(stem: str, layers: list[_Layer]) -> str:
         )
         for layer in layers
     ]
-    guard, text = stem.upper(), "".join(declarations)
-    return _HEADER.substitute(name=stem, version=_version(), guard=guard, declarations=text)
+    text = "".join(declarations)
+    return _HEADER.substitute(name=stem, version=_version(), guard=_guard(stem), declarations=text)
 
 
 def _version() -> str:

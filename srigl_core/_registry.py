@@ -239,7 +239,7 @@ def _load(name: str) -> Backend:
         except Exception as error:
             raise BackendUnavailableError(
                 f"backend {name!r} ({entry_point.value}) cannot be loaded "
-                f"({type(error).__name__}: {error}); install or fix the package that this error names"
+                f"({type(error).__name__}: {error}); install or fix the package that this names"
             ) from error
         return backend
     raise SriglError(

@@ -47,6 +47,7 @@ def test_a_file_has_a_function_for_each_layer(tmp_path):
         (["fc", "fc_values"], ["n_fc", "n_fc_values_2"]),
         (["fc_n_in", "fc"], ["n_fc_n_in", "n_fc_2"]),
         (["0", "int", "t"], ["n_0", "n_int", "n_t_2"]),
+        (["H.INCLUDED"], ["n_H_INCLUDED_2"]),  # the header's own macro, but for case
     ],
 )
 def test_names_are_valid_and_unique(tmp_path, names, expected):
@@ -54,7 +55,13 @@ def test_names_are_valid_and_unique(tmp_path, names, expected):
     assert functions(made.source) == expected
 
 
-@pytest.mark.parametrize(("name", "stem"), [("3d", "layers_3d"), ("", "layers"), ("a-b", "a_b")])
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        *(("3d", "layers_3d"), ("", "layers"), ("a-b", "a_b")),
+        *(("math", "layers_math"), ("StdInt", "layers_StdInt"), ("maths", "maths")),
+    ],
+)
 def test_the_files_have_a_valid_name(tmp_path, name, stem):
     export_c({"fc": (WEIGHT, None, None)}, tmp_path, name=name)
     assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.c", f"{stem}.h"}

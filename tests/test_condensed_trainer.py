@@ -119,7 +119,8 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing():
             | {"first": {"indices": np.zeros((24, 2), int), "active": np.arange(24)}}
         },
         "ever_active of": good | {"ever_active": {}},
-        "ever_active in state has shape": good | {"ever_active": good["ever_active"] | {"last": np.zeros(3)}},
+        "ever_active in state has shape": good
+        | {"ever_active": good["ever_active"] | {"last": np.zeros(3)}},
         "got list": [1],
     }
     before = trainer.state_dict()
@@ -140,7 +141,7 @@ def test_what_is_missing_or_changed_is_named_and_the_step_not_counted():
         ("layer 'first': weights has no entry for it", {"first": None}, grads),
         ("layer 'last': weight has other connections", {"last": other}, grads),
         ("layer 'last': weight must be a Cond", {"last": other.to_dense()}, grads),
-        ("layer 'last': gradients lacks", {}, {n: grads[n] for n in ("first", "conv")}),
+        ("layer 'last': gradients has no entry", {}, {n: grads[n] for n in ("first", "conv")}),
         ("layer 'last': grad is not finite in 96 of 96", {}, grads | nan),
     ):
         wrong = {n: w for n, w in (weights | changed).items() if w is not None}
@@ -185,7 +186,7 @@ def test_given_connections_and_layers_without_a_gradient_are_as_with_dense_masks
     assert condensed.connections["conv"] == given["conv"]
     with pytest.raises(SriglError, match=r"layer 'last': the given connections are of shape"):
         start(connections={"last": Connections.random((4, 5), fan_in=2)})
-    with pytest.raises(SriglError, match="connections has an entry 'nope', but the layers are: first"):
+    with pytest.raises(SriglError, match="an entry 'nope', but the layers are: first"):
         start(connections={"nope": given["first"]})
     kept, _ = start(connections=dict(drawn.connections), sparsity=None)
     assert kept.nnz == drawn.nnz == {name: b.nnz_budget for name, b in kept.budgets.items()}

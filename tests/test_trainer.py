@@ -666,7 +666,11 @@ def test_a_bad_gradient_is_an_error_at_once(name, grad, error, message):
         ({"schedule": "often"}, ValueTypeError, "schedule must be an UpdateSchedule or"),
         ({"backend": "cuda"}, SriglError, "no backend is called 'cuda'"),
         ({"backend": "scipy"}, SriglError, "'scipy' does not offer update_mask"),
-        ({"layers": {"fc": LayerOptions()}}, SriglError, "layers has an entry 'fc', but the layers are: conv"),
+        (
+            {"layers": {"fc": LayerOptions()}},
+            SriglError,
+            "layers has an entry 'fc', but the layers are: conv",
+        ),
         ({"layers": {"out": {"dense": True}}}, ValueTypeError, r"layers\['out'\]=.* LayerOptions"),
         ({"layers": {"out": LayerOptions(nnz_budget=61)}}, SriglError, "'out': nnz_budget=61"),
         ({"layers": {"out": LayerOptions(nnz_budget=4)}}, SriglError, "'out': nnz_budget=4 .* 5"),

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from srigl_core import CondensedWeight, prepare
 from srigl_core._arrays import float_mode
 from srigl_core._arrays.dtypes import (
     VALUE_TYPES,
@@ -21,7 +22,8 @@ from srigl_core._arrays.dtypes import (
     value_dtype,
 )
 from srigl_core._arrays.float_mode import honour_subnormals, subnormals_are_flushed
-from srigl_core.errors import ValueTypeError
+from srigl_core.contract import ACTIVATIONS
+from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.testing.bounds import float_limits
 from srigl_core.testing.flush_mode import can_flush_subnormals, flushing_subnormals
 
@@ -153,6 +155,33 @@ int fesetenv(const fenv_t *environment)
     return environment == (const fenv_t *)-1 ? 1 : set(environment);
 }
 """
+
+
+PLANS = {
+    "float": lambda weight, backend: prepare(weight, backend=backend),
+    "weight only": lambda weight, backend: prepare(weight.quantize(), backend=backend),
+    "int8": lambda weight, backend: prepare(weight.quantize(), inputs="int8", backend=backend),
+}
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_the_callers_error_state_changes_nothing(kind, backend_names):
+    """Overflow and underflow are defined results, so NumPy is not asked to report them."""
+    rng = np.random.default_rng(0)
+    for name in backend_names("condensed_matmul"):
+        weight = CondensedWeight.random((8, 12), fan_in=3, rng=rng)
+        try:
+            plan = PLANS[kind](weight, name)
+        except SriglError:
+            continue  # it does not offer this product
+        for size in (1e300, 1e30, 1e5, 1.0, 1e-5, 1e-30, 1e-320, np.nan, np.inf):
+            for dtype in (np.float64, np.float32, np.float16):
+                with np.errstate(all="ignore"):
+                    x = (size * rng.standard_normal((2, 12))).astype(dtype)
+                    wanted = [plan(x, activation=each) for each in ACTIVATIONS]
+                with np.errstate(all="raise"):
+                    got = [plan(x, activation=each) for each in ACTIVATIONS]
+                np.testing.assert_equal(got, wanted)
 
 
 @pytest.mark.skipif(not can_flush_subnormals(), reason="the mode can be set on Linux x86-64 only")

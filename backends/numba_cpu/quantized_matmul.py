@@ -114,7 +114,8 @@ class Int8Product(_Scaled):
     """The product with quantised inputs, as a product of floats."""
 
     def _inputs(self, x: Array, out: Array, threads: int | None) -> tuple[Array, tuple[Array, ...]]:
-        x = np.require(x, np.float32, ["C", "A"])
+        with np.errstate(all="ignore"):
+            x = np.require(x, np.float32, ["C", "A"])
         is_wide = self.weight.fan_in > EXACT_FAN_IN or out.dtype == np.float64
         dtype = _FLOAT64 if is_wide else _FLOAT32
         integers, row_scales = quantized_rows(x, dtype, threads)
@@ -185,13 +186,14 @@ class Int8Lookup:
         offset = np.require(offset, _FLOAT32, ["C", "A"])
         is_wide = out.dtype == np.float64
         code = ACTIVATIONS["none" if is_wide else activation].code
-        inputs = np.require(x, np.float32, ["C", "A"])
-        with rounded_into(out, _FLOAT32) as result:
-            columns = np.arange(self.weight.n_active) if compact else self._active
-            arguments = (inputs, offset, columns, result, code, *self._layout.arrays)
-            self._share(threads, len(inputs), arguments)
-        if is_wide:
-            out[...] = activate(out, activation)
+        with np.errstate(all="ignore"):
+            inputs = np.require(x, np.float32, ["C", "A"])
+            with rounded_into(out, _FLOAT32) as result:
+                columns = np.arange(self.weight.n_active) if compact else self._active
+                arguments = (inputs, offset, columns, result, code, *self._layout.arrays)
+                self._share(threads, len(inputs), arguments)
+            if is_wide:
+                out[...] = activate(out, activation)
 
     def describe(self) -> dict[str, object]:
         """Return kernel, layout, inputs, and bytes in addition to the weight's own."""

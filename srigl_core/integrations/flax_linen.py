@@ -9,7 +9,7 @@ import jax
 
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._install import install_command
-from srigl_core.errors import BackendUnavailableError
+from srigl_core.errors import BackendUnavailableError, SriglError
 from srigl_core.jax import Connections, condensed_linear
 from srigl_core.jax.layer_parameters import (
     draw_parameters,
@@ -89,7 +89,13 @@ class CondensedLinear(linen.Module):  # type: ignore[misc] # the package's types
         mask : array of bool, (in_features, out_features)
             Like the kernel. Columns with a True have the same number of them.
         """
-        return cls._of(*parameters_of_dense(params["kernel"].T, mask.T, params.get("bias")))
+        if "kernel" not in params:
+            raise SriglError(
+                f"params has no 'kernel', but {', '.join(params)}; pass the parameters of one "
+                f"linen.Dense"
+            )
+        kernel, bias = params["kernel"], params.get("bias")
+        return cls._of(*parameters_of_dense(kernel, mask, bias, is_kernel=True))
 
     @classmethod
     def _of(

@@ -100,7 +100,7 @@ class CondensedLinear(nnx.Module):  # type: ignore[misc]
             Like the layer's kernel. Columns with a True have the same number of them.
         """
         bias = None if layer.bias is None else layer.bias.get_value()
-        return cls._of(*parameters_of_dense(layer.kernel.get_value().T, mask.T, bias))
+        return cls._of(*parameters_of_dense(layer.kernel.get_value(), mask, bias, is_kernel=True))
 
     @classmethod
     def _of(cls, values: Any, connections: Connections, bias: Any | None) -> CondensedLinear:

@@ -100,6 +100,9 @@ class SRigLCallback(Callback):  # type: ignore[misc] # the package's types are n
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Record and mask the gradients; Lightning clips them next."""
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        if all(parameter.grad is None for parameter in parameters):
+            return  # training_step has returned None, so the optimiser does not step
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._attached().after_backward(scaler=scaler)
         self._has_stepped = True

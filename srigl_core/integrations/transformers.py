@@ -19,6 +19,7 @@ try:
     import torch
     from torch import nn
     from transformers import AutoConfig, GenerationConfig, PreTrainedModel, TrainerCallback
+    from transformers.trainer_utils import get_last_checkpoint
 except ImportError as error:
     raise BackendUnavailableError(
         f"srigl_core.integrations.transformers needs Hugging Face Transformers ({error}); install "
@@ -81,11 +82,20 @@ class SRigLCallback(TrainerCallback):  # type: ignore[misc] # the package's type
         trainer.args = copy.copy(trainer.args)
         trainer.args.max_grad_norm = 0.0
         trainer.add_callback(self)
+        self._train, self._resumed_from = trainer.train, None
+        trainer.train = self._train_from
+
+    def _train_from(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+        """Call the trainer's ``train``, which does not tell its callbacks the checkpoint."""
+        self._resumed_from = resume_from_checkpoint
+        if resume_from_checkpoint is True:
+            self._resumed_from = get_last_checkpoint(self._trainer.args.output_dir)
+        return self._train(resume_from_checkpoint, *args, **options)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Load the state of SRigL if the trainer has loaded a checkpoint."""
-        if state.global_step:
-            self._load(args.resume_from_checkpoint or _checkpoint(args, state), args)
+        if self._resumed_from:
+            self._load(self._resumed_from, args)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Record and mask the gradients, and clip them."""
@@ -121,10 +131,12 @@ class SRigLCallback(TrainerCallback):  # type: ignore[misc] # the package's type
         if not path.is_file():
             raise SriglError(
                 f"the checkpoint has no state of SRigL: there is no file {str(path)!r}; resume "
-                f"from a checkpoint that was saved with this callback, and if it is not in "
-                f"args.output_dir, set args.resume_from_checkpoint to its folder"
+                f"from a checkpoint that was saved with this callback"
             )
-        self.srigl.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        try:
+            self.srigl.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except SriglError as error:
+            raise type(error)(f"{str(path)!r}: {error}") from error
 
 
 def _checkpoint(args: Any, state: Any) -> str:

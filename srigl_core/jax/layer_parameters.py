@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from srigl_core._arrays.checks import as_mask
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.errors import SriglError
 from srigl_core.jax.connections import Connections, from_condensed
@@ -52,9 +53,11 @@ def parameters_of_condensed(
 
 
 def parameters_of_dense(
-    weight: Any, mask: Any, bias: Any | None
+    weight: Any, mask: Any, bias: Any | None, *, is_kernel: bool = False
 ) -> tuple[Any, Connections, Any | None]:
-    """Return the parameters of a dense weight with a mask, both (n_out, n_in).
+    """Return the parameters of a dense weight with a mask.
+
+    Both are (n_out, n_in), or (n_in, n_out) for the kernel of a Flax layer.
 
     Raises
     ------
@@ -64,12 +67,11 @@ def parameters_of_dense(
     """
     if weight.ndim != 2:
         raise SriglError(
-            f"the weight has shape {weight.shape}, but must be (n_out, n_in); pass a linear layer"
+            f"the weight has shape {weight.shape}, but must have two axes; pass a linear layer"
         )
-    if weight.shape != mask.shape:
-        raise SriglError(
-            f"mask has shape {mask.shape}, but the weight has {weight.shape}, as (n_out, n_in)"
-        )
+    mask = as_mask(mask, weight.shape, "mask")
+    if is_kernel:
+        weight, mask = weight.T, mask.T
     connections = Connections.from_mask(mask)
     return connections.gather(jnp.asarray(weight)), connections, _checked(bias, weight.shape)
 

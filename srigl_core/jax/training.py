@@ -162,12 +162,13 @@ class SRigL:
         Raises
         ------
         SriglError
-            If the last `step` has changed connections that were not taken from `connect` yet.
+            If the last `step` or `load_state_dict` has set connections that were not taken from
+            `connect` yet.
         """
         if not self._is_connected:
             raise SriglError(
-                "the last step has changed connections; take the new ones before the next step: "
-                "connections = srigl.connect(connections)"
+                "the last step or load_state_dict has set connections; take them before the next "
+                "step: connections = srigl.connect(connections)"
             )
         return _dense(params, self.masks) if self.trainer.needs_grad else params
 
@@ -297,7 +298,8 @@ class SRigL:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from the `state_dict` of an object made with the same arguments.
 
-        The parameters, the optimiser's state and the connections are those of the same step.
+        The parameters and the optimiser's state are those of the same step. The connections of
+        condensed layers are then taken from `connect`, as after an update.
 
         Raises
         ------
@@ -315,6 +317,7 @@ class SRigL:
             raise SriglError(f"state is not a whole state_dict(): {error!r}") from error
         self.trainer.load_state_dict({**rest, **arrays, "window": window})
         self._set_masks()
+        self._is_connected = not self._connections
 
     def _set_masks(self) -> None:
         """Take the masks of the trainer."""

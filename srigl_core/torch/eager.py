@@ -71,10 +71,13 @@ def is_eager(*inputs: Any) -> bool:
 
 
 def are_plain(*inputs: Any) -> bool:
-    """Return whether all tensors among the inputs are of no subclass, and on the CPU."""
+    """Return whether all tensors among the inputs are of no subclass, and in the CPU's memory.
+
+    A tensor such as ``x.conj().imag`` has its sign elsewhere.
+    """
     for each in inputs:  # faster than a generator
         if type(each) in _PLAIN:
-            if not each.is_cpu:
+            if not each.is_cpu or each.is_neg():
                 return False
         elif isinstance(each, torch.Tensor):
             return False

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from srigl_core._arrays.float_mode import honour_subnormals
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.torch.sharded_tensors import whole
 from srigl_core.torch.targets import Target
@@ -27,6 +28,8 @@ def masks_by_layer(masks: Any) -> dict[str, Any]:
 
     Raises
     ------
+    SriglError
+        If a layer has two masks.
     ValueTypeError
         If it is not a mapping.
     """
@@ -35,8 +38,13 @@ def masks_by_layer(masks: Any) -> dict[str, Any]:
             f"masks must be a mapping of layer names to masks, an SRigL or 'nonzero', got "
             f"{type(masks).__name__}"
         )
-    layers = {name: "" if name == "weight" else name.removesuffix(".weight") for name in masks}
-    return {layers[name]: mask for name, mask in masks.items()}
+    by_layer: dict[str, Any] = {}
+    for name, mask in masks.items():
+        layer = "" if name == "weight" else name.removesuffix(".weight")
+        if layer in by_layer:
+            raise SriglError(f"masks has two masks of layer {layer!r}, one with .weight; give one")
+        by_layer[layer] = mask
+    return by_layer
 
 
 def given_masks(targets: Mapping[str, Target], masks: Any) -> dict[str, NDArray[np.bool_]]:
@@ -58,11 +66,12 @@ def given_masks(targets: Mapping[str, Target], masks: Any) -> dict[str, NDArray[
     if isinstance(masks, str):
         if masks != NONZERO:
             raise SriglError(f"masks={masks!r} is unknown; give masks by name, or 'nonzero'")
-        return {
-            name: as_numpy(target.layout.to_rows(whole(target.parameter.detach()))) != 0
-            for name, target in targets.items()
-            if not target.is_condensed
-        }
+        with honour_subnormals():
+            return {
+                name: as_numpy(target.layout.to_rows(whole(target.parameter.detach()))) != 0
+                for name, target in targets.items()
+                if not target.is_condensed
+            }
     by_layer = masks_by_layer(masks)
     for name in by_layer:
         if name not in targets:

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from srigl_core._product_plan import ProductPlan
 from srigl_core._product_spec import gradient_specs, product_spec
 from srigl_core.contract import MatmulGradients
-from srigl_core.errors import SriglError
+from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.torch import capture
 from srigl_core.torch.packing import packing_of
 from srigl_core.torch.quantized_plans import quantized_plan_of
@@ -91,6 +91,7 @@ def multiply(x: Any, *layer: Any) -> Any:
     """Return the product in a new tensor: the kernel of CPU and CUDA."""
     values, indices, active, counts, bias, in_features, *activation = layer
     name = activation[0] if activation else "none"
+    _check_tensor(x)
     refuse_tangents(x, values, bias)
     if not x.numel():
         return _empty_product(x, *layer)
@@ -103,6 +104,18 @@ def multiply(x: Any, *layer: Any) -> Any:
             given = values if packing.takes_values else None
             _write_product(packing.plan, x, bias, name, y, given)
     return y
+
+
+def _check_tensor(x: Any) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise ValueTypeError(
+            f"x must be a torch.Tensor, got {type(x).__name__}; torch.as_tensor(x) makes one"
+        )
+    if x.is_nested:
+        raise ValueTypeError(
+            "x is a nested tensor, which condensed layers do not take; pad it with "
+            "x.to_padded_tensor(0.0)"
+        )
 
 
 def refuse_tangents(*tensors: Any) -> None:
@@ -159,6 +172,7 @@ def _empty_product(x: Any, *layer: Any) -> Any:
 def multiply_quantized(x: Any, *layer: Any) -> Any:
     """Return the product of a quantised layer in a new tensor: the kernel of CPU and CUDA."""
     values, scale, indices, active, bias, n_out, n_in, dtype, inputs, activation = layer
+    _check_tensor(x)
     refuse_tangents(x, bias)
     if not x.numel():
         return _empty_quantized(x, *layer)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from srigl_core._arrays.checks import check_choice
-from srigl_core.errors import SriglError
+from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.distributions import DISTRIBUTIONS, erk, uniform
 from srigl_core.torch.attention import PROJECTION_LAYERS, CondensedMultiheadAttention
 from srigl_core.torch.replacement import CONVOLUTIONS, why_not_condensed
@@ -44,9 +44,10 @@ def prune_to_constant_fan_in(
     method : {"magnitude", "wanda"}
         The score of a weight. "magnitude" is its absolute value. "wanda" is that times the norm of
         its input over the calibration inputs (Sun et al. 2024).
-    calibration : tensor, mapping, iterable of batches, or None
-        Inputs of the model, which "wanda" needs: a batch, or several. A batch is a tensor, a tuple
-        of arguments, or a mapping of keyword arguments. The model is called in evaluation mode.
+    calibration : tensor, tuple, mapping, iterable of batches, or None
+        Inputs of the model, which "wanda" needs: a batch, or a list or ``DataLoader`` of several. A
+        batch is a tensor, a tuple of arguments, or a mapping of keyword arguments; within several,
+        a list is a tuple. The model is called in evaluation mode.
     distribution : {"erk", "uniform"}
         Distribution of the weights over the layers, as in `TrainingConfig`.
     include, exclude : iterable of str or type
@@ -66,7 +67,7 @@ def prune_to_constant_fan_in(
         weight or an input is not finite, `calibration` is missing or not used, or it does not reach
         a layer. The message names the layer, and the model is not changed.
     ValueTypeError
-        If `model` is not a module.
+        If `model` is not a module, or `calibration` of another kind.
 
     Notes
     -----
@@ -149,12 +150,12 @@ class _Recorder(nn.Module):  # type: ignore[misc] # torch is untyped here
         self.rows = rows
         self.out_features, self.in_features = rows.shape
         self.squares = torch.zeros(self.in_features, dtype=torch.float64, device=rows.device)
-        self.was_called = False
+        self.has_rows = False
 
     def forward(self, x: Any) -> Any:
         """Return the product with the weight."""
         self.squares += x.double().square().reshape(-1, self.in_features).sum(0)
-        self.was_called = True
+        self.has_rows |= x.numel() > 0
         return nn.functional.linear(x, self.rows)
 
 
@@ -162,19 +163,36 @@ def _input_norms(model: Any, targets: Mapping[str, Target], calibration: Any) ->
     """Return the norm of each input of a layer over the calibration inputs."""
     recorders = {name: _Recorder(_rows(target)) for name, target in targets.items()}
     with _evaluating(model), _recording(targets, recorders), torch.no_grad():
-        is_batch = isinstance(calibration, torch.Tensor | Mapping)
-        for batch in [calibration] if is_batch else calibration:
+        is_batch = isinstance(calibration, torch.Tensor | tuple | Mapping)
+        for batch in [calibration] if is_batch else _batches(calibration):
             if isinstance(batch, Mapping):
                 model(**batch)
+            elif isinstance(batch, torch.Tensor):
+                model(batch)
+            elif isinstance(batch, tuple | list):
+                model(*batch)
             else:
-                model(*batch) if isinstance(batch, tuple) else model(batch)
+                raise ValueTypeError(
+                    f"a batch of calibration must be a tensor, a tuple of arguments or a mapping, "
+                    f"got {type(batch).__name__}"
+                )
     for name, recorder in recorders.items():
-        if not recorder.was_called:
+        if not recorder.has_rows:
             raise SriglError(
                 f"layer {name!r}: no calibration input reached it; give batches in which every "
                 f"layer takes part, or exclude it"
             )
     return {name: recorder.squares.sqrt() for name, recorder in recorders.items()}
+
+
+def _batches(calibration: Any) -> Iterator[Any]:
+    try:
+        return iter(calibration)
+    except TypeError:
+        raise ValueTypeError(
+            f"calibration must be a tensor, a tuple of arguments, a mapping or an iterable of "
+            f"these, got {type(calibration).__name__}"
+        ) from None
 
 
 @contextmanager

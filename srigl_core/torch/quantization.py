@@ -10,7 +10,7 @@ from srigl_core._product_spec import QUANTIZED_INPUTS
 from srigl_core.errors import SriglError
 from srigl_core.torch.linear import CondensedLinear
 from srigl_core.torch.quantized_linear import QuantizedLinear
-from srigl_core.torch.replacement import replace_modules
+from srigl_core.torch.replacement import added_parts, replace_modules
 from srigl_core.torch.selection import Entry
 from srigl_core.torch.sharded_tensors import check_not_sharded
 from srigl_core.torch.targets import Target, condensed_targets
@@ -82,6 +82,11 @@ def _quantized(target: Target, inputs: str) -> QuantizedLinear:
         raise SriglError(
             f"layer {name!r} is of type {type(layer).__name__}, or has a forward of its own, and "
             f"what that adds to a condensed layer would be lost; exclude it"
+        )
+    if added := added_parts(layer):
+        raise SriglError(
+            f"layer {name!r} has {', '.join(added)}, which would be lost; remove these parts, or "
+            f"exclude the layer"
         )
     options = {"activation": layer.activation, "dtype": layer.dtype, "device": layer.values.device}
     try:

@@ -118,8 +118,8 @@ class QuantizedLinear(HasDenseWeight, nn.Module):  # type: ignore[misc] # torch 
         # PyTorch does not count writes to tensors that are made in inference mode.
         with torch.inference_mode(False):
             for name in _WEIGHT:
-                tensor = torch.empty(arrays[name].shape, dtype=from_numpy(arrays[name]).dtype)
-                self.register_buffer(name, tensor.copy_(from_numpy(arrays[name])).to(device))
+                # Copied, since the weight's arrays are read-only.
+                self.register_buffer(name, from_numpy(arrays[name].copy()).to(device))
             self.register_buffer("bias", None if bias is None else self._checked_bias(bias))
 
     def _checked_bias(self, bias: Any) -> Any:

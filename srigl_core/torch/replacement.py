@@ -22,6 +22,7 @@ from srigl_core.torch.targets import Target, check_module, submodule
 __all__ = [
     "CONVOLUTIONS",
     "PACKED",
+    "added_parts",
     "condensed_layer",
     "condensed_modules",
     "condensed_name",
@@ -38,6 +39,13 @@ PACKED = (CondensedLinear, QuantizedLinear)
 
 CONVOLUTIONS = {nn.Conv1d: CondensedConv1d, nn.Conv2d: CondensedConv2d}
 """The condensed convolution in place of each dense one."""
+
+_PARTS = {
+    *("weight", "bias", "values", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v"),
+    *(f"{part}_proj_weight" for part in "qkv"),
+    *(f"{part}_proj" for part in ("q", "k", "v", "out")),
+}
+"""The parameters and modules of layers that can be condensed or are."""
 
 _TYPES = (nn.Linear, NonDynamicallyQuantizableLinear, *CONVOLUTIONS, nn.MultiheadAttention)
 
@@ -76,6 +84,8 @@ def why_not_condensed(target: Target) -> str | None:
         return what + "its forward has been replaced. Exclude it, or keep it masked"
     if any(map(has_hooks, replaced)):
         return "has hooks, which would be lost; remove or exclude them"
+    if added := [name for part in replaced for name in added_parts(part)]:
+        return f"has {', '.join(added)}, which would be lost; remove these parts, or exclude it"
     return None
 
 
@@ -242,6 +252,14 @@ def _is_condensed(module: Any) -> bool:
     return any(isinstance(part, kinds) for part in module.modules())
 
 
+def added_parts(module: Any) -> list[str]:
+    """Return the names of parameters and modules that were added to a layer.
+
+    A buffer alone, such as a mask, takes no part in what the layer computes.
+    """
+    return [name for name in {**module._parameters, **module._modules} if name not in _PARTS]
+
+
 def has_hooks(module: Any) -> bool:
     """Return whether a module or one of its own parameters has hooks."""
     hooks = [
@@ -249,6 +267,10 @@ def has_hooks(module: Any) -> bool:
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
+        module._state_dict_hooks,
+        module._state_dict_pre_hooks,
+        module._load_state_dict_pre_hooks,
+        module._load_state_dict_post_hooks,
     ]
     for parameter in module._parameters.values():
         if parameter is not None:

@@ -66,8 +66,14 @@ def as_numpy(tensor: Any) -> NDArray[Any]:
             "a tensor that is sharded over processes (a DTensor) cannot be read as an array; pass "
             "its full_tensor(), which all ranks must call"
         )
+    if tensor.is_meta:
+        raise ValueTypeError(
+            "a tensor on the device meta has no numbers; give the model memory with "
+            "to_empty(device=...) and load a state first"
+        )
     if tensor.requires_grad:
         tensor = tensor.detach()
+    tensor = tensor.resolve_neg()  # of a view such as x.conj().imag, NumPy cannot read the sign
     array: NDArray[Any]
     try:
         if not tensor.is_cpu:

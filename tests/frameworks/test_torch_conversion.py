@@ -222,7 +222,12 @@ BAD_MASKS = {
     "list": (perceptron, {"0": [[True]]}, ValueTypeError, "got list; convert"),
     "no mapping": (perceptron, [FIRST], ValueTypeError, "masks must be a mapping.*got list"),
     "a word": (perceptron, "zeros", SriglError, "masks='zeros' is unknown"),
-    "unknown": (perceptron, {"fc": FIRST}, SriglError, "no layer or parameter 'fc'; it has 0, 2"),
+    "unknown": (
+        perceptron,
+        {"fc": FIRST},
+        SriglError,
+        "no layer or parameter 'fc'; its layers are 0, 2",
+    ),
     "all True": (perceptron, "nonzero", SriglError, "all masks are True everywhere"),
     "groups": (grouped, {"0": halves(4, 2, 3, 3)}, SriglError, "'0' has groups=2"),
     "hooks": (hooked, {"0": FIRST}, SriglError, "layer '0' has hooks"),
@@ -637,7 +642,10 @@ OTHER_MODELS = {
     "more": (nn.Sequential(*another(), nn.Linear(5, 5)), "lacks '5.bias', '5.weight'; make"),
     "a norm": (another(**{"3": nn.BatchNorm1d(24)}), "lacks '3.bias'"),
     "dense": (another(**{"4": nn.Linear(24, 6)}), r"'4.\w+' of the file has shape \(5"),
-    "nothing dense": (another(**{"4": nn.Identity()}), "has 4.bias, 4.weight, which the model has"),
+    "nothing dense": (
+        another(**{"4": nn.Identity()}),
+        "has 4.bias, 4.weight, which the model lacks",
+    ),
 }
 
 

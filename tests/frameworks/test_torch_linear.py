@@ -32,7 +32,14 @@ torch = pytest.importorskip("torch")
 from torch import library, nn  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
-from srigl_core.torch import CondensedLinear, freeze, packing, unfreeze  # noqa: E402
+from srigl_core.torch import (  # noqa: E402
+    CondensedLinear,
+    CondensedSequential,
+    freeze,
+    packing,
+    quantize,
+    unfreeze,
+)
 from srigl_core.torch.ops import (  # noqa: E402
     condensed_inference,
     condensed_linear,
@@ -1293,3 +1300,53 @@ def test_plain_tensors_go_past_the_dispatcher_with_the_bits_of_the_operators():
     y = layer(x).square().sum()
     (dx,) = torch.autograd.grad(y, x, create_graph=True)
     assert dx.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["condensed", "quantised", "row of layers"])
+@pytest.mark.parametrize("has_gradient", [True, False])
+def test_inputs_that_are_views_with_another_sign_are_read(kind, has_gradient):
+    """PyTorch keeps the sign of `x.conj().imag` as a bit of the tensor, which NumPy cannot read."""
+    layers = [CondensedLinear(16, 16, fan_in=4, rng=i) for i in range(2)]
+    model = CondensedSequential(*(layers if kind == "row of layers" else layers[:1]))
+    if kind == "quantised":
+        quantize(model)
+    x = torch.complex(torch.ones(3, 16), torch.randn(3, 16)).conj().imag
+    assert x.is_neg()
+    with torch.set_grad_enabled(has_gradient):
+        wanted = [model(x.clone()) for _ in range(3)][-1]
+        torch.testing.assert_close(model(x), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["condensed", "quantised", "row of layers"])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (3.0, r"x must be a torch\.Tensor, got float"),
+        ([[1.0] * 16], r"x must be a torch\.Tensor, got list"),
+        (None, r"x must be a torch\.Tensor, got NoneType"),
+        ("nested", "x is a nested tensor.*to_padded_tensor"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_inputs_of_another_kind_are_refused(kind, x, message):
+    layers = [CondensedLinear(16, 16, fan_in=4, rng=i) for i in range(2)]
+    model = CondensedSequential(*(layers if kind == "row of layers" else layers[:1]))
+    if kind == "quantised":
+        quantize(model)
+    if x == "nested":
+        x = torch.nested.nested_tensor([torch.ones(2, 16)])
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), pytest.raises(ValueTypeError, match=message):
+            model(x)
+
+
+def test_a_layer_without_memory_says_what_to_do():
+    with torch.device("meta"):
+        layer = CondensedLinear(16, 16, fan_in=4)
+    for read in (layer.to_condensed, lambda: quantize(nn.Sequential(layer))):
+        with pytest.raises(ValueTypeError, match=r"on the device meta.*to_empty"):
+            read()
+    model = nn.Sequential(CondensedLinear(16, 16, fan_in=4, rng=0))
+    with torch.device("meta"):  # a layer on the CPU is quantised there
+        quantize(model)
+    assert model(torch.ones(2, 16)).shape == (2, 16)

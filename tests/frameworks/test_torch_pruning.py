@@ -193,8 +193,27 @@ REFUSED = {
     "method": (perceptron, {"method": "random"}, "method='random' is unknown; use one of magni"),
     "distribution": (perceptron, {"distribution": "flat"}, "distribution='flat' is unknown"),
     "sparsity": (perceptron, {"sparsity": 1.0}, r"sparsity=1.0 must be in \[0, 1\)"),
-    "no inputs": (perceptron, {"method": "wanda"}, "give calibration= with it"),
-    "inputs": (perceptron, {"calibration": inputs(2, 24)}, "give calibration= with it"),
+    "no inputs": (perceptron, {"method": "wanda"}, "pass batches of them as calibration"),
+    "inputs": (
+        perceptron,
+        {"calibration": inputs(2, 24)},
+        "but method='magnitude' does not use it",
+    ),
+    "no rows": (
+        perceptron,
+        {"method": "wanda", "calibration": inputs(0, 24)},
+        "layer '0': no calibration input reached it",
+    ),
+    "arrays": (
+        perceptron,
+        {"method": "wanda", "calibration": np.ones((2, 24))},
+        "a batch of calibration must be a tensor, a tuple of arguments or a mapping, got ndarray",
+    ),
+    "number": (
+        perceptron,
+        {"method": "wanda", "calibration": 3},
+        "calibration must be a tensor, a tuple of arguments, .*, got int",
+    ),
     "less than one": (
         perceptron,
         {"sparsity": 0.97, "distribution": "uniform"},
@@ -225,6 +244,31 @@ def test_what_cannot_be_pruned_is_said_and_the_model_is_left_as_it_was(what):
     assert not any(module._forward_pre_hooks for module in model.modules())
     with pytest.raises(ValueTypeError, match=r"must be a torch\.nn\.Module"):
         prune_to_constant_fan_in([], 0.5)
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x, gate):
+        return self.fc(x * gate)
+
+
+@pytest.mark.parametrize("kind", ["batch", "batches", "loader"])
+def test_a_batch_of_several_arguments_is_one_call(kind):
+    """A tuple alone is a batch, not several."""
+    x, gate = inputs(6, 8), torch.tensor([1.0] * 4 + [0.0] * 4)
+    data = torch.utils.data.TensorDataset(x, gate.expand(6, 8))
+    calibration = {
+        "batch": (x, gate),
+        "batches": [(x[:4], gate), [x[4:], gate]],
+        "loader": torch.utils.data.DataLoader(data, batch_size=3),
+    }[kind]
+    masks = prune_to_constant_fan_in(Gated(), 0.5, method="wanda", calibration=calibration)
+    assert masks["fc"][:, :4].all()
+    assert not masks["fc"][:, 4:].any()
 
 
 def test_srigl_goes_on_from_a_pruned_model():

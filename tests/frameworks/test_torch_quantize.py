@@ -264,6 +264,18 @@ def with_hook():
     return model
 
 
+def with_state_hook():
+    model = perceptron()
+    model[2].register_state_dict_post_hook(lambda *_: None)
+    return model
+
+
+def with_adapter():
+    model = perceptron()
+    model[2].add_module("lora", nn.Linear(12, 4))
+    return model
+
+
 def with_number(number):
     model = perceptron()
     with torch.no_grad():
@@ -293,6 +305,8 @@ def derived():
         (lambda: with_number(np.nan), {}, SriglError, "layer '2': .* not finite .* exclude"),
         (lambda: with_number(np.inf), {"inputs": "int8"}, SriglError, "layer '2': .* in 1 of 28"),
         (with_hook, {}, SriglError, "layer '2' has hooks"),
+        (with_adapter, {}, SriglError, "layer '2' has lora, which would be lost"),
+        (with_state_hook, {}, SriglError, "layer '2' has hooks"),
         (derived, {}, SriglError, "layer '1' is of type Derived"),
         (
             lambda: nn.Sequential(layer_of(4, 1, 2), layer_of(133_145, 1, 133_145)),

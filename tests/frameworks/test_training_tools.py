@@ -281,12 +281,27 @@ def test_a_trainer_does_not_resume_without_the_state_of_srigl(trained, mode, tmp
 
 
 def test_a_trainer_resumes_from_a_folder_that_is_not_its_own(trained, mode, tmp_path):
-    folder, model, _ = trained(mode)
+    folder, model, other = trained(mode)
     place = tmp_path / "elsewhere" / f"checkpoint-{N_BEFORE}"
     shutil.copytree(folder / place.name, place)
-    again, _ = make_trainer(tmp_path, mode, resume_from_checkpoint=str(place))
+    own, _ = make_trainer(tmp_path, mode, learning_rate=0.5)
+    own.train()  # so that its folder has a checkpoint of the same number, of another run
+    again, callback = make_trainer(tmp_path, mode)
     again.train(resume_from_checkpoint=str(place))
     assert_equal(again.model.state_dict(), model.state_dict())
+    assert_equal(masks(callback.srigl), masks(other.srigl))
+
+
+def test_a_trainer_names_the_file_whose_state_does_not_fit(trained, mode, tmp_path):
+    folder, _, _ = trained(mode)
+    place = tmp_path / f"checkpoint-{N_BEFORE}"
+    shutil.copytree(folder / place.name, place)
+    state = torch.load(place / "srigl.pt", weights_only=True)
+    del state["trainer"]
+    torch.save(state, place / "srigl.pt")
+    trainer, _ = make_trainer(tmp_path, mode)
+    with pytest.raises(SriglError, match=rf"checkpoint-{N_BEFORE}.srigl\.pt': "):
+        trainer.train(resume_from_checkpoint=True)  # the last one of its folder
 
 
 def test_a_trainer_logs_the_numbers_of_srigl_and_keeps_its_arguments(tmp_path):
@@ -603,6 +618,29 @@ def test_lightning_trains_with_a_gradient_scaler(mode):
     assert callback.srigl.trainer.step_count == N_STEPS - 1  # the first step overflows
 
 
+class Skipping(Network):
+    """It leaves out batches, as a guard against bad ones does."""
+
+    def training_step(self, batch, number):
+        return None if number in (1, 3, 4) else super().training_step(batch, number)
+
+
+def test_lightning_steps_without_a_loss_are_not_counted(mode):
+    callback = for_lightning.SRigLCallback(mode=mode, **OPTIONS)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Skipping(), torch.utils.data.DataLoader(dataset(), batch_size=4))
+    assert callback.srigl.trainer.step_count == 2 * (10 - 3)
+    assert callback.srigl.trainer.n_updates
+
+
 class Manual(Network):
     automatic_optimization = False
 
@@ -684,3 +722,4 @@ import srigl_core.integrations.{module}
 
 if __name__ == "__main__":
     resumed_on_this_rank(*sys.argv[1:])
+    torch.distributed.destroy_process_group()  # its threads may not outlive the interpreter

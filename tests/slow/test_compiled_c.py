@@ -121,6 +121,38 @@ def test_the_functions_obey_the_laws_of_quantised_products(compiler):
     check_kernel(function, "quantized_matmul", **options)
 
 
+CLASHES = [
+    *(("NET", "H"), ("LAYERS", "H"), ("NET", "H_INCLUDED"), ("quantize", "row"), ("relu", "float")),
+    *(("gelu", "float"), ("from", "float16"), ("math", "fc"), ("stdint", "fc"), ("stddef", "fc")),
+    *(("FP", "NAN"), ("SIZE", "MAX"), ("INT8", "MAX"), ("UINT", "FAST8.MAX"), ("HUGE", "VAL")),
+    *(("MATH", "ERRNO"), ("M", "PI"), ("WCHAR", "MIN"), ("static", "assert"), ("const", "cast")),
+    *(("thread", "local"), ("and", "eq"), ("co", "await"), ("int8", "t")),
+]
+"""Names of files and layers that together are words of C or C++, or names in use."""
+
+
+def test_no_name_clashes_with_c_or_the_headers(tmp_path):
+    compiler, cpp = shutil.which("gcc"), shutil.which("g++")
+    if not compiler or not cpp:
+        pytest.skip("gcc and g++ are not both installed")
+    weight = CondensedWeight.random((6, 8), fan_in=3, rng=0)
+    halves = CondensedWeight.random((6, 8), fan_in=3, dtype="float16", rng=0)
+    kinds = {
+        "": (weight, None, "gelu", "float"),
+        "b": (weight.quantize(), None, "relu", "int8"),
+        "c": (halves, None, None, "float"),
+    }
+    for number, (stem, layer) in enumerate(CLASHES):
+        folder = tmp_path / str(number)
+        named = {layer + end: kind for end, kind in kinds.items()}
+        source, header = export_c(named, folder, name=stem)
+        compiled([compiler], source, *STRICT, f"-I{folder}", "-c", "-o", str(folder / "object"))
+        text = f'#include <cmath>\n#include <cstdint>\n#include <cfloat>\n#include "{header}"\n'
+        (folder / "user.cpp").write_text(text)
+        options = "-std=c++20", "-Werror", f"-I{folder}", "-fsyntax-only"
+        compiled([cpp], folder / "user.cpp", *options)
+
+
 def layers():
     """Return a layer of each kind: types, activations, ablated neurons, wide indices."""
     rng = np.random.default_rng(0)
