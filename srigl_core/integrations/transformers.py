@@ -82,7 +82,8 @@ class SRigLCallback(TrainerCallback):  # type: ignore[misc] # the package's type
         trainer.args = copy.copy(trainer.args)
         trainer.args.max_grad_norm = 0.0
         trainer.add_callback(self)
-        self._train, self._resumed_from = trainer.train, None
+        self._resumed_from: str | None = None
+        self._train = trainer.train
         trainer.train = self._train_from
 
     def _train_from(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
