@@ -622,3 +622,35 @@ def test_a_bias_of_float64_is_rounded_once(law, matmul_backend):
 def test_more_ties_may_survive_than_the_budget_was_chosen_for(seed, update_backend):
     law = LAW["ties_go_to_the_lowest_index"]
     check_law(update_backend, law, law.build(SeededSource(seed), EVERYTHING))
+
+
+def product_of(x, values, indices):
+    return np.einsum("bnk,nk->bn", x[:, indices], values, dtype=np.float64).astype(x.dtype)
+
+
+def writes_its_input(x, values, indices):
+    product = product_of(x, values, indices)
+    x[...] = 0
+    return product
+
+
+def returns_the_same_array(x, values, indices, kept={}):  # noqa: B006 # it is what is wrong
+    product = product_of(x, values, indices)
+    buffer = kept.setdefault((product.shape, product.dtype), product)
+    buffer[...] = product
+    return buffer
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (writes_its_input, "the function wrote to its argument x"),
+        (returns_the_same_array, "a later call changed an earlier product"),
+    ],
+)
+def test_a_function_that_writes_or_keeps_what_it_returns_is_found(function, message):
+    """Copies are made for it and of what it returns, which would hide both."""
+    same = KernelCapabilities(value_dtypes=frozenset({"float32"}))
+    check_kernel(product_of, capabilities=same, asarray=np.array, max_examples=3)
+    with pytest.raises(ConformanceError, match=message):
+        check_kernel(function, capabilities=same, asarray=np.array, max_examples=3)

@@ -81,7 +81,7 @@ def verify(
         str | None,
         typer.Option(
             metavar="OPERATION",
-            help="Only the laws of this operation; the one that a function computes.",
+            help="Check only this operation. For a function: the one that it computes.",
         ),
     ] = None,
     max_examples: Annotated[
@@ -106,7 +106,7 @@ def verify(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check that kernels obey the laws of the condensed matmul and the mask update."""
+    """Check that kernels obey the laws: products, chains, mask updates, remapped state."""
     from srigl_core.cli.verify import read_xfails, verify_kernels
     from srigl_core.testing.laws import laws_page
 

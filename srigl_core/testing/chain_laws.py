@@ -14,6 +14,7 @@ from srigl_core._chain import Chain, chain
 from srigl_core._format.weight import CondensedWeight
 from srigl_core._plan import plan_of
 from srigl_core.contract import Backend
+from srigl_core.testing.bounds import float_limits
 from srigl_core.testing.chain_problems import ChainProblem, LayerOfChain, chain_problem
 from srigl_core.testing.comparisons import (
     assert_neighbours_untouched,
@@ -69,6 +70,32 @@ def a_chain_is_its_plans_one_after_the_other(backend: Backend, problem: ChainPro
             case = replace(problem, x=x)
             what = f"the result of x of shape {x.shape}"
             assert_same_numbers(whole(x), _one_by_one(backend, case), what)
+    if subnormal := _subnormal_between_layers(problem):
+        result = _chain(backend, subnormal)(subnormal.x)
+        what = "the result by way of subnormal numbers"
+        assert_same_numbers(result, _one_by_one(backend, subnormal), what)
+
+
+def _subnormal_between_layers(problem: ChainProblem) -> ChainProblem | None:
+    """Return a chain whose first layer gives subnormal numbers, which the second makes larger."""
+    if problem.inputs is not None or not problem.others:
+        return None
+    first, (second, *others) = problem.weight, problem.others
+    dtype = problem.result_dtype
+    if first.dtype != dtype or not isinstance(second.weight, CondensedWeight):
+        return None
+    limits = float_limits(dtype)
+    small = np.copysign(4 * limits.smallest, first.values.astype(np.float64)).astype(dtype)
+    most = float_limits(second.weight.dtype).largest
+    large = np.copysign(most**0.5, second.weight.values.astype(np.float64))
+    changed = second.weight.with_values(large.astype(second.weight.dtype))
+    return replace(
+        problem,
+        weight=first.with_values(small),
+        x=np.sign(problem.x),
+        bias=None,
+        others=(replace(second, weight=changed), *others),
+    )
 
 
 @_law("itself", "bit for bit")
@@ -183,14 +210,18 @@ def _poisoned(problem: ChainProblem, number: int, layer: LayerOfChain) -> LayerO
 
 @_law("itself", "bit for bit")
 def a_chain_keeps_its_own_numbers(backend: Backend, problem: ChainProblem) -> None:
-    """Inputs are not written; later writes to biases, and later calls, change no result."""
+    """Inputs are not written and not kept; later writes to biases, and calls, change no result."""
     biases = [None if each.bias is None else each.bias.copy() for each in problem.layers]
     layers = [replace(each, bias=bias) for each, bias in zip(problem.layers, biases, strict=True)]
     case = replace(problem, bias=biases[0], others=tuple(layers[1:]))
     whole = _chain(backend, case)
-    arrays = (problem.x, *biases, *(each.weight.values for each in layers))
-    first = assert_unwritten(arrays, lambda: whole(problem.x))
+    x = np.array(problem.x)
+    arrays = (x, *biases, *(each.weight.values for each in layers))
+    first = assert_unwritten(arrays, lambda: whole(x))
     kept = first.copy()
+    np.negative(x, out=x)
+    other = _one_by_one(backend, replace(case, x=x))
+    assert_same_numbers(whole(x), other, "the result after x was changed")
     for bias in biases:
         if bias is not None:
             np.negative(bias, out=bias)

@@ -13,7 +13,12 @@ from srigl_core.contract import ACTIVATIONS
 from srigl_core.testing.kernel_capabilities import LAYOUTS, KernelCapabilities
 from srigl_core.testing.problem_arrays import ORDERED_DTYPES
 from srigl_core.testing.problem_sizes import ProductSizes, UpdateSizes
-from srigl_core.testing.product_problems import DTYPE_PAIRS, SPECIAL_NUMBERS, MatmulProblem
+from srigl_core.testing.product_problems import (
+    DTYPE_PAIRS,
+    NOT_OF_A_BIAS,
+    SPECIAL_NUMBERS,
+    MatmulProblem,
+)
 from srigl_core.testing.update_problems import CondensedUpdateProblem, UpdateProblem
 
 __all__ = ["Coverage", "Trait", "traits_of"]
@@ -42,6 +47,8 @@ _PRODUCT_SIZES: dict[str, Callable[[ProductSizes], bool]] = {
     ),
     "n_in / 2 < fan_in < n_in": lambda s: s.n_in / 2 < s.fan_in < s.n_in,
     "fan_in = n_in": lambda s: s.fan_in == s.n_in,
+    "a batch > 64 of n_in > 2,100": lambda s: s.batch > 64 and s.n_in > 2_100,
+    "fan_in = n_in = n_out": lambda s: s.fan_in == s.n_in == s.n_active == s.n_out > 1,
     "n_out = n_in": lambda s: s.n_out == s.n_in > 1,
     "ablated neurons": lambda s: s.n_active < s.n_out,
     "work for several threads": lambda s: s.batch * s.nnz > 1_000_000,
@@ -49,12 +56,13 @@ _PRODUCT_SIZES: dict[str, Callable[[ProductSizes], bool]] = {
     **_beyond("n_active", 2_048, 65_536),
     "n_out > 65,536": lambda s: s.n_out > 65_536,
     **_beyond("batch", 1_100, 2_048, 65_535),
-    **_beyond("fan_in", 1_024, 2_048, 4_096),
-    "32,768 < n_in <= 65,536": lambda s: 32_768 < s.n_in <= 65_536,
+    **_beyond("fan_in", 1_024, 2_048, 4_096, 65_536),
+    "32,768 < n_in < 65,536": lambda s: 32_768 < s.n_in < 65_536,
+    "n_in = 65,536": lambda s: s.n_in == 65_536,
     "n_in = 65,537": lambda s: s.n_in == 65_537,
-    "n_in > 65,537": lambda s: s.n_in > 65_537,
     "n_in > 131,072": lambda s: s.n_in > 131_072,
     "x of more than 2^20 numbers": lambda s: s.batch * s.n_in > 2**20,
+    "y of more than 2^20 numbers": lambda s: s.batch * s.n_out > 2**20,
 }
 _UPDATE_SIZES: dict[str, Callable[[UpdateSizes], bool]] = {
     "n_out and n_in > 128": lambda s: min(s.n_out, s.n_in) > 128,
@@ -74,6 +82,22 @@ def traits_of(problem: Any) -> Iterator[Trait]:
         yield from _size_traits("an update", sizes, _UPDATE_SIZES)
         yield ("weight of an update", problem.weight.dtype.name)
         yield ("grad of an update", problem.grad.dtype.name)
+        if isinstance(problem, CondensedUpdateProblem):
+            yield ("steps of a condensed update", _STEPS[not _keeps_shapes(problem)])
+
+
+_STEPS = ("connections move, and n_active and fan_in stay", "n_active or fan_in may change")
+
+
+def _keeps_shapes(problem: CondensedUpdateProblem) -> bool:
+    weight, settings = problem.weight, problem.settings
+    return (
+        settings.gamma_sal is None
+        and settings.min_salient is None
+        and settings.drop_fraction > 0
+        and weight.n_active == weight.shape[0]
+        and settings.nnz_budget // weight.n_active == weight.fan_in < weight.shape[1]
+    )
 
 
 def _product_traits(problem: MatmulProblem) -> Iterator[Trait]:
@@ -169,10 +193,11 @@ def _possible(capabilities: KernelCapabilities) -> dict[str, Iterable[str]]:
         "layout of x": layouts,
         "layout of grad": layouts,
         "layout of out": [name for name in apart if name != "offset by a byte"],
-        "layout of bias": [name for name in layouts if name not in ("F", "rows reversed")],
+        "layout of bias": [name for name in layouts if name not in NOT_OF_A_BIAS],
         "sizes of an update": _UPDATE_SIZES,
         f"n_out of an update, modulo {_RESIDUES}": residues,
         f"n_in of an update, modulo {_RESIDUES}": residues,
         "weight of an update": taken,
         "grad of an update": taken,
+        "steps of a condensed update": _STEPS,
     }

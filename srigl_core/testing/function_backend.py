@@ -133,6 +133,7 @@ class FunctionBackend:
             raise SriglError(f"op={op!r} is unknown; use one of {', '.join(PARAMETERS)}")
         options = {**declared, **self.options}
         self.function, self._asarray = function, options.get("asarray")
+        self._returned: tuple[NDArray[Any], bytes] | None = None
         self._index_dtype = _integer_dtype(options.get("index_dtype"))
         self._parameters = _parameters(function, op)
         if self._asarray is not None and "out" in self._parameters:
@@ -166,7 +167,27 @@ class FunctionBackend:
         """Call the function with those of the arguments that it has parameters for."""
         taken = {name: self._converted(name, arguments[name]) for name in self._parameters}
         with np.errstate(all="ignore"):
-            return self.function(**taken)
+            result = self.function(**taken)
+        if self._asarray is not None:
+            self._check_unwritten(arguments, taken)
+        return result
+
+    def _check_unwritten(self, arguments: Mapping[str, Any], taken: Mapping[str, Any]) -> None:
+        """Raise `LawViolation` if the function wrote to an array that was converted for it."""
+        for name, converted in taken.items():
+            if isinstance(arguments[name], np.ndarray):
+                before = self._cast(name, arguments[name])
+                after = _any_as_numpy(converted, f"the argument {name}", before.dtype, before.shape)
+                if after.dtype == before.dtype and after.tobytes() != before.tobytes():
+                    raise LawViolation(f"the function wrote to its argument {name}")
+
+    def _check_earlier(self, product: NDArray[Any]) -> None:
+        """Raise `LawViolation` if a call has changed what the function returned before."""
+        earlier, self._returned = self._returned, (product, product.tobytes())
+        if earlier is not None and earlier[0].tobytes() != earlier[1]:
+            raise LawViolation(
+                "a later call changed an earlier product; the function must return a new array"
+            )
 
     def update_mask(
         self,
@@ -229,7 +250,7 @@ class FunctionBackend:
     ) -> NDArray[Any]:
         """Return the function's new state of a dense layer."""
         result = self.call(state=state, mask=mask, new_mask=new_mask, start=start)
-        return _state_as_numpy(result, state.dtype, state.shape)
+        return _any_as_numpy(result, "the new state", state.dtype, state.shape)
 
     def remap_condensed(
         self, state: NDArray[Any], weight: CondensedWeight, update: CondensedUpdate, *, start: float
@@ -237,7 +258,7 @@ class FunctionBackend:
         """Return the function's new state of a condensed layer."""
         before_and_after = {"weight": weight, "update": update, "source": update.source}
         result = self.call(state=state, **before_and_after, start=start)
-        return _state_as_numpy(result, state.dtype, update.source.shape)
+        return _any_as_numpy(result, "the new state", state.dtype, update.source.shape)
 
     def _update(self, settings: UpdateSettings, **arguments: Any) -> Any:
         try:
@@ -248,11 +269,14 @@ class FunctionBackend:
     def _converted(self, name: str, argument: Any) -> Any:
         if not isinstance(argument, np.ndarray):
             return argument
-        if name in ("indices", "active") and self._index_dtype is not None:
-            argument = argument.astype(self._index_dtype)
+        argument = self._cast(name, argument)
         if self._asarray is None:
             return argument
-        return self._asarray(np.array(argument, order="C"))  # a copy, that the function may write
+        return self._asarray(np.array(argument, order="C"))  # a copy, which is not read-only
+
+    def _cast(self, name: str, argument: NDArray[Any]) -> NDArray[Any]:
+        is_index = name in ("indices", "active") and self._index_dtype is not None
+        return argument.astype(self._index_dtype) if is_index else argument
 
 
 def _parts(weight: PackedWeight) -> dict[str, Any]:
@@ -296,6 +320,7 @@ class _FunctionProduct:
         result = self._backend.call(x=x, bias=bias, out=product, **options, **self._parts)
         if "out" not in parameters or (result is not None and result is not product):
             product = _as_numpy(result, "the product", shape)
+            self._backend._check_earlier(product)
             dtype = result_dtype(x.dtype, self._weight.float_dtype)
             if product.dtype != dtype:
                 raise LawViolation(f"the product has dtype {product.dtype}, expected {dtype}")
@@ -480,11 +505,13 @@ def _as_numpy(result: Any, what: str, shape: tuple[int, ...]) -> NDArray[Any]:
     return array
 
 
-def _state_as_numpy(result: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return remapped state, an array of any library and dtype, as a NumPy array."""
+def _any_as_numpy(
+    result: Any, what: str, dtype: np.dtype[Any], shape: tuple[int, ...]
+) -> NDArray[Any]:
+    """Return an array of any library and dtype as a NumPy array."""
     if dtype.name in VALUE_TYPES:
-        return _as_numpy(result, "the new state", shape)
+        return _as_numpy(result, what, shape)
     array = np.asarray(result)
     if array.shape != shape:
-        raise LawViolation(f"the new state has shape {array.shape}, expected {shape}")
+        raise LawViolation(f"{what} has shape {array.shape}, expected {shape}")
     return array

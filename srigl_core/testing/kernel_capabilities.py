@@ -39,7 +39,7 @@ DISTINCT_LAYOUTS = (
     *("C", "columns of a wider array", "F", "every second", "F within a larger array"),
     *("reversed", "rows reversed", "offset by a byte"),
 )
-LAYOUTS = (*DISTINCT_LAYOUTS, "shared rows", "shared columns")
+LAYOUTS = (*DISTINCT_LAYOUTS, "shared rows", "shared columns", "shared everywhere")
 """Memory layouts, the simplest first. PyTorch and JAX have no reversed array, and no GPU an array \
 that is not aligned."""
 

@@ -65,6 +65,8 @@ def laid_out(array: NDArray[Any], layout: str) -> NDArray[Any]:
         return np.broadcast_to(array[:1], array.shape)
     if layout == "shared columns":
         return np.broadcast_to(array[..., :1], array.shape)
+    if layout == "shared everywhere":
+        return np.broadcast_to(array[(slice(1),) * array.ndim], array.shape)
     if layout == "every second":
         shape = (*array.shape[:-1], 2 * array.shape[-1])
         view = np.full(shape, BETWEEN, array.dtype)[..., ::2]

@@ -229,10 +229,12 @@ def _about(rng: Generator, least: int, most: int) -> int:
 
 
 _LARGE = (
-    *2 * (_Product("three large sizes", (65, 140), (130, 400), (300, 1_500), (2, 10)),),
+    _Product("three large sizes", (65, 140), (130, 400), (300, 1_500), (2, 10)),
+    _Product("many inputs of a batch", (65, 140), (130, 200), (2_101, 4_400), (2, 10)),
     _Product("four large sizes", (5, 40), (193, 600), (900, 2_100), (24, 60)),
     _Product("many neurons of a batch", (5, 24), (769, 1_100), (900, 2_100), (24, 40)),
-    *2 * (_Product("one row of a large layer", (1, 4), (65, 600), (130, 2_100), (4, 90)),),
+    _Product("one row of a large layer", (1, 4), (65, 600), (130, 2_100), (4, 90)),
+    _Product("y of more than 2^20 numbers", (1_030, 1_101), (1_025, 1_040), (1, 70), (1, 1)),
     _Product("many inputs and connections", (1, 4), (65, 130), (16_385, 20_000), (200, 800)),
     *2
     * (
@@ -240,7 +242,7 @@ _LARGE = (
             "work for several threads", (85, 96), (400, 430), (129, 400), (64, 72), (440, 600)
         ),
     ),
-    _Product("nnz > 131,072", (1, 2), (500, 1_100), nnz=(131_073, 150_000)),
+    _Product("fan_in > 65,536", (1, 1), (1, 2), (65_537, 66_000), (65_537, 66_000)),
     _Product("nnz > 262,144", (1, 1), (700, 1_500), nnz=(262_145, 280_000)),
     _Product("n_active > 2,048", (1, 4), (2_049, 4_200), (1, 70), (1, 5)),
     _Product("n_active > 2,048", (9, 17), (2_049, 4_200), (1, 70), (1, 5)),
@@ -252,9 +254,9 @@ _LARGE = (
     _Product("fan_in > 1,024", (1, 9), (1, 9), (1_025, 2_100), (1_025, 2_048)),
     _Product("fan_in > 2,048", (1, 9), (1, 9), (2_049, 9_000), (2_049, 4_096)),
     _Product("fan_in > 4,096", (1, 5), (1, 5), (4_097, 9_000), (4_097, 8_200)),
-    _Product("n_in > 32,768", (1, 3), (1, 9), (32_769, 65_536), (1, 5)),
+    _Product("n_in = 65,536", (1, 3), (1, 9), (65_536, 65_536), (1, 5)),
     _Product("n_in = 65,537", (1, 3), (1, 9), (65_537, 65_537), (1, 5)),
-    _Product("n_in > 65,537", (1, 3), (1, 9), (65_538, 131_072), (1, 5)),
+    _Product("n_in > 32,768", (1, 3), (1, 9), (32_769, 65_535), (1, 5)),
     _Product("n_in > 131,072", (1, 2), (1, 9), (131_073, 140_000), (1, 5)),
     _Product("x of more than 2^20 numbers", (1_030, 1_101), (1, 9), (1_025, 1_040), (1, 5)),
 )
@@ -277,6 +279,8 @@ def product_sizes(schedule: Schedule, most: int, *, ablation: bool) -> ProductSi
         batch = schedule.more_rows(turn * _MORE_ROWS_SHARE + place)
         is_square = slot >= _SMALL_SHARE + _DENSE_SHARE
         sizes = _square(rng, batch) if is_square else _dense_rows(rng, batch)
+        if slot == _FIRST_BOUNDARY - 1:
+            sizes = replace(sizes, n_active=sizes.n_out, fan_in=sizes.n_in)
     elif _FIRST_BOUNDARY <= slot < ROUND - len(_LARGE):
         sizes = _at_a_boundary(rng, int(rng.integers(4)))
         if slot == _FIRST_BOUNDARY:
@@ -340,8 +344,8 @@ _UPDATES: tuple[tuple[str, Range, Range], ...] = (
     *2 * (("n_out > 65,536", (66_000, 75_000), (2, 3)),),
     *2 * (("n_in > 65,536", (1, 3), (65_537, 70_000)),),
     *2 * (("n_in > 131,072", (1, 2), (131_073, 140_000)),),
-    ("more than 2^18 weights", (520, 600), (505, 520)),
-    ("more than 2^20 weights", (1_030, 1_060), (1_020, 1_030)),
+    ("more than 2^18 weights", (540, 600), (505, 520)),
+    ("more than 2^20 weights", (1_050, 1_080), (1_024, 1_032)),
 )
 _UPDATE_BOUNDARIES = 6
 

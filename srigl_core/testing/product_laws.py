@@ -320,13 +320,15 @@ def subnormals_are_honoured_in_any_thread_mode(backend: Backend, problem: Matmul
 
 @_law("itself", "bit for bit")
 def with_values_is_a_fresh_plan(backend: Backend, problem: MatmulProblem) -> None:
-    """plan.with_values(v) has the bits of a new plan for v; the old plan does not change."""
+    """plan.with_values(v) has the bits of a new plan for v; older plans do not change."""
     plan = prepare(problem.weight, backend=backend)
     first = _call(plan, problem)
     values = problem.weight.values[::-1, ::-1]
-    changed = _call(plan.with_values(values), problem)
-    fresh = _product(backend, replace(problem, weight=problem.weight.with_values(values)))
-    assert_same_bits(changed, fresh, "the product of with_values")
+    one, another = plan.with_values(values), plan.with_values(-values)
+    third = one.with_values(-problem.weight.values)
+    for made, numbers in ((third, -problem.weight.values), (another, -values), (one, values)):
+        fresh = _product(backend, replace(problem, weight=problem.weight.with_values(numbers)))
+        assert_same_bits(_call(made, problem), fresh, "the product of with_values")
     assert_same_bits(_call(plan, problem), first, "the old plan's product")
 
 

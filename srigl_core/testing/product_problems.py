@@ -16,7 +16,12 @@ from srigl_core._format.connections import Connections
 from srigl_core._format.weight import CondensedWeight
 from srigl_core.contract import ACTIVATIONS
 from srigl_core.testing.bounds import float_limits
-from srigl_core.testing.kernel_capabilities import EVERYTHING, LAYOUTS, KernelCapabilities
+from srigl_core.testing.kernel_capabilities import (
+    DISTINCT_LAYOUTS,
+    EVERYTHING,
+    LAYOUTS,
+    KernelCapabilities,
+)
 from srigl_core.testing.problem_arrays import (
     MAGNITUDES,
     ORDERED_DTYPES,
@@ -36,6 +41,7 @@ from srigl_core.testing.problem_sizes import (
 from srigl_core.testing.problem_sources import DataSource
 
 __all__ = [
+    "NOT_OF_A_BIAS",
     "SPECIAL_NUMBERS",
     "MatmulProblem",
     "matmul_problem",
@@ -68,6 +74,9 @@ _MOST_OF_SIXTEEN_BITS = 65_536
 
 _MOST_AT_ONCE = 2**23
 """Random numbers that are drawn at once; drawing neuron by neuron is slow for many neurons."""
+
+NOT_OF_A_BIAS = {"F", "rows reversed", "shared everywhere"}
+"""Layouts that are another one if an array has one axis."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,8 +199,8 @@ def _layouts(capabilities: KernelCapabilities, sizes: ProductSizes, name: str) -
     Arrays that share elements are small: thousands of equal rows would hide a wrong one. As few
     problems are small, these layouts are drawn more often in them.
     """
-    unlike = {"out": {"offset by a byte"}, "bias": {"F", "rows reversed"}}.get(name, set())
-    shared = ("shared rows", "shared columns")
+    unlike = {"out": {"offset by a byte"}, "bias": NOT_OF_A_BIAS}.get(name, set())
+    shared = tuple(each for each in LAYOUTS if each not in DISTINCT_LAYOUTS)
     is_small = name != "out" and max(sizes.batch, sizes.n_in, sizes.n_out) <= SMALL
     options = [each for each in LAYOUTS if each not in shared] + 3 * is_small * list(shared)
     return [each for each in options if each in capabilities.layouts and each not in unlike]

@@ -37,7 +37,7 @@ __all__ = [
     "remap_problem",
 ]
 
-OTHER_DTYPES = ("int32", "uint8", "bool")
+OTHER_DTYPES = ("int32", "int8", "uint8", "bool")
 """State that is no number of a value type: step counts, quantised moments, flags."""
 
 _NOT_FINITE = {
@@ -167,7 +167,9 @@ def _state(
     names = [dtype.name for dtype in combinable_dtypes(capabilities)]
     name = source.sampled_from((*names, *names, *OTHER_DTYPES))
     layout = source.sampled_from(_distinct_layouts(capabilities))
-    starts = (0.0, 0.0, 1.0) if "start" in capabilities.settings else (0.0,)
+    starts: tuple[float, ...] = (0.0,)
+    if "start" in capabilities.settings:  # integers have no fractions
+        starts = (0.0, 0.0, 1.0) if name in OTHER_DTYPES else (0.0, 0.0, 1.0, 0.1, 0.1, -0.5)
     start, rng = source.sampled_from(starts), source.rng()
     if name == "bool":
         return laid_out(rng.random(shape) < 0.5, layout), start

@@ -183,6 +183,37 @@ def _scaled(array: NDArray[Any], exponent: int) -> NDArray[Any] | None:
     return scaled if np.array_equal(back, numbers, equal_nan=True) else None
 
 
+@_law("itself", "bit for bit")
+def only_the_order_of_magnitudes_matters(backend: Backend, problem: UpdateProblem) -> None:
+    """Magnitudes that are as near as can be, subnormal or not, give the mask of their order."""
+    masks = []
+    for first in (0.0, 1.0):
+        weight, grad = (_in_order(part, first) for part in (problem.weight, problem.grad))
+        if weight is not None and grad is not None:
+            masks.append(_update(backend, replace(problem, weight=weight, grad=grad)).mask)
+    if not masks:
+        raise NotApplicable("its types have too few numbers")
+    mask = _update(backend, problem).mask
+    for other in masks:
+        assert_same_bits(other, mask, "the mask for other numbers of the same order")
+
+
+def _in_order(array: NDArray[Any], first: float) -> NDArray[Any] | None:
+    """Return an array whose magnitudes are neighbours from `first` on; zeros and NaN stay.
+
+    It is None if the type has too few numbers.
+    """
+    bits = np.dtype(f"u{array.dtype.itemsize}")
+    ranks = np.unique(np.abs(array.astype(np.float64)), return_inverse=True)[1]
+    ranks = ranks.reshape(array.shape) + (0 if (array == 0).any() else 1)
+    start, end = (int(np.array(x, array.dtype).view(bits)) for x in (first, np.inf))
+    if start + int(ranks.max(initial=0)) >= end:
+        return None
+    numbers = (start + ranks).astype(bits).view(array.dtype)
+    numbers = np.copysign(numbers, array).astype(array.dtype)
+    return np.where((array == 0) | np.isnan(array), array, numbers)
+
+
 def _unaffordable(
     build: Callable[[DataSource, KernelCapabilities], Updated],
     source: DataSource,

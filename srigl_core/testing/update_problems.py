@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 
+_WIDE = 1_024
+
 _Share = Callable[[np.random.Generator, int], float]
 
 
@@ -99,9 +101,9 @@ def update_problem(
     )
     n_out, n_in = shape = astuple(UpdateSizes(*sizes).within(most))
     is_plain = source.first_round() and max(shape) > LARGE
-    magnitudes = (
-        ("normal", "integers") if is_plain else (*UPDATE_MAGNITUDES, "zeros", "zeros", "close")
-    )
+    magnitudes: tuple[str, ...] = (*UPDATE_MAGNITUDES, "zeros", "zeros", "close")
+    if is_plain:  # ties would leave the last columns out
+        magnitudes = ("normal", "integers") if _is_tall(shape) else ("normal",)
     magnitude = source.sampled_from(magnitudes)
     dtypes = combinable_dtypes(capabilities)
     close_ones = [dtype for dtype in dtypes if dtype == np.float64 and magnitude == "close"]
@@ -119,7 +121,10 @@ def update_problem(
     weight = random_numbers(rng, shape, dtype, magnitude)
     grad = random_numbers(rng, shape, grad_dtype, magnitude)
     mask = any_mask(rng, shape, constant_fan_in=density is None)
-    if density in ("none", "all"):
+    if is_plain:  # some weights are pruned and some grow, or some neurons ablated and some revived
+        share = rng.uniform(0.4, 0.8) if _is_tall(shape) else settings.nnz_budget / mask.size
+        mask = rng.random(shape) < share
+    elif density in ("none", "all"):
         mask[...] = density == "all"
     elif drop_share is _decimal:
         mask = _connections_of_a_decimal_count(rng, shape).to_mask()
@@ -142,14 +147,18 @@ def _any_settings(
     A plain update of many rows ablates neurons, also those after the first 65,536.
     """
     n_out, n_in = shape
-    is_tall = is_plain and n_out > n_in
+    is_tall = is_plain and _is_tall(shape)
 
     def setting(name: str, options: Sequence[Any], otherwise: Any = None) -> Any:
         return source.sampled_from(options) if name in capabilities.settings else otherwise
 
-    nnz_budget = source.integer(source.sampled_from((n_out, n_out, n_out, 1)), n_out * n_in)
+    least, most = source.sampled_from((n_out, n_out, n_out, 1)), n_out * n_in
+    if is_plain:  # few of many weights, so that a wrong choice shows
+        least, most = max(n_out, most // 20), max(n_out, most // 3)
+    nnz_budget = source.integer(least, most)
     each = nnz_budget // n_out
-    whole = source.sampled_from((1,) if is_tall else (*7 * (None,), each, each, *3 * (n_in,)))
+    options = (None, None, each) if is_plain else (*7 * (None,), each, each, *3 * (n_in,))
+    whole = source.sampled_from((1,) if is_tall else options)
     if whole is not None:  # each neuron may have the same number of weights
         nnz_budget = n_out * max(1, whole)
     drop_fractions = (0.3, 0.0, 0.0, 1.0, 0.05, 0.5, 0.9)
@@ -158,7 +167,7 @@ def _any_settings(
     gammas: tuple[float | None, ...] = (0.3, None, None, 1.0, 0.9, 0.01, 0.6)
     gamma_shares: tuple[_Share | None, ...] = _GAMMA_SHARES
     if is_plain:
-        gammas, gamma_shares = gammas[-1:] if is_tall else gammas, (None,)
+        gammas, gamma_shares = gammas[-1:] if is_tall else (0.3, None, 0.01), (None,)
     elif 2 * _DECIMAL_COUNTS[0] <= n_in <= LARGE:  # wide enough for decimal fractions to matter
         gammas, gamma_shares = gammas[:1], (_decimal,)
     gamma_sal = setting("gamma_sal", gammas)
@@ -175,6 +184,11 @@ def _any_settings(
         grown_init=setting("grown_init", (0.0, 0.5, -0.1, 1e-8), 0.0),
     )
     return settings, drop_share, gamma_share if gamma_sal is not None else None
+
+
+def _is_tall(shape: tuple[int, int]) -> bool:
+    """Return whether a layer is there for its many neurons, which are ablated and revived."""
+    return shape[0] > 8 * shape[1]
 
 
 def _with_shares(
@@ -204,17 +218,30 @@ def condensed_update_problem(
 ) -> CondensedUpdateProblem:
     """Build a mask update of a condensed layer: that of a dense layer, with another mask."""
     dense = update_problem(source, capabilities)
-    n_out, n_in = dense.mask.shape
-    fan_in = source.sampled_from((1, n_in, max(1, n_in // 2), min(n_in, 7)))
+    n_out, n_in = shape = dense.mask.shape
+    fan_ins = (1, n_in, max(1, n_in // 2), min(n_in, 7))
+    if n_in > _WIDE:  # less than most budgets, so that weights grow
+        fan_ins = (1, n_in, n_in // 20, 7)
+    fan_in = source.sampled_from(fan_ins)
     n_active = source.integer(1, n_out) if capabilities.ablation else n_out
+    is_usual = source.sampled_from((True, False, False)) and n_in > 1 and not _is_tall(shape)
+    if is_usual:
+        fan_in, n_active = min(fan_in, n_in - 1), n_out
     fewest = 1 + n_out // SMALL  # many blocks of one row take long
     block_rows = source.sampled_from((fewest, 2 * fewest, 7 * fewest, n_out, n_out + 1))
     drop_share, rng = source.sampled_from(_SHARES), source.rng()
+    if _is_tall(shape) and n_out > LARGE:
+        drop_share = None
     connections = Connections.random((n_out, n_in), fan_in=fan_in, n_active=n_active, rng=rng)
-    if drop_share is _decimal and capabilities.ablation:
+    if drop_share is _decimal and capabilities.ablation and not is_usual:
         connections = _connections_of_a_decimal_count(rng, (n_out, n_in))
     mask, settings = connections.to_mask(), dense.settings
-    if drop_share is not None:
+    if is_usual:  # connections move, and neurons and fan-in stay, as in most steps of a training
+        budget = connections.nnz + int(rng.integers(n_out))
+        fraction = float(rng.choice([0.3, 0.5, 0.9]))
+        settings = replace(settings, nnz_budget=budget, drop_fraction=fraction)
+        settings = replace(settings, gamma_sal=None, min_salient=None)
+    elif drop_share is not None:
         settings = replace(settings, drop_fraction=drop_share(rng, connections.nnz))
     # A weight that was not active may be NaN, and is now.
     weight = np.where(np.isnan(dense.weight), dense.weight.dtype.type(0), dense.weight)

@@ -21,7 +21,7 @@ from torch import library
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from srigl_core._product_plan import ProductPlan
+from srigl_core._product_plan import ProductPlan, merged_rows
 from srigl_core._product_spec import gradient_specs, product_spec
 from srigl_core.contract import MatmulGradients
 from srigl_core.errors import SriglError, ValueTypeError
@@ -145,10 +145,10 @@ def _write_product(
     try:
         with _stream_of(x, plan):
             plan.write_product(
-                _rows(_as_array(x, "x", plan)),
+                merged_rows(_as_array(x, "x", plan)),
                 None if bias is None else _as_array(bias, "bias", plan),
                 activation=activation,
-                out=_rows(_as_array(y, "y", plan)),
+                out=merged_rows(_as_array(y, "y", plan)),
                 threads=threads,
                 values=None if values is None else _as_array(values, "values", plan),
             )
@@ -231,14 +231,14 @@ def compute_gradients(grad: Any, x: Any, *layer: Any) -> tuple[Any, Any, Any]:
         try:
             with _stream_of(grad, plan):
                 out = MatmulGradients(
-                    _rows(_as_array(dx, "dx", plan)) if needs_x else None,
+                    merged_rows(_as_array(dx, "dx", plan)) if needs_x else None,
                     None if used is None else _as_array(used, "dvalues", plan),
                     _as_array(dbias, "dbias", plan) if needs_bias else None,
                 )
                 given = values if packing.takes_values else None
                 plan.write_gradients(
-                    _rows(_as_array(grad, "grad", plan)),
-                    _rows(_as_array(x, "x", plan)) if needs_values else None,
+                    merged_rows(_as_array(grad, "grad", plan)),
+                    merged_rows(_as_array(x, "x", plan)) if needs_values else None,
                     out=out,
                     threads=threads,
                     values=None if given is None else _as_array(given, "values", plan),
@@ -352,11 +352,6 @@ def _stream_of(tensor: Any, plan: ProductPlan) -> AbstractContextManager[Any]:
     Tensors are read within it: the backend would make its own stream wait for PyTorch's otherwise.
     """
     return _ON_CPU if tensor.is_cpu else plan.arrays.execution_context(tensor)
-
-
-def _rows(array: Any) -> Any:
-    """Merge the leading axes of an array."""
-    return array if array.ndim == 2 else array.reshape(-1, array.shape[-1])
 
 
 def restore_threads(threads: int) -> None:

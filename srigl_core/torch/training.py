@@ -241,7 +241,17 @@ class SRigL:
         return self._layers.trainer
 
     def mask(self, name: str) -> Any:
-        """Return the mask of a sparse layer, a new tensor of bool in the dense weight's shape."""
+        """Return the mask of a sparse layer, a new tensor of bool in the dense weight's shape.
+
+        Raises
+        ------
+        SriglError
+            If no layer has that name.
+        """
+        if name not in self.trainer.budgets:
+            raise SriglError(
+                f"no layer is called {name!r}; the layers are: {', '.join(self.trainer.budgets)}"
+            )
         return self._layers.mask(name)
 
     def after_backward(self, scaler: Any | None = None) -> None:

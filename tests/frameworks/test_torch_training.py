@@ -348,6 +348,11 @@ def test_a_deep_copy_trains_the_same_and_independently(mode):
         attach(run.model, run.optimizer)
 
 
+def test_a_mask_of_no_layer_is_an_error_with_the_layers_names(mode):
+    with pytest.raises(SriglError, match="no layer is called 'nope'; the layers are: 0"):
+        Run(mode).srigl.mask("nope")
+
+
 def test_a_model_may_be_converted_between_steps(mode):
     run = Run(mode, optimizer="SGD", grad_window=3)
     run.model.float()
