@@ -12,6 +12,7 @@ import numpy as np
 from srigl_core._activations import activation_named
 from srigl_core._arrays.checks import check_flag
 from srigl_core._arrays.dtypes import accumulator_dtype
+from srigl_core._arrays.float_mode import honour_subnormals
 from srigl_core._arrays.immutable import immutable
 from srigl_core._arrays.libraries import common_library, device_of
 from srigl_core._arrays.operations import HOST_ARRAYS, ArrayOps
@@ -107,7 +108,10 @@ def chain(
     try:
         parts = [tuple(layer) for layer in layers]
     except Exception as error:  # it may be any object, whose own code is run
-        raise ValueTypeError("layers must be tuples (weight, bias, activation)") from error
+        raise ValueTypeError(
+            f"layers must be a list of tuples (weight, bias, activation), got "
+            f"{type(layers).__name__}"
+        ) from error
     if not parts:
         raise SriglError("layers is empty; a chain has one layer at least")
     threads = checked_threads(threads)
@@ -223,18 +227,15 @@ class Chain(FastPath, BoundToProcess):
         if "chain" not in self.backend.capabilities.operations:
             return None
         offered: Any = self.backend
-        return offered.chain(
-            [
-                ChainLayer(
-                    layer.plan._prepared,
-                    None
-                    if layer.bias is None
-                    else immutable(layer.plan.arrays.round_to(layer.bias, dtype)),
-                    activation_named(layer.activation).code,
-                )
-                for layer in self.layers
-            ]
-        )
+        layers = []
+        for layer in self.layers:
+            bias = layer.bias
+            if bias is not None:
+                with honour_subnormals():
+                    bias = immutable(layer.plan.arrays.round_to(bias, dtype))
+            code = activation_named(layer.activation).code
+            layers.append(ChainLayer(layer.plan._prepared, bias, code))
+        return offered.chain(layers)
 
     def __call__(
         self,

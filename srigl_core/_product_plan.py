@@ -217,7 +217,7 @@ class ProductPlan(FastPath, BoundToProcess):
         prepared: Any = self._prepared
         return prepared if values is None else prepared.with_device_values(values)
 
-    def warm(self, batches: Iterable[int], dtypes: Iterable[DTypeLike] | None = None) -> None:
+    def warm(self, batches: Iterable[int] | int, dtypes: Iterable[DTypeLike] | None = None) -> None:
         """Make all that products and gradients of some batches need, before the first call.
 
         Without it the first call makes what it needs. While a CUDA graph is captured nothing can be
@@ -225,7 +225,7 @@ class ProductPlan(FastPath, BoundToProcess):
 
         Parameters
         ----------
-        batches : iterable of int
+        batches : iterable of int, or int
             Numbers of rows of x.
         dtypes : iterable of dtypes, or None
             Of x, the gradient and the results; None is the weight's.
@@ -237,6 +237,7 @@ class ProductPlan(FastPath, BoundToProcess):
         ValueTypeError
             If a dtype is not a value type.
         """
+        batches = [batches] if isinstance(batches, int) else batches
         batches = [check_integer(batch, "batch", least=1) for batch in batches]
         given = [self.weight.float_dtype] if dtypes is None else dtypes
         types = [value_dtype(dtype, "dtype") for dtype in given]

@@ -241,6 +241,13 @@ def _load(name: str) -> Backend:
                 f"backend {name!r} ({entry_point.value}) cannot be loaded "
                 f"({type(error).__name__}: {error}); install or fix the package that this names"
             ) from error
+        if not is_backend(backend):
+            raise BackendUnavailableError(
+                f"backend {name!r} ({entry_point.value}) is not a backend but a "
+                f"{type(backend).__name__}: it needs a name, capabilities "
+                f"(srigl_core.contract.Capabilities), and a method for each operation that they "
+                f"declare; fix or uninstall its package"
+            )
         return backend
     raise SriglError(
         f"no backend is called {name!r}; registered here: {', '.join(_registered()) or 'none'}"

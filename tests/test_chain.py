@@ -10,6 +10,7 @@ import pytest
 
 from srigl_core import CondensedWeight, SriglError, ValueTypeError, chain, get_backend, prepare
 from srigl_core.testing import value_dtype
+from srigl_core.testing.flush_mode import flushing_subnormals
 from srigl_core.testing.kernel_capabilities import capabilities_of
 from srigl_core.testing.laws import LAWS
 from srigl_core.testing.verification import source_of
@@ -138,7 +139,7 @@ def test_layers_must_fit_each_other():
         chain([(OUTPUT, None, None), (HIDDEN, None, None)])
     with pytest.raises(SriglError, match="layers is empty"):
         chain([])
-    with pytest.raises(ValueTypeError, match="must be tuples"):
+    with pytest.raises(ValueTypeError, match=r"must be a list of tuples .*, got int"):
         chain(3)
     with pytest.raises(SriglError, match="threads=0"):
         chain(LAYERS, threads=0)
@@ -179,3 +180,11 @@ def test_more_batch_sizes_than_programs_are_kept():
     for batch in range(1, 100):
         x = RNG.standard_normal((batch, 6)).astype(np.float32)
         assert whole(x).tobytes() == one_by_one(LAYERS, x, None).tobytes()
+
+
+def test_a_chain_made_in_a_flushing_thread_keeps_its_subnormal_bias(product_backend):
+    weight = CondensedWeight(np.zeros((1, 1)), [[0]], [0], (1, 1))
+    bias, x = np.array([1e-40], np.float32), np.zeros((1, 1))
+    with flushing_subnormals():
+        result = chain([(weight, bias, None)], backend=product_backend)(x)
+    assert result[0, 0] == np.float64(bias[0]) != 0

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -224,6 +225,8 @@ def files(tmp_path):
     dense = {"fc1.weight": packed().to_dense(), "head.weight": np.eye(2)}
     save_file(dense, tmp_path / "dense.safetensors")
     save_file({"fc1": packed().to_mask()}, tmp_path / "masks.safetensors")
+    with zipfile.ZipFile(tmp_path / "dense.pt", "w") as archive:
+        archive.writestr("data.pkl", b"")
     return tmp_path
 
 
@@ -299,6 +302,7 @@ def test_export_writes_c_source_with_what_is_asked_for(files):
     [
         (["show", "missing"], "missing"),
         (["show", "dense.safetensors"], "no srigl_core.format_version"),
+        (["show", "dense.pt"], "it is a zip archive, as torch.save writes"),
         (["condense", "dense.safetensors", "--masks", "missing.safetensors"], "missing"),
         (["condense", "dense.safetensors", "--masks", "dense.safetensors"], "array of bool"),
         (["condense", "dense.safetensors", "--masks", "nonzero", "--exclude", "no"], "'no'"),

@@ -264,6 +264,7 @@ def test_a_kernel_may_ablate_no_neuron_and_always_apply_an_activation():
         (lambda x, /: x, {}, "parameter 'x'"),
         (lambda *arrays: arrays, {}, "parameter 'arrays'"),
         (product, {"op": "matmul"}, "op='matmul' is unknown; use one of condensed_matmul,"),
+        (product, {"op": "chain"}, "op='chain' is for backends, not for functions; use one of"),
         (product, {"index_dtype": "int33"}, "index_dtype='int33' is no"),
         (product, {"index_dtype": "float32"}, "index_dtype='float32' is no integer"),
         (lambda x, out: out, {"asarray": np.asarray}, "cannot write to out"),
@@ -410,6 +411,7 @@ def test_a_kernel_that_raises_fails(error, message):
     failure = failure_of(FunctionBackend(raises))
     assert message in failure.message
     assert "Traceback" in failure.message
+    assert "in raises\n    raise error" in failure.message  # the kernel's own line
 
 
 def test_an_interrupt_is_no_failure():
@@ -577,14 +579,16 @@ def test_verify_takes_kernels_that_are_not_registered(tmp_path, monkeypatch):
     (content,) = json.loads(report.read_text())
     assert content["kernel"] == "mine"
     assert [each["law"] for each in content["laws"]] == [law.name]
+    result = srigl("verify", "test_conformance_kit.Mine", *few)
+    assert "write a kernel of your own as module:attribute" in result.output
     broken = ("verify", "test_conformance_kit:without_last_connection", *few)
     result = srigl(*broken)
     assert result.exit_code == 1
     assert f'check_law({broken[1]!r}, "{PRODUCT_LAW.name}"' in result.output
-    xfails.write_text(f"# all of it\n{PRODUCT_LAW.name}: it loses one  # sic\n")
+    xfails.write_text(f"# all of it\n{PRODUCT_LAW.name}: it loses one, #12 # sic\n")
     result = srigl(*broken, "--xfails", xfails)
     assert result.exit_code == 0, result.output
-    assert "expected failure: it loses one" in result.output
+    assert "expected failure: it loses one, #12" in result.output
 
 
 def test_the_kit_is_imported_without_pytest_and_hypothesis():

@@ -842,6 +842,39 @@ def test_an_unknown_backend_is_refused_with_those_there_are():
             call()
 
 
+class WithoutPrepare:
+    name, capabilities = "wrong", Capabilities(priority=1000)
+
+
+@pytest.mark.parametrize("made", [None, object(), FakeBackend, WithoutPrepare()])
+def test_an_entry_point_that_makes_no_backend_leaves_the_others_usable(monkeypatch, made):
+    class Wrong:
+        name, value = "wrong", "package:make"
+
+        def load(self):
+            return lambda: made
+
+    found = _registry.entry_points
+
+    def with_the_wrong_one(**wanted):
+        is_asked_for = wanted.get("name", "wrong") == "wrong"
+        return [*found(**wanted), *([Wrong()] if is_asked_for else [])]
+
+    caches = (_registry._load, _registry._preferred)
+    with monkeypatch.context() as patched:
+        patched.setattr(_registry, "entry_points", with_the_wrong_one)
+        for cache in caches:
+            cache.cache_clear()
+        (status,) = (each for each in list_backends() if each.name == "wrong")
+        assert not status.available
+        assert "'wrong' (package:make) is not a backend" in status.reason
+        assert get_backend().name != "wrong"
+        with pytest.raises(BackendUnavailableError, match="a method for each operation"):
+            get_backend("wrong")
+    for cache in caches:
+        cache.cache_clear()
+
+
 @pytest.mark.parametrize("backend", [3, object(), ["reference"], FakeBackend.prepare])
 def test_what_is_neither_name_nor_backend_is_refused(backend):
     with pytest.raises(ValueTypeError, match=r"backend must be a name .* reference"):

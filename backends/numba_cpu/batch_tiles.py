@@ -94,10 +94,10 @@ def tile_parts(batch: int, itemsize: int) -> tuple[tuple[int, int, int], ...]:
         return sum(_TILE_NANOSECONDS[lanes * itemsize] for lanes in tiles)
 
     enough = [choice for choice in choices if sum(choice) >= rest]
-    tiles = [widest] * whole + min(enough, key=time)
+    of_rest = min(enough, key=time)
     parts, first = [], 0
     for width in widths:
-        n = tiles.count(width)
+        n = of_rest.count(width) + (whole if width == widest else 0)
         if n:
             parts.append((first, n, width))
         first += n * width

@@ -116,7 +116,8 @@ def _started_threads() -> int:
     except ValueError as error:
         raise BackendUnavailableError(
             f"Numba cannot start its threads ({' '.join(str(error).split())}); unset "
-            f"NUMBA_THREADING_LAYER or install the layer it names, or pass threads=1"
+            f"NUMBA_THREADING_LAYER and NUMBA_THREADING_LAYER_PRIORITY, install the layer that "
+            f"they name, or pass threads=1"
         ) from error
 
 

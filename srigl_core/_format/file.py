@@ -256,7 +256,13 @@ def read_whole(
 
 def _read_header(file: BinaryIO) -> dict[str, Any]:
     """Return what a header says; it describes each tensor once, or safetensors takes the last."""
-    (length,) = struct.unpack("<Q", file.read(8))
+    first = file.read(8)
+    if first.startswith(b"PK"):
+        raise ValueError(
+            "it is a zip archive, as torch.save writes; srigl_core.load_arrays reads such a file, "
+            "and srigl condense condenses it"
+        )
+    (length,) = struct.unpack("<Q", first)
     if length > os.fstat(file.fileno()).st_size:
         raise ValueError(f"its header claims {length:,} bytes")
     header: dict[str, Any] = parse_json(file.read(length))

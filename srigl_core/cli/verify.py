@@ -84,7 +84,9 @@ def verify_kernels(
 
 
 def read_xfails(path: Path) -> dict[str, str]:
-    """Return the laws in a file of lines ``law: reason``; ``#`` begins a comment.
+    """Return the laws in a file of lines ``law: reason``.
+
+    A comment begins with ``#`` at the start of a line, or with ``#`` between spaces.
 
     Raises
     ------
@@ -99,7 +101,7 @@ def read_xfails(path: Path) -> dict[str, str]:
     except UnicodeDecodeError as error:
         raise SriglError(f"{path} is no text in UTF-8 ({error})") from error
     for number, line in enumerate(text.splitlines(), 1):
-        content = line.partition("#")[0].strip()
+        content = "" if line.lstrip().startswith("#") else line.partition(" # ")[0].strip()
         law, colon, reason = (part.strip() for part in content.partition(":"))
         if content and not (law and colon and reason):
             raise SriglError(f"{path}, line {number}: {line!r} is not 'law: reason'")

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from srigl_core._files import write_whole
+from srigl_core._files import checked_path, write_whole
 from srigl_core._install import install_command
 from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
 from srigl_core.torch import SRigL, load_model
@@ -189,7 +189,7 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> None:
             f"the model has parameters of {', '.join(dtypes)}, and a configuration has one dtype; "
             f"convert the model with model.to(dtype), or use srigl_core.torch.save_model"
         )
-    folder = Path(folder)
+    folder = checked_path(folder)
     others = sorted(file.name for kind in _WEIGHTS_OF_OTHERS for file in folder.glob(kind))
     if others:
         raise SriglError(
@@ -229,10 +229,16 @@ def from_pretrained(model_class: Any, folder: str | os.PathLike[str]) -> Any:
     SriglError
         If the folder was not written by ``save_pretrained`` of this module, or the class has other
         layers than the file.
+    ValueTypeError
+        If `model_class` is no class of Transformers.
     FileFormatError
         As in `load_model`.
     """
-    path = Path(folder, _FILE)
+    if not (hasattr(model_class, "from_config") or hasattr(model_class, "_from_config")):
+        raise ValueTypeError(
+            f"model_class must be a class of transformers, such as AutoModel, got {model_class!r}"
+        )
+    path = checked_path(folder) / _FILE
     if not path.is_file():
         raise SriglError(
             f"folder {os.fspath(folder)!r} has no {_FILE}, so it was not written by "

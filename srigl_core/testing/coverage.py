@@ -56,7 +56,7 @@ _PRODUCT_SIZES: dict[str, Callable[[ProductSizes], bool]] = {
     **_beyond("n_active", 2_048, 65_536),
     "n_out > 65,536": lambda s: s.n_out > 65_536,
     **_beyond("batch", 1_100, 2_048, 65_535),
-    **_beyond("fan_in", 1_024, 2_048, 4_096, 65_536),
+    **_beyond("fan_in", 1_024, 2_048, 4_096),
     "32,768 < n_in < 65,536": lambda s: 32_768 < s.n_in < 65_536,
     "n_in = 65,536": lambda s: s.n_in == 65_536,
     "n_in = 65,537": lambda s: s.n_in == 65_537,

@@ -16,7 +16,7 @@ from srigl_core._arrays.operations import HOST_ARRAYS
 from srigl_core._format.packed_weight import PackedWeight
 from srigl_core._format.weight import CondensedWeight, QuantizedWeight
 from srigl_core._update import CondensedUpdate, GradientRows, MaskUpdate, UpdateSettings
-from srigl_core.contract import Capabilities, MatmulGradients
+from srigl_core.contract import OPERATIONS, Capabilities, MatmulGradients
 from srigl_core.errors import SriglError, ValueTypeError
 from srigl_core.reference.mask_update import make_update, srigl_update
 from srigl_core.testing.kernel_capabilities import REMAP_SETTINGS, KernelCapabilities, completed
@@ -130,7 +130,8 @@ class FunctionBackend:
         )
         op = op or declared.get("op", "condensed_matmul")
         if op not in PARAMETERS:
-            raise SriglError(f"op={op!r} is unknown; use one of {', '.join(PARAMETERS)}")
+            fault = "is for backends, not for functions" if op in OPERATIONS else "is unknown"
+            raise SriglError(f"op={op!r} {fault}; use one of {', '.join(PARAMETERS)}")
         options = {**declared, **self.options}
         self.function, self._asarray = function, options.get("asarray")
         self._returned: tuple[NDArray[Any], bytes] | None = None

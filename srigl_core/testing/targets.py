@@ -12,7 +12,7 @@ from typing import Any
 from srigl_core._arrays.checks import check_choice
 from srigl_core._registry import get_backend, is_backend
 from srigl_core.contract import Backend
-from srigl_core.errors import SriglError, ValueTypeError
+from srigl_core.errors import BackendUnavailableError, SriglError, ValueTypeError
 from srigl_core.testing.function_backend import PARAMETERS, FunctionBackend
 from srigl_core.testing.kernel_capabilities import KERNEL_OPERATIONS
 
@@ -44,7 +44,14 @@ def as_backend(kernel: Any, op: str | None = None) -> Backend:
     resolved = kernel
     if isinstance(kernel, str):
         if ":" not in kernel:
-            return get_backend(kernel)
+            try:
+                return get_backend(kernel)
+            except BackendUnavailableError:
+                raise
+            except SriglError as error:
+                raise SriglError(
+                    f"{error}; write a kernel of your own as module:attribute"
+                ) from error
         resolved = _imported(kernel)
     if not is_backend(resolved) and callable(resolved) and _makes_a_backend(resolved):
         resolved = _made(resolved, kernel)

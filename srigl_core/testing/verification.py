@@ -284,12 +284,14 @@ class _Attempts:
         except BaseException as raised:
             if isinstance(raised, Exception):
                 error: Exception = raised
+                cause = raised.__cause__
             else:  # SystemExit, a panic of Rust, pytest's skip
                 error = RuntimeError(f"the kernel would have ended Python: {raised!r}")
+                cause = raised  # its traceback says where
             if not self.first_failure:
                 self.first_failure, self.number = self.examples + 1, self.tried - 1
             self.error, self.problem, self.drawn = error, problem, list(source.drawn)
-            raise error from raised.__cause__
+            raise error from cause
 
     def failure(self, code: str) -> Failure:
         message = str(self.error)

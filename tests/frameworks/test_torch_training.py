@@ -556,7 +556,11 @@ HOOKS = {
 BAD = {
     "unknown mode": (perceptron, {"mode": "sparse"}, "mode='sparse' is unknown"),
     "unknown init": (perceptron, {"init": "xavier"}, "init='xavier' is unknown"),
-    "unknown layer": (perceptron, {"include": ["7"]}, "no layer or parameter '7'; it has 0, 2, 4"),
+    "unknown layer": (
+        perceptron,
+        {"include": ["7"]},
+        "no layer or parameter '7'; its layers are 0, 2, 4",
+    ),
     "unknown to leave out": (perceptron, {"exclude": ["head"]}, "no layer or parameter 'head'"),
     "all left out": (perceptron, {"exclude": ["0", "2", "4"]}, "no dense layer is left"),
     "bias": (perceptron, {"include": ["0.bias"]}, r"'0.bias' has a weight of shape \(32,\)"),

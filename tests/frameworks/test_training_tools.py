@@ -297,7 +297,7 @@ def test_a_trainer_names_the_file_whose_state_does_not_fit(trained, mode, tmp_pa
     place = tmp_path / f"checkpoint-{N_BEFORE}"
     shutil.copytree(folder / place.name, place)
     state = torch.load(place / "srigl.pt", weights_only=True)
-    del state["trainer"]
+    del state["mode"]
     torch.save(state, place / "srigl.pt")
     trainer, _ = make_trainer(tmp_path, mode)
     with pytest.raises(SriglError, match=rf"checkpoint-{N_BEFORE}.srigl\.pt': "):
@@ -432,6 +432,12 @@ def test_no_other_loader_makes_a_model_of_a_saved_one(tmp_path):
 def test_what_cannot_be_saved_or_loaded_is_an_error_and_nothing_is_written(tmp_path):
     with pytest.raises(ValueTypeError, match=r"PreTrainedModel, got Sequential.*save_model"):
         for_transformers.save_pretrained(layers(), tmp_path / "new")
+    with pytest.raises(ValueTypeError, match="path must be a path, got int"):
+        for_transformers.save_pretrained(condensed_bert(), 3)
+    with pytest.raises(
+        ValueTypeError, match=r"model_class must be a class of transformers.*'bert'"
+    ):
+        for_transformers.from_pretrained("bert", tmp_path)
     mixed = condensed_bert()
     mixed.classifier.bfloat16()
     with pytest.raises(SriglError, match=r"parameters of torch\.bfloat16, torch\.float32"):

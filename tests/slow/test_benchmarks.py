@@ -630,7 +630,8 @@ def test_the_readme_gets_the_figures_between_its_markers_and_keeps_the_rest(save
     assert "stale" not in text
     assert "| layer | sparsity | batch | srigl, µs | dense | dense int8 | CSR |" in text
     assert "| 3072→768, weights cold | 90% | 1 | 70.0 | 4.9x | 2.4x fast | 2.9x |" in text
-    assert "slower than the best dense in 0, the best dense without ablated rows in 0, " in text
+    assert "the best dense in 0 of 6, the best dense without ablated rows in 0 of 1, " in text
+    assert "and the best CSR in 1 of 6 cases." in text
     table = readme.long_table(made_up("cpu"))
     assert "| 768→768, learned mask | 90% | 1 | 7.0 | 4.3x | 3.6x |  | 5.7x |" in table
     assert readme.replaced(text, made_up("cpu")) == text

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "write-a-kernel.md"
 BLOCK = re.compile(r'^```(\w+)(?: title="(.*?)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
 INSTALL = "pip install --quiet --no-index --no-build-isolation --no-deps --target site ."
@@ -24,7 +26,7 @@ def run(command, folder):
         env={**os.environ, "PYTHONPATH": str(folder / "site"), "PYTHONSAFEPATH": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
 
@@ -35,6 +37,7 @@ def plain(text):
     return re.sub(r"-?\d+(\.\d*)?(e[-+]\d+)?", "#", text)
 
 
+@pytest.mark.timeout(900)
 def test_the_page_is_what_happens(tmp_path):
     done, commands = None, 0
     for language, title, content in BLOCK.findall(PAGE.read_text()):
