@@ -103,7 +103,7 @@ static float quantize_row(const float *restrict x, int8_t *restrict rounded, siz
 
 _STANDARD_HEADER = re.compile(
     r"assert|complex|ctype|errno|fenv|float|inttypes|iso646|limits|locale|math|setjmp|signal|"
-    r"std(align|arg|atomic|bool|def|int|io|lib|noreturn)|string|tgmath|threads|time|uchar|w?char|"
+    r"std(align|arg|atomic|bool|def|int|io|lib|noreturn)|string|tgmath|threads|time|[uw]char|"
     r"wctype",
     re.IGNORECASE,
 )

@@ -157,8 +157,6 @@ def plan_of(
     inputs: str = "float",
 ) -> Plan | QuantizedPlan:
     """Return the plan of a weight for `backend`, made once and kept with the weight."""
-    if inputs != "float":
-        check_choice(inputs, "inputs", QUANTIZED_INPUTS)
     operation = QuantizedPlan.operation if isinstance(weight, QuantizedWeight) else None
     chosen = get_backend(backend, operation=operation, inputs=inputs)
     key = chosen if inputs == "float" else (chosen, inputs)

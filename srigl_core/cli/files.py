@@ -128,17 +128,22 @@ def export(
         )
     layers = load_layers(file)
     quantized = [name for name, layer in layers.items() if layer.weight.dtype.name == "int8"]
-    for name, chosen in _by_layer(activation, "activation", list(layers), list(layers)).items():
+    for name, chosen in _by_layer(activation, "activation", layers, layers).items():
         layers[name] = layers[name]._replace(activation=chosen)
-    for name, chosen in _by_layer(inputs, "inputs", list(layers), quantized).items():
+    for name, chosen in _by_layer(inputs, "inputs", layers, quantized or layers).items():
+        if chosen != "float" and name not in quantized:
+            raise SriglError(
+                f"--inputs {chosen} is for quantised layers, but layer {name!r} has float values; "
+                f"run srigl quantize first, or leave the option out"
+            )
         layers[name] = layers[name]._replace(inputs=chosen)
     _print_written(export_c(layers, out, name=file.stem))
 
 
 def _by_layer(
-    settings: list[str] | None, option: str, names: list[str], having: list[str]
+    settings: list[str] | None, option: str, names: Iterable[str], all_of: Iterable[str]
 ) -> dict[str, str]:
-    """Return the values of an option by layer; one without a layer is for all `having` it."""
+    """Return the values of an option by layer; one without a layer is for `all_of` them."""
     chosen: dict[str, str] = {}
     for setting in settings or ():
         layer, equals, value = setting.rpartition("=")
@@ -147,14 +152,7 @@ def _by_layer(
                 f"--{option} {setting}: the file has no layer {layer!r}; its layers are: "
                 f"{', '.join(names)}"
             )
-        layers = [layer] if equals else having
-        if value != "float" and not (layers and set(layers) <= set(having)):
-            raise SriglError(
-                f"--{option} {setting} is for quantised layers, but "
-                f"{f'layer {layer!r}' if equals else 'the file'} has float values; run srigl "
-                f"quantize first, or leave the option out"
-            )
-        chosen |= dict.fromkeys(layers, value)
+        chosen |= {layer: value} if equals else dict.fromkeys(all_of, value)
     return chosen
 
 

@@ -95,8 +95,8 @@ class SRigLCallback(TrainerCallback):  # type: ignore[misc] # the package's type
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Load the state of SRigL if the trainer has loaded a checkpoint."""
-        if self._resumed_from:
-            self._load(self._resumed_from, args)
+        if self._resumed_from or state.global_step:  # the trainer may resume by itself
+            self._load(self._resumed_from or _checkpoint(args, state), args)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Record and mask the gradients, and clip them."""

@@ -212,7 +212,7 @@ def with_values_has_its_own_gradients(backend: Backend, problem: MatmulProblem) 
     first = _backward(plan, problem)
     other = problem.weight.with_values(problem.weight.values[::-1, ::-1])
     made = plan.with_values(other.values)
-    plan.with_values(-other.values)
+    plan.with_values(-other.values)  # must not change the one made before
     fresh = _backward(prepare(other, backend=backend), problem)
     _assert_same_gradients(_backward(made, problem), fresh, "of with_values, ")
     _assert_same_gradients(_backward(plan, problem), first, "of the old plan, ")

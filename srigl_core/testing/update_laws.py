@@ -152,23 +152,37 @@ def signs_do_not_matter(backend: Backend, problem: UpdateProblem) -> None:
         weight=(problem.weight * signs).astype(problem.weight.dtype),
         grad=(problem.grad * -signs).astype(problem.grad.dtype),
     )
-    mask = _update(backend, problem).mask
-    assert_same_bits(_update(backend, other).mask, mask, "the mask for other signs")
+    _assert_same_masks(backend, problem, [other], "other signs")
 
 
 @_law("itself", "bit for bit")
 def scale_does_not_matter(backend: Backend, problem: UpdateProblem) -> None:
     """Weights times a power of two, and gradients divided by it, give the same mask."""
-    masks = []
-    for exponent in _EXPONENTS:
-        weight, grad = _scaled(problem.weight, exponent), _scaled(problem.grad, -exponent)
-        if weight is not None and grad is not None:
-            masks.append(_update(backend, replace(problem, weight=weight, grad=grad)).mask)
-    if not masks:
+    pairs = [(_scaled(problem.weight, n), _scaled(problem.grad, -n)) for n in _EXPONENTS]
+    others = _with_numbers(problem, pairs)
+    if not others:
         raise NotApplicable("no power of two scales its numbers exactly")
+    _assert_same_masks(backend, problem, others, "numbers of another scale")
+
+
+def _with_numbers(
+    problem: UpdateProblem, pairs: list[tuple[NDArray[Any] | None, NDArray[Any] | None]]
+) -> list[UpdateProblem]:
+    """Return updates with each pair of weights and gradients in which neither is None."""
+    return [
+        replace(problem, weight=weight, grad=grad)
+        for weight, grad in pairs
+        if weight is not None and grad is not None
+    ]
+
+
+def _assert_same_masks(
+    backend: Backend, problem: UpdateProblem, others: list[UpdateProblem], what: str
+) -> None:
+    """Raise `LawViolation` unless all updates give the same mask."""
     mask = _update(backend, problem).mask
-    for scaled in masks:
-        assert_same_bits(scaled, mask, "the mask for numbers of another scale")
+    for other in others:
+        assert_same_bits(_update(backend, other).mask, mask, f"the mask for {what}")
 
 
 _EXPONENTS = (1, -40, 40)
@@ -186,16 +200,11 @@ def _scaled(array: NDArray[Any], exponent: int) -> NDArray[Any] | None:
 @_law("itself", "bit for bit")
 def only_the_order_of_magnitudes_matters(backend: Backend, problem: UpdateProblem) -> None:
     """Magnitudes that are as near as can be, subnormal or not, give the mask of their order."""
-    masks = []
-    for first in (0.0, 1.0):
-        weight, grad = (_in_order(part, first) for part in (problem.weight, problem.grad))
-        if weight is not None and grad is not None:
-            masks.append(_update(backend, replace(problem, weight=weight, grad=grad)).mask)
-    if not masks:
+    pairs = [(_in_order(problem.weight, n), _in_order(problem.grad, n)) for n in (0.0, 1.0)]
+    others = _with_numbers(problem, pairs)
+    if not others:
         raise NotApplicable("its types have too few numbers")
-    mask = _update(backend, problem).mask
-    for other in masks:
-        assert_same_bits(other, mask, "the mask for other numbers of the same order")
+    _assert_same_masks(backend, problem, others, "other numbers of the same order")
 
 
 def _in_order(array: NDArray[Any], first: float) -> NDArray[Any] | None:
